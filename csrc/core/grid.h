@@ -1,0 +1,40 @@
+#pragma once
+
+#include <cstdint>
+
+#include "core/host_device.h"
+
+namespace torch_ext::core {
+
+// How a symmetric scale is divided: `grid` by the width of the grid, `tvm` by 2^(bits-1) (2^bits unsigned).
+enum class ScaleRule : int32_t { grid = 0, tvm = 1 };
+
+// The integer grid a tensor is quantized to, and how a range becomes its scale.
+struct Grid {
+  int32_t quant_min;
+  int32_t quant_max;
+  bool symmetric;
+  ScaleRule scale_rule;
+  bool power_of_two;
+
+  // Bits that hold the grid: 8 for [-128,127], [-127,127] and [0,255].
+  TE_HD int bits() const {
+    int bits = 1;
+    while ((int64_t{1} << bits) < int64_t{quant_max} - quant_min + 1) ++bits;
+    return bits;
+  }
+  TE_HD bool is_unsigned() const { return quant_min >= 0; }
+};
+
+// A clipping range in the units of the data, lo <= hi. Float64: it is rounded once, when it is stored.
+struct Range {
+  double lo;
+  double hi;
+};
+
+struct QParams {
+  float scale;
+  int32_t zero_point;
+};
+
+}  // namespace torch_ext::core
