@@ -1,0 +1,128 @@
+#pragma once
+
+#include <cstdint>
+
+#include "core/host_device.h"
+
+// The log-linear histogram (as HdrHistogram's, on the bits of a float32): a finite normal value falls into
+// octave e, its biased exponent, and sub-bin k, its top `mantissa_bits` mantissa bits. Kept are the `octaves`
+// octaves that end at the octave of the largest |x|: the window. What lies below it is counted as tiny.
+namespace torch_ext::core {
+
+constexpr uint32_t kAbsBits = 0x7fffffffu;
+constexpr uint32_t kInfBits = 0x7f800000u;
+constexpr int kMantissa = 23;  // explicit mantissa bits of float32
+constexpr int kBias = 127;     // exponent bias of float32
+
+TE_HD uint32_t bits_of(float x) { return __builtin_bit_cast(uint32_t, x); }
+TE_HD float float_of(uint32_t bits) { return __builtin_bit_cast(float, bits); }
+
+// 2^exponent as a double, for -1022 <= exponent <= 1023.
+TE_HD double exp2_of(int exponent) {
+  return __builtin_bit_cast(double, static_cast<uint64_t>(exponent + 1023) << 52);
+}
+
+// Integers that order as the floats they stand for. Comparing them is exact for subnormals whatever the
+// processor's denormal mode, and NaN and infinity lie outside [kMinFiniteKey, kMaxFiniteKey].
+constexpr int32_t kMaxFiniteKey = 0x7f7fffff;
+constexpr int32_t kMinFiniteKey = -0x7f7fffff - 1;
+TE_HD int32_t key_of(float x) {
+  const int32_t bits = __builtin_bit_cast(int32_t, x);
+  return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+TE_HD float float_of_key(int32_t key) {
+  return __builtin_bit_cast(float, key ^ ((key >> 31) & 0x7fffffff));
+}
+
+// Columns of `tally`.
+enum TallyColumn { kFinite = 0, kZeros = 1, kTiny = 2, kInf = 3, kNan = 4, kTallyColumns = 5 };
+
+struct HistogramLayout {
+  int32_t mantissa_bits;
+  int32_t octaves;  // 0: no histogram is kept
+
+  // Bins of one sign.
+  TE_HD int64_t bins() const { return int64_t{octaves} << mantissa_bits; }
+  TE_HD int64_t size() const { return 2 * bins(); }
+  // Lowest octave (biased exponent) of the window that ends at octave `top`; subnormals have none.
+  TE_HD int32_t bottom(int32_t top) const {
+    const int32_t lowest = top - octaves + 1;
+    return lowest < 1 ? 1 : lowest;
+  }
+  // Where octave `biased` lives: its unbiased exponent mod octaves. Growth re-uses the slots of the octaves
+  // that leave the window, so nothing is ever moved.
+  TE_HD int32_t slot(int32_t biased) const {
+    const int32_t residue = (biased - kBias) % octaves;
+    return residue < 0 ? residue + octaves : residue;
+  }
+  // First bin of octave `biased` in the counts of one sign.
+  TE_HD int64_t octave_begin(int32_t biased) const {
+    return int64_t{slot(biased)} << mantissa_bits;
+  }
+};
+
+// Octave (biased exponent) of the largest |x|; 0 where there is none or it is zero or subnormal.
+TE_HD int32_t top_octave(float min, float max) {
+  if (!(min <= max)) return 0;  // the empty state (+inf, -inf)
+  const uint32_t lo = bits_of(min) & kAbsBits, hi = bits_of(max) & kAbsBits;
+  return static_cast<int32_t>((lo > hi ? lo : hi) >> kMantissa);
+}
+
+// Moves the window of one channel's counts from octave `top` up to `new_top`: clears the octaves that fall
+// out of it and returns how many values they held (they become tiny).
+TE_HD int64_t raise_window(int64_t* counts, HistogramLayout layout, int32_t top, int32_t new_top) {
+  if (layout.octaves == 0 || top == 0 || new_top <= top) return 0;
+  const int32_t end = layout.bottom(new_top) <= top ? layout.bottom(new_top) : top + 1;
+  const int64_t width = int64_t{1} << layout.mantissa_bits;
+  int64_t tiny = 0;
+  for (int32_t octave = layout.bottom(top); octave < end; ++octave) {
+    for (int sign = 0; sign < 2; ++sign) {
+      int64_t* bins = counts + sign * layout.bins() + layout.octave_begin(octave);
+      for (int64_t k = 0; k < width; ++k) {
+        tiny += bins[k];
+        bins[k] = 0;
+      }
+    }
+  }
+  return tiny;
+}
+
+// One channel of a statistic in memory; `counts` may be null.
+struct ChannelStatistic {
+  float* extrema;   // [2] min, max
+  int64_t* tally;   // [5]
+  int64_t* counts;  // [2, octaves, 2^mantissa_bits]
+};
+
+// Widens the extrema by [min, max] (finite or the empty state) and moves the window along.
+TE_HD void widen(ChannelStatistic into, HistogramLayout layout, float min, float max) {
+  const int32_t old_top = top_octave(into.extrema[0], into.extrema[1]);
+  if (min < into.extrema[0]) into.extrema[0] = min + 0.0f;  // -0 is kept as +0
+  if (max > into.extrema[1]) into.extrema[1] = max + 0.0f;
+  const int32_t new_top = top_octave(into.extrema[0], into.extrema[1]);
+  into.tally[kTiny] += raise_window(into.counts, layout, old_top, new_top);
+}
+
+// into = statistic of the values of both. Exact and in any order, as all it does is integer sums.
+TE_HD void merge_channel(ChannelStatistic into, HistogramLayout layout, const float* extrema,
+                         const int64_t* tally, const int64_t* counts) {
+  widen(into, layout, extrema[0], extrema[1]);
+  for (int column = 0; column < kTallyColumns; ++column) into.tally[column] += tally[column];
+  const int32_t other_top = top_octave(extrema[0], extrema[1]);
+  if (layout.octaves == 0 || other_top == 0) return;
+  const int32_t bottom = layout.bottom(top_octave(into.extrema[0], into.extrema[1]));
+  const int64_t width = int64_t{1} << layout.mantissa_bits;
+  for (int32_t octave = layout.bottom(other_top); octave <= other_top; ++octave) {
+    for (int sign = 0; sign < 2; ++sign) {
+      const int64_t begin = sign * layout.bins() + layout.octave_begin(octave);
+      for (int64_t k = begin; k < begin + width; ++k) {
+        if (octave < bottom)
+          into.tally[kTiny] += counts[k];
+        else
+          into.counts[k] += counts[k];
+      }
+    }
+  }
+}
+
+}  // namespace torch_ext::core
