@@ -1,0 +1,55 @@
+#pragma once
+
+#include <cstdint>
+
+#include "core/host_device.h"
+
+// The project's one natural logarithm. A threshold search compares sums of logarithms, so CPU and
+// CUDA (and every instruction set) choose the same candidate only if every log has the same bits
+// everywhere. libm and CUDA's log differ in the last bit; this one uses only + - * / and bit
+// operations, which are exactly specified as long as nothing is contracted to FMA
+// (-ffp-contract=off, --fmad=false). Branch-free, so that a loop over it vectorises.
+namespace torch_ext::core {
+
+namespace detail {
+
+// ln 2 in two parts: the high part has 42 bits, so its product with any exponent is exact.
+constexpr double kLn2High = 0x1.62e42fefa3800p-1;
+constexpr double kLn2Low = 0x1.ef35793c76730p-45;
+
+// (ln((1+s)/(1-s)) - 2s) / s for z = s^2 <= (3 - 2 sqrt 2)^2: minimax, error 2^-58.5. Coefficients
+// from an own Remez exchange; they start like the series 2/3, 2/5, 2/7, ...
+TE_HD double atanh_tail(double z) {
+  const double w = z * z;
+  const double odd =
+      z * (0x1.5555555555592p-1 +
+           w * (0x1.24924941f1295p-2 + w * (0x1.74663ee8bc916p-3 + w * 0x1.2f056395f5a67p-3)));
+  const double even =
+      w * (0x1.999999997fdb7p-2 + w * (0x1.c71c52095abb5p-3 + w * 0x1.39a1bab2e7e3cp-3));
+  return odd + even;
+}
+
+}  // namespace detail
+
+// ln x for normal positive x, within 1 ulp. x <= 0, subnormal, infinite or NaN: the result means
+// nothing (but nothing traps), so callers handle 0 themselves.
+TE_HD double log(double x) {
+  // x = 2^k (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)): adding the distance from sqrt(1/2) to 1
+  // carries into the exponent field exactly when the mantissa is at least sqrt(2)'s.
+  constexpr uint64_t kSqrtHalf = 0x3fe6a09e667f3bcd;
+  constexpr uint64_t kOne = 0x3ff0000000000000;
+  const uint64_t bits = __builtin_bit_cast(uint64_t, x);
+  const uint64_t biased = (bits + (kOne - kSqrtHalf)) >> 52;
+  const double f = __builtin_bit_cast(double, bits - (biased << 52) + kOne) - 1.0;
+  // Integer to double through the mantissa of 2^52: AVX2 has no 64-bit conversion.
+  const double k = __builtin_bit_cast(double, biased | 0x4330000000000000) - (0x1p52 + 1023.0);
+
+  // ln(1+f) = f - f^2/2 + s (f^2/2 + tail), s = f / (2+f): f carries the result, the rest is a
+  // correction.
+  const double s = f / (2.0 + f);
+  const double half_square = 0.5 * f * f;
+  const double correction = s * (half_square + detail::atanh_tail(s * s));
+  return k * detail::kLn2High - ((half_square - (correction + k * detail::kLn2Low)) - f);
+}
+
+}  // namespace torch_ext::core
