@@ -1,0 +1,104 @@
+#pragma once
+
+#include <cstdint>
+
+#include "core/affine.h"
+#include "core/grid.h"
+#include "core/host_device.h"
+
+// How a clipping range becomes scale and zero point. Float64 throughout; only the result is
+// rounded.
+namespace torch_ext::core {
+
+constexpr double kLargestFloat = 0x1.fffffep127;
+// Half a unit above the largest float32: from here on a value rounds to infinity.
+constexpr double kRoundsToInfinity = 0x1.ffffffp127;
+constexpr double kLeastScale = 0x1p-126;
+
+TE_HD bool is_valid_range(const Range& range) {
+  return range.lo >= -kLargestFloat && range.lo <= range.hi && range.hi <= kLargestFloat;
+}
+
+// The largest magnitude a symmetric grid has to reach: an unsigned one leaves negative values out.
+TE_HD double symmetric_bound(const Range& range, const Grid& grid) {
+  const double below = grid.is_unsigned() || range.lo > 0 ? 0 : -range.lo;
+  const double above = range.hi > 0 ? range.hi : 0;
+  return below > above ? below : above;
+}
+
+// An affine grid always holds zero.
+TE_HD Range with_zero(const Range& range) {
+  return {range.lo < 0 ? range.lo : 0, range.hi > 0 ? range.hi : 0};
+}
+
+// Nothing to quantize: all zero, no positive value on an unsigned symmetric grid, or never
+// observed, which is the range (0, 0).
+TE_HD bool is_dead(const Range& range, const Grid& grid) {
+  if (grid.symmetric) return symmetric_bound(range, grid) == 0;
+  return range.lo == 0 && range.hi == 0;
+}
+
+TE_HD double grid_width(const Grid& grid) {
+  return static_cast<double>(grid.quant_max) - static_cast<double>(grid.quant_min);
+}
+
+TE_HD double symmetric_scale(const Range& range, const Grid& grid) {
+  const double bound = symmetric_bound(range, grid);
+  if (grid.scale_rule == ScaleRule::tvm) {
+    const int bits = grid.is_unsigned() ? grid.bits() : grid.bits() - 1;
+    return bound / static_cast<double>(int64_t{1} << bits);
+  }
+  if (grid.is_unsigned()) return bound / static_cast<double>(grid.quant_max);
+  return 2 * bound / grid_width(grid);
+}
+
+// The least 2^k >= value, for a normal value.
+TE_HD double next_power_of_two(double value) {
+  const uint64_t exponent = 0x7ff0000000000000u, bits = __builtin_bit_cast(uint64_t, value);
+  const uint64_t power = bits & exponent;
+  const bool exact = bits == power;
+  return __builtin_bit_cast(double, exact ? power : power + (uint64_t{1} << 52));
+}
+
+// The largest float32 scale whose every dequantized value is finite in float32, given the zero
+// point.
+TE_HD float largest_scale(const Grid& grid, int32_t zero_point) {
+  const double below = static_cast<double>(zero_point) - grid.quant_min;
+  const double above = static_cast<double>(grid.quant_max) - zero_point;
+  const double steps = below > above ? below : above;
+  const float scale = static_cast<float>(kRoundsToInfinity / steps);
+  uint32_t bits = __builtin_bit_cast(uint32_t, scale);
+  if (static_cast<double>(scale) * steps >= kRoundsToInfinity) --bits;  // the float32 below
+  if (grid.power_of_two) bits &= 0x7f800000u;
+  return __builtin_bit_cast(float, bits);
+}
+
+TE_HD int32_t zero_point_on_grid(double value, const Grid& grid) {
+  const double rounded = round_half_even(value);
+  if (rounded < grid.quant_min) return grid.quant_min;
+  if (rounded > grid.quant_max) return grid.quant_max;
+  return static_cast<int32_t>(rounded);
+}
+
+// Needs quant_min < quant_max, and 0 in between for a symmetric grid. A range that is not finite in
+// float32, or not in order, gives scale NaN, which fake-quant refuses or turns into NaN.
+TE_HD QParams qparams(const Range& range, const Grid& grid) {
+  if (!is_valid_range(range)) return {__builtin_nanf(""), 0};
+  if (is_dead(range, grid)) return {1.0f, 0};
+  const Range wide = with_zero(range);
+  const double width = wide.hi - wide.lo;
+  double scale = grid.symmetric ? symmetric_scale(range, grid) : width / grid_width(grid);
+  const bool from_scale = grid.power_of_two || scale < kLeastScale;
+  if (grid.power_of_two) scale = next_power_of_two(scale);
+  if (scale < kLeastScale) scale = kLeastScale;
+  int32_t zero_point = 0;
+  if (!grid.symmetric) {
+    const double steps = from_scale ? wide.lo / scale : wide.lo * grid_width(grid) / width;
+    zero_point = zero_point_on_grid(grid.quant_min - steps, grid);
+  }
+  // The cap comes last and leaves the zero point alone: another one could need a smaller cap.
+  const float most = largest_scale(grid, zero_point);
+  return {scale < static_cast<double>(most) ? static_cast<float>(scale) : most, zero_point};
+}
+
+}  // namespace torch_ext::core
