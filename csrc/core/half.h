@@ -21,11 +21,9 @@ struct bfloat16 {  // the upper half of a binary32
 template <typename T>
 using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-TE_HD float widen(float x) { return x; }
-TE_HD double widen(double x) { return x; }
-TE_HD float widen(bfloat16 x) { return __builtin_bit_cast(float, uint32_t{x.bits} << 16); }
+TE_HD float to_float(bfloat16 x) { return __builtin_bit_cast(float, uint32_t{x.bits} << 16); }
 
-TE_HD float widen(half x) {
+TE_HD float to_float(half x) {
   const uint32_t sign = (uint32_t{x.bits} & 0x8000u) << 16;
   const int32_t magnitude = x.bits & 0x7fff;
   // A subnormal is a count of 2^-24; a normal's exponent moves from bias 15 to bias 127 (by 112),
@@ -61,7 +59,12 @@ TE_HD half to_half(float x) {
   return half{static_cast<uint16_t>(magnitude > 0x7f800000 ? 0x7e00u : number)};
 }
 
-// Back to the element type, from its computing type.
+// From the element type to its computing type, exactly, and back.
+TE_HD float widen(float x) { return x; }
+TE_HD double widen(double x) { return x; }
+TE_HD float widen(half x) { return to_float(x); }
+TE_HD float widen(bfloat16 x) { return to_float(x); }
+
 template <typename T>
 TE_HD T narrow(compute_t<T> x) {
   if constexpr (std::is_same_v<T, half>) {
