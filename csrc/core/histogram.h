@@ -34,6 +34,9 @@ TE_HD float float_of_key(int32_t key) {
   return __builtin_bit_cast(float, key ^ ((key >> 31) & 0x7fffffff));
 }
 
+// -0 becomes +0, everything else stays.
+TE_HD float positive_zero(float x) { return (bits_of(x) & kAbsBits) == 0 ? 0.0f : x; }
+
 // Columns of `tally`.
 enum TallyColumn { kFinite = 0, kZeros = 1, kTiny = 2, kInf = 3, kNan = 4, kTallyColumns = 5 };
 
@@ -95,10 +98,10 @@ struct ChannelStatistic {
 };
 
 // Widens the extrema by [min, max] (finite or the empty state) and moves the window along.
-TE_HD void widen(ChannelStatistic into, HistogramLayout layout, float min, float max) {
+TE_HD void extend(ChannelStatistic into, HistogramLayout layout, float min, float max) {
   const int32_t old_top = top_octave(into.extrema[0], into.extrema[1]);
-  if (min < into.extrema[0]) into.extrema[0] = min + 0.0f;  // -0 is kept as +0
-  if (max > into.extrema[1]) into.extrema[1] = max + 0.0f;
+  if (key_of(min) < key_of(into.extrema[0])) into.extrema[0] = positive_zero(min);
+  if (key_of(max) > key_of(into.extrema[1])) into.extrema[1] = positive_zero(max);
   const int32_t new_top = top_octave(into.extrema[0], into.extrema[1]);
   into.tally[kTiny] += raise_window(into.counts, layout, old_top, new_top);
 }
@@ -106,7 +109,7 @@ TE_HD void widen(ChannelStatistic into, HistogramLayout layout, float min, float
 // into = statistic of the values of both. Exact and in any order, as all it does is integer sums.
 TE_HD void merge_channel(ChannelStatistic into, HistogramLayout layout, const float* extrema,
                          const int64_t* tally, const int64_t* counts) {
-  widen(into, layout, extrema[0], extrema[1]);
+  extend(into, layout, extrema[0], extrema[1]);
   for (int column = 0; column < kTallyColumns; ++column) into.tally[column] += tally[column];
   const int32_t other_top = top_octave(extrema[0], extrema[1]);
   if (layout.octaves == 0 || other_top == 0) return;

@@ -1,0 +1,72 @@
+#pragma once
+
+#include <concepts>
+#include <cstdint>
+
+#include "core/cumulative.h"
+#include "core/grid.h"
+#include "core/option.h"
+
+// What a rule has to offer. Each header under observers/ ends with a static_assert of one of these.
+namespace torch_ext::core {
+
+// Every rule: its name, what it reads of the statistic, the widest grid it is defined for, its options.
+template <class R>
+concept Rule = requires {
+  { R::name } -> std::convertible_to<const char*>;
+  { R::needs } -> std::convertible_to<Needs>;
+  { R::max_bits } -> std::convertible_to<int>;
+  { R::options } -> std::convertible_to<const Option*>;
+  { R::option_count } -> std::convertible_to<int32_t>;
+};
+
+// Closed: the range follows from the view.
+template <class R>
+concept ClosedRule = Rule<R> && requires(const View& view, const Grid& grid, const double* options) {
+  { R::solve(view, grid, options) } -> std::same_as<Range>;
+};
+
+// Search: candidates are prepared once per channel, their objectives are computed apart from each other (on
+// the CPU a block of them at a time, on a GPU a thread each), and the least wins.
+template <class R>
+concept SearchRule =
+    Rule<R> && requires(const View& view, const Grid& grid, const double* options, int64_t* words,
+                        const typename R::Search& search, double* out, HistogramLayout layout) {
+      { R::search_words(layout, grid, options) } -> std::same_as<int64_t>;
+      { R::prepare(view, grid, options, words) } -> std::same_as<typename R::Search>;
+      { search.count } -> std::convertible_to<int64_t>;
+      { search.last_wins } -> std::convertible_to<bool>;
+      { R::objectives(search, int64_t{}, int64_t{}, out) } -> std::same_as<void>;
+      { R::threshold(search, int64_t{}) } -> std::same_as<double>;
+    };
+
+// Composite: closed, but over the results of search rules, which the driver provides:
+// thresholds.template operator()<OtherRule>(options) is that rule's threshold on the same view.
+struct AnyThresholds {
+  template <class R>
+  TE_HD double threshold(const double*) const {
+    return 0;
+  }
+};
+template <class R>
+concept CompositeRule =
+    Rule<R> && requires(const View& view, const Grid& grid, const double* options, AnyThresholds t) {
+      { R::solve(view, grid, options, t) } -> std::same_as<Range>;
+    };
+
+template <class R>
+concept AnyRule = ClosedRule<R> || SearchRule<R> || CompositeRule<R>;
+
+// Optional: what is wrong with option values that each lie within their own bounds.
+template <class R>
+concept ChecksOptions = requires(const Grid& grid, HistogramLayout layout, const double* options) {
+  { R::complaint(grid, layout, options) } -> std::same_as<Complaint>;
+};
+
+// Optional: qparams that are given and do not follow from the range.
+template <class R>
+concept GivesQParams = requires(const Grid& grid, const double* options) {
+  { R::qparams(grid, options) } -> std::same_as<QParams>;
+};
+
+}  // namespace torch_ext::core

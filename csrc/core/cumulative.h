@@ -1,0 +1,209 @@
+#pragma once
+
+#include <cstdint>
+
+#include "core/histogram.h"
+#include "core/option.h"
+
+// The view of one channel's statistic that every rule is solved from: prefix sums over the window's bins,
+// ascending in |x|, one row per sign. Sums are integers, exact and free of order; octaves are combined in
+// ascending order in float64, so every device finds the same bits.
+namespace torch_ext::core {
+
+enum Sign { kNegative = 0, kPositive = 1 };
+
+struct View {
+  HistogramLayout layout;
+  int32_t bottom, top;  // octaves of the window (biased exponents); top 0: there is none
+  double min, max;      // 0, 0 where nothing was observed
+  int64_t finite, zeros, tiny;
+  int64_t bins;                // bins of one sign in the window, bottom to top
+  const int64_t* below[2];     // [bins + 1] values of a sign in the first i bins
+  const double* magnitude;     // [bins + 1] values of either sign, tiny included, below bin i
+  const int64_t* first[2];     // [octaves, 2^m + 1] within an octave: sums of count * k over the first k
+  const int64_t* second[2];    // the same of count * k^2
+  double sum, squares;         // of the values; moments only
+
+  TE_HD double largest() const { return -min > max ? -min : max; }
+  TE_HD bool one_sided() const { return min >= 0 || max <= 0; }
+  // Lower edge of the window: below it values are tiny. At least 2^-126.
+  TE_HD double floor() const { return exp2_of(bottom - kBias); }
+  // The value that stands for window bin i: its edge of least magnitude.
+  TE_HD double value(int64_t i) const {
+    const int32_t m = layout.mantissa_bits;
+    const int64_t width = int64_t{1} << m;
+    const double mantissa = static_cast<double>(width + (i & (width - 1)));
+    return mantissa * exp2_of(bottom - kBias - m + static_cast<int32_t>(i >> m));
+  }
+  // How many window bins stand for a magnitude below t.
+  TE_HD int64_t position(double t) const {
+    if (!(t > floor())) return 0;
+    const uint64_t bits = __builtin_bit_cast(uint64_t, t);
+    const int32_t drop = 52 - layout.mantissa_bits;
+    const int64_t base = int64_t{bottom - kBias + 1023} << layout.mantissa_bits;
+    const int64_t bin = static_cast<int64_t>(bits >> drop) - base;
+    const int64_t above = (bits & ((uint64_t{1} << drop) - 1)) != 0 ? bin + 1 : bin;
+    return above < bins ? above : bins;
+  }
+  // Non-zero values with |x| < t, linear inside the bin t falls into; tiny is one bin [0, floor).
+  TE_HD double count_below(double t) const {
+    const uint64_t bits = __builtin_bit_cast(uint64_t, t);
+    const int32_t drop = 52 - layout.mantissa_bits;
+    const int64_t base = int64_t{bottom - kBias + 1023} << layout.mantissa_bits;
+    const int64_t bin = static_cast<int64_t>(bits >> drop) - base;
+    const int64_t least = bin < 0 ? 0 : bin;
+    const int64_t inside = least < bins ? least : bins - 1;
+    const double width = exp2_of(drop);
+    const uint64_t rest = bits & ((uint64_t{1} << drop) - 1);
+    // rest < 2^52 becomes a double through the mantissa of 2^52.
+    const double fraction =
+        (__builtin_bit_cast(double, rest | 0x4330000000000000u) - 0x1p52) / width;
+    const double begin = magnitude[inside], end = magnitude[inside + 1];
+    const double linear = begin + (end - begin) * fraction;
+    const double in_window = least < bins ? linear : magnitude[bins];
+    return bin < 0 ? static_cast<double>(tiny) * (t / floor()) : in_window;
+  }
+};
+
+TE_HD int64_t nonzero(const View& view) { return view.finite - view.zeros; }
+
+// 64-bit words of memory a view needs.
+TE_HD int64_t view_words(HistogramLayout layout, Needs needs) {
+  if (needs < Needs::counts) return 0;
+  const int64_t prefixes = 3 * (layout.bins() + 1);
+  const int64_t moments = 4 * (layout.bins() + layout.octaves);
+  return needs == Needs::moments ? prefixes + moments : prefixes;
+}
+
+// Sum of (x - v)^2 over `count` values x = 2^m + k of one octave, given their sums of k and k^2. Exact up to
+// the last steps: it is taken about the integer nearest to v, so no large terms cancel.
+TE_HD double octave_error(int64_t count, int64_t first, int64_t second, double v, int32_t m) {
+  const int64_t width = int64_t{1} << m;
+  if (v > static_cast<double>(4 * width)) {
+    const double x1 = static_cast<double>(first + width * count);
+    const double x2 = static_cast<double>(second + 2 * width * first + width * width * count);
+    return x2 - 2 * v * x1 + v * v * static_cast<double>(count);
+  }
+  const int64_t near = static_cast<int64_t>(v + 0.5);
+  const double offset = v - static_cast<double>(near);
+  // Modulo 2^64: the intermediate terms may wrap, the sum does not.
+  const uint64_t shift = static_cast<uint64_t>(near - width);
+  const uint64_t n = static_cast<uint64_t>(count), s1 = static_cast<uint64_t>(first);
+  const int64_t about1 = static_cast<int64_t>(s1 - shift * n);
+  const int64_t about2 =
+      static_cast<int64_t>(static_cast<uint64_t>(second) - 2 * shift * s1 + shift * shift * n);
+  return static_cast<double>(about2) - 2 * offset * static_cast<double>(about1) +
+         offset * offset * static_cast<double>(count);
+}
+
+// Sum of (|x| - v)^2 over the values of a sign in window bins [begin, end), v >= 0.
+TE_HD double squared_error(const View& view, Sign sign, int64_t begin, int64_t end, double v) {
+  const int32_t m = view.layout.mantissa_bits;
+  const int64_t width = int64_t{1} << m;
+  double total = 0;
+  while (begin < end) {
+    const int64_t octave = begin >> m, octave_begin = octave << m;
+    const int64_t stop = end < octave_begin + width ? end : octave_begin + width;
+    const int64_t count = view.below[sign][stop] - view.below[sign][begin];
+    if (count != 0) {
+      const int64_t row = octave * (width + 1) - octave_begin;
+      const double unit = exp2_of(view.bottom - kBias - m + static_cast<int32_t>(octave));
+      const double error =
+          octave_error(count, view.first[sign][row + stop] - view.first[sign][row + begin],
+                       view.second[sign][row + stop] - view.second[sign][row + begin], v / unit, m);
+      total += error * (unit * unit);
+    }
+    begin = stop;
+  }
+  return total;
+}
+
+// Sum of |x| over the values of a sign in window bins [begin, end).
+TE_HD double magnitude_sum(const View& view, Sign sign, int64_t begin, int64_t end) {
+  const int32_t m = view.layout.mantissa_bits;
+  const int64_t width = int64_t{1} << m;
+  double total = 0;
+  while (begin < end) {
+    const int64_t octave = begin >> m, octave_begin = octave << m;
+    const int64_t stop = end < octave_begin + width ? end : octave_begin + width;
+    const int64_t count = view.below[sign][stop] - view.below[sign][begin];
+    const int64_t row = octave * (width + 1) - octave_begin;
+    const int64_t first = view.first[sign][row + stop] - view.first[sign][row + begin];
+    const double unit = exp2_of(view.bottom - kBias - m + static_cast<int32_t>(octave));
+    total += static_cast<double>(first + width * count) * unit;
+    begin = stop;
+  }
+  return total;
+}
+
+// Sum over all values of (x - mean)^2; zeros and tiny are at 0.
+TE_HD double squared_deviation(const View& view, double mean) {
+  const double toward = mean < 0 ? -mean : mean;
+  const Sign same = mean < 0 ? kNegative : kPositive, other = mean < 0 ? kPositive : kNegative;
+  const int64_t at_zero = view.zeros + view.tiny;
+  // On the far side (|x| + |mean|)^2 = x^2 + 2 |x| |mean| + mean^2: no cancellation.
+  const int64_t far = view.below[other][view.bins];
+  return squared_error(view, same, 0, view.bins, toward) +
+         squared_error(view, other, 0, view.bins, 0) +
+         2 * toward * magnitude_sum(view, other, 0, view.bins) +
+         toward * toward * static_cast<double>(at_zero + far);
+}
+
+// Fills one channel's prefix sums; `words` holds view_words() words.
+TE_HD View build_view(HistogramLayout layout, Needs needs, const float* extrema, const int64_t* tally,
+                      const int64_t* counts, int64_t* words) {
+  View view{};
+  view.layout = layout;
+  view.finite = tally[kFinite];
+  view.zeros = tally[kZeros];
+  view.tiny = tally[kTiny];
+  const bool seen = view.finite > 0;
+  view.min = seen ? static_cast<double>(extrema[0]) : 0.0;
+  view.max = seen ? static_cast<double>(extrema[1]) : 0.0;
+  if (needs < Needs::counts) return view;
+  const int32_t m = layout.mantissa_bits;
+  const int64_t width = int64_t{1} << m;
+  view.top = seen ? top_octave(extrema[0], extrema[1]) : 0;
+  view.bottom = layout.bottom(view.top);
+  view.bins = view.top == 0 ? 0 : int64_t{view.top - view.bottom + 1} << m;
+  double* const magnitude = reinterpret_cast<double*>(words + 2 * (layout.bins() + 1));
+  int64_t* moments = words + 3 * (layout.bins() + 1);
+  for (int sign = 0; sign < 2; ++sign) {
+    int64_t* const below = words + sign * (layout.bins() + 1);
+    int64_t* const first = moments + 2 * sign * (layout.bins() + layout.octaves);
+    int64_t* const second = first + layout.bins() + layout.octaves;
+    int64_t total = 0;
+    below[0] = 0;
+    for (int64_t octave = 0; octave < view.bins >> m; ++octave) {
+      const int64_t* bins = counts + sign * layout.bins() +
+                            layout.octave_begin(view.bottom + static_cast<int32_t>(octave));
+      int64_t* const prefix = below + (octave << m) + 1;
+      for (int64_t k = 0; k < width; ++k) prefix[k] = total += bins[k];
+      if (needs != Needs::moments) continue;
+      int64_t* const row1 = first + octave * (width + 1);
+      int64_t* const row2 = second + octave * (width + 1);
+      int64_t s1 = 0, s2 = 0;
+      row1[0] = row2[0] = 0;
+      for (int64_t k = 0; k < width; ++k) {
+        row1[k + 1] = s1 += bins[k] * k;
+        row2[k + 1] = s2 += bins[k] * k * k;
+      }
+    }
+    view.below[sign] = below;
+    view.first[sign] = first;
+    view.second[sign] = second;
+  }
+  for (int64_t i = 0; i <= view.bins; ++i)
+    magnitude[i] =
+        static_cast<double>(view.tiny + view.below[kNegative][i] + view.below[kPositive][i]);
+  view.magnitude = magnitude;
+  if (needs == Needs::moments) {
+    view.sum = magnitude_sum(view, kPositive, 0, view.bins) -
+               magnitude_sum(view, kNegative, 0, view.bins);
+    view.squares = squared_error(view, kPositive, 0, view.bins, 0) +
+                   squared_error(view, kNegative, 0, view.bins, 0);
+  }
+  return view;
+}
+
+}  // namespace torch_ext::core

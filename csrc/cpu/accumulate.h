@@ -1,0 +1,56 @@
+#pragma once
+
+#include <cstdint>
+
+#include "core/dtype.h"
+#include "core/half.h"
+#include "core/histogram.h"
+
+namespace torch_ext::cpu {
+
+// Values are handled in groups that stay in the first-level cache between the passes over them.
+constexpr int kGroup = 1024;
+// Bins past both signs' that take the values outside the window, one per lane: a run of zeros would
+// otherwise wait for its own increments.
+constexpr int kSpill = 64;
+
+// What one pass over a group finds.
+struct GroupSummary {
+  int32_t min_key;
+  int32_t max_key;
+  int32_t zeros;
+  int32_t in_window;
+};
+
+// The window as the index computation needs it. An index is the value's bin in `counts`, or a spill bin.
+struct Window {
+  uint32_t first;   // number of the window's first bin: bottom << mantissa_bits
+  uint32_t width;   // bins of one sign that the window spans
+  uint32_t rotate;  // where the first bin lives: its octave's slot << mantissa_bits
+  uint32_t bins;    // bins of one sign in the table
+  int32_t shift;    // 23 - mantissa_bits
+};
+
+// Counters of one thread, 8 bits wide so that the bins in use stay in the first-level cache: two tables
+// (equal neighbours do not wait for each other) and a carry worth 256 for each bin.
+struct NarrowTables {
+  uint8_t* even;    // [size + kSpill]
+  uint8_t* odd;     // [size + kSpill]
+  uint32_t* carry;  // [size + kSpill]
+};
+
+// Inner loops, compiled once per instruction set.
+struct AccumulateKernels {
+  // Extrema and zeros of n values.
+  GroupSummary (*summarize)(const float* x, int64_t n);
+  // The same, and the index of each value.
+  GroupSummary (*classify)(const float* x, int64_t n, Window window, uint32_t* index);
+  // One increment per index.
+  void (*count)(const uint32_t* index, int64_t n, NarrowTables tables);
+  // n values of another type to float32.
+  void (*widen_f64)(const double* x, int64_t n, float* out);
+  void (*widen_f16)(const core::half* x, int64_t n, float* out);
+  void (*widen_bf16)(const core::bfloat16* x, int64_t n, float* out);
+};
+
+}  // namespace torch_ext::cpu
