@@ -1,0 +1,40 @@
+# make example   the whole path on real images      make bench   speed, side by side with the peers
+# make test      GoogleTest and pytest              make lint    format, lint and types
+# make build     only set up and compile            make clean   everything but .venv
+#
+# Every target first sets up what it needs in .venv; a second run starts at once.
+#   TORCH=2.13.0    the PyTorch release to install and build against, 2.11 or newer
+#   PYTHON=python3  the interpreter that .venv is made with, 3.10 or newer
+#   DATA=folder     Fashion-MNIST's four idx files, for `make example`
+#   JOBS=2          parallel compilations and C++ tests; default: all cores
+
+TORCH ?= 2.13.0
+export TORCH PYTHON DATA JOBS
+
+.PHONY: build setup example test bench lint clean
+build: setup
+
+setup:
+	@tools/setup.sh
+
+example: setup
+	@.venv/bin/python examples/fashion_mnist.py $(if $(DATA),--data "$$DATA")
+
+test:
+	@tools/setup.sh --tests
+	@tools/test.sh
+
+bench: setup
+	@.venv/bin/python benchmarks/run.py
+
+lint: setup
+	@find csrc tests \( -name '*.h' -o -name '*.cpp' -o -name '*.inc' \) -print0 | \
+	    xargs -0 .venv/bin/clang-format --dry-run -Werror
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@.venv/bin/mypy
+
+clean:
+	@rm -rf build dist *.egg-info torch_ext/*.so examples/output benchmarks/output
+	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .venv/.stamp-*
+	@find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
