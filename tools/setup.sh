@@ -118,7 +118,7 @@ build() {
     cmake --install "$folder" --prefix torch_ext >/dev/null
 }
 
-torch=$TORCH
+torch=${TORCH?run this through make}
 python=${PYTHON:-python3}
 jobs=${JOBS:-$(nproc)}
 want_tests=no
