@@ -37,8 +37,7 @@ void fake_quant_backward(core::DType dtype, const void* grad, const uint8_t* mas
                          int64_t numel) {
   if (numel == 0) return;
   const MapKernels::Backward backward = kernels().map.backward[static_cast<int>(dtype)];
-  for_each_block(numel,
-                 [&](int64_t begin, int64_t end) { backward(grad, mask, dx, begin, end); });
+  for_each_block(numel, [&](int64_t begin, int64_t end) { backward(grad, mask, dx, begin, end); });
 }
 
 }  // namespace torch_ext::cpu

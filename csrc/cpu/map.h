@@ -5,8 +5,8 @@
 #include "core/affine.h"
 #include "core/dtype.h"
 
-// The driver of element-wise fake-quant. Data is contiguous; x and out must not overlap. Results do not
-// depend on the number of threads, nor on the instruction set.
+// The driver of element-wise fake-quant. Data is contiguous; x and out must not overlap. Results do
+// not depend on the number of threads, nor on the instruction set.
 namespace torch_ext::cpu {
 
 // Contiguous data seen as [outer, channels, inner]; per tensor is [1, 1, n].
@@ -18,8 +18,8 @@ struct ChannelLayout {
   int64_t numel() const { return outer * channels * inner; }
 };
 
-// The unit that elements are handed to threads in. A multiple of 8, so that a byte of the mask belongs to
-// one thread; its flags and staged qparams stay in the first-level cache.
+// The unit that elements are handed to threads in. A multiple of 8, so that a byte of the mask
+// belongs to one thread; its flags and staged qparams stay in the first-level cache.
 constexpr int64_t kMapBlock = 1024;
 
 // out and mask of elements [begin, end) of x, begin a multiple of kMapBlock.
@@ -45,8 +45,9 @@ struct MapKernels {
   Backward backward[core::kDTypeCount];
 };
 
-// out = dequantize(quantize(x)), and where mask is not null one bit per element: the gradient passes.
-// An invalid scale (<= 0, infinite, NaN) gives NaN; callers that can refuse it do so before.
+// out = dequantize(quantize(x)), and where mask is not null one bit per element: the gradient
+// passes. An invalid scale (<= 0, infinite, NaN) gives NaN; callers that can refuse it do so
+// before.
 void fake_quant_forward(core::DType dtype, const void* x, void* out, uint8_t* mask,
                         const ChannelLayout& layout, const float* scale, const int32_t* zero_point,
                         int32_t quant_min, int32_t quant_max, core::Rounding rounding,
