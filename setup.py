@@ -76,6 +76,7 @@ class CMakeBuild(build_ext):
         return super().get_ext_filename(fullname)
 
     def build_extensions(self) -> None:
+        parallel = str(jobs())
         torch_root, torch_version = find_torch()
         cmake = tool("cmake") or "cmake"
         build = ROOT / "build" / f"torch-{torch_version}"
@@ -85,7 +86,7 @@ class CMakeBuild(build_ext):
         configure += [f"-DPython3_EXECUTABLE={sys.executable}", f"-DTORCH_ROOT={torch_root}"]
         configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         subprocess.check_call(configure)
-        subprocess.check_call([cmake, "--build", str(build), "--parallel", str(jobs())])
+        subprocess.check_call([cmake, "--build", str(build), "--parallel", parallel])
         subprocess.check_call([cmake, "--install", str(build), "--prefix", str(package)])
 
 
