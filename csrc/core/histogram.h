@@ -64,6 +64,10 @@ struct HistogramLayout {
   }
 };
 
+// What is kept unless asked otherwise: 256 KiB per tensor, 24 KiB per channel.
+constexpr HistogramLayout kPerTensor = {10, 16};
+constexpr HistogramLayout kPerChannel = {7, 12};
+
 // Octave (biased exponent) of the largest |x|; 0 where there is none or it is zero or subnormal.
 TE_HD int32_t top_octave(float min, float max) {
   if (!(min <= max)) return 0;  // the empty state (+inf, -inf)

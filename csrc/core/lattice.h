@@ -52,13 +52,16 @@ TE_HD Lattice make_lattice(const View& view) {
 // The most candidates a lattice can have.
 TE_HD int64_t lattice_size(HistogramLayout layout) { return layout.octaves * kPerOctave; }
 
-// Index of the least objective, or -1 where none is finite. Ties, 1e-12 relative plus 1e-14, go to the
-// smallest index, or to the largest with `last`.
+// Objectives up to this bound tie with the least.
+TE_HD double tie_bound(double least) { return least + 1e-12 * __builtin_fabs(least) + 1e-14; }
+
+// Index of the least objective, or -1 where none is finite. Ties go to the smallest index, or to the largest
+// with `last`.
 TE_HD int64_t argmin(const double* objective, int64_t count, bool last) {
   double least = __builtin_inf();
   for (int64_t i = 0; i < count; ++i) least = objective[i] < least ? objective[i] : least;
   if (!(least < __builtin_inf())) return -1;
-  const double bound = least + 1e-12 * __builtin_fabs(least) + 1e-14;
+  const double bound = tie_bound(least);
   int64_t winner = -1;
   for (int64_t i = 0; i < count; ++i)
     if (objective[i] <= bound && (last || winner < 0)) winner = i;

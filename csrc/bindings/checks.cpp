@@ -1,0 +1,215 @@
+#include "bindings/checks.h"
+
+#include <cmath>
+
+#include "cuda/driver.h"
+#include "registry.h"
+
+namespace torch_ext::bindings {
+namespace {
+
+void check_device(const char* op, const char* argument, const at::Tensor& t) {
+  const bool reachable = t.is_cpu() || t.is_meta() || (t.is_cuda() && cuda::available());
+  expect(reachable, op, argument,
+         cuda::available() ? "on the CPU or a CUDA device" : "on the CPU (a build without CUDA kernels)",
+         t.device());
+  expect(t.layout() == at::kStrided, op, argument, "a strided tensor", t.layout());
+}
+
+void check_same_device(const char* op, const std::string& argument, const at::Tensor& t,
+                       const at::Device& device) {
+  expect(t.device() == device, op, argument.c_str(), device, t.device());
+}
+
+}  // namespace
+
+core::DType check_data(const char* op, const char* argument, const at::Tensor& x) {
+  check_device(op, argument, x);
+  switch (x.scalar_type()) {
+    case at::kFloat:
+      return core::DType::f32;
+    case at::kDouble:
+      return core::DType::f64;
+    case at::kHalf:
+      return core::DType::f16;
+    case at::kBFloat16:
+      return core::DType::bf16;
+    default:
+      expect(false, op, argument, "float32, float64, float16 or bfloat16", x.scalar_type());
+      return core::DType::f32;
+  }
+}
+
+int64_t check_axis(const char* op, const at::Tensor& x, int64_t ch_axis) {
+  const bool valid = ch_axis >= -1 && ch_axis < x.dim();
+  if (!valid)
+    expect(false, op, "ch_axis", "-1 or an axis of the " + std::to_string(x.dim()) + " of x", ch_axis);
+  return ch_axis < 0 ? 1 : x.size(ch_axis);
+}
+
+core::HistogramLayout check_layout(const char* op, int64_t mantissa_bits, int64_t octaves) {
+  if (octaves != 0) {
+    expect(mantissa_bits >= 5 && mantissa_bits <= 10, op, "mantissa_bits", "between 5 and 10",
+           mantissa_bits);
+    expect(octaves >= 4 && octaves <= 32, op, "octaves", "between 4 and 32", octaves);
+  }
+  return {static_cast<int32_t>(mantissa_bits), static_cast<int32_t>(octaves)};
+}
+
+core::Statistic check_statistic(const char* op, const at::Tensor& extrema, const at::Tensor& tally,
+                                const at::Tensor& counts, int64_t channels, const char* prefix) {
+  const auto name = [&](const char* part) { return std::string(prefix) + part; };
+  const auto check = [&](const at::Tensor& t, const char* part, at::ScalarType type) {
+    check_device(op, name(part).c_str(), t);
+    check_same_device(op, name(part), t, extrema.device());
+    expect(t.scalar_type() == type, op, name(part).c_str(), type, t.scalar_type());
+    expect(t.is_contiguous(), op, name(part).c_str(), "contiguous", "strides ", t.strides());
+  };
+  check(extrema, "extrema", at::kFloat);
+  check(tally, "tally", at::kLong);
+  check(counts, "counts", at::kLong);
+  expect(extrema.dim() == 2 && extrema.size(1) == 2, op, name("extrema").c_str(), "of shape [C, 2]",
+         extrema.sizes());
+  const int64_t found = extrema.size(0);
+  if (channels >= 0 && found != channels)
+    expect(false, op, name("extrema").c_str(), "of shape [" + std::to_string(channels) + ", 2]",
+           extrema.sizes());
+  if (!(tally.dim() == 2 && tally.size(0) == found && tally.size(1) == core::kTallyColumns))
+    expect(false, op, name("tally").c_str(), "of shape [" + std::to_string(found) + ", 5]",
+           tally.sizes());
+  const bool four = counts.dim() == 4 && counts.size(0) == found && counts.size(1) == 2;
+  const int64_t octaves = four ? counts.size(2) : 0, bins = four ? counts.size(3) : 0;
+  int64_t mantissa_bits = 0;
+  while ((int64_t{1} << mantissa_bits) < bins) ++mantissa_bits;
+  const bool none = octaves == 0 && bins == 0;
+  const bool kept = octaves >= 4 && octaves <= 32 && mantissa_bits >= 5 && mantissa_bits <= 10 &&
+                    bins == int64_t{1} << mantissa_bits;
+  if (!four || !(none || kept))
+    expect(false, op, name("counts").c_str(),
+           "of shape [" + std::to_string(found) +
+               ", 2, octaves (4 to 32), 2^mantissa_bits (5 to 10)] or [" + std::to_string(found) +
+               ", 2, 0, 0]",
+           counts.sizes());
+  if (extrema.is_meta()) return {nullptr, nullptr, nullptr, found, {}};
+  return {extrema.mutable_data_ptr<float>(),
+          tally.mutable_data_ptr<int64_t>(),
+          none ? nullptr : counts.mutable_data_ptr<int64_t>(),
+          found,
+          {static_cast<int32_t>(mantissa_bits), static_cast<int32_t>(octaves)}};
+}
+
+core::Grid check_grid(const char* op, int64_t quant_min, int64_t quant_max, bool symmetric,
+                      std::string_view scale_rule, bool power_of_two) {
+  expect(quant_min >= -32768 && quant_min <= 0, op, "quant_min", "between -32768 and 0", quant_min);
+  expect(quant_max >= 0 && quant_max <= 65535, op, "quant_max", "between 0 and 65535", quant_max);
+  expect(quant_min < quant_max, op, "quant_max", "more than quant_min", quant_max);
+  expect(quant_max - quant_min <= 65535, op, "quant_max", "at most quant_min + 65535", quant_max);
+  expect(scale_rule == "grid" || scale_rule == "tvm", op, "scale_rule", "one of grid, tvm",
+         scale_rule);
+  const bool tvm = scale_rule == "tvm";
+  expect(!tvm || symmetric, op, "scale_rule", "grid on an affine grid", scale_rule);
+  return {static_cast<int32_t>(quant_min), static_cast<int32_t>(quant_max), symmetric,
+          tvm ? core::ScaleRule::tvm : core::ScaleRule::grid, power_of_two};
+}
+
+void check_per_channel(const char* op, const char* argument, const at::Tensor& t, at::ScalarType type,
+                       int64_t channels, const at::Device& device) {
+  check_device(op, argument, t);
+  check_same_device(op, argument, t, device);
+  expect(t.scalar_type() == type, op, argument, type, t.scalar_type());
+  if (t.dim() > 1 || t.numel() != channels)
+    expect(false, op, argument, "of shape [" + std::to_string(channels) + "]", t.sizes());
+  expect(t.is_contiguous(), op, argument, "contiguous", "strides ", t.strides());
+}
+
+core::Mask parse_mask(const char* op, std::string_view name) {
+  if (name == "rounded") return core::Mask::rounded;
+  expect(name == "paper", op, "mask", "one of rounded, paper", name);
+  return core::Mask::paper;
+}
+
+core::Rounding parse_rounding(const char* op, std::string_view name) {
+  if (name == "half_even") return core::Rounding::half_even;
+  if (name == "half_away") return core::Rounding::half_away;
+  expect(name == "floor_half_up", op, "rounding", "one of half_even, half_away, floor_half_up", name);
+  return core::Rounding::floor_half_up;
+}
+
+int32_t check_rule(const char* op, std::string_view name) {
+  int32_t found = -1;
+  Observers::for_each([&]<class R>(int32_t index) {
+    if (name == R::name) found = index;
+  });
+  TORCH_CHECK(found >= 0, op, ": unknown observer \"", name, "\"; known: ", known_rules());
+  return found;
+}
+
+std::string known_rules() {
+  std::string known;
+  Observers::for_each([&]<class R>(int32_t index) {
+    if (index > 0) known += ", ";
+    known += R::name;
+  });
+  return known;
+}
+
+int64_t option_count_of(int32_t rule) {
+  int64_t count = 0;
+  Observers::for_each([&]<class R>(int32_t index) {
+    if (index == rule) count = R::option_count;
+  });
+  return count;
+}
+
+core::Needs needs_of(int32_t rule) {
+  core::Needs needs = core::Needs::nothing;
+  Observers::for_each([&]<class R>(int32_t index) {
+    if (index == rule) needs = R::needs;
+  });
+  return needs;
+}
+
+namespace {
+
+template <class R>
+void check_use(const char* op, const core::Grid& grid, core::HistogramLayout layout,
+               const double* options, int64_t option_count) {
+  if (grid.bits() > R::max_bits)
+    TORCH_CHECK(false, op, ": expected the grid to be of at most ", R::max_bits, " bits for ", R::name,
+                " (beyond that there is nothing to search), got [", grid.quant_min, ", ",
+                grid.quant_max, "]");
+  if (option_count != R::option_count)
+    expect(false, op, "options",
+           std::to_string(R::option_count) + " values for " + std::string(R::name), option_count);
+  for (int32_t i = 0; i < R::option_count; ++i) {
+    const core::Option& option = R::options[i];
+    const bool whole = option.choices == nullptr || options[i] == std::floor(options[i]);
+    if (!(options[i] >= option.minimum && options[i] <= option.maximum && whole))
+      expect(false, op, option.name,
+             "between " + std::to_string(option.minimum) + " and " + std::to_string(option.maximum),
+             options[i]);
+  }
+  if constexpr (core::ChecksOptions<R>) {
+    const core::Complaint complaint = R::complaint(grid, layout, options);
+    expect(complaint.want == nullptr, op, complaint.argument == nullptr ? "" : complaint.argument,
+           complaint.want == nullptr ? "" : complaint.want, complaint.have);
+  }
+  expect(R::needs < core::Needs::counts || layout.octaves != 0, op, "counts",
+         "kept for " + std::string(R::name) + ", which reads a histogram", "none");
+}
+
+}  // namespace
+
+void check_rule_use(const char* op, int32_t rule, const core::Grid& grid, core::HistogramLayout layout,
+                    const double* options, int64_t option_count) {
+  Observers::for_each([&]<class R>(int32_t index) {
+    if (index == rule) check_use<R>(op, grid, layout, options, option_count);
+  });
+}
+
+core::TensorView view_of(const at::Tensor& x, core::DType dtype) {
+  return {x.const_data_ptr(), dtype, static_cast<int32_t>(x.dim()), x.sizes().data(),
+          x.strides().data()};
+}
+
+}  // namespace torch_ext::bindings

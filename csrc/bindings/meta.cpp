@@ -1,0 +1,109 @@
+#include <ATen/core/stack.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "bindings/checks.h"
+#include "registry.h"
+
+// Shapes and types of results, for tracing. Sizes may be symbols, so only what needs no value is checked.
+namespace torch_ext::bindings {
+namespace {
+
+using Text = c10::string_view;
+
+at::Tensor like(const at::Tensor& x) { return at::empty_symint(x.sym_sizes(), x.options()); }
+
+at::Tensor fake_quant(const at::Tensor& x, const at::Tensor&, const at::Tensor&, int64_t, int64_t,
+                      int64_t, Text, Text) {
+  return like(x);
+}
+
+std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& x, const at::Tensor&, const at::Tensor&,
+                                           int64_t, int64_t, int64_t, Text, Text) {
+  return {like(x), at::empty_symint({(x.sym_numel() + 7) / 8}, x.options().dtype(at::kByte))};
+}
+
+at::Tensor backward(const at::Tensor& grad, const at::Tensor&) { return like(grad); }
+
+void observe_(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t) {}
+
+void merge_(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+            const at::Tensor&, const at::Tensor&) {}
+
+void follow_(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+             const at::Tensor&, double, Text, int64_t, int64_t, bool, Text, bool,
+             at::ArrayRef<double>, int64_t, int64_t, int64_t) {}
+
+at::Tensor range_of(const at::Tensor& extrema) {
+  return at::empty_symint({extrema.sym_size(0), 2}, extrema.options().dtype(at::kFloat));
+}
+
+at::Tensor solve(Text, const at::Tensor& extrema, const at::Tensor&, const at::Tensor&, int64_t,
+                 int64_t, bool, Text, bool, at::ArrayRef<double>) {
+  return range_of(extrema);
+}
+
+std::tuple<at::Tensor, at::Tensor> qparams_of(const at::Tensor& range) {
+  return {at::empty_symint({range.sym_size(0)}, range.options()),
+          at::empty_symint({range.sym_size(0)}, range.options().dtype(at::kInt))};
+}
+
+using Tensors = std::vector<at::Tensor>;
+
+std::tuple<Tensors, Tensors, Tensors> solve_many(const std::vector<std::string>&,
+                                                 at::TensorList extrema, at::TensorList,
+                                                 at::TensorList, at::IntArrayRef, at::IntArrayRef,
+                                                 const c10::List<bool>&,
+                                                 const std::vector<std::string>&,
+                                                 const c10::List<bool>&, at::ArrayRef<double>) {
+  Tensors range, scale, zero_point;
+  for (const at::Tensor& t : extrema) {
+    range.push_back(range_of(t));
+    auto [s, z] = qparams_of(range.back());
+    scale.push_back(s);
+    zero_point.push_back(z);
+  }
+  return {range, scale, zero_point};
+}
+
+std::tuple<at::Tensor, at::Tensor> qparams(const at::Tensor& range, int64_t, int64_t, bool, Text,
+                                           bool) {
+  return qparams_of(range);
+}
+
+std::tuple<at::Tensor, at::Tensor> kl_threshold(const at::Tensor& counts, const at::Tensor& bin_width,
+                                                int64_t, Text) {
+  return {at::empty_symint({counts.sym_size(0)}, counts.options()),
+          at::empty_symint({counts.sym_size(0)}, bin_width.options())};
+}
+
+void one_shot(const c10::OperatorHandle& handle, torch::jit::Stack* stack) {
+  const size_t count = handle.schema().arguments().size();
+  const at::Tensor x = torch::jit::peek(*stack, 0, count).toTensor();
+  const int64_t ch_axis = torch::jit::peek(*stack, 4, count).toInt();
+  const c10::SymInt channels = ch_axis < 0 ? c10::SymInt(1) : x.sym_size(ch_axis);
+  at::Tensor range = at::empty_symint({channels, 2}, x.options().dtype(at::kFloat));
+  torch::jit::drop(*stack, count);
+  torch::jit::push(*stack, std::move(range));
+}
+
+TORCH_LIBRARY_IMPL(torch_ext, Meta, m) {
+  m.impl("fake_quant", TORCH_FN(fake_quant));
+  m.impl("_fake_quant_forward", TORCH_FN(forward));
+  m.impl("_fake_quant_backward", TORCH_FN(backward));
+  m.impl("observe_", TORCH_FN(observe_));
+  m.impl("merge_", TORCH_FN(merge_));
+  m.impl("follow_", TORCH_FN(follow_));
+  m.impl("solve", TORCH_FN(solve));
+  m.impl("solve_many", TORCH_FN(solve_many));
+  m.impl("qparams", TORCH_FN(qparams));
+  m.impl("kl_threshold", TORCH_FN(kl_threshold));
+  Observers::for_each([&]<class R>(int32_t) {
+    m.impl(R::name, torch::CppFunction::makeFromBoxedFunction<&one_shot>());
+  });
+}
+
+}  // namespace
+}  // namespace torch_ext::bindings

@@ -1,0 +1,79 @@
+#include <torch/library.h>
+
+#include <string>
+
+#include "registry.h"
+
+// The whole op surface. A rule's options travel as float[] in the order of its option table; Python's ops.py
+// turns names into that list.
+namespace {
+
+// The one-shot op of a rule: one tensor in, its range out, with the rule's options by name.
+template <class R>
+std::string one_shot_schema() {
+  std::string schema = std::string(R::name) +
+                       "(Tensor x, int quant_min=-128, int quant_max=127, bool symmetric=True, "
+                       "int ch_axis=-1";
+  for (int32_t i = 0; i < R::option_count; ++i) {
+    const torch_ext::core::Option& option = R::options[i];
+    schema += option.choices != nullptr ? ", str " : ", float ";
+    schema += option.name;
+    if (option.choices != nullptr)
+      schema += "=\"" + std::string(option.choices[static_cast<int>(option.value)]) + "\"";
+    else
+      schema += "=" + std::to_string(option.value);
+  }
+  return schema + ") -> Tensor";
+}
+
+}  // namespace
+
+TORCH_LIBRARY(torch_ext, m) {
+  m.set_python_module("torch_ext.ops");
+  const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
+  // An observer reads values, in whatever order they lie: no layout copy for it.
+  const std::vector<at::Tag> any_layout = {at::Tag::pt2_compliant_tag, at::Tag::flexible_layout};
+
+  m.def(
+      "fake_quant(Tensor x, Tensor scale, Tensor zero_point, int quant_min, int quant_max, "
+      "int ch_axis=-1, str mask=\"rounded\", str rounding=\"half_even\") -> Tensor",
+      tags);
+  m.def(
+      "_fake_quant_forward(Tensor x, Tensor scale, Tensor zero_point, int quant_min, int quant_max, "
+      "int ch_axis=-1, str mask=\"rounded\", str rounding=\"half_even\") -> (Tensor, Tensor)",
+      tags);
+  m.def("_fake_quant_backward(Tensor grad, Tensor mask) -> Tensor", tags);
+
+  m.def(
+      "observe_(Tensor x, Tensor(a!) extrema, Tensor(b!) tally, Tensor(c!) counts, int ch_axis=-1) -> ()",
+      any_layout);
+  m.def(
+      "merge_(Tensor(a!) extrema, Tensor(b!) tally, Tensor(c!) counts, Tensor other_extrema, "
+      "Tensor other_tally, Tensor other_counts) -> ()",
+      tags);
+  m.def(
+      "solve(str rule, Tensor extrema, Tensor tally, Tensor counts, int quant_min, int quant_max, "
+      "bool symmetric, str scale_rule=\"grid\", bool power_of_two=False, float[] options=[]) -> Tensor",
+      tags);
+  m.def(
+      "solve_many(str[] rules, Tensor[] extrema, Tensor[] tally, Tensor[] counts, int[] quant_min, "
+      "int[] quant_max, bool[] symmetric, str[] scale_rule, bool[] power_of_two, float[] options) -> "
+      "(Tensor[] range, Tensor[] scale, Tensor[] zero_point)",
+      tags);
+  m.def(
+      "qparams(Tensor range, int quant_min, int quant_max, bool symmetric, str scale_rule=\"grid\", "
+      "bool power_of_two=False) -> (Tensor scale, Tensor zero_point)",
+      tags);
+  m.def(
+      "follow_(Tensor x, Tensor(a!) range, Tensor(b!) scale, Tensor(c!) zero_point, Tensor(d!) solved, "
+      "float averaging_constant, str rule, int quant_min, int quant_max, bool symmetric, "
+      "str scale_rule=\"grid\", bool power_of_two=False, float[] options=[], int ch_axis=-1, "
+      "int mantissa_bits=10, int octaves=16) -> ()",
+      any_layout);
+  m.def(
+      "kl_threshold(Tensor counts, Tensor bin_width, int levels=128, str variant=\"slides\") -> "
+      "(Tensor index, Tensor threshold)",
+      tags);
+  torch_ext::Observers::for_each(
+      [&]<class R>(int32_t) { m.def(one_shot_schema<R>().c_str(), tags); });
+}

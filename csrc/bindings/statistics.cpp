@@ -1,0 +1,138 @@
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <limits>
+
+#include "bindings/checks.h"
+#include "bindings/recomputing.h"
+#include "bindings/rules.h"
+#include "cpu/driver.h"
+
+// Ops that fill statistics: observe_, merge_, follow_, and every rule on one tensor.
+namespace torch_ext::bindings {
+
+Transient::Transient(const at::Tensor& x, int64_t channels, core::Needs needs,
+                     core::HistogramLayout kept)
+    : layout(needs < core::Needs::counts ? core::HistogramLayout{} : kept),
+      extrema(at::empty({channels, 2}, x.options().dtype(at::kFloat))),
+      tally(at::zeros({channels, core::kTallyColumns}, x.options().dtype(at::kLong))) {
+  float* const ends = extrema.mutable_data_ptr<float>();
+  for (int64_t i = 0; i < 2 * channels; ++i)
+    ends[i] = i % 2 == 0 ? std::numeric_limits<float>::infinity()
+                         : -std::numeric_limits<float>::infinity();
+  if (layout.octaves != 0)
+    counts = at::zeros({channels, layout.size()}, x.options().dtype(at::kLong));
+}
+
+core::Statistic Transient::statistic() const {
+  return {extrema.mutable_data_ptr<float>(), tally.mutable_data_ptr<int64_t>(),
+          counts.defined() ? counts.mutable_data_ptr<int64_t>() : nullptr, extrema.size(0), layout};
+}
+
+namespace {
+
+void observe_(const at::Tensor& x, const at::Tensor& extrema, const at::Tensor& tally,
+              const at::Tensor& counts, int64_t ch_axis) {
+  constexpr const char* op = "observe_";
+  const core::DType dtype = check_data(op, "x", x);
+  const int64_t channels = check_axis(op, x, ch_axis);
+  const core::Statistic into = check_statistic(op, extrema, tally, counts, channels);
+  expect(extrema.device() == x.device(), op, "extrema", x.device(), extrema.device());
+  if (recomputing()) return;
+  cpu::observe(view_of(x, dtype), static_cast<int32_t>(ch_axis), into);
+}
+
+void merge_(const at::Tensor& extrema, const at::Tensor& tally, const at::Tensor& counts,
+            const at::Tensor& other_extrema, const at::Tensor& other_tally,
+            const at::Tensor& other_counts) {
+  constexpr const char* op = "merge_";
+  const core::Statistic into = check_statistic(op, extrema, tally, counts, -1);
+  const core::Statistic from = check_statistic(op, other_extrema, other_tally, other_counts,
+                                               into.channels, "other_");
+  expect(other_extrema.device() == extrema.device(), op, "other_extrema", extrema.device(),
+         other_extrema.device());
+  expect(other_counts.sizes() == counts.sizes(), op, "other_counts", counts.sizes(),
+         other_counts.sizes());
+  cpu::merge(into, from);
+}
+
+void follow_(const at::Tensor& x, const at::Tensor& range, const at::Tensor& scale,
+             const at::Tensor& zero_point, const at::Tensor& solved, double averaging_constant,
+             c10::string_view rule_name, int64_t quant_min, int64_t quant_max, bool symmetric,
+             c10::string_view scale_rule, bool power_of_two, at::ArrayRef<double> options,
+             int64_t ch_axis, int64_t mantissa_bits, int64_t octaves) {
+  constexpr const char* op = "follow_";
+  const core::DType dtype = check_data(op, "x", x);
+  const int64_t channels = check_axis(op, x, ch_axis);
+  check_range(op, range, channels, x.device());
+  check_per_channel(op, "scale", scale, at::kFloat, channels, x.device());
+  check_per_channel(op, "zero_point", zero_point, at::kInt, channels, x.device());
+  check_per_channel(op, "solved", solved, at::kByte, 1, x.device());
+  expect(averaging_constant >= 0 && averaging_constant <= 1, op, "averaging_constant",
+         "between 0 and 1", averaging_constant);
+  const int32_t rule = check_rule(op, {rule_name.data(), rule_name.size()});
+  const core::Grid grid = check_grid(op, quant_min, quant_max, symmetric,
+                                     {scale_rule.data(), scale_rule.size()}, power_of_two);
+  const core::HistogramLayout layout = check_layout(op, mantissa_bits, octaves);
+  check_rule_use(op, rule, grid, layout, options.data(), options.size());
+  uint8_t* const solved_flag = solved.mutable_data_ptr<uint8_t>();
+  if (recomputing() || (averaging_constant == 0 && *solved_flag != 0)) return;
+  const Transient transient(x, channels, needs_of(rule), layout);
+  const core::Statistic statistic = transient.statistic();
+  if (needs_of(rule) != core::Needs::nothing)
+    cpu::observe(view_of(x, dtype), static_cast<int32_t>(ch_axis), statistic);
+  const core::SolveJob job{rule,
+                           grid,
+                           options.data(),
+                           statistic,
+                           range.mutable_data_ptr<float>(),
+                           scale.mutable_data_ptr<float>(),
+                           zero_point.mutable_data_ptr<int32_t>(),
+                           solved_flag,
+                           averaging_constant};
+  cpu::solve(&job, 1);
+}
+
+}  // namespace
+
+at::Tensor solve_tensor(const at::Tensor& x, int64_t ch_axis, int32_t rule, const core::Grid& grid,
+                        const std::vector<double>& options) {
+  const char* op = rule_name(rule);
+  const core::DType dtype = check_data(op, "x", x);
+  const int64_t channels = check_axis(op, x, ch_axis);
+  const core::HistogramLayout layout = ch_axis < 0 ? core::kPerTensor : core::kPerChannel;
+  check_rule_use(op, rule, grid, layout, options.data(), static_cast<int64_t>(options.size()));
+  at::Tensor range = at::zeros({channels, 2}, x.options().dtype(at::kFloat));
+  // A statistic for all channels of a large weight would be larger than the weight: some at a time.
+  constexpr int64_t kChannelsAtOnce = 512;
+  for (int64_t begin = 0; begin < channels; begin += kChannelsAtOnce) {
+    const int64_t count = std::min(kChannelsAtOnce, channels - begin);
+    const at::Tensor part = ch_axis < 0 ? x : x.narrow(ch_axis, begin, count);
+    const Transient transient(x, count, needs_of(rule), layout);
+    const core::Statistic statistic = transient.statistic();
+    if (needs_of(rule) != core::Needs::nothing)
+      cpu::observe(view_of(part, dtype), static_cast<int32_t>(ch_axis), statistic);
+    const core::SolveJob job{rule,    grid,    options.data(),
+                             statistic, range.mutable_data_ptr<float>() + 2 * begin,
+                             nullptr, nullptr, nullptr,
+                             1};
+    cpu::solve(&job, 1);
+  }
+  return range;
+}
+
+}  // namespace torch_ext::bindings
+
+namespace {
+
+void register_ops(torch::Library& m) {
+  m.impl("observe_", TORCH_FN(torch_ext::bindings::observe_));
+  m.impl("merge_", TORCH_FN(torch_ext::bindings::merge_));
+  m.impl("follow_", TORCH_FN(torch_ext::bindings::follow_));
+}
+
+TORCH_LIBRARY_IMPL(torch_ext, CPU, m) { register_ops(m); }
+TORCH_LIBRARY_IMPL(torch_ext, CUDA, m) { register_ops(m); }
+
+}  // namespace

@@ -1,0 +1,49 @@
+#pragma once
+
+#include <cstdint>
+
+#include "core/dtype.h"
+#include "core/grid.h"
+#include "core/histogram.h"
+
+// What the drivers of both devices are called with: raw pointers and sizes.
+namespace torch_ext::core {
+
+struct TensorView {
+  const void* data;
+  DType dtype;
+  int32_t ndim;
+  const int64_t* sizes;    // [ndim]
+  const int64_t* strides;  // [ndim], in elements, >= 0
+};
+
+// A statistic of `channels` channels; `layout.octaves` 0 means that counts is not kept (null).
+struct Statistic {
+  float* extrema;   // [channels, 2]
+  int64_t* tally;   // [channels, 5]
+  int64_t* counts;  // [channels, 2, octaves, 2^mantissa_bits]
+  int64_t channels;
+  HistogramLayout layout;
+
+  ChannelStatistic channel(int64_t c) const {
+    return {extrema + 2 * c, tally + kTallyColumns * c,
+            counts == nullptr ? nullptr : counts + c * layout.size()};
+  }
+};
+
+// One quantizer to solve. `options` holds the rule's option values. Outputs per channel; where `solved` is
+// not null the range follows: it moves by averaging_constant towards the solved one (all the way while
+// *solved is 0), and a channel without values leaves it.
+struct SolveJob {
+  int32_t rule;
+  Grid grid;
+  const double* options;
+  Statistic statistic;
+  float* range;         // [channels, 2]
+  float* scale;         // [channels] or null
+  int32_t* zero_point;  // [channels] or null
+  uint8_t* solved;      // [1] or null
+  double averaging_constant;
+};
+
+}  // namespace torch_ext::core

@@ -1,0 +1,46 @@
+#pragma once
+
+#include <memory>
+
+#include "core/histogram.h"
+#include "cpu/accumulate.h"
+
+namespace torch_ext::cpu {
+
+struct Workspace;
+
+// The statistic of the values one task sees of one channel. Values go either into narrow tables that
+// finish() adds to the channel, or (few values, nobody else writing) straight into the channel.
+class Accumulator {
+ public:
+  Accumulator(const AccumulateKernels& kernels, core::HistogramLayout layout, core::ChannelStatistic target,
+              bool direct);
+  ~Accumulator();
+  Accumulator(const Accumulator&) = delete;
+  Accumulator& operator=(const Accumulator&) = delete;
+
+  // Adds n <= kGroup values.
+  void add(const float* x, int64_t n);
+  // Adds all of it to the channel; nothing may be added afterwards.
+  void finish();
+
+ private:
+  NarrowTables tables();
+  void add_finite_of(const float* x, int64_t n);
+  void set_top(int32_t top);
+  void raise(int32_t top);
+  void increment(int64_t n);
+  int64_t drain(int32_t octave, int64_t* counts);
+
+  const AccumulateKernels& kernels_;
+  const core::HistogramLayout layout_;
+  const core::ChannelStatistic target_;
+  const bool direct_;
+  std::unique_ptr<Workspace> workspace_;
+  Window window_{};
+  int32_t top_ = 0;
+  int32_t min_key_ = INT32_MAX, max_key_ = INT32_MIN;
+  int64_t tally_[core::kTallyColumns] = {};
+};
+
+}  // namespace torch_ext::cpu

@@ -1,0 +1,6 @@
+#include "cpu/isa.h"
+
+namespace torch_ext::cpu::avx512 {
+#include "cpu/isa.inc"
+extern const Kernels table = {"avx512", accumulate_kernels, map_kernels, solve_kernels};
+}  // namespace torch_ext::cpu::avx512

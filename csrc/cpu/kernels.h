@@ -1,0 +1,34 @@
+#pragma once
+
+#include "cpu/accumulate.h"
+#include "cpu/map.h"
+#include "cpu/solve.h"
+
+// The inner loops of all drivers, compiled from one source for several instruction sets (isa_*.cpp).
+namespace torch_ext::cpu {
+
+struct Kernels {
+  const char* name;
+  AccumulateKernels accumulate;
+  MapKernels map;
+  SolveKernels solve;
+};
+
+// The best set this processor runs, or the one that TORCH_EXT_CPU_CAPABILITY names. Chosen once.
+// Throws std::invalid_argument where the variable names none that runs here.
+const Kernels& kernels();
+
+// The sets this processor runs, best last; null-terminated.
+const Kernels* const* runnable_kernels();
+
+namespace base {
+extern const Kernels table;
+}
+namespace avx2 {
+extern const Kernels table;
+}
+namespace avx512 {
+extern const Kernels table;
+}
+
+}  // namespace torch_ext::cpu

@@ -1,0 +1,189 @@
+#include "cpu/solve.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/driver.h"
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+#include "registry.h"
+
+namespace torch_ext::cpu {
+namespace {
+
+// What the driver needs to know of a rule.
+struct RuleInfo {
+  core::Needs needs = core::Needs::nothing;
+  bool search = false;
+  bool composite = false;
+  bool gives_qparams = false;
+};
+
+RuleInfo info_of(int32_t rule) {
+  RuleInfo info;
+  Observers::for_each([&]<class R>(int32_t index) {
+    if (index == rule) info = {R::needs, core::SearchRule<R>, core::CompositeRule<R>, core::GivesQParams<R>};
+  });
+  return info;
+}
+
+core::QParams given_qparams(const SolveJob& job) {
+  core::QParams q{1, 0};
+  Observers::for_each([&]<class R>(int32_t index) {
+    if constexpr (core::GivesQParams<R>) {
+      if (index == job.rule) q = R::qparams(job.grid, job.options);
+    }
+  });
+  return q;
+}
+
+// Words that a rule's searches work in. A composite rule runs any of them with its default options, and keeps
+// their objectives there too.
+int64_t search_words(const SolveJob& job, const RuleInfo& info) {
+  const core::HistogramLayout layout = job.statistic.layout;
+  int64_t words = 0;
+  Observers::for_each([&]<class R>(int32_t index) {
+    if constexpr (core::SearchRule<R>) {
+      double defaults[R::option_count + 1] = {};
+      for (int32_t i = 0; i < R::option_count; ++i) defaults[i] = R::options[i].value;
+      if (index == job.rule)
+        words = R::search_words(layout, job.grid, job.options);
+      else if (info.composite)
+        words = std::max(words, R::search_words(layout, job.grid, defaults));
+    }
+  });
+  return info.composite ? words + core::lattice_size(layout) : words;
+}
+
+// Memory and steps of one channel's solve.
+class Channel {
+ public:
+  Channel(const SolveJob& job, int64_t channel, std::vector<int64_t>& memory)
+      : job_(job), info_(info_of(job.rule)), channel_(channel) {
+    const core::HistogramLayout layout = job.statistic.layout;
+    view_words_ = core::view_words(layout, info_.needs);
+    const int64_t words = view_words_ + search_words(job, info_);
+    if (static_cast<int64_t>(memory.size()) < words) memory.resize(words);
+    memory_ = memory.data();
+  }
+
+  void solve(bool parallel) {
+    const SolveKernels& k = kernels().solve;
+    const core::ChannelStatistic s = job_.statistic.channel(channel_);
+    seen_ = info_.needs == core::Needs::nothing || s.tally[core::kFinite] > 0;
+    if (!seen_ && job_.solved != nullptr) return;
+    core::Range range{0, 0};
+    if (seen_) {
+      const core::View view = info_.needs == core::Needs::nothing
+                                  ? core::View{}
+                                  : k.view(job_.statistic.layout, info_.needs, s.extrema, s.tally,
+                                           s.counts, memory_);
+      check(view, s);
+      range = info_.search ? search(view, parallel)
+                           : k.closed(job_.rule, view, job_.grid, job_.options, words());
+    }
+    store(range);
+  }
+
+ private:
+  int64_t* words() { return memory_ + view_words_; }
+
+  core::Range search(const core::View& view, bool parallel) {
+    const SolveKernels& k = kernels().solve;
+    SearchStorage storage;
+    const int64_t count = k.prepare(job_.rule, view, job_.grid, job_.options, words(), &storage);
+    std::vector<double> objectives(count);
+    if (parallel) {
+      constexpr int64_t kGrain = 16;
+      parallel_for(0, count, kGrain, [&](int64_t begin, int64_t end) {
+        k.objectives(job_.rule, storage, begin, end, objectives.data());
+      });
+    } else {
+      k.objectives(job_.rule, storage, 0, count, objectives.data());
+    }
+    return core::range_of_threshold(view,
+                                    k.threshold(job_.rule, view, storage, objectives.data()));
+  }
+
+  // A statistic may come from a file or from anybody's hands.
+  void check(const core::View& view, const core::ChannelStatistic& s) const {
+    if (info_.needs == core::Needs::nothing) return;
+    if (!(s.extrema[0] <= s.extrema[1] && s.extrema[0] - s.extrema[0] == 0 &&
+          s.extrema[1] - s.extrema[1] == 0))
+      throw std::invalid_argument("solve: expected extrema to be finite and in order, got " +
+                                  std::to_string(s.extrema[0]) + " and " +
+                                  std::to_string(s.extrema[1]) + in_channel());
+    if (info_.needs < core::Needs::counts) return;
+    int64_t held = view.zeros + view.tiny;
+    if (view.bins > 0) held += view.below[0][view.bins] + view.below[1][view.bins];
+    if (held != view.finite)
+      throw std::invalid_argument("solve: expected counts to be of the " +
+                                  std::to_string(view.finite) + " finite values in tally, got " +
+                                  std::to_string(held) + in_channel());
+  }
+  std::string in_channel() const { return " in channel " + std::to_string(channel_); }
+
+  void store(core::Range solved) {
+    float* range = job_.range + 2 * channel_;
+    const float found[2] = {static_cast<float>(solved.lo), static_cast<float>(solved.hi)};
+    const bool move = job_.solved != nullptr && *job_.solved != 0 && job_.averaging_constant != 1;
+    for (int end = 0; end < 2; ++end) {
+      const double from = range[end], c = job_.averaging_constant;
+      range[end] = move ? static_cast<float>(from + c * (found[end] - from)) : found[end];
+    }
+    if (job_.scale == nullptr) return;
+    const core::QParams q = info_.gives_qparams
+                                ? given_qparams(job_)
+                                : core::qparams({range[0], range[1]}, job_.grid);
+    job_.scale[channel_] = q.scale;
+    job_.zero_point[channel_] = q.zero_point;
+  }
+
+  const SolveJob& job_;
+  const RuleInfo info_;
+  const int64_t channel_;
+  int64_t view_words_ = 0;
+  int64_t* memory_ = nullptr;
+  bool seen_ = false;
+};
+
+bool has_values(const SolveJob& job) {
+  if (info_of(job.rule).needs == core::Needs::nothing) return true;
+  for (int64_t c = 0; c < job.statistic.channels; ++c)
+    if (job.statistic.channel(c).tally[core::kFinite] > 0) return true;
+  return false;
+}
+
+}  // namespace
+
+void solve(const SolveJob* jobs, int64_t count) {
+  // Channels of all jobs in one row: begin[j] is the first of job j.
+  std::vector<int64_t> begin(count + 1, 0);
+  bool cheap = true;
+  for (int64_t j = 0; j < count; ++j) {
+    begin[j + 1] = begin[j] + jobs[j].statistic.channels;
+    cheap = cheap && info_of(jobs[j].rule).needs <= core::Needs::extrema;
+  }
+  const int64_t channels = begin[count];
+  const auto solve_row = [&](int64_t row, std::vector<int64_t>& memory, bool parallel) {
+    const int64_t j = std::upper_bound(begin.begin(), begin.end(), row) - begin.begin() - 1;
+    Channel(jobs[j], row - begin[j], memory).solve(parallel);
+  };
+  if (channels < 2 * num_threads() && !cheap) {
+    // Too few to keep the threads busy: they share each one's candidates.
+    std::vector<int64_t> memory;
+    for (int64_t row = 0; row < channels; ++row) solve_row(row, memory, true);
+  } else {
+    constexpr int64_t kCheapGrain = 4096;
+    parallel_for(0, channels, cheap ? kCheapGrain : 1, [&](int64_t first, int64_t last) {
+      std::vector<int64_t> memory;
+      for (int64_t row = first; row < last; ++row) solve_row(row, memory, false);
+    });
+  }
+  for (int64_t j = 0; j < count; ++j)
+    if (jobs[j].solved != nullptr && has_values(jobs[j])) *jobs[j].solved = 1;
+}
+
+}  // namespace torch_ext::cpu
