@@ -70,6 +70,41 @@ TEST(Log, IsWithinOneUlpAtTheEndsOfTheRange) {
   EXPECT_LT(error_in_ulp(limits::max()), 1.0);
 }
 
+// Distance of the mantissa part from the long double logarithm of what the exponent leaves.
+double error_of_ratio(double a, double b) {
+  const torch_ext::core::SplitLog split = torch_ext::core::log_ratio(a, b);
+  EXPECT_EQ(split.exponent, std::rint(split.exponent));
+  EXPECT_LT(std::fabs(split.mantissa), 0.5862 * std::log(2.0));
+  const long double left =
+      ldexpl(static_cast<long double>(a) / b, -static_cast<int>(split.exponent));
+  return static_cast<double>(fabsl(split.mantissa - logl(left)));
+}
+
+TEST(LogRatio, IsWithin15e17OverTheWholeRange) {
+  std::mt19937_64 random(9);
+  for (int i = 0; i < 1000000; ++i) {
+    const double a =
+        std::ldexp(1.0 + static_cast<double>(random() >> 12) * 0x1p-52, i % 1900 - 950);
+    const double b = std::ldexp(1.0 + static_cast<double>(random() >> 12) * 0x1p-52, i % 57 - 28);
+    ASSERT_LT(error_of_ratio(a, b), 1.5e-16) << a << " / " << b;
+  }
+}
+
+TEST(LogRatio, IsExactForEqualNumbersAndPowersOfTwo) {
+  for (const double x : {0.1, 1.0, 3.0, 1e300, 1e-300}) {
+    EXPECT_EQ(torch_ext::core::log_ratio(x, x).value(), 0.0);
+    EXPECT_EQ(torch_ext::core::log_ratio(x, x / 8).exponent, 3.0);
+    EXPECT_EQ(torch_ext::core::log_ratio(x, x / 8).mantissa, 0.0);
+  }
+}
+
+// Small counts over small counts, as in a histogram: every quotient.
+TEST(LogRatio, IsWithin15e17ForSmallIntegers) {
+  for (int a = 1; a <= 1000; ++a) {
+    for (int b = 1; b <= 1000; ++b) ASSERT_LT(error_of_ratio(a, b), 1.5e-16) << a << " / " << b;
+  }
+}
+
 // The searches on CPU and CUDA agree only if these bits never change: not with the compiler, the
 // instruction set or the device. The number is the hash of the results of the first build.
 TEST(Log, HasTheSameBitsInEveryBuild) {
@@ -82,10 +117,13 @@ TEST(Log, HasTheSameBitsInEveryBuild) {
   uint64_t hash = 14695981039346656037u;
   std::vector<double> results(values.size());
   for (size_t i = 0; i < values.size(); ++i) results[i] = log(values[i]);
+  for (size_t i = 0; i < values.size(); ++i) {
+    results[i] += torch_ext::core::log_ratio(values[i] + 0x1p-900, 0x1.8p-500).mantissa;
+  }
   for (const double result : results) {
     hash = (hash ^ __builtin_bit_cast(uint64_t, result)) * 1099511628211u;
   }
-  EXPECT_EQ(hash, 8661775713962876498u);
+  EXPECT_EQ(hash, 17047454429717308550u);
 }
 
 }  // namespace
