@@ -39,19 +39,30 @@ inline long double decode(uint16_t bits, Format f) {
   return (bits & 0x8000) != 0 ? -value : value;
 }
 
+// All non-negative numbers of a format in ascending order, which is that of their patterns.
+inline const std::vector<long double>& magnitudes(Format f) {
+  static std::vector<long double> tables[2];
+  std::vector<long double>& table = tables[f.mantissa == kHalf.mantissa ? 0 : 1];
+  const int count = ((1 << f.exponent) - 1) << f.mantissa;
+  for (int i = static_cast<int>(table.size()); i < count; ++i)
+    table.push_back(decode(static_cast<uint16_t>(i), f));
+  return table;
+}
+
 // The nearest finite number by bisection over all of them, the even one of two.
 inline uint16_t encode(float x, Format f) {
-  const uint16_t infinity = static_cast<uint16_t>(((1 << f.exponent) - 1) << f.mantissa);
+  const std::vector<long double>& table = magnitudes(f);
+  const int infinity = static_cast<int>(table.size());
   if (std::isnan(x)) return static_cast<uint16_t>(infinity | 1 << (f.mantissa - 1));
-  const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
+  const int sign = std::signbit(x) ? 0x8000 : 0;
   const long double magnitude = std::fabs(static_cast<long double>(x));
-  uint16_t below = 0, above = infinity;
+  int below = 0, above = infinity;
   while (above - below > 1) {
-    const uint16_t middle = static_cast<uint16_t>((below + above) / 2);
-    (decode(middle, f) <= magnitude ? below : above) = middle;
+    const int middle = (below + above) / 2;
+    (table[middle] <= magnitude ? below : above) = middle;
   }
   if (above == infinity) return static_cast<uint16_t>(sign | below);
-  const long double down = magnitude - decode(below, f), up = decode(above, f) - magnitude;
+  const long double down = magnitude - table[below], up = table[above] - magnitude;
   const bool takes_above = up < down || (up == down && below % 2 == 1);
   return static_cast<uint16_t>(sign | (takes_above ? above : below));
 }
