@@ -186,8 +186,7 @@ void check_use(const char* op, const core::Grid& grid, core::HistogramLayout lay
     const bool whole = option.choices == nullptr || options[i] == std::floor(options[i]);
     if (!(options[i] >= option.minimum && options[i] <= option.maximum && whole))
       expect(false, op, option.name,
-             "between " + std::to_string(option.minimum) + " and " + std::to_string(option.maximum),
-             options[i]);
+             c10::str("between ", option.minimum, " and ", option.maximum), options[i]);
   }
   if constexpr (core::ChecksOptions<R>) {
     const core::Complaint complaint = R::complaint(grid, layout, options);

@@ -18,10 +18,11 @@ std::string one_shot_schema() {
     const torch_ext::core::Option& option = R::options[i];
     schema += option.choices != nullptr ? ", str " : ", float ";
     schema += option.name;
+    schema += '=';
     if (option.choices != nullptr)
-      schema += "=\"" + std::string(option.choices[static_cast<int>(option.value)]) + "\"";
+      schema.append(1, '"').append(option.choices[static_cast<int>(option.value)]).append(1, '"');
     else
-      schema += "=" + std::to_string(option.value);
+      schema += std::to_string(option.value);
   }
   return schema + ") -> Tensor";
 }
