@@ -1,0 +1,254 @@
+"""The quantizer: an observer, the quantization parameters found with it, and their use."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from torch_ext import _C, ops
+from torch_ext._states import ACCUMULATE, FOLLOW, QUANTIZE, FakeQuantState, parse_state
+from torch_ext.observer import KEYS as OBSERVER_KEYS
+from torch_ext.observer import Observer, TensorMap, check_keys, keep_dtype, parse_flag
+
+
+class Solution(NamedTuple):
+    """A range [C,2] with the parameters that quantize to it, not yet in a quantizer."""
+
+    range: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+
+class WeightSolution(NamedTuple):
+    """What a weight gives, and its statistic; ``solution`` is None without a finite value."""
+
+    solution: Solution | None
+    extrema: Tensor
+    tally: Tensor
+
+
+class FakeQuantize(nn.Module):
+    """Observes, or quantizes and dequantizes, as its state says.
+
+    The state is one Python attribute, set for whole models by ``set_fake_quantize``; ``train()``
+    and ``eval()`` do not change it. A new quantizer is in FLOAT and passes everything through.
+
+    Args:
+        method: ``"fake_quant"``; ``torch_ext.fake_quants()`` lists the methods.
+        observer: a rule, see :class:`Observer`, which takes the remaining keys.
+        averaging_constant: c in ``range += c * (range of the batch - range)`` in QAT, 0 to 1:
+            0 keeps the range fixed, 1 takes each batch's. For weights it is 1.
+        optional: may see no data; then it passes through instead of being refused. The inputs
+            of a model are optional, because an argument need not be a floating tensor.
+
+    Buffers: ``range`` float32 [C,2], ``scale`` float32 [C], ``zero_point`` int32 [C] and
+    ``solved`` uint8 [1], which says whether there is a range; child ``observer``.
+    """
+
+    _version = 1
+
+    range: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    solved: Tensor
+
+    def __init__(
+        self,
+        method: str = "fake_quant",
+        observer: str = "min_max",
+        averaging_constant: float = 0.01,
+        *,
+        optional: bool = False,
+        **keys: Any,
+    ) -> None:
+        super().__init__()
+        if not isinstance(method, str) or method not in _C.fake_quants():
+            known = ops.known(_C.fake_quants())
+            name = f'"{method}"' if isinstance(method, str) else repr(method)
+            raise ValueError(f"unknown fake-quant {name}; known: {known}")
+        ops.observer_info(observer)
+        check_keys(f"FakeQuantize({observer})", keys, observer, KEYS)
+        self.method = method
+        self.averaging_constant = _parse_constant(averaging_constant)
+        self.optional = parse_flag("FakeQuantize", "optional", optional)
+        self.unobserved_allowed = False
+        self._state = FakeQuantState.FLOAT
+        self._action = FakeQuantState.FLOAT.value
+        self.observer = Observer(observer, **keys)
+        channels = self.observer.channel_len
+        self.register_buffer("range", torch.empty(channels, 2, dtype=torch.float32))
+        self.register_buffer("scale", torch.empty(channels, dtype=torch.float32))
+        self.register_buffer("zero_point", torch.empty(channels, dtype=torch.int32))
+        self.register_buffer("solved", torch.empty(1, dtype=torch.uint8))
+        self.reset_parameters()
+
+    @property
+    def state(self) -> FakeQuantState:
+        return self._state
+
+    @state.setter
+    def state(self, state: FakeQuantState | str) -> None:
+        from torch_ext.state import set_fake_quantize  # it imports this module
+
+        set_fake_quantize(self, parse_state("FakeQuantize.state", state))
+
+    @property
+    def transient(self) -> bool:
+        """Whether it quantizes a weight, which is read when a range is needed."""
+        return self.observer.transient
+
+    @property
+    def passes_through(self) -> bool:
+        """Whether it lets values pass in VALIDATION, for want of a range."""
+        return self._state is FakeQuantState.VALIDATION and self._action != self._state.value
+
+    def enter(self, state: FakeQuantState, *, pass_through: bool = False) -> None:
+        """Sets the state without solving or checking; ``set_fake_quantize`` does both first."""
+        self._state = state
+        self._action = (FakeQuantState.FLOAT if pass_through else state).value
+
+    def forward(self, x: Tensor) -> Tensor:
+        # One attribute decides, so a compiled graph is guarded by it alone.
+        action = self._action
+        observer = self.observer
+        if action in ACCUMULATE and not observer.transient:
+            observer(x)
+        if action in FOLLOW and observer.statistic != "none":
+            self._follow(x, self.range, self.scale, self.zero_point, self.solved)
+        if action not in QUANTIZE:
+            return x
+        return ops.fake_quant(
+            x, self.scale, self.zero_point, observer.quant_min, observer.quant_max, observer.ch_axis
+        )
+
+    def _follow(
+        self,
+        x: Tensor,
+        range: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        solved: Tensor,
+        averaging_constant: float | None = None,
+    ) -> None:
+        observer = self.observer
+        ops.follow_(
+            x,
+            range,
+            scale,
+            zero_point,
+            solved,
+            self.averaging_constant if averaging_constant is None else averaging_constant,
+            observer.name,
+            observer.quant_min,
+            observer.quant_max,
+            observer.symmetric,
+            observer.scale_rule,
+            observer.power_of_two,
+            observer.encoded_options,
+            observer.ch_axis,
+            observer.mantissa_bits,
+            observer.octaves,
+        )
+
+    @torch.no_grad()
+    def solve_weight(self, weight: Tensor) -> WeightSolution:
+        """What the values of ``weight`` alone give; changes nothing here."""
+        observer = self.observer
+        fresh = Observer(
+            "min_max",
+            qscheme=observer.qscheme,
+            ch_axis=observer.ch_axis,
+            channel_len=observer.channel_len,
+        ).to(self.range.device)
+        fresh(weight)
+        given = Solution(self.range.clone(), self.scale.clone(), self.zero_point.clone())
+        if observer.statistic == "none":
+            return WeightSolution(given, fresh.extrema, fresh.tally)
+        given.range.zero_()
+        solved = torch.zeros_like(self.solved)
+        self._follow(weight, *given, solved, averaging_constant=1.0)
+        found = given if bool(solved) else None
+        return WeightSolution(found, fresh.extrema, fresh.tally)
+
+    @torch.no_grad()
+    def take_(self, solution: Solution) -> Self:
+        """Takes a range and its parameters."""
+        self.range.copy_(solution.range)
+        self.scale.copy_(solution.scale)
+        self.zero_point.copy_(solution.zero_point)
+        self.solved.fill_(1)
+        if self.passes_through:
+            self.enter(self._state)
+        return self
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Forgets the range (a given scale is put back); also called after ``to_empty``."""
+        self.observer.reset_()
+        self.range.zero_()
+        self.scale.fill_(1)
+        self.zero_point.zero_()
+        self.solved.zero_()
+        if self.observer.statistic == "none":
+            self.take_(Solution(self.observer.range(), *self.observer.calculate_qparams()))
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
+        if self._state is not FakeQuantState.VALIDATION:
+            return
+        has_range = bool(self.solved)
+        if not has_range and not (self.optional or self.unobserved_allowed):
+            error_msgs.append(f"{prefix[:-1]}: loaded without a range while in VALIDATION")
+        self.enter(self._state, pass_through=not has_range)
+
+    def _apply(self, fn: TensorMap, recurse: bool = True) -> Self:
+        return super()._apply(keep_dtype(fn), recurse)  # type: ignore[no-untyped-call,no-any-return]
+
+    def extra_repr(self) -> str:
+        words = [f"{self.method}, {self._state.value}"]
+        words.append(f"averaging_constant={self.averaging_constant}")
+        words += ["optional"] if self.optional else []
+        words += ["passes through"] if self.passes_through else []
+        return ", ".join(words)
+
+
+def _parse_constant(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"FakeQuantize: expected averaging_constant to be a number, got {value!r}")
+    if not 0 <= value <= 1:
+        raise ValueError(
+            f"FakeQuantize: expected averaging_constant to be between 0 and 1, got {value}"
+        )
+    return float(value)
+
+
+# The keys of a quantizer beside the options of its rule.
+KEYS = (
+    *(
+        name
+        for name, parameter in inspect.signature(FakeQuantize).parameters.items()
+        if parameter.kind is not parameter.VAR_KEYWORD and name not in ("method", "observer")
+    ),
+    *OBSERVER_KEYS,
+)

@@ -1,0 +1,341 @@
+"""The registered ops as typed functions; the only module that names ``torch.ops``.
+
+``ch_axis=-1`` means per tensor. A statistic is three tensors: ``extrema`` float32 [C,2],
+``tally`` int64 [C,5] (finite, zeros, tiny, inf, nan) and ``counts`` int64 [C,2,W,2^m], or
+[C,2,0,0] for a rule that reads no histogram.
+
+Every rule of the registry is also a function of one tensor, by its own name::
+
+    ops.percentile(x, quant_min=-128, quant_max=127, symmetric=True, ch_axis=-1, percentile=99.9)
+
+A violated contract raises ``RuntimeError`` reading ``op: expected ARG to be WANT, got HAVE``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from torch_ext import _C
+
+_native = torch.ops.torch_ext
+
+OptionValue = float | str
+Options = Mapping[str, OptionValue] | Sequence[float]
+
+
+def fake_quant(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    ch_axis: int = -1,
+    mask: str = "rounded",
+    rounding: str = "half_even",
+) -> Tensor:
+    """Quantizes and dequantizes ``x``; differentiable in ``x``.
+
+    ``q = clamp(round(x / scale) + zero_point, quant_min, quant_max); (q - zero_point) * scale``,
+    bit-equal to ONNX QuantizeLinear and DequantizeLinear. The gradient passes where the mask says:
+    ``rounded`` (q inside the grid, borders included) or ``paper`` (strictly inside before
+    rounding). ``rounding`` is ``half_even``, ``half_away`` or ``floor_half_up``.
+    NaN stays NaN, infinities saturate; half types compute in float32 and round once.
+
+    x any floating shape; scale float32 and zero_point int32, [1] or [C] with C = x.size(ch_axis).
+    """
+    out: Tensor = _native.fake_quant(
+        x, scale, zero_point, quant_min, quant_max, ch_axis, mask, rounding
+    )
+    return out
+
+
+def observe_(x: Tensor, extrema: Tensor, tally: Tensor, counts: Tensor, ch_axis: int = -1) -> None:
+    """Adds the values of ``x`` to a statistic, in place.
+
+    The result depends on the values alone: any split, order, stride or thread count gives the
+    same bits. Non-finite values are counted in ``tally`` and excluded from the rest.
+    Does nothing while a backward pass runs, so activation checkpointing does not count twice.
+    """
+    _native.observe_(x, extrema, tally, counts, ch_axis)
+
+
+def merge_(
+    extrema: Tensor,
+    tally: Tensor,
+    counts: Tensor,
+    other_extrema: Tensor,
+    other_tally: Tensor,
+    other_counts: Tensor,
+) -> None:
+    """Adds another statistic of the same shapes, in place: the statistic of both data sets."""
+    _native.merge_(extrema, tally, counts, other_extrema, other_tally, other_counts)
+
+
+def solve(
+    rule: str,
+    extrema: Tensor,
+    tally: Tensor,
+    counts: Tensor,
+    quant_min: int,
+    quant_max: int,
+    symmetric: bool,
+    scale_rule: str = "grid",
+    power_of_two: bool = False,
+    **options: OptionValue,
+) -> Tensor:
+    """The range [C,2] float32 that ``rule`` finds in a statistic; (0,0) where nothing was seen."""
+    values = encode_options(rule, options)
+    found: Tensor = _native.solve(
+        rule,
+        extrema,
+        tally,
+        counts,
+        quant_min,
+        quant_max,
+        symmetric,
+        scale_rule,
+        power_of_two,
+        values,
+    )
+    return found
+
+
+def solve_many(
+    rules: Sequence[str],
+    extrema: Sequence[Tensor],
+    tally: Sequence[Tensor],
+    counts: Sequence[Tensor],
+    quant_min: Sequence[int],
+    quant_max: Sequence[int],
+    symmetric: Sequence[bool],
+    scale_rule: Sequence[str] | None = None,
+    power_of_two: Sequence[bool] | None = None,
+    options: Sequence[Options] | None = None,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Solves a whole list of quantizers in one call, in parallel: ranges, scales, zero points.
+
+    ``options`` holds, per quantizer, a mapping of names to values or the numbers of
+    :func:`encode_options`; without it every rule has its defaults.
+    """
+    count = len(rules)
+    chosen: Sequence[Options] = [{}] * count if options is None else options
+    if len(chosen) != count:
+        raise ValueError(f"solve_many: expected options to be {count} entries, got {len(chosen)}")
+    flat = [v for r, o in zip(rules, chosen, strict=True) for v in encode_options(r, o)]
+    ranges, scales, zero_points = _native.solve_many(
+        list(rules),
+        list(extrema),
+        list(tally),
+        list(counts),
+        list(quant_min),
+        list(quant_max),
+        list(symmetric),
+        ["grid"] * count if scale_rule is None else list(scale_rule),
+        [False] * count if power_of_two is None else list(power_of_two),
+        flat,
+    )
+    return list(ranges), list(scales), list(zero_points)
+
+
+def qparams(
+    range: Tensor,
+    quant_min: int,
+    quant_max: int,
+    symmetric: bool,
+    scale_rule: str = "grid",
+    power_of_two: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Scale [C] float32 and zero point [C] int32 of ranges [C,2].
+
+    Symmetric and signed: ``scale = 2 * max(|lo|, |hi|) / (quant_max - quant_min)``, zero point 0;
+    symmetric and unsigned: ``max(hi, 0) / quant_max``; affine: the range widened to hold 0, divided
+    by the width of the grid. ``scale_rule="tvm"`` divides by 2^(bits-1); ``power_of_two`` rounds
+    the scale up to 2^k. The range (0,0) gives scale 1. Computed in float64, rounded once.
+    """
+    scale, zero_point = _native.qparams(
+        range, quant_min, quant_max, symmetric, scale_rule, power_of_two
+    )
+    return scale, zero_point
+
+
+def follow_(
+    x: Tensor,
+    range: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    solved: Tensor,
+    averaging_constant: float,
+    rule: str,
+    quant_min: int,
+    quant_max: int,
+    symmetric: bool,
+    scale_rule: str = "grid",
+    power_of_two: bool = False,
+    options: Options | None = None,
+    ch_axis: int = -1,
+    mantissa_bits: int = 10,
+    octaves: int = 16,
+) -> None:
+    """Moves a range towards that of the batch ``x`` and refreshes scale and zero point, in place.
+
+    ``range += averaging_constant * (range of x by the rule - range)``; the range of x itself where
+    ``solved`` is still 0, which then becomes 1. Channels without a finite value keep theirs.
+    ``averaging_constant=0`` on a solved range does nothing. No synchronisation with the host.
+    ``options``: names and values, or the numbers of :func:`encode_options` (not checked again).
+    """
+    if options is None or isinstance(options, Mapping):
+        options = encode_options(rule, options or {})
+    _native.follow_(
+        x,
+        range,
+        scale,
+        zero_point,
+        solved,
+        averaging_constant,
+        rule,
+        quant_min,
+        quant_max,
+        symmetric,
+        scale_rule,
+        power_of_two,
+        list(options),
+        ch_axis,
+        mantissa_bits,
+        octaves,
+    )
+
+
+def kl_threshold(
+    counts: Tensor, bin_width: Tensor, levels: int = 128, variant: str = "slides"
+) -> tuple[Tensor, Tensor]:
+    """KL search on linear histograms, as other engines define it.
+
+    counts [N,B] int64, bin_width [N] float64 -> (index [N] int64, the number of bins kept,
+    threshold [N] float64). ``variant`` is ``slides``, ``modelopt``, ``ncnn``, ``tvm``,
+    ``onnxruntime`` or ``horizon``; ``tvm`` and ``onnxruntime`` take a signed histogram centred
+    on 0, where the index counts the bins on one side of the centre.
+    """
+    index, threshold = _native.kl_threshold(counts, bin_width, levels, variant)
+    return index, threshold
+
+
+def known(names: Iterable[str]) -> str:
+    """The tail of an error about an unknown name."""
+    return ", ".join(names) or "none"
+
+
+def observer_info(rule: str) -> _C.ObserverInfo:
+    """The registry's entry of a rule: kind, statistic, widest grid, options."""
+    if not isinstance(rule, str) or rule not in _C.observers():
+        raise ValueError(f"unknown observer {_quoted(rule)}; known: {known(_C.observers())}")
+    return _C.observer_info(rule)
+
+
+def _quoted(name: object) -> str:
+    return f'"{name}"' if isinstance(name, str) else repr(name)
+
+
+def encode_options(rule: str, options: Options) -> list[float]:
+    """A rule's options as the numbers an op takes: in table order, a choice as its index."""
+    table = observer_info(rule)["options"]
+    if not isinstance(options, Mapping):
+        if len(options) not in (0, len(table)):
+            raise ValueError(
+                f"{rule}: expected options to be {len(table)} numbers, got {len(options)}"
+            )
+        options = dict(zip((row["name"] for row in table), options, strict=False))
+    names = [row["name"] for row in table]
+    for name in options:
+        if name not in names:
+            raise ValueError(f"{rule}: unknown option {_quoted(name)}; known: {known(names)}")
+    return [_encode(rule, row, options.get(row["name"], row["default"])) for row in table]
+
+
+def _encode(rule: str, row: _C.OptionInfo, value: OptionValue) -> float:
+    name, choices = row["name"], row["choices"]
+    if choices and isinstance(value, str):
+        if value not in choices:
+            raise ValueError(f"{rule}: unknown {name} {_quoted(value)}; known: {known(choices)}")
+        return float(choices.index(value))
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        want = "one of " + known(choices) if choices else "a number"
+        raise TypeError(f"{rule}: expected {name} to be {want}, got {value!r}")
+    low, high = row["minimum"], row["maximum"]
+    if not low <= value <= high:
+        raise ValueError(f"{rule}: expected {name} to be between {low:g} and {high:g}, got {value}")
+    return float(value)
+
+
+class RuleFunction(Protocol):
+    """One tensor in, its range [C,2] float32 out."""
+
+    __name__: str
+
+    def __call__(
+        self,
+        x: Tensor,
+        quant_min: int = -128,
+        quant_max: int = 127,
+        symmetric: bool = True,
+        ch_axis: int = -1,
+        **options: OptionValue,
+    ) -> Tensor: ...
+
+
+def _make_rule(rule: str) -> RuleFunction:
+    info = observer_info(rule)
+    op = getattr(_native, rule)
+
+    def function(
+        x: Tensor,
+        quant_min: int = -128,
+        quant_max: int = 127,
+        symmetric: bool = True,
+        ch_axis: int = -1,
+        **options: OptionValue,
+    ) -> Tensor:
+        encode_options(rule, options)  # the same errors here as in `solve`
+        found: Tensor = op(x, quant_min, quant_max, symmetric, ch_axis, **options)
+        return found
+
+    rows = []
+    for row in info["options"]:
+        bounds = known(row["choices"])
+        if not row["choices"]:
+            bounds = f"{row['minimum']:g} to {row['maximum']:g}"
+        rows.append(f"    {row['name']} = {row['default']}    {bounds}")
+    function.__name__ = function.__qualname__ = rule
+    function.__doc__ = "\n".join(
+        [
+            f"Range [C,2] float32 that the rule ``{rule}`` gives one tensor; C = 1 per tensor.",
+            "",
+            f"Reads: {info['statistic']}. Grids of at most {info['max_bits']} bits.",
+            f"Formula and its source: csrc/observers/{rule}.h.",
+            "Raises ValueError for an unknown or misplaced option, RuntimeError for a violated",
+            "contract of the op. Non-finite values are left out; without a finite one: (0,0).",
+            *(["", "Options, their defaults and bounds:", *rows] if rows else []),
+        ]
+    )
+    kept = list(inspect.signature(function).parameters.values())[:-1]
+    added = [
+        inspect.Parameter(row["name"], inspect.Parameter.KEYWORD_ONLY, default=row["default"])
+        for row in info["options"]
+    ]
+    function.__signature__ = inspect.Signature(kept + added)  # type: ignore[attr-defined]
+    return function
+
+
+def __getattr__(name: str) -> RuleFunction:
+    if name in _C.observers():
+        made = globals()[name] = _make_rule(name)
+        return made
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_C.observers()})
