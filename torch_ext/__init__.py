@@ -3,12 +3,17 @@
 from torch_ext import _library as _library
 from torch_ext import ops
 from torch_ext._C import build_info, fake_quants, observers
+from torch_ext.calibrate import calibrate
+from torch_ext.checkpoint import float_state_dict, load_float_state_dict
 from torch_ext.describe import describe
 from torch_ext.fake_quant import FakeQuantize
+from torch_ext.fuse import fuse
 from torch_ext.modules import Add, Cat, MatMul, Mul, QuantStub
 from torch_ext.observer import Observer
+from torch_ext.params import load_observer_params, save_observer_params
 from torch_ext.prepare import prepare_qat
 from torch_ext.qconfig import QConfig, get_default_calib_qconfig, get_default_qconfig
+from torch_ext.resolve import resolve
 from torch_ext.state import (
     FakeQuantState,
     QuantizationWarning,
@@ -31,14 +36,21 @@ __all__ = [
     "QuantStub",
     "QuantizationWarning",
     "build_info",
+    "calibrate",
     "describe",
     "fake_quantize_states",
     "fake_quants",
+    "float_state_dict",
+    "fuse",
     "get_default_calib_qconfig",
     "get_default_qconfig",
+    "load_float_state_dict",
+    "load_observer_params",
     "observers",
     "ops",
     "prepare_qat",
     "reset_statistics",
+    "resolve",
+    "save_observer_params",
     "set_fake_quantize",
 ]

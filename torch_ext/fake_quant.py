@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from torch_ext import _C, ops
+from torch_ext._options import joined, observer_info
 from torch_ext._states import ACCUMULATE, FOLLOW, QUANTIZE, FakeQuantState, parse_state
 from torch_ext.observer import KEYS as OBSERVER_KEYS
 from torch_ext.observer import Observer, TensorMap, check_keys, keep_dtype, parse_flag
@@ -67,10 +68,10 @@ class FakeQuantize(nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(method, str) or method not in _C.fake_quants():
-            known = ops.known(_C.fake_quants())
+            known = joined(_C.fake_quants())
             name = f'"{method}"' if isinstance(method, str) else repr(method)
             raise ValueError(f"unknown fake-quant {name}; known: {known}")
-        ops.observer_info(observer)
+        observer_info(observer)
         check_keys(f"FakeQuantize({observer})", keys, observer, KEYS)
         self.method = method
         self.averaging_constant = _parse_constant(averaging_constant)

@@ -13,6 +13,7 @@ from typing_extensions import Self
 
 from torch_ext import ops
 from torch_ext._grid import DType, Grid, dtype_name, parse_grid, parse_integer
+from torch_ext._options import OptionValue, encode_options, joined, observer_info
 
 # Mantissa bits and octaves of the histogram: one quantizer's 256 KiB, or 24 KiB per channel.
 _LAYOUT_PER_TENSOR = (10, 16)
@@ -44,10 +45,10 @@ def parse_flag(who: str, name: str, value: object) -> bool:
 
 def check_keys(who: str, given: Iterable[str], rule: str, known: Iterable[str]) -> None:
     """Raises for a key that is neither in `known` nor an option of the rule."""
-    names = [*known, *(row["name"] for row in ops.observer_info(rule)["options"])]
+    names = [*known, *(row["name"] for row in observer_info(rule)["options"])]
     for key in given:
         if key not in names:
-            raise ValueError(f'{who}: unknown key "{key}"; known: {ops.known(names)}')
+            raise ValueError(f'{who}: unknown key "{key}"; known: {joined(names)}')
 
 
 class Observer(nn.Module):
@@ -97,15 +98,15 @@ class Observer(nn.Module):
         octaves: int | None = None,
         histogram: bool | None = None,
         transient: bool = False,
-        **options: ops.OptionValue,
+        **options: OptionValue,
     ) -> None:
         super().__init__()
         who = f"Observer({name})"
-        info = ops.observer_info(name)
+        info = observer_info(name)
         check_keys(who, options, name, KEYS)
         grid = parse_grid(who, dtype, qscheme, ch_axis, channel_len, quant_min, quant_max)
         if scale_rule not in _SCALE_RULES:
-            known = ops.known(_SCALE_RULES)
+            known = joined(_SCALE_RULES)
             raise ValueError(f"{who}: unknown scale_rule {scale_rule!r}; known: {known}")
         wants = info["statistic"] == "histogram"
         if histogram is not None:
@@ -153,7 +154,7 @@ class Observer(nn.Module):
         return self.counts.shape[2] > 0
 
     @property
-    def options(self) -> dict[str, ops.OptionValue]:
+    def options(self) -> dict[str, OptionValue]:
         """The rule's options, defaults included; change them with :meth:`set_rule`."""
         return dict(self._options)
 
@@ -162,10 +163,10 @@ class Observer(nn.Module):
         """The same as the numbers that ops take."""
         return self._encoded
 
-    def set_rule(self, name: str, **options: ops.OptionValue) -> None:
+    def set_rule(self, name: str, **options: OptionValue) -> None:
         """Takes another rule, or other options; the statistic stays. Refused: nothing changes."""
         encoded = self.check_rule(name, **options)
-        info = ops.observer_info(name)
+        info = observer_info(name)
         self.name: str = name
         self._statistic: str = info["statistic"]
         self._options = {
@@ -173,10 +174,10 @@ class Observer(nn.Module):
         }
         self._encoded: tuple[float, ...] = tuple(encoded)
 
-    def check_rule(self, name: str, **options: ops.OptionValue) -> list[float]:
+    def check_rule(self, name: str, **options: OptionValue) -> list[float]:
         """Raises unless the rule and its options hold together with this grid and layout."""
-        encoded = ops.encode_options(name, options)
-        reads = ops.observer_info(name)["statistic"] == "histogram"
+        encoded = encode_options(name, options)
+        reads = observer_info(name)["statistic"] == "histogram"
         bins = (self.octaves, 2**self.mantissa_bits) if reads else (0, 0)
         # Solving an empty statistic makes every check that the rule has, and only those.
         ops.solve_many(

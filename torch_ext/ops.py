@@ -14,18 +14,16 @@ A violated contract raises ``RuntimeError`` reading ``op: expected ARG to be WAN
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from torch_ext import _C
+from torch_ext._options import Options, OptionValue, encode_options, joined, observer_info
 
 _native = torch.ops.torch_ext
-
-OptionValue = float | str
-Options = Mapping[str, OptionValue] | Sequence[float]
 
 
 def fake_quant(
@@ -224,53 +222,6 @@ def kl_threshold(
     return index, threshold
 
 
-def known(names: Iterable[str]) -> str:
-    """The tail of an error about an unknown name."""
-    return ", ".join(names) or "none"
-
-
-def observer_info(rule: str) -> _C.ObserverInfo:
-    """The registry's entry of a rule: kind, statistic, widest grid, options."""
-    if not isinstance(rule, str) or rule not in _C.observers():
-        raise ValueError(f"unknown observer {_quoted(rule)}; known: {known(_C.observers())}")
-    return _C.observer_info(rule)
-
-
-def _quoted(name: object) -> str:
-    return f'"{name}"' if isinstance(name, str) else repr(name)
-
-
-def encode_options(rule: str, options: Options) -> list[float]:
-    """A rule's options as the numbers an op takes: in table order, a choice as its index."""
-    table = observer_info(rule)["options"]
-    if not isinstance(options, Mapping):
-        if len(options) not in (0, len(table)):
-            raise ValueError(
-                f"{rule}: expected options to be {len(table)} numbers, got {len(options)}"
-            )
-        options = dict(zip((row["name"] for row in table), options, strict=False))
-    names = [row["name"] for row in table]
-    for name in options:
-        if name not in names:
-            raise ValueError(f"{rule}: unknown option {_quoted(name)}; known: {known(names)}")
-    return [_encode(rule, row, options.get(row["name"], row["default"])) for row in table]
-
-
-def _encode(rule: str, row: _C.OptionInfo, value: OptionValue) -> float:
-    name, choices = row["name"], row["choices"]
-    if choices and isinstance(value, str):
-        if value not in choices:
-            raise ValueError(f"{rule}: unknown {name} {_quoted(value)}; known: {known(choices)}")
-        return float(choices.index(value))
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        want = "one of " + known(choices) if choices else "a number"
-        raise TypeError(f"{rule}: expected {name} to be {want}, got {value!r}")
-    low, high = row["minimum"], row["maximum"]
-    if not low <= value <= high:
-        raise ValueError(f"{rule}: expected {name} to be between {low:g} and {high:g}, got {value}")
-    return float(value)
-
-
 class RuleFunction(Protocol):
     """One tensor in, its range [C,2] float32 out."""
 
@@ -305,7 +256,7 @@ def _make_rule(rule: str) -> RuleFunction:
 
     rows = []
     for row in info["options"]:
-        bounds = known(row["choices"])
+        bounds = joined(row["choices"])
         if not row["choices"]:
             bounds = f"{row['minimum']:g} to {row['maximum']:g}"
         rows.append(f"    {row['name']} = {row['default']}    {bounds}")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torch_ext import ops
+from torch_ext._options import observer_info
 from torch_ext.fake_quant import KEYS, FakeQuantize
 from torch_ext.observer import check_keys
 
@@ -120,7 +120,7 @@ def _factory(
         raise ValueError(
             f"expected {side}_observer to be a name with {side}_fake_quant={method!r}, got None"
         )
-    ops.observer_info(observer)
+    observer_info(observer)
     for key in [key for key in given if key in _IGNORED]:
         warnings.warn(f"{side}_qkwargs: {key} is ignored, as {_IGNORED[key]}", stacklevel=4)
         del given[key]

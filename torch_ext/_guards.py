@@ -1,0 +1,84 @@
+"""What runs a model for its own purposes has to leave it as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from torch_ext._states import FakeQuantState
+from torch_ext._walk import named_quantizers, shown
+from torch_ext.fake_quant import FakeQuantize
+
+
+@contextlib.contextmanager
+def restored_on_error(quantizers: Mapping[str, FakeQuantize]) -> Iterator[None]:
+    """Puts buffers and states back when what runs inside fails."""
+    states = {name: (q.state, q.passes_through) for name, q in quantizers.items()}
+    kept = {
+        name: {key: value.clone() for key, value in q.state_dict().items()}
+        for name, q in quantizers.items()
+    }
+    try:
+        yield
+    except BaseException:
+        for name, quantizer in quantizers.items():
+            state, passing = states[name]
+            quantizer.enter(FakeQuantState.FLOAT)
+            quantizer.load_state_dict(kept[name])
+            quantizer.enter(state, pass_through=passing)
+        raise
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """All modules in eval mode; each gets its own mode back."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextlib.contextmanager
+def forked_rng(model: nn.Module) -> Iterator[None]:
+    """Torch's random state, of the CPU and of the model's devices, is put back."""
+    cuda = {tensor.device for tensor in model.parameters() if tensor.is_cuda}
+    with torch.random.fork_rng(devices=sorted(d.index or 0 for d in cuda)):
+        yield
+
+
+def autocasting(autocast: torch.dtype | bool, device: torch.device) -> Any:
+    if autocast is False:
+        return contextlib.nullcontext()
+    dtype = None if autocast is True else autocast
+    return torch.autocast(device.type, dtype=dtype)
+
+
+@contextlib.contextmanager
+def watched(who: str, model: nn.Module) -> Iterator[None]:
+    """Warns when the forward itself wrote to the model's parameters or buffers."""
+    skip = {
+        id(tensor)
+        for quantizer in named_quantizers(model).values()
+        for tensor in quantizer.buffers()
+    }
+    tensors = {
+        name: tensor
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        if id(tensor) not in skip and not tensor.is_inference()
+    }
+    versions = {name: tensor._version for name, tensor in tensors.items()}
+    yield
+    changed = [name for name, tensor in tensors.items() if tensor._version != versions[name]]
+    if changed:
+        warnings.warn(
+            f"{who}: the model's forward changed {shown(changed)} although in eval mode",
+            stacklevel=4,
+        )

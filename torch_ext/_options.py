@@ -1,0 +1,57 @@
+"""The rules' options: names and values of the registry's tables, as the numbers that ops take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch_ext import _C
+
+OptionValue = float | str
+Options = Mapping[str, OptionValue] | Sequence[float]
+
+
+def joined(names: Iterable[str]) -> str:
+    """The tail of an error about an unknown name."""
+    return ", ".join(names) or "none"
+
+
+def observer_info(rule: str) -> _C.ObserverInfo:
+    """The registry's entry of a rule: kind, statistic, widest grid, options."""
+    if not isinstance(rule, str) or rule not in _C.observers():
+        raise ValueError(f"unknown observer {_quoted(rule)}; known: {joined(_C.observers())}")
+    return _C.observer_info(rule)
+
+
+def _quoted(name: object) -> str:
+    return f'"{name}"' if isinstance(name, str) else repr(name)
+
+
+def encode_options(rule: str, options: Options) -> list[float]:
+    """A rule's options as the numbers an op takes: in table order, a choice as its index."""
+    table = observer_info(rule)["options"]
+    if not isinstance(options, Mapping):
+        if len(options) not in (0, len(table)):
+            raise ValueError(
+                f"{rule}: expected options to be {len(table)} numbers, got {len(options)}"
+            )
+        options = dict(zip((row["name"] for row in table), options, strict=False))
+    names = [row["name"] for row in table]
+    for name in options:
+        if name not in names:
+            raise ValueError(f"{rule}: unknown option {_quoted(name)}; known: {joined(names)}")
+    return [_encode(rule, row, options.get(row["name"], row["default"])) for row in table]
+
+
+def _encode(rule: str, row: _C.OptionInfo, value: OptionValue) -> float:
+    name, choices = row["name"], row["choices"]
+    if choices and isinstance(value, str):
+        if value not in choices:
+            raise ValueError(f"{rule}: unknown {name} {_quoted(value)}; known: {joined(choices)}")
+        return float(choices.index(value))
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        want = "one of " + joined(choices) if choices else "a number"
+        raise TypeError(f"{rule}: expected {name} to be {want}, got {value!r}")
+    low, high = row["minimum"], row["maximum"]
+    if not low <= value <= high:
+        raise ValueError(f"{rule}: expected {name} to be between {low:g} and {high:g}, got {value}")
+    return float(value)

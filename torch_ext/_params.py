@@ -1,0 +1,187 @@
+"""What is saved and carried over of one quantizer, and whether its values can be true."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_ext._grid import dtype_name, parse_grid
+from torch_ext._options import observer_info
+from torch_ext.fake_quant import FakeQuantize
+
+# Field -> dtype and shape; C is the number of channels, None any size.
+FIELDS: Mapping[str, tuple[torch.dtype, tuple[str | int | None, ...]]] = {
+    "range": (torch.float32, ("C", 2)),
+    "scale": (torch.float32, ("C",)),
+    "zero_point": (torch.int32, ("C",)),
+    "solved": (torch.uint8, (1,)),
+    "observer.extrema": (torch.float32, ("C", 2)),
+    "observer.tally": (torch.int64, ("C", 5)),
+    "observer.counts": (torch.int64, ("C", 2, None, None)),
+}
+STATISTIC = ("observer.extrema", "observer.tally", "observer.counts")
+
+# Past this a sum of counts could overflow.
+_MAX_COUNT = 2**62
+
+
+@dataclass(frozen=True)
+class Params:
+    """A quantizer's tensors and the grid they are for."""
+
+    tensors: Mapping[str, Tensor]
+    observer: str
+    quant_min: int
+    quant_max: int
+    symmetric: bool
+    ch_axis: int
+    scale_rule: str
+    power_of_two: bool
+
+    def __getitem__(self, field: str) -> Tensor:
+        return self.tensors[field]
+
+    @property
+    def solved(self) -> bool:
+        return bool(self.tensors["solved"])
+
+    @property
+    def channels(self) -> int:
+        return self.tensors["range"].shape[0]
+
+    @property
+    def grid(self) -> tuple[int, int, bool, str, bool]:
+        return (
+            self.quant_min, self.quant_max, self.symmetric, self.scale_rule, self.power_of_two
+        )  # fmt: skip
+
+
+def tensors_of(quantizer: FakeQuantize) -> dict[str, Tensor]:
+    own = quantizer.state_dict()
+    return {field: own[field] for field in FIELDS}
+
+
+def params_of(quantizer: FakeQuantize) -> Params:
+    observer = quantizer.observer
+    return Params(
+        tensors=tensors_of(quantizer),
+        observer=observer.name,
+        quant_min=observer.quant_min,
+        quant_max=observer.quant_max,
+        symmetric=observer.symmetric,
+        ch_axis=observer.ch_axis,
+        scale_rule=observer.scale_rule,
+        power_of_two=observer.power_of_two,
+    )
+
+
+def spec_of(quantizer: FakeQuantize) -> dict[str, Any]:
+    """The keys of a quantizer, as plain values for a file."""
+    observer = quantizer.observer
+    return {
+        "method": quantizer.method,
+        "averaging_constant": quantizer.averaging_constant,
+        "observer": observer.name,
+        "options": observer.options,
+        "dtype": dtype_name(observer.dtype),
+        "qscheme": str(observer.qscheme).removeprefix("torch."),
+        "ch_axis": observer.ch_axis,
+        "channel_len": observer.channel_len,
+        "quant_min": observer.quant_min,
+        "quant_max": observer.quant_max,
+        "scale_rule": observer.scale_rule,
+        "power_of_two": observer.power_of_two,
+        "mantissa_bits": observer.mantissa_bits,
+        "octaves": observer.octaves,
+        "histogram": observer.has_histogram,
+        "transient": observer.transient,
+    }
+
+
+def params_from(tensors: Mapping[str, Tensor], spec: Any) -> Params:
+    """Of a file's tensors and spec; ValueError says which field is wrong, and how."""
+    if not isinstance(spec, dict):
+        raise ValueError(f"expected a description, got {str(spec)[:80]}")
+    keys = ("dtype", "qscheme", "ch_axis", "channel_len", "quant_min", "quant_max")
+    try:
+        grid = parse_grid("description", *(spec.get(key) for key in keys))
+        observer_info(spec.get("observer", ""))
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+    scale_rule, power_of_two = spec.get("scale_rule"), spec.get("power_of_two")
+    if scale_rule not in ("grid", "tvm") or not isinstance(power_of_two, bool):
+        raise ValueError(f"scale_rule, power_of_two: got {scale_rule!r}, {power_of_two!r}")
+    check_shapes(tensors, FIELDS, grid.channel_len)
+    params = Params(
+        tensors=tensors,
+        observer=spec["observer"],
+        quant_min=grid.quant_min,
+        quant_max=grid.quant_max,
+        symmetric=grid.symmetric,
+        ch_axis=grid.ch_axis,
+        scale_rule=scale_rule,
+        power_of_two=power_of_two,
+    )
+    check_parameters(params)
+    check_statistic(tensors)
+    return params
+
+
+def check_shapes(
+    tensors: Mapping[str, Tensor],
+    fields: Mapping[str, tuple[torch.dtype, tuple[str | int | None, ...]]],
+    channels: int,
+) -> None:
+    for field, (dtype, shape) in fields.items():
+        if field not in tensors:
+            raise ValueError(f"{field}: missing")
+        tensor = tensors[field]
+        want = [channels if size == "C" else size for size in shape]
+        fits = len(want) == tensor.dim() and all(
+            size in (None, have) for size, have in zip(want, tensor.shape, strict=True)
+        )
+        if tensor.dtype != dtype or not fits:
+            have = f"{tensor.dtype} {list(tensor.shape)}"
+            raise ValueError(f"{field}: expected {dtype} {want}, got {have}")
+
+
+def check_parameters(params: Params) -> None:
+    """Range, scale, zero point and the solved flag, as a solve could have made them."""
+    range_, scale, zero_point = params["range"], params["scale"], params["zero_point"]
+    ordered = range_.isfinite().all() & (range_[:, 0] <= range_[:, 1]).all()
+    _require("range", bool(ordered), "finite and lo <= hi", range_)
+    _require("scale", bool((scale.isfinite() & (scale > 0)).all()), "finite and above 0", scale)
+    inside = (zero_point >= params.quant_min) & (zero_point <= params.quant_max)
+    _require("zero_point", bool(inside.all()), "on the grid", zero_point)
+    _require("solved", int(params["solved"]) in (0, 1), "0 or 1", params["solved"])
+
+
+def check_statistic(tensors: Mapping[str, Tensor]) -> None:
+    """Extrema, tally and counts, as observing could have made them."""
+    extrema, tally, counts = (tensors[field] for field in STATISTIC)
+    in_bounds = bool(((tally >= 0) & (tally <= _MAX_COUNT)).all())
+    _require("observer.tally", in_bounds, "at least 0", tally)
+    finite, special = tally[:, 0], tally[:, 1] + tally[:, 2]
+    _require("observer.tally", bool((special <= finite).all()), "zeros + tiny <= finite", tally)
+    low, high = extrema[:, 0], extrema[:, 1]
+    empty = (low == torch.inf) & (high == -torch.inf)
+    filled = low.isfinite() & high.isfinite() & (low <= high)
+    agree = torch.where(finite > 0, filled, empty)
+    _require("observer.extrema", bool(agree.all()), "min <= max where values were seen", extrema)
+    if counts.numel():
+        _require("observer.counts", bool((counts >= 0).all()), "at least 0", counts)
+        rough = counts.double().sum((1, 2, 3))
+        _require("observer.counts", bool((rough <= _MAX_COUNT).all()), "countable", counts)
+        total = counts.sum((1, 2, 3)) + special
+        _require("observer.counts", bool((total == finite).all()), "as many as the tally", counts)
+
+
+def _require(field: str, fine: bool, want: str, have: Tensor) -> None:
+    if not fine:
+        values = ", ".join(f"{value:g}" for value in have.flatten()[:8].tolist())
+        more = ", ..." if have.numel() > 8 else ""
+        raise ValueError(f"{field}: expected values to be {want}, got {values}{more}")
