@@ -26,7 +26,6 @@ void fake_quant_forward(core::DType dtype, const void* x, void* out, uint8_t* ma
                         const ChannelLayout& layout, const float* scale, const int32_t* zero_point,
                         int32_t quant_min, int32_t quant_max, core::Rounding rounding,
                         core::Mask mask_kind) {
-  if (layout.numel() == 0) return;
   const MapTask task{x,          out,       mask,      layout,   scale,
                      zero_point, quant_min, quant_max, rounding, mask_kind};
   const MapKernels::Forward forward = kernels().map.forward[static_cast<int>(dtype)];
@@ -35,7 +34,6 @@ void fake_quant_forward(core::DType dtype, const void* x, void* out, uint8_t* ma
 
 void fake_quant_backward(core::DType dtype, const void* grad, const uint8_t* mask, void* dx,
                          int64_t numel) {
-  if (numel == 0) return;
   const MapKernels::Backward backward = kernels().map.backward[static_cast<int>(dtype)];
   for_each_block(numel, [&](int64_t begin, int64_t end) { backward(grad, mask, dx, begin, end); });
 }
