@@ -53,15 +53,16 @@ struct View {
     const int64_t bin = static_cast<int64_t>(bits >> drop) - base;
     const int64_t least = bin < 0 ? 0 : bin;
     const int64_t inside = least < bins ? least : bins - 1;
-    const double width = exp2_of(drop);
     const uint64_t rest = bits & ((uint64_t{1} << drop) - 1);
     // rest < 2^52 becomes a double through the mantissa of 2^52.
     const double fraction =
-        (__builtin_bit_cast(double, rest | 0x4330000000000000u) - 0x1p52) / width;
-    const double begin = magnitude[inside], end = magnitude[inside + 1];
-    const double linear = begin + (end - begin) * fraction;
-    const double in_window = least < bins ? linear : magnitude[bins];
-    return bin < 0 ? static_cast<double>(tiny) * (t / floor()) : in_window;
+        (__builtin_bit_cast(double, rest | 0x4330000000000000u) - 0x1p52) / exp2_of(drop);
+    // All cases are computed and one is selected, so that a loop over t vectorises.
+    const double all = magnitude[bins], begin = magnitude[inside], end = magnitude[inside + 1];
+    const double in_tiny = static_cast<double>(tiny) * (t / floor());
+    const double in_bin = begin + (end - begin) * fraction;
+    const double in_window = least < bins ? in_bin : all;
+    return bin < 0 ? in_tiny : in_window;
   }
 };
 

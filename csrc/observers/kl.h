@@ -27,60 +27,70 @@ struct Kl {
     return 1 << (whole ? grid.bits() : grid.bits() - 1);
   }
 
-  // What one level adds to N times the divergence, and how many of its bins hold values.
-  struct Level {
-    double term;
-    double occupied;
-  };
-
-  // Level g of candidate T with bins of width `step`; `outliers` values beyond T go to its occupied bins in
-  // equal parts. kept = F(T), values = N.
-  TE_HD static Level level(const core::View& view, double step, int g, double outliers, double kept,
-                           double values) {
-    double count[kBinsPerLevel], sum = 0, occupied = 0;
-    double below = view.count_below(step * (kBinsPerLevel * g));
-#pragma GCC unroll 8
-    for (int b = 0; b < kBinsPerLevel; ++b) {
-      const double next = view.count_below(step * (kBinsPerLevel * g + b + 1));
-      count[b] = next - below;
-      below = next;
-      sum += count[b];
-      occupied += count[b] > 0 ? 1.0 : 0.0;
-    }
-    const double bins = occupied > 0 ? occupied : 1.0;
-    const double extra = outliers / bins;
-    // p / q = (c + o) / N * F(T) / (S / M)
-    const double ratio = kept * bins / (values * (sum > 0 ? sum : 1.0));
-    double term = 0;
-#pragma GCC unroll 8
-    for (int b = 0; b < kBinsPerLevel; ++b) {
-      const double mass = count[b] + extra;
-      const double log_ratio = core::log((count[b] > 0 ? mass : 1.0) * ratio);
-      term += count[b] > 0 ? mass * log_ratio : 0.0;
-    }
-    return {term, occupied};
+  // p / q of a bin is its mass times this: (c + o) / N over (S / M) / F(T), S and M of its level.
+  TE_HD static double level_ratio(double sum, double occupied, double kept, double values) {
+    return kept * (occupied > 0 ? occupied : 1.0) / (values * (sum > 0 ? sum : 1.0));
+  }
+  // What a bin of `count` values, and `extra` outliers if it is occupied, adds to N times the divergence.
+  TE_HD static double bin_term(double count, double extra, double ratio) {
+    const double mass = count + extra;
+    const double log_ratio = core::log((count > 0 ? mass : 1.0) * ratio);
+    return count > 0 ? mass * log_ratio : 0.0;
   }
 
+  // Rows of one candidate's working memory, a value per level in each. Bin b of all levels is one row, so
+  // that the loops below run over levels side by side.
+  struct Rows {
+    double below[kBinsPerLevel][kMaxLevels + 1];  // F at the lower edge of the bin
+    double sum[kMaxLevels], occupied[kMaxLevels], ratio[kMaxLevels], term[kMaxLevels];
+  };
+
+  TE_HD static void count_levels(const core::View& view, double step, int levels, Rows& rows) {
+    for (int b = 0; b < kBinsPerLevel; ++b)
+      for (int g = 0; g <= levels; ++g)
+        rows.below[b][g] = view.count_below(step * static_cast<double>(kBinsPerLevel * g + b));
+    for (int g = 0; g < levels; ++g) rows.sum[g] = rows.occupied[g] = 0;
+    for (int b = 0; b < kBinsPerLevel; ++b) {
+      const double* low = rows.below[b];
+      const double* high = next_edge(rows, b);
+      for (int g = 0; g < levels; ++g) {
+        const double count = high[g] - low[g];
+        rows.sum[g] += count;
+        rows.occupied[g] += count > 0 ? 1.0 : 0.0;
+      }
+    }
+  }
+  TE_HD static const double* next_edge(const Rows& rows, int b) {
+    return b + 1 < kBinsPerLevel ? rows.below[b + 1] : rows.below[0] + 1;
+  }
+
+  // The divergence of candidate T; infinite where outliers find no occupied bin in the last level.
   TE_HD static double log_linear(const core::View& view, int levels, double t) {
     const double values = static_cast<double>(core::nonzero(view));
     const double kept = view.count_below(t), outliers = values - kept;
-    const double step = t / (kBinsPerLevel * levels);
-    double term[kMaxLevels], occupied[kMaxLevels];
+    Rows rows;
+    count_levels(view, t / (kBinsPerLevel * levels), levels, rows);
     const int last = levels - 1;
-    for (int g = 0; g < last; ++g) {
-      const Level found = level(view, step, g, 0.0, kept, values);
-      term[g] = found.term;
-      occupied[g] = found.occupied;
+    if (outliers > 0 && !(rows.occupied[last] > 0)) return __builtin_inf();
+    for (int g = 0; g < levels; ++g) {
+      rows.ratio[g] = level_ratio(rows.sum[g], rows.occupied[g], kept, values);
+      rows.term[g] = 0;
     }
-    const Level end = level(view, step, last, outliers, kept, values);
-    if (outliers > 0 && !(end.occupied > 0)) return __builtin_inf();
-    term[last] = end.term;
-    occupied[last] = end.occupied;
+    const double extra = outliers > 0 ? outliers / rows.occupied[last] : 0.0;
+    double last_term = 0;
+    for (int b = 0; b < kBinsPerLevel; ++b) {
+      const double* low = rows.below[b];
+      const double* high = next_edge(rows, b);
+      for (int g = 0; g < last; ++g)
+        rows.term[g] += bin_term(high[g] - low[g], 0.0, rows.ratio[g]);
+      last_term += bin_term(high[last] - low[last], extra, rows.ratio[last]);
+    }
+    rows.term[last] = last_term;
     // Eight sums side by side, then in pairs: the order on every device.
     double sum[8] = {}, spare[8] = {};
     for (int g = 0; g < levels; ++g) {
-      sum[g & 7] += term[g];
-      spare[g & 7] += occupied[g] > 0 ? occupied[g] - 1 : 0.0;
+      sum[g & 7] += rows.term[g];
+      spare[g & 7] += rows.occupied[g] > 0 ? rows.occupied[g] - 1 : 0.0;
     }
     return (pairwise(sum) - 0.5 * pairwise(spare)) / values;
   }
