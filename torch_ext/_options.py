@@ -34,7 +34,8 @@ def encode_options(rule: str, options: Options) -> list[float]:
             raise ValueError(
                 f"{rule}: expected options to be {len(table)} numbers, got {len(options)}"
             )
-        options = dict(zip((row["name"] for row in table), options, strict=False))
+        given: Sequence[OptionValue] = options or [row["default"] for row in table]
+        return [_encode(rule, row, value, True) for row, value in zip(table, given, strict=True)]
     names = [row["name"] for row in table]
     for name in options:
         if name not in names:
@@ -42,15 +43,18 @@ def encode_options(rule: str, options: Options) -> list[float]:
     return [_encode(rule, row, options.get(row["name"], row["default"])) for row in table]
 
 
-def _encode(rule: str, row: _C.OptionInfo, value: OptionValue) -> float:
+def _encode(rule: str, row: _C.OptionInfo, value: OptionValue, encoded: bool = False) -> float:
+    """One value as a number; with ``encoded`` a choice may be its index already."""
     name, choices = row["name"], row["choices"]
     if choices and isinstance(value, str):
         if value not in choices:
             raise ValueError(f"{rule}: unknown {name} {_quoted(value)}; known: {joined(choices)}")
         return float(choices.index(value))
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or (choices and not encoded):
         want = "one of " + joined(choices) if choices else "a number"
         raise TypeError(f"{rule}: expected {name} to be {want}, got {value!r}")
+    assert isinstance(value, (int, float))
     low, high = row["minimum"], row["maximum"]
     if not low <= value <= high:
         raise ValueError(f"{rule}: expected {name} to be between {low:g} and {high:g}, got {value}")
