@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "core/job.h"
+#include "observers/kl_reference_tables.h"
 
 // The CPU drivers: raw pointers in, no torch. Results do not depend on the number of threads.
 namespace torch_ext::cpu {
@@ -22,6 +23,6 @@ void solve(const SolveJob* jobs, int64_t count);
 
 // index [rows] and threshold [rows] of linear histograms counts [rows, bins] of width bin_width [rows].
 void kl_threshold(const int64_t* counts, const double* bin_width, int64_t rows, int64_t bins,
-                  int32_t levels, int32_t variant, int64_t* index, double* threshold);
+                  int64_t levels, observers::KlVariant variant, int64_t* index, double* threshold);
 
 }  // namespace torch_ext::cpu

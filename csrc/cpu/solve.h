@@ -4,6 +4,7 @@
 
 #include "core/cumulative.h"
 #include "core/grid.h"
+#include "observers/kl_reference.h"
 
 namespace torch_ext::cpu {
 
@@ -25,6 +26,12 @@ struct SolveKernels {
   void (*objectives)(int32_t rule, const SearchStorage& search, int64_t begin, int64_t end, double* out);
   double (*threshold)(int32_t rule, const core::View& view, const SearchStorage& search,
                       const double* objectives);
+
+  // The same steps for a reference variant of kl on a linear histogram.
+  int64_t (*linear_prepare)(observers::KlVariant variant, const int64_t* counts, int64_t bins,
+                            int64_t levels, double* scratch, observers::KlReference::Search* search);
+  void (*linear_objectives)(const observers::KlReference::Search& search, int64_t begin, int64_t end,
+                            double* out);
 };
 
 }  // namespace torch_ext::cpu

@@ -3,6 +3,7 @@
 #include "core/contract.h"
 #include "core/lattice.h"
 #include "core/log.h"
+#include "observers/kl_reference.h"
 
 namespace torch_ext::observers {
 
@@ -100,27 +101,85 @@ struct Kl {
 
   struct Search {
     core::View view;
-    core::Lattice lattice;
+    core::Lattice lattice;  // of log_linear
     int levels;
+    KlReference::Search reference;  // of the other variants
+    bool is_reference;
     int64_t count;
-    static constexpr bool last_wins = false;
+    bool last_wins;
   };
-  TE_HD static int64_t search_words(core::HistogramLayout, const core::Grid&, const double*) {
-    return 0;
+
+  // Bins of the linear view, up to 2^(exponent of max|x| + 1): every bin of the top octave is one of them.
+  TE_HD static int64_t linear_bins(core::HistogramLayout layout) {
+    return int64_t{2} << layout.mantissa_bits;
   }
-  TE_HD static Search prepare(const core::View& view, const core::Grid& grid, const double*,
-                              int64_t*) {
-    const core::Lattice lattice = core::make_lattice(view);
-    return {view, lattice, levels(view, grid), lattice.count};
+  TE_HD static double linear_width(const core::View& view) {
+    return core::exp2_of(view.top - core::kBias - view.layout.mantissa_bits);
+  }
+  // The histogram of |x| with bins of one width. Exact: a lower octave's bins lie whole within them.
+  TE_HD static void linear_view(const core::View& view, bool with_zeros, int64_t* counts) {
+    const int32_t m = view.layout.mantissa_bits;
+    const int64_t width = int64_t{1} << m, octaves = view.bins >> m;
+    for (int64_t i = 0; i < 2 * width; ++i) counts[i] = 0;
+    counts[0] = view.tiny + (with_zeros ? view.zeros : 0);
+    for (int64_t i = 0; i < view.bins; ++i) {
+      const int64_t both = view.below[core::kNegative][i + 1] - view.below[core::kNegative][i] +
+                           view.below[core::kPositive][i + 1] - view.below[core::kPositive][i];
+      counts[(width + (i & (width - 1))) >> (octaves - 1 - (i >> m))] += both;
+    }
+  }
+
+  TE_HD static KlVariant variant_of(const double* options) {
+    const int choice = static_cast<int>(options[0]);
+    return choice == 4 ? KlVariant::horizon : static_cast<KlVariant>(choice);
+  }
+  TE_HD static core::Complaint complaint(const core::Grid&, core::HistogramLayout layout,
+                                         const double* options) {
+    if (variant_of(options) == KlVariant::log_linear || layout.octaves > layout.mantissa_bits)
+      return {};
+    return {"variant", "0 (log_linear) where octaves are not more than mantissa_bits", options[0]};
+  }
+
+  TE_HD static int64_t search_words(core::HistogramLayout layout, const core::Grid&,
+                                    const double* options) {
+    const KlVariant variant = variant_of(options);
+    if (variant == KlVariant::log_linear) return 0;
+    return linear_bins(layout) + KlReference::scratch_size(variant, linear_bins(layout));
+  }
+  TE_HD static Search prepare(const core::View& view, const core::Grid& grid, const double* options,
+                              int64_t* words) {
+    const KlVariant variant = variant_of(options);
+    Search search{};
+    search.view = view;
+    search.levels = levels(view, grid);
+    search.is_reference = variant != KlVariant::log_linear;
+    if (!search.is_reference) {
+      search.lattice = core::make_lattice(view);
+      search.count = search.lattice.count;
+    } else if (view.top != 0) {
+      const int64_t bins = linear_bins(view.layout);
+      linear_view(view, variant != KlVariant::ncnn, words);
+      search.reference = KlReference::prepare(variant, words, bins, search.levels,
+                                              reinterpret_cast<double*>(words + bins));
+      search.count = search.reference.count;
+      search.last_wins = search.reference.last_wins;
+    }
+    return search;
   }
   TE_HD static double threshold(const Search& search, int64_t i) {
+    if (search.is_reference)
+      return KlReference::threshold(search.reference, i, linear_width(search.view));
     return core::lattice_value(search.lattice.bottom, search.lattice.first + i);
   }
   TE_HD static void objectives(const Search& search, int64_t begin, int64_t end, double* out) {
+    if (search.is_reference) {
+      KlReference::objectives(search.reference, begin, end, out + begin);
+      return;
+    }
     for (int64_t i = begin; i < end; ++i)
       out[i] = log_linear(search.view, search.levels, threshold(search, i));
   }
 };
-static_assert(core::SearchRule<Kl>);
+static_assert(core::SearchRule<Kl> && core::ChecksOptions<Kl>);
 
 }  // namespace torch_ext::observers
