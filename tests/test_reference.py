@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+
 from reference import Grid, View, candidates, kl_objective, observe, qparams
 from reference.rules import RULES, alpha, gauss_noise, laplace_noise
 

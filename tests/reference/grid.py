@@ -51,42 +51,41 @@ def qparams(low: float, high: float, grid: Grid) -> QParams:
             divisor = 2.0 ** (grid.bits if grid.unsigned else grid.bits - 1)
         if magnitude == 0:
             return QParams(1.0, 0)
-        return QParams(_limited(magnitude / divisor, 0, grid)[0], 0)
+        return QParams(_capped(_floored(magnitude / divisor, grid)[0], 0, grid), 0)
     low, high = min(low, 0.0), max(high, 0.0)
     if low == high:
         return QParams(1.0, 0)
     exact = grid.quant_min - Fraction(low) * grid.steps / (Fraction(high) - Fraction(low))
-    scale, changed = _limited((high - low) / grid.steps, _clamped(exact, grid), grid)
+    scale, changed = _floored((high - low) / grid.steps, grid)
     if changed:
         exact = grid.quant_min - Fraction(low) / Fraction(scale)
     half = abs(exact - math.floor(exact) - Fraction(1, 2))
-    return QParams(scale, _clamped(exact, grid), half)
+    zero_point = min(max(round(exact), grid.quant_min), grid.quant_max)  # a Fraction: half to even
+    return QParams(_capped(scale, zero_point, grid), zero_point, half)
 
 
-def _clamped(exact: Fraction, grid: Grid) -> int:
-    nearest = round(exact)  # of a Fraction: half to even
-    return min(max(nearest, grid.quant_min), grid.quant_max)
-
-
-def _limited(wide: float, zero_point: int, grid: Grid) -> tuple[float, bool]:
-    """float32 scale, a power of two if asked, at least 2^-126, small enough for a finite grid."""
-    scale, changed = wide, False
+def _floored(wide: float, grid: Grid) -> tuple[float, bool]:
+    """Rounded up to 2^k if asked, and at least 2^-126; whether that changed it."""
+    scale = wide
     if grid.power_of_two:
         mantissa, exponent = math.frexp(wide)
         scale = 2.0 ** (exponent - 1 if mantissa == 0.5 else exponent)
-        changed = scale != wide
-    if scale < 2.0**-126:
-        return 2.0**-126, True
-    level = max(abs(grid.quant_min - zero_point), abs(grid.quant_max - zero_point))
+    scale = max(scale, 2.0**-126)
+    return scale, scale != wide
+
+
+def _capped(wide: float, zero_point: int, grid: Grid) -> float:
+    """Float32, at most the largest (the largest 2^k) that keeps every level of the grid finite."""
+    level = np.float32(max(abs(grid.quant_min - zero_point), abs(grid.quant_max - zero_point)))
     with np.errstate(over="ignore"):
-        rounded = np.float32(scale)
-        if np.isfinite(np.float32(level) * rounded):
-            return float(rounded), changed
+        scale = np.float32(wide)
+        if np.isfinite(level * scale):
+            return float(scale)
         if grid.power_of_two:
-            return 2.0 ** math.floor(math.log2(FLOAT_MAX / level)), True
-        capped = np.float32(FLOAT_MAX / level)
-        while np.isfinite(np.float32(level) * np.nextafter(capped, np.float32(np.inf))):
-            capped = np.nextafter(capped, np.float32(np.inf))
-        while not np.isfinite(np.float32(level) * capped):
-            capped = np.nextafter(capped, np.float32(0))
-    return float(capped), True
+            return float(2.0 ** math.floor(math.log2(FLOAT_MAX / float(level))))
+        scale = np.float32(FLOAT_MAX / float(level))
+        while np.isfinite(level * np.nextafter(scale, np.float32(np.inf))):
+            scale = np.nextafter(scale, np.float32(np.inf))
+        while not np.isfinite(level * scale):
+            scale = np.nextafter(scale, np.float32(0))
+    return float(scale)
