@@ -1,0 +1,243 @@
+"""One wrong call for every clause of every op's contract."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+import torch_ext
+from op_samples import SAMPLES
+
+NAN, INF = float("nan"), float("inf")
+I32, I64, F64 = torch.int32, torch.int64, torch.float64
+
+# op -> clauses: (what is wrong, arguments that the text may name, the wrong arguments).
+Clause = tuple[str, str, dict[str, Any]]
+
+
+def grid_clauses() -> list[Clause]:
+    return [
+        ("grid upside down", "quant_min|quant_max", {"quant_min": 5, "quant_max": 4}),
+        ("grid of one level", "quant_min|quant_max", {"quant_min": 0, "quant_max": 0}),
+        ("grid without 0 above", "quant_min|zero_point", {"quant_min": 1, "quant_max": 9}),
+        ("grid without 0 below", "quant_max|zero_point", {"quant_min": -9, "quant_max": -1}),
+        ("grid past 32 bits", "quant_min|quant_max", {"quant_min": -(2**40), "quant_max": 2**40}),
+        (
+            "grid past 64 bits",
+            "quant_min|quant_max",
+            {"quant_min": -(2**63), "quant_max": 2**63 - 1},
+        ),
+    ]
+
+
+def data_clauses(channels: int) -> list[Clause]:
+    return [
+        ("integer data", "x", {"x": torch.ones(2, channels, dtype=I32)}),
+        ("bool data", "x", {"x": torch.ones(2, channels, dtype=torch.bool)}),
+        ("complex data", "x", {"x": torch.ones(2, channels, dtype=torch.complex64)}),
+        ("axis below -1", "ch_axis", {"ch_axis": -2}),
+        ("axis past the last", "ch_axis", {"ch_axis": 9}),
+        ("axis equal to the rank", "ch_axis", {"ch_axis": 2}),
+        ("axis of a scalar", "ch_axis", {"x": torch.tensor(1.0), "ch_axis": 0}),
+    ]
+
+
+def state_clauses(prefix: str = "", written: bool = True) -> list[Clause]:
+    """A statistic of 3 channels; layouts that no op accepts."""
+    e, t, c = prefix + "extrema", prefix + "tally", prefix + "counts"
+    clauses: list[Clause] = [
+        ("extrema dtype", e, {e: torch.zeros(3, 2, dtype=F64)}),
+        ("extrema rank", e, {e: torch.zeros(6)}),
+        ("extrema columns", e, {e: torch.zeros(3, 3)}),
+        ("extrema rows", f"{e}|{t}|{c}|x", {e: torch.zeros(2, 2)}),
+        ("tally dtype", t, {t: torch.zeros(3, 5, dtype=I32)}),
+        ("tally rank", t, {t: torch.zeros(15, dtype=I64)}),
+        ("tally columns", t, {t: torch.zeros(3, 4, dtype=I64)}),
+        ("tally rows", t, {t: torch.zeros(4, 5, dtype=I64)}),
+        ("counts dtype", c, {c: torch.zeros(3, 2, 12, 128)}),
+        ("counts rank", c, {c: torch.zeros(3, 2, 12 * 128, dtype=I64)}),
+        ("counts rows", c, {c: torch.zeros(2, 2, 12, 128, dtype=I64)}),
+        ("counts signs", c, {c: torch.zeros(3, 1, 12, 128, dtype=I64)}),
+        ("too few octaves", c, {c: torch.zeros(3, 2, 3, 128, dtype=I64)}),
+        ("too many octaves", c, {c: torch.zeros(3, 2, 33, 128, dtype=I64)}),
+        ("too few sub-bins", c, {c: torch.zeros(3, 2, 12, 16, dtype=I64)}),
+        ("too many sub-bins", c, {c: torch.zeros(3, 2, 12, 2048, dtype=I64)}),
+        ("sub-bins no power of two", c, {c: torch.zeros(3, 2, 12, 100, dtype=I64)}),
+        ("octaves without bins", c, {c: torch.zeros(3, 2, 12, 0, dtype=I64)}),
+    ]
+    if written:
+        clauses += [
+            ("extrema strided", e, {e: torch.zeros(2, 3).t()}),
+            ("tally expanded", t, {t: torch.zeros(1, 5, dtype=I64).expand(3, 5)}),
+            ("counts strided", c, {c: torch.zeros(3, 2, 128, 12, dtype=I64).transpose(2, 3)}),
+        ]
+    return clauses
+
+
+def rule_clauses() -> list[Clause]:
+    return [
+        ("unknown rule", "known: min_max", {"rule": "histogram"}),
+        ("empty rule", "known: min_max", {"rule": ""}),
+        ("unknown scale rule", "known: grid", {"scale_rule": "max"}),
+        ("too many options", "options", {"rule": "percentile", "options": [99.0, 1.0]}),
+        ("too few options", "options", {"rule": "clip", "options": [1.0]}),
+        ("percentile of 0", "percentile", {"rule": "percentile", "options": [0.0]}),
+        ("percentile above 100", "percentile", {"rule": "percentile", "options": [100.1]}),
+        ("percentile NaN", "percentile", {"rule": "percentile", "options": [NAN]}),
+        ("clip upside down", "xmin|xmax", {"rule": "clip", "options": [1.0, -1.0]}),
+        ("clip infinite", "xmin|xmax", {"rule": "clip", "options": [-INF, 1.0]}),
+        ("std_scale negative", "std_scale", {"rule": "clip_std", "options": [-1.0]}),
+        ("fixed scale 0", "scale", {"rule": "fixed_scale", "options": [0.0, 0.0]}),
+        ("fixed scale negative", "scale", {"rule": "fixed_scale", "options": [-1.0, 0.0]}),
+        ("fixed scale infinite", "scale", {"rule": "fixed_scale", "options": [INF, 0.0]}),
+        (
+            "fixed zero point off grid",
+            "zero_point",
+            {"rule": "fixed_scale", "options": [1.0, 999.0]},
+        ),
+        ("fixed zero point broken", "zero_point", {"rule": "fixed_scale", "options": [1.0, 0.5]}),
+        ("no such variant", "variant", {"rule": "kl", "options": [99.0]}),
+        ("variant between two", "variant", {"rule": "kl", "options": [0.5]}),
+    ]
+
+
+def qparams_clauses() -> list[Clause]:
+    """Scale and zero point of 3 channels on axis 1."""
+    return [
+        ("scale dtype", "scale", {"scale": torch.ones(3, dtype=F64)}),
+        ("scale rank", "scale", {"scale": torch.ones(3, 1)}),
+        ("scale numel", "scale", {"scale": torch.ones(4)}),
+        ("scale empty", "scale", {"scale": torch.ones(0)}),
+        ("scale zero", "scale", {"scale": torch.tensor([1.0, 0.0, 1.0])}),
+        ("scale negative", "scale", {"scale": torch.tensor([1.0, 1.0, -0.5])}),
+        ("scale NaN", "scale", {"scale": torch.tensor([NAN, 1.0, 1.0])}),
+        ("scale infinite", "scale", {"scale": torch.tensor([1.0, INF, 1.0])}),
+        ("many scales per tensor", "scale|ch_axis", {"ch_axis": -1}),
+        ("zero_point dtype", "zero_point", {"zero_point": torch.zeros(3, dtype=I64)}),
+        ("zero_point float", "zero_point", {"zero_point": torch.zeros(3)}),
+        ("zero_point rank", "zero_point", {"zero_point": torch.zeros(3, 1, dtype=I32)}),
+        ("zero_point numel", "zero_point", {"zero_point": torch.zeros(2, dtype=I32)}),
+        ("zero_point off grid", "zero_point", {"zero_point": torch.tensor([0, 0, 128], dtype=I32)}),
+        ("unknown mask", "known: rounded", {"mask": "soft"}),
+        ("unknown rounding", "known: half_even", {"rounding": "up"}),
+    ]
+
+
+def many(**wrong: Any) -> dict[str, Any]:
+    """The sample of solve_many has two quantizers: wrong values for the second."""
+    good = SAMPLES["solve_many"][0]()
+    return {name: [good[name][0], value] for name, value in wrong.items()}
+
+
+CLAUSES: dict[str, list[Clause]] = {
+    "fake_quant": [*data_clauses(3), *qparams_clauses(), *grid_clauses()],
+    "_fake_quant_forward": [*data_clauses(3), *qparams_clauses(), *grid_clauses()],
+    "_fake_quant_backward": [
+        ("integer gradient", "grad", {"grad": torch.ones(10, dtype=I32)}),
+        ("mask dtype", "mask", {"mask": torch.zeros(2, dtype=torch.bool)}),
+        ("mask too short", "mask", {"mask": torch.zeros(1, dtype=torch.uint8)}),
+        ("mask too long", "mask", {"mask": torch.zeros(3, dtype=torch.uint8)}),
+        ("mask rank", "mask", {"mask": torch.zeros(2, 1, dtype=torch.uint8)}),
+    ],
+    "observe_": [
+        *data_clauses(3),
+        *state_clauses(),
+        ("other number of channels", "x|extrema", {"x": torch.ones(2, 4)}),
+        ("many channels per tensor", "extrema|ch_axis", {"ch_axis": -1}),
+    ],
+    "merge_": [*state_clauses(), *state_clauses("other_", written=False)],
+    "solve": [
+        *state_clauses(written=False),
+        *grid_clauses(),
+        *rule_clauses(),
+        ("no histogram", "counts", {"counts": torch.zeros(3, 2, 0, 0, dtype=I64)}),
+        ("16 bits", "grid", {"quant_min": -32768, "quant_max": 32767}),
+    ],
+    "solve_many": [
+        ("fewer rules", "rules|extrema", {"rules": ["min_max"]}),
+        ("fewer extrema", "extrema", {"extrema": []}),
+        ("fewer tallies", "tally", {"tally": []}),
+        ("fewer counts", "counts", {"counts": []}),
+        ("fewer quant_min", "quant_min", {"quant_min": [0]}),
+        ("fewer quant_max", "quant_max", {"quant_max": [255]}),
+        ("fewer symmetric", "symmetric", {"symmetric": [True]}),
+        ("fewer scale rules", "scale_rule", {"scale_rule": ["grid"]}),
+        ("fewer power_of_two", "power_of_two", {"power_of_two": [False]}),
+        ("too many options", "options", {"options": [99.0, 1.0, 2.0]}),
+        ("too few options", "options", {"options": []}),
+        ("bad option", "percentile", {"options": [101.0]}),
+        ("unknown rule", "known: min_max", many(rules="histogram")),
+        ("unknown scale rule", "known: grid", many(scale_rule="max")),
+        ("bad extrema", "extrema", many(extrema=torch.zeros(1, 3))),
+        ("bad tally", "tally", many(tally=torch.zeros(1, 5))),
+        ("bad counts", "counts", many(counts=torch.zeros(1, 2, 3, 4, dtype=I64))),
+        ("bad grid", "quant_min|quant_max", many(quant_min=10, quant_max=3)),
+    ],
+    "qparams": [
+        ("range dtype", "range", {"range": torch.zeros(3, 2, dtype=F64)}),
+        ("range rank", "range", {"range": torch.zeros(2)}),
+        ("range columns", "range", {"range": torch.zeros(2, 3)}),
+        ("range upside down", "range", {"range": torch.tensor([[0.0, 1.0], [1.0, 0.5]])}),
+        ("range strided", "range", {"range": torch.zeros(2, 3).t()}),
+        ("range NaN", "range", {"range": torch.tensor([[NAN, 1.0]])}),
+        ("range infinite", "range", {"range": torch.tensor([[0.0, INF]])}),
+        ("unknown scale rule", "known: grid", {"scale_rule": ""}),
+        *grid_clauses(),
+    ],
+    "follow_": [
+        *data_clauses(3),
+        ("range dtype", "range", {"range": torch.zeros(3, 2, dtype=F64)}),
+        ("range columns", "range", {"range": torch.zeros(3, 3)}),
+        ("range rows", "range", {"range": torch.zeros(4, 2)}),
+        ("range strided", "range", {"range": torch.zeros(2, 3).t()}),
+        ("scale dtype", "scale", {"scale": torch.zeros(3, dtype=torch.half)}),
+        ("scale numel", "scale", {"scale": torch.zeros(2)}),
+        ("zero_point dtype", "zero_point", {"zero_point": torch.zeros(3, dtype=I64)}),
+        ("zero_point numel", "zero_point", {"zero_point": torch.zeros(1, dtype=I32)}),
+        ("solved dtype", "solved", {"solved": torch.zeros(1)}),
+        ("solved numel", "solved", {"solved": torch.zeros(3, dtype=torch.uint8)}),
+        ("constant negative", "averaging_constant", {"averaging_constant": -0.1}),
+        ("constant above 1", "averaging_constant", {"averaging_constant": 1.5}),
+        ("constant NaN", "averaging_constant", {"averaging_constant": NAN}),
+        ("mantissa bits", "mantissa_bits", {"mantissa_bits": 4}),
+        ("many mantissa bits", "mantissa_bits", {"mantissa_bits": 11}),
+        ("octaves", "octaves", {"octaves": 3}),
+        ("many octaves", "octaves", {"octaves": 33}),
+        ("16 bits", "grid", {"quant_min": -32768, "quant_max": 32767}),
+        ("other number of channels", "x|range", {"x": torch.ones(2, 4)}),
+        *grid_clauses(),
+        *rule_clauses(),
+    ],
+    "kl_threshold": [
+        ("counts dtype", "counts", {"counts": torch.ones(2, 256)}),
+        ("counts rank", "counts", {"counts": torch.ones(256, dtype=I64)}),
+        ("negative count", "counts", {"counts": torch.full((2, 256), -1)}),
+        ("no bins", "counts", {"counts": torch.ones(2, 0, dtype=I64)}),
+        ("fewer bins than levels", "counts|levels", {"levels": 512}),
+        ("no levels", "levels", {"levels": 0}),
+        ("levels negative", "levels", {"levels": -128}),
+        ("levels huge", "levels|counts", {"levels": 2**62}),
+        ("width dtype", "bin_width", {"bin_width": torch.ones(2)}),
+        ("width numel", "bin_width", {"bin_width": torch.ones(3, dtype=F64)}),
+        ("width zero", "bin_width", {"bin_width": torch.zeros(2, dtype=F64)}),
+        ("width NaN", "bin_width", {"bin_width": torch.full((2,), NAN, dtype=F64)}),
+        ("width infinite", "bin_width", {"bin_width": torch.full((2,), INF, dtype=F64)}),
+        ("unknown variant", "known: slides", {"variant": "entropy"}),
+    ],
+}
+OPTION_CLAUSES: dict[str, list[Clause]] = {
+    "percentile": [
+        ("0", "percentile", {"percentile": 0.0}),
+        ("NaN", "percentile", {"percentile": NAN}),
+    ],
+    "clip": [("upside down", "xmin|xmax", {"xmin": 2.0, "xmax": 1.0})],
+    "clip_std": [("negative", "std_scale", {"std_scale": -3.0})],
+    "fixed_scale": [
+        ("scale 0", "scale", {"scale": 0.0}),
+        ("off", "zero_point", {"zero_point": 1e9}),
+    ],
+    "kl": [("unknown variant", "known: log_linear", {"variant": "entropy"})],
+}
+for _rule in torch_ext.observers():
+    CLAUSES[_rule] = [*data_clauses(3), *grid_clauses(), *OPTION_CLAUSES.get(_rule, [])]

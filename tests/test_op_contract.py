@@ -1,0 +1,95 @@
+"""Every clause of every op's contract, violated once: a readable exception, and nothing changed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from op_clauses import CLAUSES
+from op_samples import SAMPLES, Arguments
+
+NATIVE = torch.ops.torch_ext
+
+
+def cases() -> Iterator[Any]:
+    for op, clauses in CLAUSES.items():
+        for what, named, wrong in clauses:
+            yield pytest.param(op, named, wrong, id=f"{op}-{what.replace(' ', '_')}")
+
+
+# Parts of a public op whose name its users know.
+PRIVATE = ["_fake_quant_forward"]
+
+
+def assert_lists_the_known(text: str, op: str, first: str, wrong: dict[str, Any]) -> None:
+    """An unknown name is quoted back, beside all names that there are."""
+    value = next(iter(wrong.values()))
+    name = value if isinstance(value, str) else value[-1]
+    assert text.startswith(f"{op}: "), text
+    assert re.search(rf"(known: |one of ){first}, ", text), text
+    assert text.endswith(f"got {name}") or f'"{name}"' in text, text
+
+
+def tensors_of(arguments: Arguments) -> list[Tensor]:
+    found: list[Tensor] = []
+    for value in arguments.values():
+        found += [v for v in (value if isinstance(value, list) else [value]) if torch.is_tensor(v)]
+    return found
+
+
+@pytest.mark.parametrize(("op", "named", "wrong"), list(cases()))
+def test_clause(op: str, named: str, wrong: dict[str, Any]):
+    call: Callable[..., Any] = getattr(NATIVE, op)
+    arguments = SAMPLES[op][0]() | wrong
+    before = [t.clone() for t in tensors_of(arguments)]
+    with pytest.raises((RuntimeError, ValueError)) as raised:
+        call(**arguments)
+    text = str(raised.value).splitlines()[0]
+    public = op.removeprefix("_").partition("_forward")[0] if op in PRIVATE else op
+    if named.startswith("known: "):
+        assert_lists_the_known(text, public, named.removeprefix("known: "), wrong)
+    else:
+        assert re.match(rf"{public}: expected .*\b({named})\b.* to be .+, got .+", text), text
+    for tensor, old in zip(tensors_of(arguments), before, strict=True):
+        assert tensor.equal(old) or tensor.isnan().any(), "an argument changed"
+
+
+def test_every_op_has_its_clauses():
+    """An op that is added must be given its contract here."""
+    names = {
+        n.removeprefix("torch_ext::").partition(".")[0]
+        for n in torch._C._dispatch_get_all_op_names()
+        if n.startswith("torch_ext::")
+    }
+    assert names == set(CLAUSES) == set(SAMPLES)
+
+
+@pytest.mark.parametrize("op", sorted(CLAUSES))
+def test_the_sample_itself_is_accepted(op: str):
+    for make in SAMPLES[op]:
+        getattr(NATIVE, op)(**make())
+
+
+def device_cases() -> Iterator[Any]:
+    for op, makes in SAMPLES.items():
+        for name, value in makes[0]().items():
+            if torch.is_tensor(value) and op != "_fake_quant_backward":
+                yield pytest.param(op, name, id=f"{op}-{name}")
+
+
+@pytest.mark.parametrize(("op", "name"), list(device_cases()))
+def test_tensors_of_two_devices_are_refused(op: str, name: str):
+    arguments = SAMPLES[op][0]()
+    if len(tensors_of(arguments)) == 1:
+        return
+    arguments[name] = arguments[name].to("meta")
+    before = [t.clone() for t in tensors_of(arguments)]
+    with pytest.raises(RuntimeError, match=rf"{op}: expected .+ to be .+, got .+"):
+        getattr(NATIVE, op)(**arguments)
+    for tensor, old in zip(tensors_of(arguments), before, strict=True):
+        assert tensor.is_meta or tensor.equal(old)
