@@ -2,6 +2,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <initializer_list>
 #include <tuple>
 
 #include "bindings/checks.h"
@@ -13,35 +14,70 @@ namespace {
 
 using Text = c10::string_view;
 
+// A tensor on another device than the rest would otherwise end here, and nothing would be computed.
+struct Named {
+  const char* name;
+  const at::Tensor& tensor;
+};
+void expect_meta(const char* op, std::initializer_list<Named> arguments) {
+  for (const Named& argument : arguments)
+    expect(argument.tensor.is_meta(), op, argument.name, "on one device with the others, meta",
+           argument.tensor.device());
+}
+
 at::Tensor like(const at::Tensor& x) { return at::empty_symint(x.sym_sizes(), x.options()); }
 
-at::Tensor fake_quant(const at::Tensor& x, const at::Tensor&, const at::Tensor&, int64_t, int64_t,
-                      int64_t, Text, Text) {
+at::Tensor fake_quant(const at::Tensor& x, const at::Tensor& scale, const at::Tensor& zero_point,
+                      int64_t, int64_t, int64_t, Text, Text) {
+  expect_meta("fake_quant", {{"x", x}, {"scale", scale}, {"zero_point", zero_point}});
   return like(x);
 }
 
-std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& x, const at::Tensor&, const at::Tensor&,
-                                           int64_t, int64_t, int64_t, Text, Text) {
+std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& x, const at::Tensor& scale,
+                                           const at::Tensor& zero_point, int64_t, int64_t, int64_t,
+                                           Text, Text) {
+  expect_meta("fake_quant", {{"x", x}, {"scale", scale}, {"zero_point", zero_point}});
   return {like(x), at::empty_symint({(x.sym_numel() + 7) / 8}, x.options().dtype(at::kByte))};
 }
 
-at::Tensor backward(const at::Tensor& grad, const at::Tensor&) { return like(grad); }
+at::Tensor backward(const at::Tensor& grad, const at::Tensor& mask) {
+  expect_meta("_fake_quant_backward", {{"grad", grad}, {"mask", mask}});
+  return like(grad);
+}
 
-void observe_(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t) {}
+void observe_(const at::Tensor& x, const at::Tensor& extrema, const at::Tensor& tally,
+              const at::Tensor& counts, int64_t) {
+  expect_meta("observe_", {{"x", x}, {"extrema", extrema}, {"tally", tally}, {"counts", counts}});
+}
 
-void merge_(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-            const at::Tensor&, const at::Tensor&) {}
+void merge_(const at::Tensor& extrema, const at::Tensor& tally, const at::Tensor& counts,
+            const at::Tensor& other_extrema, const at::Tensor& other_tally,
+            const at::Tensor& other_counts) {
+  expect_meta("merge_", {{"extrema", extrema},
+                         {"tally", tally},
+                         {"counts", counts},
+                         {"other_extrema", other_extrema},
+                         {"other_tally", other_tally},
+                         {"other_counts", other_counts}});
+}
 
-void follow_(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-             const at::Tensor&, double, Text, int64_t, int64_t, bool, Text, bool,
-             at::ArrayRef<double>, int64_t, int64_t, int64_t) {}
+void follow_(const at::Tensor& x, const at::Tensor& range, const at::Tensor& scale,
+             const at::Tensor& zero_point, const at::Tensor& solved, double, Text, int64_t, int64_t,
+             bool, Text, bool, at::ArrayRef<double>, int64_t, int64_t, int64_t) {
+  expect_meta("follow_", {{"x", x},
+                          {"range", range},
+                          {"scale", scale},
+                          {"zero_point", zero_point},
+                          {"solved", solved}});
+}
 
 at::Tensor range_of(const at::Tensor& extrema) {
   return at::empty_symint({extrema.sym_size(0), 2}, extrema.options().dtype(at::kFloat));
 }
 
-at::Tensor solve(Text, const at::Tensor& extrema, const at::Tensor&, const at::Tensor&, int64_t,
-                 int64_t, bool, Text, bool, at::ArrayRef<double>) {
+at::Tensor solve(Text, const at::Tensor& extrema, const at::Tensor& tally, const at::Tensor& counts,
+                 int64_t, int64_t, bool, Text, bool, at::ArrayRef<double>) {
+  expect_meta("solve", {{"extrema", extrema}, {"tally", tally}, {"counts", counts}});
   return range_of(extrema);
 }
 
@@ -53,13 +89,17 @@ std::tuple<at::Tensor, at::Tensor> qparams_of(const at::Tensor& range) {
 using Tensors = std::vector<at::Tensor>;
 
 std::tuple<Tensors, Tensors, Tensors> solve_many(const std::vector<std::string>&,
-                                                 at::TensorList extrema, at::TensorList,
-                                                 at::TensorList, at::IntArrayRef, at::IntArrayRef,
+                                                 at::TensorList extrema, at::TensorList tally,
+                                                 at::TensorList counts, at::IntArrayRef,
+                                                 at::IntArrayRef,
                                                  const c10::List<bool>&,
                                                  const std::vector<std::string>&,
                                                  const c10::List<bool>&, at::ArrayRef<double>) {
   Tensors range, scale, zero_point;
+  for (const at::Tensor& t : tally) expect_meta("solve_many", {{"tally", t}});
+  for (const at::Tensor& t : counts) expect_meta("solve_many", {{"counts", t}});
   for (const at::Tensor& t : extrema) {
+    expect_meta("solve_many", {{"extrema", t}});
     range.push_back(range_of(t));
     auto [s, z] = qparams_of(range.back());
     scale.push_back(s);
@@ -75,6 +115,7 @@ std::tuple<at::Tensor, at::Tensor> qparams(const at::Tensor& range, int64_t, int
 
 std::tuple<at::Tensor, at::Tensor> kl_threshold(const at::Tensor& counts, const at::Tensor& bin_width,
                                                 int64_t, Text) {
+  expect_meta("kl_threshold", {{"counts", counts}, {"bin_width", bin_width}});
   return {at::empty_symint({counts.sym_size(0)}, counts.options()),
           at::empty_symint({counts.sym_size(0)}, bin_width.options())};
 }
