@@ -16,6 +16,11 @@ from torch_ext import FakeQuantize, FakeQuantState, ops
 RULES = [rule for rule in torch_ext.observers() if rule != "fixed_scale"]
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
+
+
 def in_state(state: FakeQuantState, **keys: Any) -> FakeQuantize:
     quantizer = FakeQuantize(**keys)
     quantizer.enter(state)

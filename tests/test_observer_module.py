@@ -16,6 +16,11 @@ from torch_ext import Observer, ops
 RULES = torch_ext.observers()
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
+
+
 def data(count: int = 1000) -> torch.Tensor:
     return torch.randn(count)
 

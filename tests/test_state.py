@@ -60,6 +60,11 @@ EFFECT = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
+
+
 def forward(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
     torch.manual_seed(5)  # the same dropout for all
     with torch.no_grad():

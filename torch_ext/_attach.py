@@ -81,6 +81,7 @@ def check_weight(who: str, name: str, module: nn.Module, parameter: str) -> None
 
 
 def attach_weight(module: nn.Module, parameter: str, quantizer: FakeQuantize) -> Undo:
+    order = list(module._parameters)
     parametrize.register_parametrization(module, parameter, quantizer)
     chains = module.parametrizations
     assert isinstance(chains, nn.ModuleDict)
@@ -93,6 +94,8 @@ def attach_weight(module: nn.Module, parameter: str, quantizer: FakeQuantize) ->
             del chain[-1]
         else:
             parametrize.remove_parametrizations(module, parameter, leave_parametrized=False)
+            for name in order:
+                module._parameters[name] = module._parameters.pop(name)
 
     return undo
 

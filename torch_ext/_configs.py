@@ -72,7 +72,9 @@ class Configs:
     def _resolve(self, module: nn.Module, name: str, inherited: QConfig | None) -> None:
         config = self._own(module, name, inherited)
         self._found[name] = config
-        for child_name, child in module.named_children():
+        for child_name, child in module._modules.items():  # shared ones under each of their names
+            if child is None:
+                continue
             self._resolve(child, f"{name}.{child_name}" if name else child_name, config)
 
     def _own(self, module: nn.Module, name: str, inherited: QConfig | None) -> QConfig | None:
@@ -97,8 +99,6 @@ class Configs:
         first: dict[int, str] = {}
         for name, module in model.named_modules(remove_duplicate=False):
             earlier = first.setdefault(id(module), name)
-            if name not in self._found:
-                self._found[name] = self._found[earlier]
             if self._found[name] is not self._found[earlier]:
                 raise ValueError(
                     f'{self._who}: "{earlier}" and "{name}" are one module, '
