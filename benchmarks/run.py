@@ -1,0 +1,137 @@
+"""Times torch_ext side by side with what else does the same: ``make bench``."""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import os
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import options
+
+if TYPE_CHECKING:
+    from case import Case
+    from report import Row
+
+# Both sides get memory that has been touched before: a fresh 64 MiB costs ten times what an op on
+# it does, and would hide the op. The C library reads these once, when a process starts.
+RECYCLED_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 33),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 33),
+    "MALLOC_TOP_PAD_": str(1 << 28),
+}
+MANY_FAULTS = 64  # per call: memory was fresh after all
+
+
+def start_again_with_recycled_memory() -> None:
+    if any(os.environ.get(name) != value for name, value in RECYCLED_MEMORY.items()):
+        environment = {**os.environ, **RECYCLED_MEMORY}
+        os.execve(sys.executable, [sys.executable, *sys.argv], environment)
+
+
+def choose(cases: list[Case], pattern: str | None) -> list[Case]:
+    if pattern is None:
+        return cases
+    found = [c for c in cases if pattern in c.name or fnmatch.fnmatchcase(c.name, pattern)]
+    if not found:
+        known = "\n  ".join(case.name for case in cases)
+        sys.exit(f'run.py: expected --only to match a case, got "{pattern}"; known:\n  {known}')
+    return found
+
+
+class Session:
+    """Runs cases and prints their rows as they come."""
+
+    def __init__(self, chosen: argparse.Namespace) -> None:
+        self.chosen = chosen
+        self.rows: list[Row] = []
+        self.notes: list[str] = []
+        self.failed = False
+
+    def note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+            print(f"  {text}", flush=True)
+
+    def run(self, case: Case) -> None:
+        for size in self.chosen.sizes if case.sized else [0]:
+            for threads in self.chosen.threads:
+                if case.threads is None or threads in case.threads:
+                    self._run_at(case, size, threads)
+
+    def _run_at(self, case: Case, size: int, threads: int) -> None:
+        import torch
+
+        import native
+        import report
+        import timing
+        from case import Missing
+
+        torch.set_num_threads(threads)
+        try:
+            job = case.build(size)
+            if job.check is not None and threads == self.chosen.threads[0]:
+                job.check()
+            contenders = {"ours": job.ours, **{peer.name: peer.run for peer in job.peers}}
+            if job.composed is not None:
+                contenders[job.composed.name] = job.composed.run
+            ceilings = native.ceilings(job.ceiling.kind, job.ceiling.x) if job.ceiling else {}
+            samples = timing.measure(
+                contenders, ceilings, self.chosen.rounds, self.chosen.seconds_per_sample
+            )
+        except Missing as missing:
+            self.note(f"left out: {case.name}: {missing}")
+            return
+        except Exception as error:
+            self.failed = True
+            self.note(f"FAILED: {case.name}: {type(error).__name__}: {error}")
+            return
+        found = report.rows_of(case.name, size, threads, job, samples)
+        for row in found:
+            print(report.line(row), flush=True)
+        self.rows += found
+        if samples.page_faults > MANY_FAULTS:
+            self.note(f"fresh memory: {samples.page_faults:.0f} page faults a call in {case.name}")
+
+
+def main() -> int:
+    chosen = options.parse()
+    start_again_with_recycled_memory()
+    import torch
+
+    import cases_fake_quant
+    import cases_observe
+    import cases_solve
+    import native
+    import report
+
+    cases = [*cases_observe.CASES, *cases_fake_quant.CASES, *cases_solve.CASES]
+    cases = choose(cases, chosen.only)
+    if chosen.list:
+        print("\n".join(case.name for case in cases))
+        return 0
+    begin = time.monotonic()
+    torch.set_grad_enabled(False)
+    about = report.machine()
+    about["rounds"] = str(chosen.rounds)
+    print("\n".join(f"{key:12} {value}" for key, value in about.items()))
+    print(f"\n{report.HEADER}")
+    session = Session(chosen)
+    for case in cases:
+        session.run(case)
+    print(f"\n{report.summary(session.rows)}")
+    print(f"{time.monotonic() - begin:.0f} s")
+    record = (about, session.rows, session.notes)
+    report.write(native.OUTPUT, "latest", *record)
+    print(f"written: {native.OUTPUT / 'latest.json'}, .txt")
+    if chosen.save and not session.failed:
+        stem = f"{about['date']}-{report.slug(about['cpu'])}"
+        report.write(native.FOLDER / "results", stem, *record)
+        print(f"written: {native.FOLDER / 'results' / stem}.json, .txt")
+    return 1 if session.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
