@@ -85,7 +85,7 @@ def bring(kind: str, state: FakeQuantState) -> tuple[TinyNet, TinyNet]:
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("kind", QCONFIGS)
-@pytest.mark.parametrize(("before", "after"), itertools.product(FakeQuantState, repeat=2))
+@pytest.mark.parametrize(("before", "after"), list(itertools.product(FakeQuantState, repeat=2)))
 def test_every_transition(
     before: FakeQuantState, after: FakeQuantState, kind: str, training: bool
 ) -> None:
@@ -333,6 +333,19 @@ def test_a_weight_without_finite_values_is_no_weight() -> None:
     assert before.keys() == after.keys()
     states = {key: before[key] for key in before if key.endswith((".state", ".solved", ".range"))}
     assert same({key: after[key] for key in states}, states)
+
+
+def test_a_weight_channel_without_finite_values_has_scale_one() -> None:
+    net = prepared()
+    with torch.no_grad():
+        net.fc.parametrizations.weight.original[1] = torch.nan
+    set_fake_quantize(net, CALIBRATION, "*.parametrizations.*")
+    with pytest.warns(QuantizationWarning, match="0 infinite and 4 NaN values were left out"):
+        set_fake_quantize(net, VALIDATION, "*.parametrizations.*")
+    quantizer = net.fc.parametrizations.weight[0]
+    assert quantizer.scale[1] == 1
+    assert quantizer.range[1].tolist() == [0.0, 0.0]
+    assert bool(net.fc.weight[[0, 2]].isfinite().all())
 
 
 def test_dead_channels_and_cut_negatives_are_named() -> None:

@@ -124,11 +124,11 @@ def read_tensors(path: PathLike, kind: str, version: int) -> tuple[dict[str, Ten
 
 def _parse(path: PathLike, what: str, text: str | bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict(pairs)
-        if len(made) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f'duplicate key "{twice[:80]}"')
+        made: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in made:
+                raise ValueError(f'duplicate key "{name[:80]}"')
+            made[name] = value
         return made
 
     def refuse(constant: str) -> None:

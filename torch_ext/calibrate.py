@@ -130,8 +130,8 @@ def calibrate(
             quantizer.enter(FakeQuantState.CALIBRATION)
         with watched(_WHO, model):
             for batch in _bar(_limited(loader, limit), loader, limit, progress):
-                run.step(batch)
-                if checkpoint is not None and run.batches % checkpoint_every == 0:
+                ran = run.step(batch)
+                if ran and checkpoint is not None and run.batches % checkpoint_every == 0:
                     run.save(checkpoint, batch)
         run.finish()
         if target is not FakeQuantState.CALIBRATION:
@@ -180,7 +180,8 @@ class _Run:
         self.batches, self.samples = self.held.batches, self.held.samples
         return self.batches
 
-    def step(self, batch: Any) -> None:
+    def step(self, batch: Any) -> bool:
+        """Runs a batch, or skips one that the checkpoint holds; whether it ran."""
         if self.held is not None and self.skipped < self.held.batches:
             self.skipped += 1
             if self.skipped == self.held.batches and digest(batch) != self.held.last_digest:
@@ -188,14 +189,13 @@ class _Run:
                     f"{_WHO}: expected batch {self.skipped} to be the one of the checkpoint, got "
                     "another: the loader's batches differ from those of the interrupted run"
                 )
-            return
+            return False
         self.forward(self.model, to_device(batch, self.device))
         self.batches += 1
         self.samples += sample_count(batch)
+        return True
 
     def save(self, path: PathLike, batch: Any) -> None:
-        if self.held is not None and self.skipped == self.batches:
-            return  # nothing new since it was read
         made = Progress(self.batches, self.samples, digest(batch), self.rng_state)
         write_progress(path, self.observed, made)
 

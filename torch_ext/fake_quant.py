@@ -166,14 +166,18 @@ class FakeQuantize(nn.Module):
             channel_len=observer.channel_len,
         ).to(self.range.device)
         fresh(weight)
-        given = Solution(self.range.clone(), self.scale.clone(), self.zero_point.clone())
         if observer.statistic == "none":
+            given = Solution(observer.range(), *observer.calculate_qparams())
             return WeightSolution(given, fresh.extrema, fresh.tally)
-        given.range.zero_()
+        # What a channel without a finite value keeps.
+        found = Solution(
+            torch.zeros_like(self.range),
+            torch.ones_like(self.scale),
+            torch.zeros_like(self.zero_point),
+        )
         solved = torch.zeros_like(self.solved)
-        self._follow(weight, *given, solved, averaging_constant=1.0)
-        found = given if bool(solved) else None
-        return WeightSolution(found, fresh.extrema, fresh.tally)
+        self._follow(weight, *found, solved, averaging_constant=1.0)
+        return WeightSolution(found if bool(solved) else None, fresh.extrema, fresh.tally)
 
     @torch.no_grad()
     def take_(self, solution: Solution) -> Self:
