@@ -48,6 +48,7 @@ std::tuple<at::Tensor, at::Tensor> kl_threshold(const at::Tensor& counts, const 
          "of shape [N, B] with 1 to 2^20 bins", counts.sizes());
   expect(levels >= 2 && levels <= 65536, kOp, "levels", "between 2 and 65536", levels);
   const int64_t rows = counts.size(0), bins = counts.size(1);
+  expect(levels <= bins, kOp, "levels", "at most the bins of counts", levels, " for ", bins, " bins");
   check_per_channel(kOp, "bin_width", bin_width, at::kDouble, rows, counts.device());
   const c10::MaybeOwned<at::Tensor> data = counts.expect_contiguous();
   check_counts(data->const_data_ptr<int64_t>(), rows, bins);

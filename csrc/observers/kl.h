@@ -133,11 +133,15 @@ struct Kl {
     const int choice = static_cast<int>(options[0]);
     return choice == 4 ? KlVariant::horizon : static_cast<KlVariant>(choice);
   }
-  TE_HD static core::Complaint complaint(const core::Grid&, core::HistogramLayout layout,
+  TE_HD static core::Complaint complaint(const core::Grid& grid, core::HistogramLayout layout,
                                          const double* options) {
-    if (variant_of(options) == KlVariant::log_linear || layout.octaves > layout.mantissa_bits)
-      return {};
-    return {"variant", "0 (log_linear) where octaves are not more than mantissa_bits", options[0]};
+    if (variant_of(options) == KlVariant::log_linear || layout.octaves == 0) return {};
+    if (layout.octaves <= layout.mantissa_bits)
+      return {"variant", "0 (log_linear) where octaves are not more than mantissa_bits", options[0]};
+    if (linear_bins(layout) < int64_t{1} << grid.bits())
+      return {"variant", "0 (log_linear) where 2^(mantissa_bits+1) bins are fewer than levels",
+              options[0]};
+    return {};
   }
 
   TE_HD static int64_t search_words(core::HistogramLayout layout, const core::Grid&,
