@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 import torch_ext
@@ -83,6 +85,31 @@ def test_per_channel(rule: str, grid: str):
 def test_search_uses_the_qparams_of_the_grid(rule: str, grid: Grid, kind: str):
     x, state = statistic(kind)
     assert_ranges(rule, solve(rule, state, grid), [x], state, grid)
+
+
+few = st.one_of(
+    st.lists(st.integers(-40, 40).map(lambda i: i / 8), min_size=1, max_size=40),
+    st.lists(st.floats(-4, 4, width=32), min_size=1, max_size=30),
+    st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=8),
+)
+
+
+@settings(max_examples=15)
+@given(values=few)
+@pytest.mark.parametrize("rule", [r for r in RULES if r != "fixed_scale"])
+def test_few_odd_values(rule: str, values: list[float]):
+    x = torch.tensor(values)
+    state = observed(x)
+    for grid in (GRIDS["int8"], GRIDS["int4"], GRIDS["uint8"], GRIDS["uint4_affine"]):
+        assert_ranges(rule, solve(rule, state, grid), [x], state, grid)
+
+
+def test_deviation_is_about_the_mean_of_the_bins():
+    """In 5-bit bins 1.859375 leans down to 1.84375, so the mean is clamped; the deviation is not."""
+    x = torch.tensor([1.859375] * 11 + [2.0])
+    state = observed(x, mantissa_bits=5, octaves=4)
+    for grid in (GRIDS["int8"], GRIDS["int8_affine"]):
+        assert_ranges("clip_std", solve("clip_std", state, grid), [x], state, grid)
 
 
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
