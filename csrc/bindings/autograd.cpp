@@ -3,7 +3,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include "registry.h"
+#include "rule_table.h"
 
 // Gradients. Forward and backward are ops of their own, so that a traced graph sees both; what is kept between
 // them is one bit per element.
@@ -77,8 +77,7 @@ TORCH_LIBRARY_IMPL(torch_ext, Autograd, m) {
   // Nothing to differentiate: statistics, ranges and qparams are constants of a step.
   for (const char* op : {"observe_", "merge_", "follow_", "solve", "solve_many", "qparams", "kl_threshold"})
     m.impl(op, torch::CppFunction::makeFallthrough());
-  Observers::for_each(
-      [&]<class R>(int32_t) { m.impl(R::name, torch::CppFunction::makeFallthrough()); });
+  for (const RuleRow& rule : rules()) m.impl(rule.name, torch::CppFunction::makeFallthrough());
 }
 
 }  // namespace

@@ -3,7 +3,7 @@
 #include <cmath>
 
 #include "cuda/driver.h"
-#include "registry.h"
+#include "rule_table.h"
 
 namespace torch_ext::bindings {
 namespace {
@@ -136,74 +136,53 @@ core::Rounding parse_rounding(const char* op, std::string_view name) {
 }
 
 int32_t check_rule(const char* op, std::string_view name) {
-  int32_t found = -1;
-  Observers::for_each([&]<class R>(int32_t index) {
-    if (name == R::name) found = index;
-  });
-  TORCH_CHECK(found >= 0, op, ": unknown observer \"", name, "\"; known: ", known_rules());
-  return found;
+  for (size_t i = 0; i < rules().size(); ++i)
+    if (name == rules()[i].name) return static_cast<int32_t>(i);
+  TORCH_CHECK(false, op, ": unknown observer \"", name, "\"; known: ", known_rules());
 }
 
 std::string known_rules() {
   std::string known;
-  Observers::for_each([&]<class R>(int32_t index) {
-    if (index > 0) known += ", ";
-    known += R::name;
-  });
+  for (const RuleRow& rule : rules()) {
+    if (!known.empty()) known += ", ";
+    known += rule.name;
+  }
   return known;
 }
 
 int64_t option_count_of(int32_t rule) {
-  int64_t count = 0;
-  Observers::for_each([&]<class R>(int32_t index) {
-    if (index == rule) count = R::option_count;
-  });
-  return count;
+  return static_cast<int64_t>(rules()[rule].options.size());
 }
 
 core::Needs needs_of(int32_t rule) {
-  core::Needs needs = core::Needs::nothing;
-  Observers::for_each([&]<class R>(int32_t index) {
-    if (index == rule) needs = R::needs;
-  });
-  return needs;
+  return rules()[rule].needs;
 }
 
-namespace {
-
-template <class R>
-void check_use(const char* op, const core::Grid& grid, core::HistogramLayout layout,
-               const double* options, int64_t option_count) {
-  if (grid.bits() > R::max_bits)
-    TORCH_CHECK(false, op, ": expected the grid to be of at most ", R::max_bits, " bits for ", R::name,
-                " (beyond that there is nothing to search), got [", grid.quant_min, ", ",
+void check_rule_use(const char* op, int32_t index, const core::Grid& grid, core::HistogramLayout layout,
+                    const double* options, int64_t option_count) {
+  const RuleRow& rule = rules()[index];
+  if (grid.bits() > rule.max_bits)
+    TORCH_CHECK(false, op, ": expected the grid to be of at most ", rule.max_bits, " bits for ",
+                rule.name, " (beyond that there is nothing to search), got [", grid.quant_min, ", ",
                 grid.quant_max, "]");
-  if (option_count != R::option_count)
+  if (option_count != static_cast<int64_t>(rule.options.size()))
     expect(false, op, "options",
-           std::to_string(R::option_count) + " values for " + std::string(R::name), option_count);
-  for (int32_t i = 0; i < R::option_count; ++i) {
-    const core::Option& option = R::options[i];
+           std::to_string(rule.options.size()) + " values for " + std::string(rule.name), option_count);
+  for (size_t i = 0; i < rule.options.size(); ++i) {
+    const core::Option& option = rule.options[i];
     const bool whole = option.choices == nullptr || options[i] == std::floor(options[i]);
     if (!(options[i] >= option.minimum && options[i] <= option.maximum && whole))
-      expect(false, op, option.name,
-             c10::str("between ", option.minimum, " and ", option.maximum), options[i]);
+      expect(false, op, option.name, c10::str("between ", option.minimum, " and ", option.maximum),
+             options[i]);
   }
-  if constexpr (core::ChecksOptions<R>) {
-    const core::Complaint complaint = R::complaint(grid, layout, options);
-    expect(complaint.want == nullptr, op, complaint.argument == nullptr ? "" : complaint.argument,
-           complaint.want == nullptr ? "" : complaint.want, complaint.have);
+  if (rule.complaint != nullptr) {
+    const core::Complaint complaint = rule.complaint(grid, layout, options);
+    if (complaint.want != nullptr)
+      expect(false, op, complaint.argument, complaint.want, complaint.have);
   }
-  expect(R::needs < core::Needs::counts || layout.octaves != 0, op, "counts",
-         "kept for " + std::string(R::name) + ", which reads a histogram", "none");
-}
-
-}  // namespace
-
-void check_rule_use(const char* op, int32_t rule, const core::Grid& grid, core::HistogramLayout layout,
-                    const double* options, int64_t option_count) {
-  Observers::for_each([&]<class R>(int32_t index) {
-    if (index == rule) check_use<R>(op, grid, layout, options, option_count);
-  });
+  if (rule.needs >= core::Needs::counts && layout.octaves == 0)
+    expect(false, op, "counts", "kept for " + std::string(rule.name) + ", which reads a histogram",
+           "none");
 }
 
 core::TensorView view_of(const at::Tensor& x, core::DType dtype) {

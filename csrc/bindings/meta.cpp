@@ -6,7 +6,7 @@
 #include <tuple>
 
 #include "bindings/checks.h"
-#include "registry.h"
+#include "rule_table.h"
 
 // Shapes and types of results, for tracing. Sizes may be symbols, so only what needs no value is checked.
 namespace torch_ext::bindings {
@@ -141,9 +141,8 @@ TORCH_LIBRARY_IMPL(torch_ext, Meta, m) {
   m.impl("solve_many", TORCH_FN(solve_many));
   m.impl("qparams", TORCH_FN(qparams));
   m.impl("kl_threshold", TORCH_FN(kl_threshold));
-  Observers::for_each([&]<class R>(int32_t) {
-    m.impl(R::name, torch::CppFunction::makeFromBoxedFunction<&one_shot>());
-  });
+  for (const RuleRow& rule : rules())
+    m.impl(rule.name, torch::CppFunction::makeFromBoxedFunction<&one_shot>());
 }
 
 }  // namespace

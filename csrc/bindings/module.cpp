@@ -6,7 +6,7 @@
 #include "core/state.h"
 #include "cpu/kernels.h"
 #include "cuda/driver.h"
-#include "registry.h"
+#include "rule_table.h"
 
 // What an op cannot carry: names and option tables of the registry, the state table, facts of the build.
 namespace py = pybind11;
@@ -29,42 +29,37 @@ py::dict option_dict(const core::Option& option) {
   return row;
 }
 
-template <class R>
-py::dict rule_dict() {
-  py::dict row;
-  row["kind"] = core::SearchRule<R> ? "search" : "closed";
-  row["statistic"] = R::needs == core::Needs::nothing   ? "none"
-                     : R::needs == core::Needs::extrema ? "extrema"
-                                                        : "histogram";
-  row["max_bits"] = static_cast<int>(R::max_bits);
-  py::list options;
-  for (int32_t i = 0; i < R::option_count; ++i) options.append(option_dict(R::options[i]));
-  row["options"] = options;
-  return row;
+py::tuple observer_names() {
+  py::tuple names(rules().size());
+  for (size_t i = 0; i < rules().size(); ++i) names[i] = rules()[i].name;
+  return names;
 }
 
-template <class L>
-py::tuple names() {
-  py::tuple all(L::size);
-  L::for_each([&]<class T>(int32_t index) { all[index] = T::name; });
-  return all;
+py::tuple method_names() {
+  py::tuple names(fake_quant_names().size());
+  for (size_t i = 0; i < fake_quant_names().size(); ++i) names[i] = fake_quant_names()[i];
+  return names;
 }
 
 py::dict observer_info(const std::string& name) {
-  py::dict found;
-  bool known = false;
-  Observers::for_each([&]<class R>(int32_t) {
-    if (name != R::name) return;
-    known = true;
-    found = rule_dict<R>();
-  });
-  if (known) return found;
-  std::string message = "unknown observer \"" + name + "\"; known: ";
-  Observers::for_each([&]<class R>(int32_t index) {
-    if (index > 0) message += ", ";
-    message += R::name;
-  });
-  throw py::value_error(message);
+  std::string known;
+  for (const RuleRow& rule : rules()) {
+    if (name != rule.name) {
+      known += (known.empty() ? "" : ", ") + std::string(rule.name);
+      continue;
+    }
+    py::dict row;
+    row["kind"] = rule.search_words != nullptr ? "search" : "closed";
+    row["statistic"] = rule.needs == core::Needs::nothing   ? "none"
+                       : rule.needs == core::Needs::extrema ? "extrema"
+                                                            : "histogram";
+    row["max_bits"] = rule.max_bits;
+    py::list options;
+    for (const core::Option& option : rule.options) options.append(option_dict(option));
+    row["options"] = options;
+    return row;
+  }
+  throw py::value_error("unknown observer \"" + name + "\"; known: " + known);
 }
 
 py::dict state_table() {
@@ -98,8 +93,8 @@ py::tuple default_layout(bool per_channel) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.def("observers", &names<Observers>);
-  m.def("fake_quants", &names<FakeQuants>);
+  m.def("observers", &observer_names);
+  m.def("fake_quants", &method_names);
   m.def("observer_info", &observer_info, py::arg("name"));
   m.def("state_table", &state_table);
   m.def("default_layout", &default_layout, py::arg("per_channel"));

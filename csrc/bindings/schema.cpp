@@ -2,20 +2,18 @@
 
 #include <string>
 
-#include "registry.h"
+#include "rule_table.h"
 
 // The whole op surface. A rule's options travel as float[] in the order of its option table; Python's ops.py
 // turns names into that list.
 namespace {
 
 // The one-shot op of a rule: one tensor in, its range out, with the rule's options by name.
-template <class R>
-std::string one_shot_schema() {
-  std::string schema = std::string(R::name) +
+std::string one_shot_schema(const torch_ext::RuleRow& rule) {
+  std::string schema = std::string(rule.name) +
                        "(Tensor x, int quant_min=-128, int quant_max=127, bool symmetric=True, "
                        "int ch_axis=-1";
-  for (int32_t i = 0; i < R::option_count; ++i) {
-    const torch_ext::core::Option& option = R::options[i];
+  for (const torch_ext::core::Option& option : rule.options) {
     schema += option.choices != nullptr ? ", str " : ", float ";
     schema += option.name;
     schema += '=';
@@ -75,6 +73,6 @@ TORCH_LIBRARY(torch_ext, m) {
       "kl_threshold(Tensor counts, Tensor bin_width, int levels=128, str variant=\"slides\") -> "
       "(Tensor index, Tensor threshold)",
       tags);
-  torch_ext::Observers::for_each(
-      [&]<class R>(int32_t) { m.def(one_shot_schema<R>().c_str(), tags); });
+  for (const torch_ext::RuleRow& rule : torch_ext::rules())
+    m.def(one_shot_schema(rule).c_str(), tags);
 }

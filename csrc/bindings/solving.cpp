@@ -9,18 +9,12 @@
 #include "bindings/rules.h"
 #include "core/qparams.h"
 #include "cpu/driver.h"
-#include "registry.h"
+#include "rule_table.h"
 
 // Ops that turn statistics into ranges and ranges into qparams.
 namespace torch_ext::bindings {
 
-const char* rule_name(int32_t rule) {
-  const char* name = "";
-  Observers::for_each([&]<class R>(int32_t index) {
-    if (index == rule) name = R::name;
-  });
-  return name;
-}
+const char* rule_name(int32_t rule) { return rules()[rule].name; }
 
 void check_range(const char* op, const at::Tensor& range, int64_t channels, const at::Device& device) {
   expect(range.device() == device, op, "range", device, range.device());
@@ -152,11 +146,8 @@ void one_shot(const c10::OperatorHandle& handle, torch::jit::Stack* stack) {
                                      argument(3).toBool(), "grid", false);
   const int64_t ch_axis = argument(4).toInt();
   std::vector<double> options;
-  Observers::for_each([&]<class R>(int32_t index) {
-    if (index != rule) return;
-    for (int32_t i = 0; i < R::option_count; ++i)
-      options.push_back(option_value(op, R::options[i], argument(kFixed + i)));
-  });
+  for (const core::Option& option : rules()[rule].options)
+    options.push_back(option_value(op, option, argument(kFixed + options.size())));
   at::Tensor range = solve_tensor(x, ch_axis, rule, grid, options);
   torch::jit::drop(*stack, count);
   torch::jit::push(*stack, std::move(range));
@@ -166,9 +157,8 @@ void register_ops(torch::Library& m) {
   m.impl("solve", TORCH_FN(solve));
   m.impl("solve_many", TORCH_FN(solve_many));
   m.impl("qparams", TORCH_FN(qparams));
-  Observers::for_each([&]<class R>(int32_t) {
-    m.impl(R::name, torch::CppFunction::makeFromBoxedFunction<&one_shot>());
-  });
+  for (const RuleRow& rule : rules())
+    m.impl(rule.name, torch::CppFunction::makeFromBoxedFunction<&one_shot>());
 }
 
 }  // namespace

@@ -5,66 +5,40 @@
 #include <string>
 #include <vector>
 
+#include "core/lattice.h"
+#include "core/qparams.h"
 #include "cpu/driver.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
-#include "registry.h"
+#include "rule_table.h"
 
 namespace torch_ext::cpu {
 namespace {
 
-// What the driver needs to know of a rule.
-struct RuleInfo {
-  core::Needs needs = core::Needs::nothing;
-  bool search = false;
-  bool composite = false;
-  bool gives_qparams = false;
-};
-
-RuleInfo info_of(int32_t rule) {
-  RuleInfo info;
-  Observers::for_each([&]<class R>(int32_t index) {
-    if (index == rule) info = {R::needs, core::SearchRule<R>, core::CompositeRule<R>, core::GivesQParams<R>};
-  });
-  return info;
-}
-
-core::QParams given_qparams(const SolveJob& job) {
-  core::QParams q{1, 0};
-  Observers::for_each([&]<class R>(int32_t index) {
-    if constexpr (core::GivesQParams<R>) {
-      if (index == job.rule) q = R::qparams(job.grid, job.options);
-    }
-  });
-  return q;
-}
-
-// Words that a rule's searches work in. A composite rule runs any of them with its default options, and keeps
-// their objectives there too.
-int64_t search_words(const SolveJob& job, const RuleInfo& info) {
+// Words that a rule's searches work in. A composite rule runs any of them with its default options, and
+// keeps their objectives there too.
+int64_t search_words(const SolveJob& job, const RuleRow& rule) {
   const core::HistogramLayout layout = job.statistic.layout;
+  if (rule.search_words != nullptr) return rule.search_words(layout, job.grid, job.options);
+  if (!rule.composite) return 0;
   int64_t words = 0;
-  Observers::for_each([&]<class R>(int32_t index) {
-    if constexpr (core::SearchRule<R>) {
-      double defaults[R::option_count + 1] = {};
-      for (int32_t i = 0; i < R::option_count; ++i) defaults[i] = R::options[i].value;
-      if (index == job.rule)
-        words = R::search_words(layout, job.grid, job.options);
-      else if (info.composite)
-        words = std::max(words, R::search_words(layout, job.grid, defaults));
-    }
-  });
-  return info.composite ? words + core::lattice_size(layout) : words;
+  for (const RuleRow& other : rules()) {
+    if (other.search_words == nullptr) continue;
+    std::vector<double> defaults;
+    for (const core::Option& option : other.options) defaults.push_back(option.value);
+    words = std::max(words, other.search_words(layout, job.grid, defaults.data()));
+  }
+  return words + core::lattice_size(layout);
 }
 
 // Memory and steps of one channel's solve.
 class Channel {
  public:
   Channel(const SolveJob& job, int64_t channel, std::vector<int64_t>& memory)
-      : job_(job), info_(info_of(job.rule)), channel_(channel) {
+      : job_(job), rule_(rules()[job.rule]), channel_(channel) {
     const core::HistogramLayout layout = job.statistic.layout;
-    view_words_ = core::view_words(layout, info_.needs);
-    const int64_t words = view_words_ + search_words(job, info_);
+    view_words_ = core::view_words(layout, rule_.needs);
+    const int64_t words = view_words_ + search_words(job, rule_);
     if (static_cast<int64_t>(memory.size()) < words) memory.resize(words);
     memory_ = memory.data();
   }
@@ -72,16 +46,16 @@ class Channel {
   void solve(bool parallel) {
     const SolveKernels& k = kernels().solve;
     const core::ChannelStatistic s = job_.statistic.channel(channel_);
-    seen_ = info_.needs == core::Needs::nothing || s.tally[core::kFinite] > 0;
+    seen_ = rule_.needs == core::Needs::nothing || s.tally[core::kFinite] > 0;
     if (!seen_ && job_.solved != nullptr) return;
     core::Range range{0, 0};
     if (seen_) {
-      const core::View view = info_.needs == core::Needs::nothing
+      const core::View view = rule_.needs == core::Needs::nothing
                                   ? core::View{}
-                                  : k.view(job_.statistic.layout, info_.needs, s.extrema, s.tally,
+                                  : k.view(job_.statistic.layout, rule_.needs, s.extrema, s.tally,
                                            s.counts, memory_);
       check(view, s);
-      range = info_.search ? search(view, parallel)
+      range = rule_.search_words != nullptr ? search(view, parallel)
                            : k.closed(job_.rule, view, job_.grid, job_.options, words());
     }
     store(range);
@@ -109,13 +83,13 @@ class Channel {
 
   // A statistic may come from a file or from anybody's hands.
   void check(const core::View& view, const core::ChannelStatistic& s) const {
-    if (info_.needs == core::Needs::nothing) return;
+    if (rule_.needs == core::Needs::nothing) return;
     if (!(s.extrema[0] <= s.extrema[1] && s.extrema[0] - s.extrema[0] == 0 &&
           s.extrema[1] - s.extrema[1] == 0))
       throw std::invalid_argument("solve: expected extrema to be finite and in order, got " +
                                   std::to_string(s.extrema[0]) + " and " +
                                   std::to_string(s.extrema[1]) + in_channel());
-    if (info_.needs < core::Needs::counts) return;
+    if (rule_.needs < core::Needs::counts) return;
     int64_t held = view.zeros + view.tiny;
     if (view.bins > 0) held += view.below[0][view.bins] + view.below[1][view.bins];
     if (held != view.finite)
@@ -134,15 +108,15 @@ class Channel {
       range[end] = move ? static_cast<float>(from + c * (found[end] - from)) : found[end];
     }
     if (job_.scale == nullptr) return;
-    const core::QParams q = info_.gives_qparams
-                                ? given_qparams(job_)
+    const core::QParams q = rule_.given_qparams != nullptr
+                                ? rule_.given_qparams(job_.grid, job_.options)
                                 : core::qparams({range[0], range[1]}, job_.grid);
     job_.scale[channel_] = q.scale;
     job_.zero_point[channel_] = q.zero_point;
   }
 
   const SolveJob& job_;
-  const RuleInfo info_;
+  const RuleRow& rule_;
   const int64_t channel_;
   int64_t view_words_ = 0;
   int64_t* memory_ = nullptr;
@@ -150,7 +124,7 @@ class Channel {
 };
 
 bool has_values(const SolveJob& job) {
-  if (info_of(job.rule).needs == core::Needs::nothing) return true;
+  if (rules()[job.rule].needs == core::Needs::nothing) return true;
   for (int64_t c = 0; c < job.statistic.channels; ++c)
     if (job.statistic.channel(c).tally[core::kFinite] > 0) return true;
   return false;
@@ -164,7 +138,7 @@ void solve(const SolveJob* jobs, int64_t count) {
   bool cheap = true;
   for (int64_t j = 0; j < count; ++j) {
     begin[j + 1] = begin[j] + jobs[j].statistic.channels;
-    cheap = cheap && info_of(jobs[j].rule).needs <= core::Needs::extrema;
+    cheap = cheap && rules()[jobs[j].rule].needs <= core::Needs::extrema;
   }
   const int64_t channels = begin[count];
   const auto solve_row = [&](int64_t row, std::vector<int64_t>& memory, bool parallel) {

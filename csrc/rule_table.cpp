@@ -1,0 +1,48 @@
+#include "rule_table.h"
+
+#include "registry.h"
+
+namespace torch_ext {
+namespace {
+
+template <class R>
+constexpr RuleRow row_of() {
+  RuleRow row{};
+  row.name = R::name;
+  row.needs = R::needs;
+  row.composite = core::CompositeRule<R>;
+  row.max_bits = R::max_bits;
+  row.options = {static_cast<const core::Option*>(R::options), size_t{R::option_count}};
+  if constexpr (core::SearchRule<R>)
+    row.search_words = [](core::HistogramLayout layout, const core::Grid& grid,
+                          const double* options) { return R::search_words(layout, grid, options); };
+  if constexpr (core::ChecksOptions<R>)
+    row.complaint = [](const core::Grid& grid, core::HistogramLayout layout,
+                       const double* options) { return R::complaint(grid, layout, options); };
+  if constexpr (core::GivesQParams<R>)
+    row.given_qparams = [](const core::Grid& grid, const double* options) {
+      return R::qparams(grid, options);
+    };
+  return row;
+}
+
+template <class List>
+struct Rows;
+template <class... R>
+struct Rows<List<R...>> {
+  static constexpr RuleRow rules[] = {row_of<R>()...};
+};
+template <class List>
+struct Names;
+template <class... F>
+struct Names<List<F...>> {
+  static constexpr const char* names[] = {F::name...};
+};
+
+}  // namespace
+
+std::span<const RuleRow> rules() { return Rows<Observers>::rules; }
+
+std::span<const char* const> fake_quant_names() { return Names<FakeQuants>::names; }
+
+}  // namespace torch_ext

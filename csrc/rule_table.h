@@ -1,0 +1,29 @@
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+#include "core/grid.h"
+#include "core/histogram.h"
+#include "core/option.h"
+
+// The registry as plain data, in its order. Whoever only asks about a rule includes this and not
+// registry.h: a change to one rule's header then compiles no binding anew.
+namespace torch_ext {
+
+struct RuleRow {
+  const char* name;
+  core::Needs needs;
+  bool composite;
+  int32_t max_bits;
+  std::span<const core::Option> options;
+  // Null where the rule is no search, has no complaints, follows from the range.
+  int64_t (*search_words)(core::HistogramLayout, const core::Grid&, const double* options);
+  core::Complaint (*complaint)(const core::Grid&, core::HistogramLayout, const double* options);
+  core::QParams (*given_qparams)(const core::Grid&, const double* options);
+};
+
+std::span<const RuleRow> rules();
+std::span<const char* const> fake_quant_names();
+
+}  // namespace torch_ext
