@@ -13,9 +13,8 @@ struct ClipStd {
   static constexpr core::Option options[] = {{"std_scale", 3, 0x1p-126, 0x1p111}};
   static constexpr int32_t option_count = 1;
 
-  // The mean of the values; bins lean low, so it is kept within the data.
   TE_HD static double mean(const core::View& view) {
-    return core::clamp(view.sum / static_cast<double>(view.finite), view.min, view.max);
+    return view.sum / static_cast<double>(view.finite);
   }
   // Unbiased standard deviation (N-1); 0 for one value.
   TE_HD static double deviation(const core::View& view, double mean) {
@@ -30,8 +29,10 @@ struct ClipStd {
 
   TE_HD static core::Range solve(const core::View& view, const core::Grid&, const double* options) {
     if (view.finite == 1) return {view.min, view.max};
-    const double center = mean(view);
-    return around(view, center, options[0] * deviation(view, center));
+    const double mu = mean(view);
+    // Bins lean low, so the mean of few values can lie below them all.
+    const double center = core::clamp(mu, view.min, view.max);
+    return around(view, center, options[0] * deviation(view, mu));
   }
 };
 static_assert(core::ClosedRule<ClipStd>);
