@@ -57,17 +57,11 @@ def random_counts(rng: np.random.Generator, rows: int, bins: int, signed: bool) 
 
 
 def assert_plain(variant: str, counts: np.ndarray, levels: int, width: float) -> None:
-    """Index and threshold of the plain search, up to a tie that rounding decides."""
+    """Index and threshold of the plain search, ties included."""
     index, threshold = search(counts, levels, variant, width)
-    for row, kept, found in zip(counts, index, threshold, strict=True):
-        expected = kl_plain.kept_bins(variant, row, levels)
-        if kept != expected:
-            first, value = CURVES[variant](row, levels)
-            bound = kl_plain.tie_bound(float(value.min()))
-            assert value[kept - first] <= bound + 1e-13 * (1 + abs(bound)), (kept, expected)
-        assert found == pytest.approx(
-            kl_plain.threshold_of(variant, len(row), kept, width), rel=1e-15
-        )
+    expected = [kl_plain.solve(variant, row, width, levels) for row in counts]
+    assert index == [kept for kept, _ in expected]
+    assert threshold == pytest.approx([t for _, t in expected], rel=1e-15)
 
 
 @pytest.mark.parametrize("variant", MAGNITUDES)
@@ -192,15 +186,18 @@ def onnx_index(counts: np.ndarray, levels: int) -> int:
 
 @pytest.mark.parametrize("bins", [256, 257])
 def test_onnxruntime_answers_the_same(bins: int, rng: np.random.Generator):
+    compared = 0
     for counts in random_counts(rng, 10, bins, True):
         if not counts.any() or counts.max() > 2**24:  # float32 holds no more
             continue
         theirs = onnx_index(counts, 32)
         kept = search(counts, 32, "onnxruntime")[0][0]
         first, value = kl_plain.onnxruntime(counts, 32)
-        # Their pick must be as good as ours up to what float32 can tell.
+        # Their pick is as good as ours up to what float32 can tell.
         assert value[theirs - first] - value[kept - first] == pytest.approx(0, abs=2e-6)
         assert value[kept - first] <= kl_plain.tie_bound(float(value.min())) + 1e-13
+        compared += 1
+    assert compared >= 5
 
 
 def test_onnxruntime_answers_the_same_on_a_strict_case():
