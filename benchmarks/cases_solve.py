@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.ao.quantization.observer import HistogramObserver
 
 import data
 import native
 import torch_ext
 from case import KI, MI, Case, Ceiling, Goal, Goals, Job, Missing, Peer, expect, goals
-from cases_observe import Statistic
+from cases_observe import Statistic, ao_observer
 from torch_ext import ops
 from torch_ext._options import encode_options
 
@@ -103,7 +101,9 @@ def kl(variant: str, bins: int, levels: int, limits: Goals, _: int) -> Job:
 
 def kl_onnxruntime(_: int) -> Job:
     try:
-        from onnxruntime.quantization.calibrate import HistogramCollector
+        from onnxruntime.quantization.calibrate import (  # type: ignore[import-untyped]
+            HistogramCollector,
+        )
     except ImportError as error:
         raise Missing("onnxruntime is not installed (pip install onnxruntime)") from error
     bins, levels = 2048, 128
@@ -130,7 +130,7 @@ def mse(_: int) -> Job:
     grid = (-128, 127, True)
     parts = (statistic.extrema, statistic.tally, statistic.counts)
     ours = functools.partial(ops.solve, "mse", *parts, *grid)
-    theirs = HistogramObserver(dtype=torch.qint8, qscheme=torch.per_tensor_symmetric)
+    theirs = ao_observer("HistogramObserver", dtype=torch.qint8, qscheme=torch.per_tensor_symmetric)
     theirs(x)
     limits = one_thread(5, 10)
     return Job(ours, (Peer("ao HistogramObserver search", theirs.calculate_qparams, limits),))
@@ -191,9 +191,6 @@ _KL = (
     ("tvm", 8001, 255, one_thread(30, 60)),
 )
 
-# Torch's observer warns that it will move to another package.
-warnings.filterwarnings("ignore", module="torch.ao.*")
-
 CASES = (
     Case("rule/percentile end to end", percentile),
     Case("rule/clip_std end to end", clip_std),
@@ -201,7 +198,7 @@ CASES = (
         Case(f"kl/{v} {b} bins {n} levels", functools.partial(kl, v, b, n, g), sized=False)
         for v, b, n, g in _KL
     ),
-    Case("kl/onnxruntime 2048 bins 128 levels", kl_onnxruntime, sized=False),
+    Case("kl/onnxruntime 2048 bins 128 levels", kl_onnxruntime, sized=False, threads=(1,)),
     Case("solve/mse of one quantizer", mse, sized=False),
     *_whole_models(),
 )

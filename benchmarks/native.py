@@ -16,6 +16,7 @@ from torch import Tensor
 
 FOLDER = Path(__file__).resolve().parent
 OUTPUT = FOLDER / "output"
+PREFETCH_AHEAD = 1024  # floats
 # -march=native: in the peer's favour, the package's own kernels are compiled for fixed targets.
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-Wall", "-Wextra")
 
@@ -61,28 +62,32 @@ def load(name: str) -> ctypes.CDLL:
 
 
 def ceilings(kind: str, x: Tensor) -> dict[str, Callable[[], object]]:
-    """Ways to ``read`` x, or to ``copy`` it to fresh memory of its own; the fastest is the ceiling.
+    """Ways to ``read`` x, or to ``copy`` it to memory of its own; the fastest is the ceiling.
 
     x lies in one piece; as many bytes are moved as it has, whatever its dtype.
     """
     library = load("ceilings.cpp")
-    n = x.numel() * x.element_size() // 4
-    source = ctypes.c_void_p(x.data_ptr())
+    pointer = ctypes.c_void_p(x.data_ptr())
+    n = ctypes.c_int64(x.numel() * x.element_size() // 4)
+    near, far = ctypes.c_int64(0), ctypes.c_int64(PREFETCH_AHEAD)
     if kind == "read":
-        library.ceiling_read.restype = ctypes.c_float
-        return {"read": functools.partial(library.ceiling_read, source, ctypes.c_int64(n))}
+        read = library.ceiling_read
+        read.restype = ctypes.c_float
+        return {
+            "read": functools.partial(read, pointer, n, near),
+            "read, prefetching": functools.partial(read, pointer, n, far),
+        }
     if kind != "copy":
         raise ValueError(f"expected kind to be read or copy, got {kind}")
-    out = torch.empty_like(x)
+    out = torch.empty_like(x)  # kept alive by the calls below
 
-    def copy(streaming: int) -> Callable[[], object]:
-        def run() -> None:
-            target = ctypes.c_void_p(out.data_ptr())
-            library.ceiling_copy(source, target, ctypes.c_int64(n), ctypes.c_int32(streaming))
+    def copy() -> None:
+        library.ceiling_copy(pointer, ctypes.c_void_p(out.data_ptr()), n)
 
-        return run
+    def copy_streaming() -> None:
+        library.ceiling_copy_streaming(pointer, ctypes.c_void_p(out.data_ptr()), n, far)
 
-    return {"copy": copy(0), "copy, streaming stores": copy(1)}
+    return {"copy": copy, "copy, streaming": copy_streaming}
 
 
 def naive_kl(

@@ -17,6 +17,7 @@ USAGE = """
   python benchmarks/run.py                        everything, a few minutes
   python benchmarks/run.py --quick                three rounds, without the largest size
   python benchmarks/run.py --only kl --threads 1  cases whose name holds this, or matches kl/*
+  python benchmarks/run.py --cpu-time             where other programs run: one thread's own time
   python benchmarks/run.py --save                 a record in benchmarks/results/ as well
 
 How it is measured, and how to read the table: README.md beside this file.
@@ -60,7 +61,7 @@ def _rounds(text: str) -> int:
 
 
 def parse() -> argparse.Namespace:
-    """quick, threads, sizes, only, rounds, list, save, and seconds_per_sample."""
+    """quick, threads, sizes, only, rounds, cpu_time, list, save; seconds_per_sample with them."""
     parser = argparse.ArgumentParser(
         "run.py",
         description="Times torch_ext side by side with what else does the same.",
@@ -73,13 +74,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sizes", type=_sizes, help=f"in elements, default: {SIZES}")
     parser.add_argument("--only", metavar="PATTERN", help="the cases to run")
     parser.add_argument("--rounds", type=_rounds, help="default: 9")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="one thread's own time: for a busy machine"
+    )
     parser.add_argument("--list", action="store_true", help="print the cases and stop")
     parser.add_argument("--save", action="store_true", help="write into benchmarks/results/")
     chosen = parser.parse_args()
     if chosen.save:
-        for option in ("quick", "only"):
-            if getattr(chosen, option):
-                parser.error(f"argument --save: expected all cases and rounds, got --{option}")
+        for option in ("quick", "only", "cpu-time"):
+            if getattr(chosen, option.replace("-", "_")):
+                parser.error(f"argument --save: expected a run of everything, got --{option}")
         if chosen.rounds is not None and chosen.rounds < FEWEST_ROUNDS:
             parser.error(
                 f"argument --save: expected --rounds to be {FEWEST_ROUNDS} or more, "
@@ -88,7 +92,10 @@ def parse() -> argparse.Namespace:
     if chosen.sizes is None:
         chosen.sizes = _sizes(QUICK_SIZES if chosen.quick else SIZES)
     if chosen.threads is None:
-        chosen.threads = [1, 2] if _cores() > 1 else [1]
+        chosen.threads = [1, 2] if _cores() > 1 and not chosen.cpu_time else [1]
+    if chosen.cpu_time and chosen.threads != [1]:
+        given = ",".join(map(str, chosen.threads))
+        parser.error(f'argument --cpu-time: expected --threads to be 1, got "{given}"')
     if chosen.rounds is None:
         chosen.rounds = 3 if chosen.quick else 9
     chosen.seconds_per_sample = 0.001 if chosen.quick else 0.004

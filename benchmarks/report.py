@@ -54,6 +54,7 @@ class Row:
     peer: Measured | None
     composed: Measured | None
     ceiling: Measured | None  # its ratio is the fraction of the ceiling that ours reaches
+    bound: float | None  # the peer's time over the ceiling's: no code can have a higher ratio
     rounds: int
     rounds_kept: int
     page_faults: float
@@ -69,9 +70,17 @@ class Row:
             return ""
         missed = [part for part in judged if not part.holds]
         if missed:
-            kinds = {id(self.peer): "ratio", id(self.composed): "composed"}
-            return "not met: " + ", ".join(kinds.get(id(part), "ceiling") for part in missed)
+            return "not met: " + ", ".join(self._missing(part) for part in missed)
         return "reach" if all(part.reaches for part in judged) else "met"
+
+    def _missing(self, part: Measured) -> str:
+        if part is self.composed:
+            return "composed"
+        if part is self.ceiling:
+            return "ceiling"
+        if part.must is not None and self.bound is not None and self.bound < part.must:
+            return f"ratio (at most {_number(self.bound)})"
+        return "ratio"
 
 
 def rows_of(case: str, size: int, threads: int, job: Job, samples: Samples) -> list[Row]:
@@ -104,6 +113,7 @@ def rows_of(case: str, size: int, threads: int, job: Job, samples: Samples) -> l
             peer=peer,
             composed=None if i else composed,
             ceiling=None if i else ceiling,
+            bound=samples.ratio(peer.name, "ceiling") if peer and job.ceiling else None,
             rounds=len(samples.seconds["ours"]),
             rounds_kept=len(samples.kept),
             page_faults=samples.page_faults,
@@ -157,7 +167,8 @@ def summary(rows: Sequence[Row]) -> str:
     reached = sum(row.verdict == "reach" for row in judged)
     text = f"{len(judged) - len(missed)} of {len(judged)} musts met, {reached} at the aim"
     for row in missed:
-        text += f"\n  {row.verdict:18} {row.case}, {size_name(row.size)}, {row.threads} thread(s)"
+        where = f"{row.case}, {size_name(row.size)}, {row.threads} thread(s)"
+        text += f"\n  {where:55} {row.verdict}"
     return text
 
 
