@@ -419,6 +419,24 @@ class TestInputs:
             torch.stack(torch.aminmax(x)),
         )
 
+    def test_graph_modules_and_their_copies(self) -> None:
+        net = ready(torch.fx.symbolic_trace(tiny_net().eval()))
+        twin = copy.deepcopy(net)
+        # Tracing goes through modules that are not torch's own, such as Add.
+        assert names(net) == names(twin) == {*ACTIVATIONS, *WEIGHTS} - {"add.activation_quantizer"}
+        before = {key: value.clone() for key, value in net.state_dict().items()}
+        run_calibration(twin, images())
+        assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+        assert bool(named_quantizers(twin)["input_quantizers.x"].solved)
+        run_calibration(net, images())
+        assert same_bits(net(images()).detach(), twin(images()).detach())
+
+    def test_a_forward_of_the_instance_is_refused(self) -> None:
+        net = tiny_net()
+        net.forward = lambda x: x  # type: ignore[method-assign]
+        with pytest.raises(ValueError, match="its forward is an attribute of the instance"):
+            ready(net)
+
     def test_containers_that_may_run_every_child_are_refused(self) -> None:
         class Own(nn.Sequential):
             def forward(self, x: Tensor) -> Tensor:

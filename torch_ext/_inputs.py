@@ -7,6 +7,7 @@ graph and would make a second graph for the quantizers of each state.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Mapping
@@ -54,7 +55,9 @@ def input_host(who: str, root: nn.Module) -> tuple[str, nn.Module]:
         name = f"{name}.{step}" if name else step
     names = [n for n, m in root.named_modules(remove_duplicate=False) if m is host]
     problem = ""
-    if isinstance(host, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+    if "forward" in vars(host):
+        problem = "its forward is an attribute of the instance"
+    elif isinstance(host, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
         problem = f'"{name}" is a container that may run each of its children'
     elif len(names) > 1:
         problem = f"its first step is used at several places: {', '.join(names)}"
@@ -110,8 +113,23 @@ def _quantized_class(base: type[nn.Module]) -> type[nn.Module]:
         # By the base class, which can be found by its name.
         return _new_instance, (base,), self.__dict__.copy()
 
+    def deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+        # The base class copies in a way of its own (a GraphModule: what its graph calls).
+        self.__class__ = base
+        try:
+            made = copy.deepcopy(self, memo)
+        finally:
+            self.__class__ = turned
+        if not hasattr(made, INPUTS):
+            made.add_module(INPUTS, copy.deepcopy(self.input_quantizers, memo))  # type: ignore[arg-type]
+        made.__class__ = _quantized_class(type(made))  # type: ignore[arg-type]
+        return made
+
     members = {"forward": forward, "__reduce_ex__": reduce_ex, "__module__": base.__module__}
-    return type(f"Quantized{base.__name__}", (base,), members)
+    if hasattr(base, "__deepcopy__"):
+        members["__deepcopy__"] = deepcopy
+    turned = type(f"Quantized{base.__name__}", (base,), members)
+    return turned
 
 
 def _new_instance(base: type[nn.Module]) -> nn.Module:

@@ -133,7 +133,6 @@ class FakeQuantize(nn.Module):
         scale: Tensor,
         zero_point: Tensor,
         solved: Tensor,
-        averaging_constant: float | None = None,
     ) -> None:
         observer = self.observer
         ops.follow_(
@@ -142,7 +141,7 @@ class FakeQuantize(nn.Module):
             scale,
             zero_point,
             solved,
-            self.averaging_constant if averaging_constant is None else averaging_constant,
+            self.averaging_constant,
             observer.name,
             observer.quant_min,
             observer.quant_max,
@@ -175,8 +174,8 @@ class FakeQuantize(nn.Module):
             torch.ones_like(self.scale),
             torch.zeros_like(self.zero_point),
         )
-        solved = torch.zeros_like(self.solved)
-        self._follow(weight, *found, solved, averaging_constant=1.0)
+        solved = torch.zeros_like(self.solved)  # so that the first batch, this one, is taken whole
+        self._follow(weight, *found, solved)
         return WeightSolution(found if bool(solved) else None, fresh.extrema, fresh.tally)
 
     @torch.no_grad()
