@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -263,6 +266,24 @@ class TestCheckpoints:
         assert calibrate(net, batches(), **keys).resumed_from == 5
         assert same(snapshot(net), snapshot(by_hand(batches())))
 
+    def test_a_killed_process_loses_nothing_but_its_last_batch(self, path: Path) -> None:
+        script = f"""
+import os, signal, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import test_calibrate as t
+
+def loader():
+    yield from t.batches()[:4]
+    os.kill(os.getpid(), signal.SIGKILL)
+
+t.calibrate(t.fresh(), loader(), checkpoint={str(path)!r}, checkpoint_every=1)
+"""
+        done = subprocess.run([sys.executable, "-c", script], timeout=300)
+        assert done.returncode == -signal.SIGKILL
+        net = fresh()
+        assert calibrate(net, batches(), checkpoint=path, checkpoint_every=1).resumed_from == 4
+        assert same(snapshot(net), snapshot(by_hand(batches())))
+
     def test_skipped_batches_are_not_run(self, path: Path) -> None:
         keys: dict[str, Any] = {"checkpoint": path, "checkpoint_every": 2}
         with pytest.raises(Broken):
@@ -307,7 +328,10 @@ class TestCheckpoints:
     @pytest.mark.parametrize(
         ("net", "text"),
         [
-            (lambda: prepared(get_default_qconfig()), "conv1.activation_quantizer.observer: expected"),
+            (
+                lambda: prepared(get_default_qconfig()),
+                "conv1.activation_quantizer.observer: expected",
+            ),
             (
                 lambda: prepared(
                     get_default_calib_qconfig(

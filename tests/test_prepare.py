@@ -302,7 +302,17 @@ class TestConfiguration:
         with pytest.raises(TypeError, match="input_qconfig to be a QConfig or None, got 'x'"):
             ready(tiny_net(), input_qconfig="x")
 
+    def test_activation_factories_need_no_arguments(self) -> None:
+        config = QConfig(activation=lambda: FakeQuantize(observer="kl"), weight=None)
+        made = ready(tiny_net(), config)
+        assert {rule_of(made, name) for name in names(made)} == {"kl"}
+        assert named_quantizers(made)["input_quantizers.x"].optional
+
     def test_factories_that_make_something_else(self) -> None:
+        one = FakeQuantize()
+        config = QConfig(activation=lambda: one, weight=None)
+        with pytest.raises(ValueError, match="to make a new quantizer at each call"):
+            ready(tiny_net(), config)
         config = QConfig(activation=lambda **_: nn.Identity(), weight=None)
         with pytest.raises(TypeError, match="the factory to make a FakeQuantize, got Identity"):
             ready(tiny_net(), config)

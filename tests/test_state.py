@@ -299,6 +299,16 @@ def test_weights_alone_need_no_data() -> None:
     assert not torch.equal(net.fc.weight, net.fc.parametrizations.weight.original)
 
 
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_the_gradient_mode_of_calibration_does_not_matter(mode: Any) -> None:
+    net = prepared()
+    set_fake_quantize(net, CALIBRATION)
+    with mode():
+        net(images())
+    set_fake_quantize(net, VALIDATION)
+    assert same(snapshot(net), snapshot(calibrated()))
+
+
 def test_non_finite_data_is_left_out_and_named() -> None:
     net = prepared()
     set_fake_quantize(net, CALIBRATION)
@@ -399,6 +409,20 @@ def test_wrappers_do_not_change_names() -> None:
     set_fake_quantize(wrapped, FLOAT, "fc.activation_quantizer")
     assert fake_quantize_states(wrapped) == fake_quantize_states(net)
     assert net.fc.activation_quantizer.state is FLOAT
+
+
+def test_compiled_parts_do_not_change_names() -> None:
+    net = calibrated()
+    want = fake_quantize_states(net)
+    net.fc = torch.compile(net.fc, backend="eager")  # type: ignore[assignment]
+    assert fake_quantize_states(net).keys() == want.keys()
+    assert torch_ext.load_observer_params(calibrated(), net).complete
+
+
+def test_ordinary_data_gives_no_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        calibrated()
 
 
 def test_state_survives_copies_but_not_the_state_dict() -> None:

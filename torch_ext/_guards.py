@@ -54,8 +54,8 @@ def forked_rng(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def autocasting(autocast: torch.dtype | bool, device: torch.device) -> Any:
-    if autocast is False:
+def autocasting(autocast: torch.dtype | bool | None, device: torch.device) -> Any:
+    if autocast is None or autocast is False:
         return contextlib.nullcontext()
     dtype = None if autocast is True else autocast
     return torch.autocast(device.type, dtype=dtype)

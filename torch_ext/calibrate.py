@@ -79,7 +79,7 @@ def calibrate(
     *,
     forward: Forward | None = None,
     device: torch.device | str | None = None,
-    autocast: torch.dtype | bool = False,
+    autocast: torch.dtype | bool | None = None,
     progress: bool | None = None,
     limit: int | None = None,
     fresh: bool = True,

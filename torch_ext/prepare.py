@@ -105,6 +105,7 @@ class _Plan:
         self.root = root
         self.configs = configs
         self.steps: list[Callable[[], _attach.Undo]] = []
+        self.made: list[FakeQuantize] = []
 
     def carry_out(self) -> None:
         done: list[_attach.Undo] = []
@@ -130,7 +131,8 @@ class _Plan:
         quantizers = {}
         for argument in _inputs.input_arguments(host):
             where = f"{host_name}.{_inputs.INPUTS}.{argument}".strip(".")
-            quantizers[argument] = _build(where, config.activation, device, optional=True)
+            quantizers[argument] = self._build(where, config.activation, device)
+            quantizers[argument].optional = True
         if quantizers:
             self.steps.append(lambda: _inputs.attach_inputs(host, quantizers))
 
@@ -147,7 +149,7 @@ class _Plan:
         if target.output and config.activation is not None and not skips_output(parent, module):
             where = f"{name}.{_attach.output_name(module)}".strip(".")
             _attach.check_free(_WHO, name, module, _attach.output_name(module))
-            quantizer = _build(where, config.activation, self._device(module))
+            quantizer = self._build(where, config.activation, self._device(module))
             self.steps.append(lambda: _attach.attach_output(module, quantizer))
 
     def _add_weight(
@@ -159,7 +161,7 @@ class _Plan:
         weight = getattr(module, parameter)
         where = f"{name}.{parameter}".strip(".")
         overrides: dict[str, object] = {"transient": True}
-        if (axis := _build(where, factory, weight.device).observer.ch_axis) >= 0:
+        if (axis := self._build(where, factory, weight.device).observer.ch_axis) >= 0:
             # Axis 0 of a qconfig means the output channels.
             axis = target.ch_axis if axis == 0 else axis
             if axis >= weight.dim():
@@ -167,7 +169,7 @@ class _Plan:
                     f"{_WHO}: {where}: expected ch_axis to be below {weight.dim()}, got {axis}"
                 )
             overrides |= {"ch_axis": axis, "channel_len": weight.shape[axis]}
-        quantizer = _build(where, factory, weight.device, **overrides)
+        quantizer = self._build(where, factory, weight.device, **overrides)
         self.steps.append(lambda: _attach.attach_weight(module, parameter, quantizer))
 
     def _device(self, module: nn.Module) -> torch.device:
@@ -177,14 +179,21 @@ class _Plan:
                 return tensor.device
         return torch.device("cpu")
 
-
-def _build(where: str, factory: Factory, device: torch.device, **overrides: object) -> FakeQuantize:
-    try:
-        made = factory(**overrides)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise type(error)(f"{_WHO}: {where}: {error}") from error
-    if not isinstance(made, FakeQuantize):
-        raise TypeError(
-            f"{_WHO}: {where}: expected the factory to make a FakeQuantize, got {made!r}"
-        )
-    return made.to(device)
+    def _build(
+        self, where: str, factory: Factory, device: torch.device, **overrides: object
+    ) -> FakeQuantize:
+        try:
+            made = factory(**overrides)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise type(error)(f"{_WHO}: {where}: {error}") from error
+        if not isinstance(made, FakeQuantize):
+            raise TypeError(
+                f"{_WHO}: {where}: expected the factory to make a FakeQuantize, got {made!r}"
+            )
+        if any(made is other for other in self.made):
+            raise ValueError(
+                f"{_WHO}: {where}: expected the factory to make a new quantizer at each call, "
+                "got one that it made before"
+            )
+        self.made.append(made)
+        return made.to(device)
