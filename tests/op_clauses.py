@@ -165,7 +165,6 @@ CLAUSES: dict[str, list[Clause]] = {
         ("fewer symmetric", "symmetric", {"symmetric": [True]}),
         ("fewer scale rules", "scale_rule", {"scale_rule": ["grid"]}),
         ("fewer power_of_two", "power_of_two", {"power_of_two": [False]}),
-        ("tvm on an affine grid", "scale_rule", {"scale_rule": "tvm", "symmetric": False}),
         ("too many options", "options", {"options": [99.0, 1.0, 2.0]}),
         ("too few options", "options", {"options": []}),
         ("bad option", "percentile", {"options": [101.0]}),

@@ -105,11 +105,18 @@ def test_few_odd_values(rule: str, values: list[float]):
 
 
 def test_deviation_is_about_the_mean_of_the_bins():
-    """In 5-bit bins 1.859375 leans down to 1.84375, so the mean is clamped; the deviation is not."""
+    """In 5-bit bins 1.859375 leans to 1.84375, so the mean is clamped; the deviation is not."""
     x = torch.tensor([1.859375] * 11 + [2.0])
     state = observed(x, mantissa_bits=5, octaves=4)
     for grid in (GRIDS["int8"], GRIDS["int8_affine"]):
         assert_ranges("clip_std", solve("clip_std", state, grid), [x], state, grid)
+
+
+def test_mix_tries_min_max_too():
+    """Two values among 2.1e6 zeros: below every percentile, and too few for a divergence."""
+    x = torch.cat([torch.zeros(2_100_000), torch.tensor([1.0, 8.0])])
+    for grid in (GRIDS["int8"], GRIDS["uint8_affine"]):
+        assert solve("mix", observed(x), grid).tolist() == [[0.0, 8.0]]
 
 
 OPTIONS: list[tuple[str, dict[str, Any]]] = [

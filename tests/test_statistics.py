@@ -227,6 +227,16 @@ def test_one_bin_counts_past_the_float32_limit():
     assert state.counts[0, 1, 0, 0] == count
 
 
+def test_more_than_2_31_elements_in_one_call():
+    """Index arithmetic of 32 bits would wrap; repeated rows need no memory."""
+    row = torch.ones(2**16, dtype=torch.float16)
+    row[:2] = torch.tensor([-2.0, torch.nan])
+    rows = 2**15 + 1
+    state = observed(row.expand(rows, -1), mantissa_bits=5, octaves=4)
+    assert state.tally.tolist() == [[rows * (2**16 - 1), 0, 0, 0, rows]]
+    assert state.counts[0].sum((1, 2)).tolist() == [rows, rows * (2**16 - 2)]
+
+
 def test_autograd_input_is_observed_without_a_graph():
     x = sample("gauss", 100).requires_grad_()
     state = observed(x)

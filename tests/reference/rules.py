@@ -100,6 +100,8 @@ def alpha(noise: Callable[[float, int], float], bits: int) -> float:
 
 
 def aciq_ranges(view: View, grid: Grid) -> list[Bounds]:
+    if not view.values.any():  # zeros and tiny values alone: no spread to measure
+        return [(view.low, view.high)]
     if view.one_sided:
         bits = grid.bits + (grid.unsigned or not grid.symmetric)
         gauss = alpha(gauss_noise, bits) * view.deviation(0.0, view.total)
