@@ -3,14 +3,14 @@
 from torch_ext import _library as _library
 from torch_ext import ops
 from torch_ext._C import build_info, fake_quants, observers
-from torch_ext.calibrate import calibrate
+from torch_ext.calibrate import CalibrationSummary, calibrate
 from torch_ext.checkpoint import float_state_dict, load_float_state_dict
 from torch_ext.describe import describe
 from torch_ext.fake_quant import FakeQuantize
 from torch_ext.fuse import fuse
 from torch_ext.modules import Add, Cat, MatMul, Mul, QuantStub
 from torch_ext.observer import Observer
-from torch_ext.params import load_observer_params, save_observer_params
+from torch_ext.params import LoadReport, load_observer_params, save_observer_params
 from torch_ext.prepare import prepare_qat
 from torch_ext.qconfig import QConfig, get_default_calib_qconfig, get_default_qconfig
 from torch_ext.resolve import resolve
@@ -26,9 +26,11 @@ __version__ = build_info()["version"]
 
 __all__ = [
     "Add",
+    "CalibrationSummary",
     "Cat",
     "FakeQuantState",
     "FakeQuantize",
+    "LoadReport",
     "MatMul",
     "Mul",
     "Observer",
