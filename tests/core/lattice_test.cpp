@@ -5,7 +5,7 @@
 #include <limits>
 #include <vector>
 
-#include "view_plain.h"
+#include "search_plain.h"
 
 namespace {
 
@@ -19,23 +19,6 @@ using view_plain::Real;
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-// T = 2^e (1 + s/128) in ascending order, written from the definition.
-std::vector<Real> plain_candidates(const Built& built) {
-  std::vector<Real> kept;
-  const view_plain::Atoms& atoms = built.atoms;
-  const Real largest = atoms.largest();
-  if (largest < 0x1p-126L) return kept;
-  const int top = std::ilogb(largest);
-  for (int e = std::max(-126, top - built.view.layout.octaves + 1); e <= top; ++e) {
-    for (int s = 1; s <= 128; ++s) {
-      const Real t = std::ldexp(1 + s / 128.0L, e);
-      if (2 * atoms.count_below(t) >= atoms.nonzero) kept.push_back(t);
-      if (t >= largest) return kept;
-    }
-  }
-  return kept;
-}
-
 TEST(Lattice, HoldsTheCandidatesOfTheDefinition) {
   Random random(11);
   for (const auto kind : kKinds) {
@@ -43,7 +26,7 @@ TEST(Lattice, HoldsTheCandidatesOfTheDefinition) {
       for (const int n : {1, 2, 7, 300}) {
         const Built built(statistic_plain::sample(kind, n, random), layout, Needs::counts);
         const Lattice lattice = make_lattice(built.view);
-        const std::vector<Real> want = plain_candidates(built);
+        const std::vector<Real> want = search_plain::candidates(built.atoms, layout.octaves);
         ASSERT_EQ(lattice.count, static_cast<int64_t>(want.size())) << static_cast<int>(kind);
         for (int64_t i = 0; i < lattice.count; ++i)
           ASSERT_EQ(lattice_value(lattice.bottom, lattice.first + i), want[i]) << i;
