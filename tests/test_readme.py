@@ -1,0 +1,139 @@
+"""What the README shows is true: its snippet runs, its table is complete, its observer builds."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import torch_ext
+
+ROOT = Path(__file__).resolve().parents[1]
+SEARCH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+README = (ROOT / "README.md").read_text()
+
+
+def block(language: str) -> str:
+    found = re.search(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    assert found, f"README.md has no {language} block"
+    return found[1]
+
+
+def test_snippet_runs(tmp_path: Path) -> None:
+    script = tmp_path / "snippet.py"
+    script.write_text(block("python"))
+    subprocess.run([sys.executable, str(script)], cwd=tmp_path, check=True, timeout=300)
+
+
+def test_table_has_every_rule_and_default() -> None:
+    table = README[README.index("| rule |") :].split("\n\n")[0].splitlines()[2:]
+    rows = {row.split("|")[1].strip(" `"): row.rsplit("|", 2)[1] for row in table}
+    assert tuple(rows) == torch_ext.observers()
+    for rule, options in rows.items():
+        shown = dict(re.findall(r"`(\w+)` (\S+?)(?:,|\s|$)", options))
+        have = {o["name"]: o["default"] for o in torch_ext._C.observer_info(rule)["options"]}
+        assert shown.keys() == have.keys(), rule
+        for name, default in have.items():
+            assert shown[name] == default or float(shown[name]) == default, (rule, name)
+
+
+def test_map_names_every_folder() -> None:
+    shown = set(re.findall(r"`([\w/]+/)`", README[README.index("| place |") :].split("\n\n")[0]))
+    for folder in shown:
+        assert (ROOT / folder).is_dir(), folder
+    layers = {f"csrc/{path.name}/" for path in (ROOT / "csrc").iterdir() if path.is_dir()}
+    assert layers <= shown
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copies what changed, with its time, so that the build in the copy stays incremental."""
+    ignore = shutil.ignore_patterns("*.so", "__pycache__", "registry.h")
+    shutil.copytree(source, target, ignore=ignore, dirs_exist_ok=True)
+
+
+def write(path: Path, text: str) -> None:
+    if not path.is_file() or path.read_text() != text:
+        path.write_text(text)
+
+
+@pytest.fixture(scope="module")
+def scratch() -> Path:
+    """A built copy with the README's observer: its header, and its line in the registry."""
+    tools = [shutil.which(name, path=SEARCH) for name in ("cmake", "ninja", "c++")]
+    if None in tools:
+        pytest.skip("needs cmake, ninja and a C++ compiler")
+    folder = ROOT / "build" / "toy_observer"
+    for name in ("csrc", "torch_ext"):
+        copy(ROOT / name, folder / name)
+    write(folder / "CMakeLists.txt", (ROOT / "CMakeLists.txt").read_text())
+    write(folder / "csrc/observers/shrink.h", block("cpp"))
+    registry = (ROOT / "csrc/registry.h").read_text()
+    registry, included = re.subn(
+        r"(#include \"observers)", r'#include "observers/shrink.h"\n\1', registry, count=1
+    )
+    registry, listed = re.subn(
+        r"(using Observers = List<.*?)>;",
+        r"\1, observers::Shrink>;",
+        registry,
+        count=1,
+        flags=re.DOTALL,
+    )
+    assert included == listed == 1
+    write(folder / "csrc/registry.h", registry)
+    build = folder / "build"
+    torch_root = Path(torch.__file__).parent
+    for command in (
+        [
+            "-S",
+            folder,
+            "-B",
+            build,
+            "-GNinja",
+            f"-DPython3_EXECUTABLE={sys.executable}",
+            f"-DTORCH_ROOT={torch_root}",
+            f"-DCMAKE_MAKE_PROGRAM={tools[1]}",
+        ],
+        ["--build", build, "--parallel", os.environ.get("JOBS") or os.cpu_count()],
+        ["--install", build, "--prefix", folder / "torch_ext"],
+    ):
+        subprocess.run([tools[0], *map(str, command)], check=True, timeout=900)
+    return folder
+
+
+def test_one_header_and_one_line_add_an_observer(scratch: Path) -> None:
+    """Op, one-shot op, Observer, qconfig and saving have it, and nothing else was touched."""
+    program = """
+import torch, torch_ext
+from torch_ext import FakeQuantState, ops
+assert torch_ext.__file__.startswith({scratch!r}), torch_ext.__file__
+assert torch_ext.observers()[-1] == "shrink"
+x = torch.tensor([-2.0, 1, 0, 3, 8, -4])
+want = torch.tensor([[-4.0, 8.0]]) * 0.9
+assert torch.allclose(ops.shrink(x), want)
+observer = torch_ext.Observer("shrink")
+observer(x)
+assert torch.allclose(observer.range(), want)
+model = torch.nn.Sequential(torch.nn.Linear(6, 2))
+model.qconfig = torch_ext.get_default_qconfig(
+    activation_observer="shrink", weight_observer="shrink"
+)
+model = torch_ext.prepare_qat(model)
+torch_ext.set_fake_quantize(model, FakeQuantState.CALIBRATION)
+model(x[None])
+torch_ext.set_fake_quantize(model, FakeQuantState.VALIDATION)
+torch_ext.save_observer_params(model, {path!r})
+quantizers = [m for m in model.modules() if isinstance(m, torch_ext.FakeQuantize)]
+assert any(torch.allclose(q.range, want) for q in quantizers)
+"""
+    script = scratch / "try_shrink.py"
+    write(script, program.format(scratch=str(scratch), path=str(scratch / "params.safetensors")))
+    environment = os.environ | {"PYTHONPATH": str(scratch)}
+    subprocess.run(
+        [sys.executable, str(script)], cwd=scratch, env=environment, check=True, timeout=300
+    )
