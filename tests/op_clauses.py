@@ -215,6 +215,7 @@ CLAUSES: dict[str, list[Clause]] = {
         ("counts rank", "counts", {"counts": torch.ones(256, dtype=I64)}),
         ("negative count", "counts", {"counts": torch.full((2, 256), -1)}),
         ("no bins", "counts", {"counts": torch.ones(2, 0, dtype=I64)}),
+        ("fewer bins than levels", "counts|levels", {"levels": 512}),
         ("no levels", "levels", {"levels": 0}),
         ("levels negative", "levels", {"levels": -128}),
         ("levels huge", "levels|counts", {"levels": 2**62}),

@@ -11,7 +11,7 @@ from support import observed, plain, sample
 from torch_ext import ops
 
 
-@pytest.mark.parametrize("bins", [1, 2, 64, 128, 129])
+@pytest.mark.parametrize("bins", [128, 129, 130])
 @pytest.mark.parametrize("variant", ["slides", "modelopt", "ncnn", "horizon", "tvm", "onnxruntime"])
 def test_hardly_any_bins_to_choose_from(variant: str, bins: int):
     """Hardly more bins than levels, or no data: still an answer within the histogram."""
