@@ -27,8 +27,9 @@ test:
 bench: setup
 	@.venv/bin/python benchmarks/run.py
 
-lint: setup
-	@find csrc tests \( -name '*.h' -o -name '*.cpp' -o -name '*.inc' \) -print0 | \
+lint:
+	@tools/setup.sh --no-compile
+	@find csrc tests benchmarks \( -name '*.h' -o -name '*.cpp' -o -name '*.inc' \) -print0 | \
 	    xargs -0 .venv/bin/clang-format --dry-run -Werror
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Brings a checkout to the point where every target of the Makefile can run: system packages, .venv,
 # PyTorch, Python packages, native build. What is done already is not done again.
-#   tools/setup.sh [--tests]      --tests: without GoogleTest there is no point in going on
+#   tools/setup.sh [--tests | --no-compile]
+#     --tests       without GoogleTest there is no point in going on
+#     --no-compile  sources may have changed since the last build
 # Variables (see the Makefile): TORCH PYTHON DATA JOBS. CMAKE_ARGS goes to the configuration.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -61,7 +63,7 @@ install_system_packages() {
         dataset-fashion-mnist)
             say "no $package package: \`make example\` takes scikit-learn's digits, or give DATA=" ;;
         libgtest-dev)
-            [[ $want_tests == no ]] || die "the C++ tests need GoogleTest: install $package"
+            [[ $mode != --tests ]] || die "the C++ tests need GoogleTest: install $package"
             say "no $package package: building without the C++ tests" ;;
         *) die "cannot build: install $package" ;;
         esac
@@ -114,6 +116,7 @@ build() {
         ln -sfn "torch-$torch" build/current
         printf '%s' "$key" >"$stamp"
     fi
+    [[ $mode != --no-compile ]] || return 0
     cmake --build "$folder" --parallel "$jobs"
     cmake --install "$folder" --prefix torch_ext >/dev/null
 }
@@ -121,8 +124,7 @@ build() {
 torch=${TORCH?run this through make}
 python=${PYTHON:-python3}
 jobs=${JOBS:-$(nproc)}
-want_tests=no
-[[ ${1:-} != --tests ]] || want_tests=yes
+mode=${1:-}
 still_missing=
 check_variables
 install_system_packages
