@@ -120,8 +120,6 @@ def _quantized_class(base: type[nn.Module]) -> type[nn.Module]:
             made = copy.deepcopy(self, memo)
         finally:
             self.__class__ = turned
-        if not hasattr(made, INPUTS):
-            made.add_module(INPUTS, copy.deepcopy(self.input_quantizers, memo))  # type: ignore[arg-type]
         made.__class__ = _quantized_class(type(made))  # type: ignore[arg-type]
         return made
 
