@@ -5,10 +5,9 @@ from __future__ import annotations
 import gzip
 import struct
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import torch
 from torch import Tensor
@@ -87,11 +86,6 @@ def digits() -> Dataset:
     return Dataset("digits", images[~test], labels[~test], images[test], labels[test], False, note)
 
 
-def batches(images: Tensor, labels: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields the pairs in order, the last one shorter if need be."""
-    yield from zip(images.split(size), labels.split(size), strict=True)
-
-
 def augment(images: Tensor, mirrored_is_same: bool, generator: torch.Generator) -> Tensor:
     """Shifts each image by up to 2 pixels; mirrors half of them where that is sound."""
     count = len(images)
@@ -138,7 +132,7 @@ def _read_idx(path: Path, magic: int, item: tuple[int, ...]) -> Tensor:
         raise DataError(f"{path}: it cannot be read: {error}") from error
 
 
-def _parse_idx(path: Path, file: BinaryIO, magic: int, item: tuple[int, ...]) -> Tensor:
+def _parse_idx(path: Path, file: IO[bytes], magic: int, item: tuple[int, ...]) -> Tensor:
     fields = 2 + len(item)
     header = file.read(4 * fields)
     if len(header) < 4 * fields:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from data import CLASSES
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from data import CLASSES, DataError
 from torch_ext import Add
 
 WEIGHTS_FOLDER = Path(__file__).parent / "weights"
@@ -81,5 +83,9 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch: int = 500)
 def trained(name: str) -> SmallNet:
     """The net with the weights that train_float.py made for this data set, in eval mode."""
     model = SmallNet()
-    model.load_state_dict(load_file(WEIGHTS_FOLDER / f"{name}.safetensors"))
+    path = WEIGHTS_FOLDER / f"{name}.safetensors"
+    try:
+        model.load_state_dict(load_file(path))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise DataError(f"{path}: it cannot be loaded: {error}; train_float.py makes it") from error
     return model.eval()

@@ -7,10 +7,11 @@ import sys
 import time
 
 import torch
-from data import DataError, Dataset, augment, digits, load
-from net import WEIGHTS_FOLDER, SmallNet, accuracy
 from safetensors.torch import save_file
 from torch import nn
+
+from data import DataError, Dataset, augment, digits, load
+from net import WEIGHTS_FOLDER, SmallNet, accuracy
 
 
 def train(data: Dataset, epochs: int, batch: int, peak_rate: float, seed: int) -> SmallNet:
