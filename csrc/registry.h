@@ -14,8 +14,9 @@
 #include "observers/mse.h"
 #include "observers/percentile.h"
 
-// What exists. An observer or a fake-quant is added by its header and its line here; ops, Python, saving,
-// documentation tests and law tests find it through these lists. The order is the order users see.
+// What exists. An observer or a fake-quant is added by its header and its line here; ops, Python,
+// saving, documentation tests and law tests find it through these lists. The order is the order
+// users see.
 namespace torch_ext {
 
 template <class... T>
@@ -30,15 +31,15 @@ struct List {
   }
 };
 
-using Observers = List<                        //
-    observers::MinMax,                         //
-    observers::FixedScale,                     //
-    observers::Clip,                           //
-    observers::Percentile,                     //
-    observers::ClipStd,                        //
-    observers::Kl,                             //
-    observers::Mse,                            //
-    observers::Mix,                            //
+using Observers = List<     //
+    observers::MinMax,      //
+    observers::FixedScale,  //
+    observers::Clip,        //
+    observers::Percentile,  //
+    observers::ClipStd,     //
+    observers::Kl,          //
+    observers::Mse,         //
+    observers::Mix,         //
     observers::Aciq>;
 
 using FakeQuants = List<fake_quant::FakeQuant>;

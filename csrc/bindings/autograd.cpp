@@ -5,17 +5,17 @@
 
 #include "rule_table.h"
 
-// Gradients. Forward and backward are ops of their own, so that a traced graph sees both; what is kept between
-// them is one bit per element.
+// Gradients. Forward and backward are ops of their own, so that a traced graph sees both; what is
+// kept between them is one bit per element.
 namespace torch_ext::bindings {
 namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-at::Tensor below_autograd(const at::Tensor& x, const at::Tensor& scale, const at::Tensor& zero_point,
-                          int64_t quant_min, int64_t quant_max, int64_t ch_axis,
-                          c10::string_view mask, c10::string_view rounding) {
+at::Tensor below_autograd(const at::Tensor& x, const at::Tensor& scale,
+                          const at::Tensor& zero_point, int64_t quant_min, int64_t quant_max,
+                          int64_t ch_axis, c10::string_view mask, c10::string_view rounding) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("torch_ext::fake_quant", "")
                              .typed<decltype(below_autograd)>();
@@ -63,7 +63,8 @@ struct FakeQuantFunction : torch::autograd::Function<FakeQuantFunction> {
 at::Tensor fake_quant(const at::Tensor& x, const at::Tensor& scale, const at::Tensor& zero_point,
                       int64_t quant_min, int64_t quant_max, int64_t ch_axis, c10::string_view mask,
                       c10::string_view rounding) {
-  // A forward-mode tangent goes the same way, where it is refused: it would be dropped silently below.
+  // A forward-mode tangent goes the same way, where it is refused: it would be dropped silently
+  // below.
   if ((at::GradMode::is_enabled() && x.requires_grad()) || x._fw_grad(0).defined())
     return FakeQuantFunction::apply(x, scale, zero_point, quant_min, quant_max, ch_axis,
                                     std::string(mask), std::string(rounding));
@@ -75,7 +76,8 @@ TORCH_LIBRARY_IMPL(torch_ext, Autograd, m) {
   m.impl("_fake_quant_forward", torch::autograd::autogradNotImplementedFallback());
   m.impl("_fake_quant_backward", torch::autograd::autogradNotImplementedFallback());
   // Nothing to differentiate: statistics, ranges and qparams are constants of a step.
-  for (const char* op : {"observe_", "merge_", "follow_", "solve", "solve_many", "qparams", "kl_threshold"})
+  for (const char* op :
+       {"observe_", "merge_", "follow_", "solve", "solve_many", "qparams", "kl_threshold"})
     m.impl(op, torch::CppFunction::makeFallthrough());
   for (const RuleRow& rule : rules()) m.impl(rule.name, torch::CppFunction::makeFallthrough());
 }

@@ -11,7 +11,8 @@ namespace {
 void check_device(const char* op, const char* argument, const at::Tensor& t) {
   const bool reachable = t.is_cpu() || t.is_meta() || (t.is_cuda() && cuda::available());
   expect(reachable, op, argument,
-         cuda::available() ? "on the CPU or a CUDA device" : "on the CPU (a build without CUDA kernels)",
+         cuda::available() ? "on the CPU or a CUDA device"
+                           : "on the CPU (a build without CUDA kernels)",
          t.device());
   expect(t.layout() == at::kStrided, op, argument, "a strided tensor", t.layout());
 }
@@ -43,7 +44,8 @@ core::DType check_data(const char* op, const char* argument, const at::Tensor& x
 int64_t check_axis(const char* op, const at::Tensor& x, int64_t ch_axis) {
   const bool valid = ch_axis >= -1 && ch_axis < x.dim();
   if (!valid)
-    expect(false, op, "ch_axis", "-1 or an axis of the " + std::to_string(x.dim()) + " of x", ch_axis);
+    expect(false, op, "ch_axis", "-1 or an axis of the " + std::to_string(x.dim()) + " of x",
+           ch_axis);
   return ch_axis < 0 ? 1 : x.size(ch_axis);
 }
 
@@ -112,8 +114,8 @@ core::Grid check_grid(const char* op, int64_t quant_min, int64_t quant_max, bool
           tvm ? core::ScaleRule::tvm : core::ScaleRule::grid, power_of_two};
 }
 
-void check_per_channel(const char* op, const char* argument, const at::Tensor& t, at::ScalarType type,
-                       int64_t channels, const at::Device& device) {
+void check_per_channel(const char* op, const char* argument, const at::Tensor& t,
+                       at::ScalarType type, int64_t channels, const at::Device& device) {
   check_device(op, argument, t);
   check_same_device(op, argument, t, device);
   expect(t.scalar_type() == type, op, argument, type, t.scalar_type());
@@ -131,7 +133,8 @@ core::Mask parse_mask(const char* op, std::string_view name) {
 core::Rounding parse_rounding(const char* op, std::string_view name) {
   if (name == "half_even") return core::Rounding::half_even;
   if (name == "half_away") return core::Rounding::half_away;
-  expect(name == "floor_half_up", op, "rounding", "one of half_even, half_away, floor_half_up", name);
+  expect(name == "floor_half_up", op, "rounding", "one of half_even, half_away, floor_half_up",
+         name);
   return core::Rounding::floor_half_up;
 }
 
@@ -150,16 +153,12 @@ std::string known_rules() {
   return known;
 }
 
-int64_t option_count_of(int32_t rule) {
-  return static_cast<int64_t>(rules()[rule].options.size());
-}
+int64_t option_count_of(int32_t rule) { return static_cast<int64_t>(rules()[rule].options.size()); }
 
-core::Needs needs_of(int32_t rule) {
-  return rules()[rule].needs;
-}
+core::Needs needs_of(int32_t rule) { return rules()[rule].needs; }
 
-void check_rule_use(const char* op, int32_t index, const core::Grid& grid, core::HistogramLayout layout,
-                    const double* options, int64_t option_count) {
+void check_rule_use(const char* op, int32_t index, const core::Grid& grid,
+                    core::HistogramLayout layout, const double* options, int64_t option_count) {
   const RuleRow& rule = rules()[index];
   if (grid.bits() > rule.max_bits)
     TORCH_CHECK(false, op, ": expected the grid to be of at most ", rule.max_bits, " bits for ",
@@ -167,7 +166,8 @@ void check_rule_use(const char* op, int32_t index, const core::Grid& grid, core:
                 grid.quant_max, "]");
   if (option_count != static_cast<int64_t>(rule.options.size()))
     expect(false, op, "options",
-           std::to_string(rule.options.size()) + " values for " + std::string(rule.name), option_count);
+           std::to_string(rule.options.size()) + " values for " + std::string(rule.name),
+           option_count);
   for (size_t i = 0; i < rule.options.size(); ++i) {
     const core::Option& option = rule.options[i];
     const bool whole = option.choices == nullptr || options[i] == std::floor(options[i]);

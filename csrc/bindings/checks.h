@@ -15,7 +15,8 @@ namespace torch_ext::bindings {
 
 // A breach reads `op: expected ARG to be WANT, got HAVE`.
 template <class Want, class... Have>
-void expect(bool holds, const char* op, const char* argument, const Want& want, const Have&... have) {
+void expect(bool holds, const char* op, const char* argument, const Want& want,
+            const Have&... have) {
   TORCH_CHECK(holds, op, ": expected ", argument, " to be ", want, ", got ", have...);
 }
 
@@ -27,7 +28,8 @@ int64_t check_axis(const char* op, const at::Tensor& x, int64_t ch_axis);
 
 // Tensors of a statistic, of `channels` channels, or of as many as they have for -1.
 core::Statistic check_statistic(const char* op, const at::Tensor& extrema, const at::Tensor& tally,
-                                const at::Tensor& counts, int64_t channels, const char* prefix = "");
+                                const at::Tensor& counts, int64_t channels,
+                                const char* prefix = "");
 
 core::HistogramLayout check_layout(const char* op, int64_t mantissa_bits, int64_t octaves);
 
@@ -36,8 +38,8 @@ core::Grid check_grid(const char* op, int64_t quant_min, int64_t quant_max, bool
                       std::string_view scale_rule, bool power_of_two);
 
 // A contiguous tensor of this type and device with one dimension (or none) of `channels` elements.
-void check_per_channel(const char* op, const char* argument, const at::Tensor& t, at::ScalarType type,
-                       int64_t channels, const at::Device& device);
+void check_per_channel(const char* op, const char* argument, const at::Tensor& t,
+                       at::ScalarType type, int64_t channels, const at::Device& device);
 
 core::Mask parse_mask(const char* op, std::string_view name);
 core::Rounding parse_rounding(const char* op, std::string_view name);
@@ -46,8 +48,8 @@ core::Rounding parse_rounding(const char* op, std::string_view name);
 int32_t check_rule(const char* op, std::string_view name);
 
 // That the rule is defined on this grid and layout, with these option values.
-void check_rule_use(const char* op, int32_t rule, const core::Grid& grid, core::HistogramLayout layout,
-                    const double* options, int64_t option_count);
+void check_rule_use(const char* op, int32_t rule, const core::Grid& grid,
+                    core::HistogramLayout layout, const double* options, int64_t option_count);
 
 // Number of options, and what the rule reads.
 int64_t option_count_of(int32_t rule);

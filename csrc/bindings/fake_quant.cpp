@@ -74,8 +74,8 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& x, const at::Tensor
                                            int64_t quant_max, int64_t ch_axis,
                                            c10::string_view mask, c10::string_view rounding) {
   at::Tensor bits;
-  at::Tensor out = run("fake_quant", x, scale, zero_point, quant_min, quant_max, ch_axis, mask,
-                       rounding, &bits);
+  at::Tensor out =
+      run("fake_quant", x, scale, zero_point, quant_min, quant_max, ch_axis, mask, rounding, &bits);
   return {std::move(out), std::move(bits)};
 }
 

@@ -13,7 +13,8 @@ namespace {
 constexpr const char* kOp = "kl_threshold";
 
 observers::KlVariant parse_variant(std::string_view name) {
-  // In the order of KlVariant, from its second on: log_linear searches a statistic, not a histogram.
+  // In the order of KlVariant, from its second on: log_linear searches a statistic, not a
+  // histogram.
   constexpr const char* names[] = {"slides", "modelopt", "ncnn", "tvm", "onnxruntime", "horizon"};
   int32_t variant = 1;
   for (const char* known : names) {
@@ -39,8 +40,9 @@ void check_counts(const int64_t* counts, int64_t rows, int64_t bins) {
   }
 }
 
-std::tuple<at::Tensor, at::Tensor> kl_threshold(const at::Tensor& counts, const at::Tensor& bin_width,
-                                                int64_t levels, c10::string_view variant_name) {
+std::tuple<at::Tensor, at::Tensor> kl_threshold(const at::Tensor& counts,
+                                                const at::Tensor& bin_width, int64_t levels,
+                                                c10::string_view variant_name) {
   const observers::KlVariant variant = parse_variant({variant_name.data(), variant_name.size()});
   expect(counts.is_cpu(), kOp, "counts", "on the CPU", counts.device());
   expect(counts.scalar_type() == at::kLong, kOp, "counts", "Long", counts.scalar_type());
@@ -48,7 +50,8 @@ std::tuple<at::Tensor, at::Tensor> kl_threshold(const at::Tensor& counts, const 
          "of shape [N, B] with 1 to 2^20 bins", counts.sizes());
   expect(levels >= 2 && levels <= 65536, kOp, "levels", "between 2 and 65536", levels);
   const int64_t rows = counts.size(0), bins = counts.size(1);
-  expect(levels <= bins, kOp, "levels", "at most the bins of counts", levels, " for ", bins, " bins");
+  expect(levels <= bins, kOp, "levels", "at most the bins of counts", levels, " for ", bins,
+         " bins");
   check_per_channel(kOp, "bin_width", bin_width, at::kDouble, rows, counts.device());
   const c10::MaybeOwned<at::Tensor> data = counts.expect_contiguous();
   check_counts(data->const_data_ptr<int64_t>(), rows, bins);

@@ -8,7 +8,8 @@
 #include "bindings/checks.h"
 #include "rule_table.h"
 
-// Shapes and types of results, for tracing. Sizes may be symbols, so only what needs no value is checked.
+// Shapes and types of results, for tracing. Sizes may be symbols, so only what needs no value is
+// checked.
 namespace torch_ext::bindings {
 namespace {
 
@@ -91,8 +92,7 @@ using Tensors = std::vector<at::Tensor>;
 std::tuple<Tensors, Tensors, Tensors> solve_many(const std::vector<std::string>&,
                                                  at::TensorList extrema, at::TensorList tally,
                                                  at::TensorList counts, at::IntArrayRef,
-                                                 at::IntArrayRef,
-                                                 const c10::List<bool>&,
+                                                 at::IntArrayRef, const c10::List<bool>&,
                                                  const std::vector<std::string>&,
                                                  const c10::List<bool>&, at::ArrayRef<double>) {
   Tensors range, scale, zero_point;
@@ -113,8 +113,8 @@ std::tuple<at::Tensor, at::Tensor> qparams(const at::Tensor& range, int64_t, int
   return qparams_of(range);
 }
 
-std::tuple<at::Tensor, at::Tensor> kl_threshold(const at::Tensor& counts, const at::Tensor& bin_width,
-                                                int64_t, Text) {
+std::tuple<at::Tensor, at::Tensor> kl_threshold(const at::Tensor& counts,
+                                                const at::Tensor& bin_width, int64_t, Text) {
   expect_meta("kl_threshold", {{"counts", counts}, {"bin_width", bin_width}});
   return {at::empty_symint({counts.sym_size(0)}, counts.options()),
           at::empty_symint({counts.sym_size(0)}, bin_width.options())};

@@ -8,7 +8,8 @@
 #include "cuda/driver.h"
 #include "rule_table.h"
 
-// What an op cannot carry: names and option tables of the registry, the state table, facts of the build.
+// What an op cannot carry: names and option tables of the registry, the state table, facts of the
+// build.
 namespace py = pybind11;
 
 namespace torch_ext {

@@ -23,7 +23,8 @@ struct Transient {
 const char* rule_name(int32_t rule);
 
 // A range [channels, 2] in float32, contiguous.
-void check_range(const char* op, const at::Tensor& range, int64_t channels, const at::Device& device);
+void check_range(const char* op, const at::Tensor& range, int64_t channels,
+                 const at::Device& device);
 
 // The range [C, 2] of one tensor by a rule, with the default statistic.
 at::Tensor solve_tensor(const at::Tensor& x, int64_t ch_axis, int32_t rule, const core::Grid& grid,

@@ -4,8 +4,8 @@
 
 #include "rule_table.h"
 
-// The whole op surface. A rule's options travel as float[] in the order of its option table; Python's ops.py
-// turns names into that list.
+// The whole op surface. A rule's options travel as float[] in the order of its option table;
+// Python's ops.py turns names into that list.
 namespace {
 
 // The one-shot op of a rule: one tensor in, its range out, with the rule's options by name.
@@ -38,13 +38,15 @@ TORCH_LIBRARY(torch_ext, m) {
       "int ch_axis=-1, str mask=\"rounded\", str rounding=\"half_even\") -> Tensor",
       tags);
   m.def(
-      "_fake_quant_forward(Tensor x, Tensor scale, Tensor zero_point, int quant_min, int quant_max, "
+      "_fake_quant_forward(Tensor x, Tensor scale, Tensor zero_point, int quant_min, int "
+      "quant_max, "
       "int ch_axis=-1, str mask=\"rounded\", str rounding=\"half_even\") -> (Tensor, Tensor)",
       tags);
   m.def("_fake_quant_backward(Tensor grad, Tensor mask) -> Tensor", tags);
 
   m.def(
-      "observe_(Tensor x, Tensor(a!) extrema, Tensor(b!) tally, Tensor(c!) counts, int ch_axis=-1) -> ()",
+      "observe_(Tensor x, Tensor(a!) extrema, Tensor(b!) tally, Tensor(c!) counts, int ch_axis=-1) "
+      "-> ()",
       any_layout);
   m.def(
       "merge_(Tensor(a!) extrema, Tensor(b!) tally, Tensor(c!) counts, Tensor other_extrema, "
@@ -52,19 +54,23 @@ TORCH_LIBRARY(torch_ext, m) {
       tags);
   m.def(
       "solve(str rule, Tensor extrema, Tensor tally, Tensor counts, int quant_min, int quant_max, "
-      "bool symmetric, str scale_rule=\"grid\", bool power_of_two=False, float[] options=[]) -> Tensor",
+      "bool symmetric, str scale_rule=\"grid\", bool power_of_two=False, float[] options=[]) -> "
+      "Tensor",
       tags);
   m.def(
       "solve_many(str[] rules, Tensor[] extrema, Tensor[] tally, Tensor[] counts, int[] quant_min, "
-      "int[] quant_max, bool[] symmetric, str[] scale_rule, bool[] power_of_two, float[] options) -> "
+      "int[] quant_max, bool[] symmetric, str[] scale_rule, bool[] power_of_two, float[] options) "
+      "-> "
       "(Tensor[] range, Tensor[] scale, Tensor[] zero_point)",
       tags);
   m.def(
-      "qparams(Tensor range, int quant_min, int quant_max, bool symmetric, str scale_rule=\"grid\", "
+      "qparams(Tensor range, int quant_min, int quant_max, bool symmetric, str "
+      "scale_rule=\"grid\", "
       "bool power_of_two=False) -> (Tensor scale, Tensor zero_point)",
       tags);
   m.def(
-      "follow_(Tensor x, Tensor(a!) range, Tensor(b!) scale, Tensor(c!) zero_point, Tensor(d!) solved, "
+      "follow_(Tensor x, Tensor(a!) range, Tensor(b!) scale, Tensor(c!) zero_point, Tensor(d!) "
+      "solved, "
       "float averaging_constant, str rule, int quant_min, int quant_max, bool symmetric, "
       "str scale_rule=\"grid\", bool power_of_two=False, float[] options=[], int ch_axis=-1, "
       "int mantissa_bits=10, int octaves=16) -> ()",

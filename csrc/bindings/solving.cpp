@@ -16,7 +16,8 @@ namespace torch_ext::bindings {
 
 const char* rule_name(int32_t rule) { return rules()[rule].name; }
 
-void check_range(const char* op, const at::Tensor& range, int64_t channels, const at::Device& device) {
+void check_range(const char* op, const at::Tensor& range, int64_t channels,
+                 const at::Device& device) {
   expect(range.device() == device, op, "range", device, range.device());
   expect(range.scalar_type() == at::kFloat, op, "range", "Float", range.scalar_type());
   if (range.dim() != 2 || range.size(1) != 2 || (channels >= 0 && range.size(0) != channels))
@@ -40,9 +41,9 @@ at::Tensor solve(c10::string_view name, const at::Tensor& extrema, const at::Ten
       check_grid(op, quant_min, quant_max, symmetric, text(scale_rule), power_of_two);
   check_rule_use(op, rule, grid, statistic.layout, options.data(), options.size());
   at::Tensor range = at::empty({statistic.channels, 2}, extrema.options());
-  const core::SolveJob job{rule,    grid,    options.data(),
-                           statistic, range.mutable_data_ptr<float>(), nullptr, nullptr, nullptr,
-                           1};
+  const core::SolveJob job{
+      rule,    grid,    options.data(), statistic, range.mutable_data_ptr<float>(),
+      nullptr, nullptr, nullptr,        1};
   cpu::solve(&job, 1);
   return range;
 }
@@ -94,9 +95,9 @@ std::tuple<Tensors, Tensors, Tensors> solve_many(
   return {std::move(range), std::move(scale), std::move(zero_point)};
 }
 
-std::tuple<at::Tensor, at::Tensor> qparams(const at::Tensor& range, int64_t quant_min, int64_t quant_max,
-                                           bool symmetric, c10::string_view scale_rule,
-                                           bool power_of_two) {
+std::tuple<at::Tensor, at::Tensor> qparams(const at::Tensor& range, int64_t quant_min,
+                                           int64_t quant_max, bool symmetric,
+                                           c10::string_view scale_rule, bool power_of_two) {
   constexpr const char* op = "qparams";
   check_range(op, range, -1, range.device());
   const core::Grid grid =
@@ -142,8 +143,8 @@ void one_shot(const c10::OperatorHandle& handle, torch::jit::Stack* stack) {
     return torch::jit::peek(*stack, i, count);
   };
   const at::Tensor x = argument(0).toTensor();
-  const core::Grid grid = check_grid(op, argument(1).toInt(), argument(2).toInt(),
-                                     argument(3).toBool(), "grid", false);
+  const core::Grid grid =
+      check_grid(op, argument(1).toInt(), argument(2).toInt(), argument(3).toBool(), "grid", false);
   const int64_t ch_axis = argument(4).toInt();
   std::vector<double> options;
   for (const core::Option& option : rules()[rule].options)

@@ -48,8 +48,8 @@ void merge_(const at::Tensor& extrema, const at::Tensor& tally, const at::Tensor
             const at::Tensor& other_counts) {
   constexpr const char* op = "merge_";
   const core::Statistic into = check_statistic(op, extrema, tally, counts, -1);
-  const core::Statistic from = check_statistic(op, other_extrema, other_tally, other_counts,
-                                               into.channels, "other_");
+  const core::Statistic from =
+      check_statistic(op, other_extrema, other_tally, other_counts, into.channels, "other_");
   expect(other_extrema.device() == extrema.device(), op, "other_extrema", extrema.device(),
          other_extrema.device());
   expect(other_counts.sizes() == counts.sizes(), op, "other_counts", counts.sizes(),
@@ -113,10 +113,9 @@ at::Tensor solve_tensor(const at::Tensor& x, int64_t ch_axis, int32_t rule, cons
     const core::Statistic statistic = transient.statistic();
     if (needs_of(rule) != core::Needs::nothing)
       cpu::observe(view_of(part, dtype), static_cast<int32_t>(ch_axis), statistic);
-    const core::SolveJob job{rule,    grid,    options.data(),
-                             statistic, range.mutable_data_ptr<float>() + 2 * begin,
-                             nullptr, nullptr, nullptr,
-                             1};
+    const core::SolveJob job{
+        rule,    grid,    options.data(), statistic, range.mutable_data_ptr<float>() + 2 * begin,
+        nullptr, nullptr, nullptr,        1};
     cpu::solve(&job, 1);
   }
   return range;

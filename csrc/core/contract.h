@@ -10,7 +10,8 @@
 // What a rule has to offer. Each header under observers/ ends with a static_assert of one of these.
 namespace torch_ext::core {
 
-// Every rule: its name, what it reads of the statistic, the widest grid it is defined for, its options.
+// Every rule: its name, what it reads of the statistic, the widest grid it is defined for, its
+// options.
 template <class R>
 concept Rule = requires {
   { R::name } -> std::convertible_to<const char*>;
@@ -22,12 +23,13 @@ concept Rule = requires {
 
 // Closed: the range follows from the view.
 template <class R>
-concept ClosedRule = Rule<R> && requires(const View& view, const Grid& grid, const double* options) {
-  { R::solve(view, grid, options) } -> std::same_as<Range>;
-};
+concept ClosedRule =
+    Rule<R> && requires(const View& view, const Grid& grid, const double* options) {
+      { R::solve(view, grid, options) } -> std::same_as<Range>;
+    };
 
-// Search: candidates are prepared once per channel, their objectives are computed apart from each other (on
-// the CPU a block of them at a time, on a GPU a thread each), and the least wins.
+// Search: candidates are prepared once per channel, their objectives are computed apart from each
+// other (on the CPU a block of them at a time, on a GPU a thread each), and the least wins.
 template <class R>
 concept SearchRule =
     Rule<R> && requires(const View& view, const Grid& grid, const double* options, int64_t* words,
@@ -49,10 +51,10 @@ struct AnyThresholds {
   }
 };
 template <class R>
-concept CompositeRule =
-    Rule<R> && requires(const View& view, const Grid& grid, const double* options, AnyThresholds t) {
-      { R::solve(view, grid, options, t) } -> std::same_as<Range>;
-    };
+concept CompositeRule = Rule<R> && requires(const View& view, const Grid& grid,
+                                            const double* options, AnyThresholds t) {
+  { R::solve(view, grid, options, t) } -> std::same_as<Range>;
+};
 
 template <class R>
 concept AnyRule = ClosedRule<R> || SearchRule<R> || CompositeRule<R>;

@@ -5,9 +5,9 @@
 #include "core/histogram.h"
 #include "core/option.h"
 
-// The view of one channel's statistic that every rule is solved from: prefix sums over the window's bins,
-// ascending in |x|, one row per sign. Sums are integers, exact and free of order; octaves are combined in
-// ascending order in float64, so every device finds the same bits.
+// The view of one channel's statistic that every rule is solved from: prefix sums over the window's
+// bins, ascending in |x|, one row per sign. Sums are integers, exact and free of order; octaves are
+// combined in ascending order in float64, so every device finds the same bits.
 namespace torch_ext::core {
 
 enum Sign { kNegative = 0, kPositive = 1 };
@@ -17,12 +17,13 @@ struct View {
   int32_t bottom, top;  // octaves of the window (biased exponents); top 0: there is none
   double min, max;      // 0, 0 where nothing was observed
   int64_t finite, zeros, tiny;
-  int64_t bins;                // bins of one sign in the window, bottom to top
-  const int64_t* below[2];     // [bins + 1] values of a sign in the first i bins
-  const double* magnitude;     // [bins + 1] values of either sign, tiny included, below bin i
-  const int64_t* first[2];     // [octaves, 2^m + 1] within an octave: sums of count * k over the first k
-  const int64_t* second[2];    // the same of count * k^2
-  double sum, squares;         // of the values; moments only
+  int64_t bins;             // bins of one sign in the window, bottom to top
+  const int64_t* below[2];  // [bins + 1] values of a sign in the first i bins
+  const double* magnitude;  // [bins + 1] values of either sign, tiny included, below bin i
+  const int64_t*
+      first[2];  // [octaves, 2^m + 1] within an octave: sums of count * k over the first k
+  const int64_t* second[2];  // the same of count * k^2
+  double sum, squares;       // of the values; moments only
 
   TE_HD double largest() const { return -min > max ? -min : max; }
   TE_HD bool one_sided() const { return min >= 0 || max <= 0; }
@@ -76,8 +77,8 @@ TE_HD int64_t view_words(HistogramLayout layout, Needs needs) {
   return needs == Needs::moments ? prefixes + moments : prefixes;
 }
 
-// Sum of (x - v)^2 over `count` values x = 2^m + k of one octave, given their sums of k and k^2. Exact up to
-// the last steps: it is taken about the integer nearest to v, so no large terms cancel.
+// Sum of (x - v)^2 over `count` values x = 2^m + k of one octave, given their sums of k and k^2.
+// Exact up to the last steps: it is taken about the integer nearest to v, so no large terms cancel.
 TE_HD double octave_error(int64_t count, int64_t first, int64_t second, double v, int32_t m) {
   const int64_t width = int64_t{1} << m;
   if (v > static_cast<double>(4 * width)) {
@@ -151,8 +152,8 @@ TE_HD double squared_deviation(const View& view, double mean) {
 }
 
 // Fills one channel's prefix sums; `words` holds view_words() words.
-TE_HD View build_view(HistogramLayout layout, Needs needs, const float* extrema, const int64_t* tally,
-                      const int64_t* counts, int64_t* words) {
+TE_HD View build_view(HistogramLayout layout, Needs needs, const float* extrema,
+                      const int64_t* tally, const int64_t* counts, int64_t* words) {
   View view{};
   view.layout = layout;
   view.finite = tally[kFinite];
@@ -199,8 +200,8 @@ TE_HD View build_view(HistogramLayout layout, Needs needs, const float* extrema,
         static_cast<double>(view.tiny + view.below[kNegative][i] + view.below[kPositive][i]);
   view.magnitude = magnitude;
   if (needs == Needs::moments) {
-    view.sum = magnitude_sum(view, kPositive, 0, view.bins) -
-               magnitude_sum(view, kNegative, 0, view.bins);
+    view.sum =
+        magnitude_sum(view, kPositive, 0, view.bins) - magnitude_sum(view, kNegative, 0, view.bins);
     view.squares = squared_error(view, kPositive, 0, view.bins, 0) +
                    squared_error(view, kNegative, 0, view.bins, 0);
   }

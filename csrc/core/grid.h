@@ -6,7 +6,8 @@
 
 namespace torch_ext::core {
 
-// How a symmetric scale is divided: `grid` by the width of the grid, `tvm` by 2^(bits-1) (2^bits unsigned).
+// How a symmetric scale is divided: `grid` by the width of the grid, `tvm` by 2^(bits-1) (2^bits
+// unsigned).
 enum class ScaleRule : int32_t { grid = 0, tvm = 1 };
 
 // The integer grid a tensor is quantized to, and how a range becomes its scale.
@@ -26,7 +27,8 @@ struct Grid {
   TE_HD bool is_unsigned() const { return quant_min >= 0; }
 };
 
-// A clipping range in the units of the data, lo <= hi. Float64: it is rounded once, when it is stored.
+// A clipping range in the units of the data, lo <= hi. Float64: it is rounded once, when it is
+// stored.
 struct Range {
   double lo;
   double hi;

@@ -4,9 +4,10 @@
 
 #include "core/host_device.h"
 
-// The log-linear histogram (as HdrHistogram's, on the bits of a float32): a finite normal value falls into
-// octave e, its biased exponent, and sub-bin k, its top `mantissa_bits` mantissa bits. Kept are the `octaves`
-// octaves that end at the octave of the largest |x|: the window. What lies below it is counted as tiny.
+// The log-linear histogram (as HdrHistogram's, on the bits of a float32): a finite normal value
+// falls into octave e, its biased exponent, and sub-bin k, its top `mantissa_bits` mantissa bits.
+// Kept are the `octaves` octaves that end at the octave of the largest |x|: the window. What lies
+// below it is counted as tiny.
 namespace torch_ext::core {
 
 constexpr uint32_t kAbsBits = 0x7fffffffu;
@@ -22,8 +23,8 @@ TE_HD double exp2_of(int exponent) {
   return __builtin_bit_cast(double, static_cast<uint64_t>(exponent + 1023) << 52);
 }
 
-// Integers that order as the floats they stand for. Comparing them is exact for subnormals whatever the
-// processor's denormal mode, and NaN and infinity lie outside [kMinFiniteKey, kMaxFiniteKey].
+// Integers that order as the floats they stand for. Comparing them is exact for subnormals whatever
+// the processor's denormal mode, and NaN and infinity lie outside [kMinFiniteKey, kMaxFiniteKey].
 constexpr int32_t kMaxFiniteKey = 0x7f7fffff;
 constexpr int32_t kMinFiniteKey = -0x7f7fffff - 1;
 TE_HD int32_t key_of(float x) {
@@ -52,8 +53,8 @@ struct HistogramLayout {
     const int32_t lowest = top - octaves + 1;
     return lowest < 1 ? 1 : lowest;
   }
-  // Where octave `biased` lives: its unbiased exponent mod octaves. Growth re-uses the slots of the octaves
-  // that leave the window, so nothing is ever moved.
+  // Where octave `biased` lives: its unbiased exponent mod octaves. Growth re-uses the slots of the
+  // octaves that leave the window, so nothing is ever moved.
   TE_HD int32_t slot(int32_t biased) const {
     const int32_t residue = (biased - kBias) % octaves;
     return residue < 0 ? residue + octaves : residue;
@@ -75,10 +76,10 @@ TE_HD int32_t top_octave(float min, float max) {
   return static_cast<int32_t>((lo > hi ? lo : hi) >> kMantissa);
 }
 
-// Moves the window of one channel's counts from octave `top` up to `new_top`: clears the octaves that fall
-// out of it and returns how many values they held (they become tiny).
+// Moves the window of one channel's counts from octave `top` up to `new_top`: clears the octaves
+// that fall out of it and returns how many values they held (they become tiny).
 TE_HD int64_t raise_window(int64_t* counts, HistogramLayout layout, int32_t top, int32_t new_top) {
-  if (layout.octaves == 0 || top == 0 || new_top <= top) return 0;
+  if (top == 0 || new_top <= top) return 0;
   const int32_t end = layout.bottom(new_top) <= top ? layout.bottom(new_top) : top + 1;
   const int64_t width = int64_t{1} << layout.mantissa_bits;
   int64_t tiny = 0;
@@ -103,9 +104,10 @@ struct ChannelStatistic {
 
 // Widens the extrema by [min, max] (finite or the empty state) and moves the window along.
 TE_HD void extend(ChannelStatistic into, HistogramLayout layout, float min, float max) {
-  const int32_t old_top = top_octave(into.extrema[0], into.extrema[1]);
+  const int32_t old_top = layout.octaves == 0 ? 0 : top_octave(into.extrema[0], into.extrema[1]);
   if (key_of(min) < key_of(into.extrema[0])) into.extrema[0] = positive_zero(min);
   if (key_of(max) > key_of(into.extrema[1])) into.extrema[1] = positive_zero(max);
+  if (layout.octaves == 0) return;
   const int32_t new_top = top_octave(into.extrema[0], into.extrema[1]);
   into.tally[kTiny] += raise_window(into.counts, layout, old_top, new_top);
 }

@@ -31,9 +31,9 @@ struct Statistic {
   }
 };
 
-// One quantizer to solve. `options` holds the rule's option values. Outputs per channel; where `solved` is
-// not null the range follows: it moves by averaging_constant towards the solved one (all the way while
-// *solved is 0), and a channel without values leaves it.
+// One quantizer to solve. `options` holds the rule's option values. Outputs per channel; where
+// `solved` is not null the range follows: it moves by averaging_constant towards the solved one
+// (all the way while *solved is 0), and a channel without values leaves it.
 struct SolveJob {
   int32_t rule;
   Grid grid;

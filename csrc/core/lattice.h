@@ -10,8 +10,8 @@ namespace torch_ext::core {
 
 constexpr int64_t kPerOctave = 128;
 
-// T = 2^e (1 + s/128), s = 1..128, for each octave e of the window: from the first with at least half of the
-// non-zero values below it, to the first that reaches max|x|.
+// T = 2^e (1 + s/128), s = 1..128, for each octave e of the window: from the first with at least
+// half of the non-zero values below it, to the first that reaches max|x|.
 struct Lattice {
   int32_t bottom;
   int64_t first;
@@ -43,9 +43,8 @@ TE_HD Lattice make_lattice(const View& view) {
   const int64_t first = first_where(size, [&](int64_t j) {
     return 2 * view.count_below(lattice_value(view.bottom, j)) >= values;
   });
-  const int64_t last = first_where(size, [&](int64_t j) {
-    return lattice_value(view.bottom, j) >= view.largest();
-  });
+  const int64_t last =
+      first_where(size, [&](int64_t j) { return lattice_value(view.bottom, j) >= view.largest(); });
   return {view.bottom, first, first <= last && last < size ? last - first + 1 : 0};
 }
 
@@ -55,8 +54,8 @@ TE_HD int64_t lattice_size(HistogramLayout layout) { return layout.octaves * kPe
 // Objectives up to this bound tie with the least.
 TE_HD double tie_bound(double least) { return least + 1e-12 * __builtin_fabs(least) + 1e-14; }
 
-// Index of the least objective, or -1 where none is finite. Ties go to the smallest index, or to the largest
-// with `last`.
+// Index of the least objective, or -1 where none is finite. Ties go to the smallest index, or to
+// the largest with `last`.
 TE_HD int64_t argmin(const double* objective, int64_t count, bool last) {
   double least = __builtin_inf();
   for (int64_t i = 0; i < count; ++i) least = objective[i] < least ? objective[i] : least;

@@ -1,6 +1,8 @@
 #include <algorithm>
 #include <memory>
 #include <mutex>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "cpu/accumulator.h"
@@ -16,6 +18,8 @@ constexpr int64_t kDirect = 4096;
 constexpr int64_t kPerThread = 1 << 15;
 // Channels read together where they lie side by side in memory: one cache line of float32.
 constexpr int64_t kTogether = 16;
+// The same where only their extrema are wanted: as many as their summaries fit the cache.
+constexpr int64_t kColumns = 1024;
 // Row stride of their staging, off the power of two that would map all rows to one cache set.
 constexpr int64_t kStagingStride = kGroup + 16;
 
@@ -24,7 +28,8 @@ struct Dim {
   int64_t stride;
 };
 
-// The dimensions that one channel's values span, innermost in memory first, merged where they run on.
+// The dimensions that one channel's values span, innermost in memory first, merged where they run
+// on.
 std::vector<Dim> value_dims(const TensorView& x, int32_t ch_axis) {
   std::vector<Dim> dims;
   for (int32_t d = 0; d < x.ndim; ++d)
@@ -81,15 +86,16 @@ class Feeder {
 
   void run(const T* x, int64_t n, int64_t stride) {
     while (n > 0) {
-      const int64_t piece = std::min<int64_t>(n, kGroup - filled_);
       if constexpr (std::is_same_v<T, float>) {
-        if (stride == 1 && filled_ == 0 && piece >= kGroup / 4) {
-          into_.add(x, piece);
-          x += piece;
-          n -= piece;
+        const int64_t whole = std::min(n, into_.group());
+        if (stride == 1 && filled_ == 0 && whole >= kGroup / 4) {
+          into_.add(x, whole);
+          x += whole;
+          n -= whole;
           continue;
         }
       }
+      const int64_t piece = std::min<int64_t>(n, kGroup - filled_);
       if (stride == 1) {
         widen(kernels_, x, piece, staging_ + filled_);
       } else {
@@ -144,9 +150,11 @@ void observe_channel(const Task& task, int64_t channel, int64_t begin, int64_t e
   finish(accumulator, task.mutex);
 }
 
-// Values [begin, end) of `count` <= kTogether channels that lie side by side: read once, transposed.
+// Values [begin, end) of `count` <= kTogether channels that lie side by side: read once,
+// transposed.
 template <class T>
-void observe_together(const Task& task, int64_t channel, int64_t count, int64_t begin, int64_t end) {
+void observe_together(const Task& task, int64_t channel, int64_t count, int64_t begin,
+                      int64_t end) {
   const AccumulateKernels& k = kernels().accumulate;
   std::vector<std::unique_ptr<Accumulator>> accumulators;
   for (int64_t c = 0; c < count; ++c)
@@ -175,6 +183,53 @@ void observe_together(const Task& task, int64_t channel, int64_t count, int64_t 
   for (auto& accumulator : accumulators) finish(*accumulator, task.mutex);
 }
 
+// The same where no histogram is kept: a row of channels at a time, nothing is transposed.
+template <class T>
+void observe_rows(const Task& task, int64_t channel, int64_t count, int64_t begin, int64_t end) {
+  const AccumulateKernels& k = kernels().accumulate;
+  int32_t min_key[kColumns], max_key[kColumns], zeros[kColumns];
+  int64_t all_zeros[kColumns] = {};
+  std::fill_n(min_key, count, INT32_MAX);
+  std::fill_n(max_key, count, INT32_MIN);
+  std::fill_n(zeros, count, 0);
+  float wide[kColumns];
+  int64_t rows = 0;
+  const auto carry = [&] {
+    for (int64_t c = 0; c < count; ++c) all_zeros[c] += std::exchange(zeros[c], 0);
+    rows = 0;
+  };
+  const T* base = static_cast<const T*>(task.x.data) + channel;
+  for_each_run(task.dims, begin, end, [&](int64_t offset, int64_t n) {
+    const int64_t stride = task.dims[0].stride;
+    constexpr int64_t kRowsPerCarry = 1 << 30;
+    for (int64_t i = 0; i < n;) {
+      const int64_t some = std::min(n - i, kRowsPerCarry - rows);
+      const T* from = base + offset + i * stride;
+      if constexpr (std::is_same_v<T, float>) {
+        k.summarize_rows(from, some, stride, count, min_key, max_key, zeros);
+      } else {
+        for (int64_t r = 0; r < some; ++r) {
+          widen(k, from + r * stride, count, wide);
+          k.summarize_rows(wide, 1, 0, count, min_key, max_key, zeros);
+        }
+      }
+      i += some;
+      rows += some;
+      if (rows == kRowsPerCarry) carry();
+    }
+  });
+  carry();
+  for (int64_t c = 0; c < count; ++c) {
+    if (!GroupSummary{min_key[c], max_key[c], 0, 0}.finite()) {
+      observe_channel<T>(task, channel + c, begin, end);
+      continue;
+    }
+    Accumulator accumulator(k, task.into.layout, task.into.channel(channel + c), task.direct);
+    accumulator.add_summary(min_key[c], max_key[c], all_zeros[c], end - begin);
+    finish(accumulator, task.mutex);
+  }
+}
+
 template <class T>
 void observe_as(const TensorView& x, int32_t ch_axis, const Statistic& into) {
   const std::vector<Dim> dims = value_dims(x, ch_axis);
@@ -183,7 +238,8 @@ void observe_as(const TensorView& x, int32_t ch_axis, const Statistic& into) {
   if (values == 0 || into.channels == 0) return;
   const int64_t channel_stride = ch_axis < 0 ? 0 : x.strides[ch_axis];
   const bool side_by_side = into.channels > 1 && channel_stride == 1 && dims[0].stride > 1;
-  const int64_t together = side_by_side ? kTogether : 1;
+  const bool in_rows = side_by_side && into.layout.octaves == 0;
+  const int64_t together = in_rows ? kColumns : (side_by_side ? kTogether : 1);
   const int64_t blocks = (into.channels + together - 1) / together;
   const int64_t threads = num_threads();
   int64_t splits = 1;
@@ -203,8 +259,11 @@ void observe_as(const TensorView& x, int32_t ch_axis, const Statistic& into) {
       const int64_t channel = i / splits * together, part = i % splits;
       const int64_t begin = values / splits * part + std::min(part, values % splits);
       const int64_t end = begin + values / splits + (part < values % splits ? 1 : 0);
-      if (side_by_side)
-        observe_together<T>(task, channel, std::min(together, into.channels - channel), begin, end);
+      const int64_t count = std::min(together, into.channels - channel);
+      if (in_rows)
+        observe_rows<T>(task, channel, count, begin, end);
+      else if (side_by_side)
+        observe_together<T>(task, channel, count, begin, end);
       else
         observe_channel<T>(task, channel, begin, end);
     }

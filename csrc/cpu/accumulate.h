@@ -10,6 +10,8 @@ namespace torch_ext::cpu {
 
 // Values are handled in groups that stay in the first-level cache between the passes over them.
 constexpr int kGroup = 1024;
+// The same where only a summary is wanted: more at a time, as nothing is kept of the values.
+constexpr int kLongGroup = 1 << 14;
 // Bins past both signs' that take the values outside the window, one per lane: a run of zeros would
 // otherwise wait for its own increments.
 constexpr int kSpill = 64;
@@ -20,9 +22,12 @@ struct GroupSummary {
   int32_t max_key;
   int32_t zeros;
   int32_t in_window;
+
+  bool finite() const { return min_key >= core::kMinFiniteKey && max_key <= core::kMaxFiniteKey; }
 };
 
-// The window as the index computation needs it. An index is the value's bin in `counts`, or a spill bin.
+// The window as the index computation needs it. An index is the value's bin in `counts`, or a spill
+// bin.
 struct Window {
   uint32_t first;   // number of the window's first bin: bottom << mantissa_bits
   uint32_t width;   // bins of one sign that the window spans
@@ -31,8 +36,8 @@ struct Window {
   int32_t shift;    // 23 - mantissa_bits
 };
 
-// Counters of one thread, 8 bits wide so that the bins in use stay in the first-level cache: two tables
-// (equal neighbours do not wait for each other) and a carry worth 256 for each bin.
+// Counters of one thread, 8 bits wide so that the bins in use stay in the first-level cache: two
+// tables (equal neighbours do not wait for each other) and a carry worth 256 for each bin.
 struct NarrowTables {
   uint8_t* even;    // [size + kSpill]
   uint8_t* odd;     // [size + kSpill]
@@ -43,7 +48,10 @@ struct NarrowTables {
 struct AccumulateKernels {
   // Extrema and zeros of n values.
   GroupSummary (*summarize)(const float* x, int64_t n);
-  // The same, and the index of each value.
+  // Rows of n values, one per channel, into the channels' extrema and zeros.
+  void (*summarize_rows)(const float* x, int64_t rows, int64_t stride, int64_t n, int32_t* min_key,
+                         int32_t* max_key, int32_t* zeros);
+  // As summarize, and the index of each value.
   GroupSummary (*classify)(const float* x, int64_t n, Window window, uint32_t* index);
   // One increment per index.
   void (*count)(const uint32_t* index, int64_t n, NarrowTables tables);

@@ -6,8 +6,9 @@
 
 namespace torch_ext::cpu {
 
-// Counters and staging of one accumulator. Kept between calls: fresh memory would cost more page faults
-// than a small tensor costs to observe. Counters are zero whenever a workspace is in the pool.
+// Counters and staging of one accumulator. Kept between calls: fresh memory would cost more page
+// faults than a small tensor costs to observe. Counters are zero whenever a workspace is in the
+// pool.
 struct Workspace {
   explicit Workspace(int64_t size)
       : even(size + kSpill), odd(size + kSpill), carry(size + kSpill), index(kGroup) {}
@@ -76,8 +77,8 @@ void Accumulator::set_top(int32_t top) {
              static_cast<uint32_t>(layout_.bins()), core::kMantissa - m};
 }
 
-// Takes what the narrow tables hold of an octave, both signs, into counts or, where that is null, away;
-// returns how many values that were.
+// Takes what the narrow tables hold of an octave, both signs, into counts or, where that is null,
+// away; returns how many values that were.
 int64_t Accumulator::drain(int32_t octave, int64_t* counts) {
   const int64_t width = int64_t{1} << layout_.mantissa_bits;
   const NarrowTables t = tables();
@@ -122,16 +123,13 @@ void Accumulator::add(const float* x, int64_t n) {
   if (n == 0) return;
   const bool histogram = layout_.octaves != 0;
   uint32_t* index = histogram ? workspace_->index.data() : nullptr;
-  GroupSummary s = histogram && top_ != 0 ? kernels_.classify(x, n, window_, index)
-                                          : kernels_.summarize(x, n);
-  if (s.min_key < core::kMinFiniteKey || s.max_key > core::kMaxFiniteKey) {
-    add_finite_of(x, n);
+  GroupSummary s =
+      histogram && top_ != 0 ? kernels_.classify(x, n, window_, index) : kernels_.summarize(x, n);
+  if (!s.finite()) {
+    for (int64_t i = 0; i < n; i += kGroup) add_finite_of(x + i, std::min<int64_t>(kGroup, n - i));
     return;
   }
-  min_key_ = std::min(min_key_, s.min_key);
-  max_key_ = std::max(max_key_, s.max_key);
-  tally_[core::kFinite] += n;
-  tally_[core::kZeros] += s.zeros;
+  add_summary(s.min_key, s.max_key, s.zeros, n);
   if (!histogram) return;
   const int32_t top =
       core::top_octave(core::float_of_key(s.min_key), core::float_of_key(s.max_key));
@@ -141,6 +139,13 @@ void Accumulator::add(const float* x, int64_t n) {
   }
   tally_[core::kTiny] += n - s.zeros - s.in_window;
   if (s.in_window != 0) increment(n);
+}
+
+void Accumulator::add_summary(int32_t min_key, int32_t max_key, int64_t zeros, int64_t n) {
+  min_key_ = std::min(min_key_, min_key);
+  max_key_ = std::max(max_key_, max_key);
+  tally_[core::kFinite] += n;
+  tally_[core::kZeros] += zeros;
 }
 
 void Accumulator::add_finite_of(const float* x, int64_t n) {
@@ -170,8 +175,7 @@ void Accumulator::finish() {
   for (int column = 0; column < core::kTallyColumns; ++column)
     target_.tally[column] += tally_[column];
   if (layout_.octaves == 0 || direct_ || top_ == 0) return;
-  const int32_t bottom =
-      layout_.bottom(core::top_octave(target_.extrema[0], target_.extrema[1]));
+  const int32_t bottom = layout_.bottom(core::top_octave(target_.extrema[0], target_.extrema[1]));
   for (int32_t octave = layout_.bottom(top_); octave <= top_; ++octave) {
     const int64_t moved = drain(octave, octave < bottom ? nullptr : target_.counts);
     if (octave < bottom) target_.tally[core::kTiny] += moved;

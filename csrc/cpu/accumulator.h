@@ -9,18 +9,22 @@ namespace torch_ext::cpu {
 
 struct Workspace;
 
-// The statistic of the values one task sees of one channel. Values go either into narrow tables that
-// finish() adds to the channel, or (few values, nobody else writing) straight into the channel.
+// The statistic of the values one task sees of one channel. Values go either into narrow tables
+// that finish() adds to the channel, or (few values, nobody else writing) straight into the
+// channel.
 class Accumulator {
  public:
-  Accumulator(const AccumulateKernels& kernels, core::HistogramLayout layout, core::ChannelStatistic target,
-              bool direct);
+  Accumulator(const AccumulateKernels& kernels, core::HistogramLayout layout,
+              core::ChannelStatistic target, bool direct);
   ~Accumulator();
   Accumulator(const Accumulator&) = delete;
   Accumulator& operator=(const Accumulator&) = delete;
 
-  // Adds n <= kGroup values.
+  // How many values add() takes at most.
+  int64_t group() const { return layout_.octaves == 0 ? kLongGroup : kGroup; }
   void add(const float* x, int64_t n);
+  // Adds n finite values by what is known of them; only where no histogram is kept.
+  void add_summary(int32_t min_key, int32_t max_key, int64_t zeros, int64_t n);
   // Adds all of it to the channel; nothing may be added afterwards.
   void finish();
 

@@ -21,7 +21,8 @@ void merge(const Statistic& into, const Statistic& from);
 // Solves all jobs. Throws std::invalid_argument where a statistic contradicts itself.
 void solve(const SolveJob* jobs, int64_t count);
 
-// index [rows] and threshold [rows] of linear histograms counts [rows, bins] of width bin_width [rows].
+// index [rows] and threshold [rows] of linear histograms counts [rows, bins] of width bin_width
+// [rows].
 void kl_threshold(const int64_t* counts, const double* bin_width, int64_t rows, int64_t bins,
                   int64_t levels, observers::KlVariant variant, int64_t* index, double* threshold);
 

@@ -4,7 +4,8 @@
 #include "cpu/map.h"
 #include "cpu/solve.h"
 
-// The inner loops of all drivers, compiled from one source for several instruction sets (isa_*.cpp).
+// The inner loops of all drivers, compiled from one source for several instruction sets
+// (isa_*.cpp).
 namespace torch_ext::cpu {
 
 struct Kernels {

@@ -16,7 +16,8 @@ void kl_threshold(const int64_t* counts, const double* bin_width, int64_t rows, 
   const auto search_row = [&](int64_t row, bool parallel) {
     std::vector<double> scratch(scratch_size);
     KlReference::Search search;
-    const int64_t count = k.linear_prepare(variant, counts + row * bins, bins, levels, scratch.data(), &search);
+    const int64_t count =
+        k.linear_prepare(variant, counts + row * bins, bins, levels, scratch.data(), &search);
     std::vector<double> objectives(count);
     const auto evaluate = [&](int64_t begin, int64_t end) {
       k.linear_objectives(search, begin, end, objectives.data() + begin);

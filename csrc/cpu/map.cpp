@@ -20,14 +20,33 @@ void for_each_block(int64_t numel, const Body& body) {
   });
 }
 
+// Output that no cache will hold until it is read again is written past them: the lines it replaces
+// need not be read first. Below that, and far below where it fits the second level, plain stores
+// are faster.
+constexpr int64_t kStreamBytes = 16 << 20;
+
+bool streams(core::DType dtype, int64_t numel, const void* out) {
+  const int64_t size = dtype == core::DType::f64 ? 8 : dtype == core::DType::f32 ? 4 : 2;
+  return numel * size >= kStreamBytes && reinterpret_cast<uintptr_t>(out) % 16 == 0;
+}
+
 }  // namespace
 
 void fake_quant_forward(core::DType dtype, const void* x, void* out, uint8_t* mask,
                         const ChannelLayout& layout, const float* scale, const int32_t* zero_point,
                         int32_t quant_min, int32_t quant_max, core::Rounding rounding,
                         core::Mask mask_kind) {
-  const MapTask task{x,          out,       mask,      layout,   scale,
-                     zero_point, quant_min, quant_max, rounding, mask_kind};
+  const MapTask task{x,
+                     out,
+                     mask,
+                     layout,
+                     scale,
+                     zero_point,
+                     quant_min,
+                     quant_max,
+                     rounding,
+                     mask_kind,
+                     streams(dtype, layout.numel(), out)};
   const MapKernels::Forward forward = kernels().map.forward[static_cast<int>(dtype)];
   for_each_block(layout.numel(), [&](int64_t begin, int64_t end) { forward(task, begin, end); });
 }
@@ -35,7 +54,9 @@ void fake_quant_forward(core::DType dtype, const void* x, void* out, uint8_t* ma
 void fake_quant_backward(core::DType dtype, const void* grad, const uint8_t* mask, void* dx,
                          int64_t numel) {
   const MapKernels::Backward backward = kernels().map.backward[static_cast<int>(dtype)];
-  for_each_block(numel, [&](int64_t begin, int64_t end) { backward(grad, mask, dx, begin, end); });
+  const bool stream = streams(dtype, numel, dx);
+  for_each_block(numel,
+                 [&](int64_t begin, int64_t end) { backward(grad, mask, dx, begin, end, stream); });
 }
 
 }  // namespace torch_ext::cpu

@@ -34,13 +34,14 @@ struct MapTask {
   int32_t quant_max;
   core::Rounding rounding;
   core::Mask mask_kind;
+  bool stream;  // write past the caches
 };
 
 // Inner loops, compiled once per instruction set; indexed by DType.
 struct MapKernels {
   using Forward = void (*)(const MapTask& task, int64_t begin, int64_t end);
   using Backward = void (*)(const void* grad, const uint8_t* mask, void* dx, int64_t begin,
-                            int64_t end);
+                            int64_t end, bool stream);
   Forward forward[core::kDTypeCount];
   Backward backward[core::kDTypeCount];
 };

@@ -3,11 +3,12 @@
 #include <cstdint>
 #include <functional>
 
-// The thread pool, injected at link time: over at::parallel_for in the op library, over std::thread in the
-// tests that link no torch. Nothing computed may depend on how the range is cut.
+// The thread pool, injected at link time: over at::parallel_for in the op library, over std::thread
+// in the tests that link no torch. Nothing computed may depend on how the range is cut.
 namespace torch_ext::cpu {
 
-// Runs body(b, e) over pieces that cover [begin, end), each of at least `grain` indices but the last.
+// Runs body(b, e) over pieces that cover [begin, end), each of at least `grain` indices but the
+// last.
 void parallel_for(int64_t begin, int64_t end, int64_t grain,
                   const std::function<void(int64_t, int64_t)>& body);
 

@@ -15,8 +15,8 @@
 namespace torch_ext::cpu {
 namespace {
 
-// Words that a rule's searches work in. A composite rule runs any of them with its default options, and
-// keeps their objectives there too.
+// Words that a rule's searches work in. A composite rule runs any of them with its default options,
+// and keeps their objectives there too.
 int64_t search_words(const SolveJob& job, const RuleRow& rule) {
   const core::HistogramLayout layout = job.statistic.layout;
   if (rule.search_words != nullptr) return rule.search_words(layout, job.grid, job.options);
@@ -50,13 +50,14 @@ class Channel {
     if (!seen_ && job_.solved != nullptr) return;
     core::Range range{0, 0};
     if (seen_) {
-      const core::View view = rule_.needs == core::Needs::nothing
-                                  ? core::View{}
-                                  : k.view(job_.statistic.layout, rule_.needs, s.extrema, s.tally,
-                                           s.counts, memory_);
+      const core::View view =
+          rule_.needs == core::Needs::nothing
+              ? core::View{}
+              : k.view(job_.statistic.layout, rule_.needs, s.extrema, s.tally, s.counts, memory_);
       check(view, s);
-      range = rule_.search_words != nullptr ? search(view, parallel)
-                           : k.closed(job_.rule, view, job_.grid, job_.options, words());
+      range = rule_.search_words != nullptr
+                  ? search(view, parallel)
+                  : k.closed(job_.rule, view, job_.grid, job_.options, words());
     }
     store(range);
   }
@@ -77,8 +78,7 @@ class Channel {
     } else {
       k.objectives(job_.rule, storage, 0, count, objectives.data());
     }
-    return core::range_of_threshold(view,
-                                    k.threshold(job_.rule, view, storage, objectives.data()));
+    return core::range_of_threshold(view, k.threshold(job_.rule, view, storage, objectives.data()));
   }
 
   // A statistic may come from a file or from anybody's hands.

@@ -23,15 +23,17 @@ struct SolveKernels {
   // A search, in steps: number of candidates, objectives of some, threshold of the least.
   int64_t (*prepare)(int32_t rule, const core::View& view, const core::Grid& grid,
                      const double* options, int64_t* words, SearchStorage* search);
-  void (*objectives)(int32_t rule, const SearchStorage& search, int64_t begin, int64_t end, double* out);
+  void (*objectives)(int32_t rule, const SearchStorage& search, int64_t begin, int64_t end,
+                     double* out);
   double (*threshold)(int32_t rule, const core::View& view, const SearchStorage& search,
                       const double* objectives);
 
   // The same steps for a reference variant of kl on a linear histogram.
   int64_t (*linear_prepare)(observers::KlVariant variant, const int64_t* counts, int64_t bins,
-                            int64_t levels, double* scratch, observers::KlReference::Search* search);
-  void (*linear_objectives)(const observers::KlReference::Search& search, int64_t begin, int64_t end,
-                            double* out);
+                            int64_t levels, double* scratch,
+                            observers::KlReference::Search* search);
+  void (*linear_objectives)(const observers::KlReference::Search& search, int64_t begin,
+                            int64_t end, double* out);
 };
 
 }  // namespace torch_ext::cpu

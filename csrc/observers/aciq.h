@@ -5,16 +5,16 @@
 
 namespace torch_ext::observers {
 
-// Analytical clipping (ACIQ, Banner et al. 2019): the threshold that is optimal for Gaussian or for Laplace
-// data of the observed deviation, whichever has the smaller squared error on the data.
+// Analytical clipping (ACIQ, Banner et al. 2019): the threshold that is optimal for Gaussian or for
+// Laplace data of the observed deviation, whichever has the smaller squared error on the data.
 struct Aciq : core::NoOptions {
   static constexpr const char* name = "aciq";
   static constexpr core::Needs needs = core::Needs::moments;
   static constexpr int max_bits = 8;
 
-  // Minimisers a of the paper's expected squared errors, in units of sigma and of mean |x - mu|, for 2..9 bits:
-  // Gauss (a^2+1)(1-erf(a/sqrt 2)) + a^2/(3*4^bits) - sqrt(2/pi) a exp(-a^2/2), Laplace 2 exp(-a) +
-  // a^2/(3*4^bits).
+  // Minimisers a of the paper's expected squared errors, in units of sigma and of mean |x - mu|,
+  // for 2..9 bits: Gauss (a^2+1)(1-erf(a/sqrt 2)) + a^2/(3*4^bits) - sqrt(2/pi) a exp(-a^2/2),
+  // Laplace 2 exp(-a) + a^2/(3*4^bits).
   TE_HD static double gauss(int bits) {
     constexpr double table[] = {1.710635168, 2.151592745, 2.559136462, 2.936200612,
                                 3.286914215, 3.615114215, 3.92403549,  4.216329826};
@@ -26,7 +26,8 @@ struct Aciq : core::NoOptions {
     return table[bits - 2];
   }
 
-  TE_HD static core::Complaint complaint(const core::Grid& grid, core::HistogramLayout, const double*) {
+  TE_HD static core::Complaint complaint(const core::Grid& grid, core::HistogramLayout,
+                                         const double*) {
     if (grid.bits() >= 2) return {};
     return {"quant_max", "at least quant_min + 2", static_cast<double>(grid.quant_max)};
   }
@@ -41,7 +42,8 @@ struct Aciq : core::NoOptions {
     const int64_t outer = view.below[same][view.bins] - view.below[same][at];
     const double far = core::magnitude_sum(view, other, 0, view.bins) +
                        toward * static_cast<double>(view.below[other][view.bins]);
-    const double below = toward * static_cast<double>(inner) - core::magnitude_sum(view, same, 0, at);
+    const double below =
+        toward * static_cast<double>(inner) - core::magnitude_sum(view, same, 0, at);
     const double above =
         core::magnitude_sum(view, same, at, view.bins) - toward * static_cast<double>(outer);
     return (far + below + above) / static_cast<double>(view.finite);
@@ -49,7 +51,8 @@ struct Aciq : core::NoOptions {
 
   TE_HD static core::Range solve(const core::View& view, const core::Grid& grid, const double*) {
     const bool one_sided = view.one_sided();
-    // One-sided data on a grid that follows it: as many levels as two-sided data has with one bit more.
+    // One-sided data on a grid that follows it: as many levels as two-sided data has with one bit
+    // more.
     const int bits = grid.bits() + (one_sided && (grid.is_unsigned() || !grid.symmetric) ? 1 : 0);
     const double mu = one_sided ? 0 : ClipStd::mean(view);
     const double sigma = one_sided ? __builtin_sqrt(view.squares / static_cast<double>(view.finite))

@@ -7,15 +7,17 @@
 
 namespace torch_ext::observers {
 
-// The threshold whose quantized distribution loses the least information (Kullback-Leibler divergence).
-// `log_linear` searches the log-linear statistic with a constant number of bins per level, outliers spread
-// over the last level, and the bias of sampling noise removed: continuous in the threshold and free of the
-// data's unit. The other variants are those of kl_reference.h, on the statistic's linear view.
+// The threshold whose quantized distribution loses the least information (Kullback-Leibler
+// divergence). `log_linear` searches the log-linear statistic with a constant number of bins per
+// level, outliers spread over the last level, and the bias of sampling noise removed: continuous in
+// the threshold and free of the data's unit. The other variants are those of kl_reference.h, on the
+// statistic's linear view.
 struct Kl {
   static constexpr const char* name = "kl";
   static constexpr core::Needs needs = core::Needs::counts;
   static constexpr int max_bits = 8;
-  // tvm and onnxruntime search a signed histogram, which kl_threshold takes and a statistic of |x| is not.
+  // tvm and onnxruntime search a signed histogram, which kl_threshold takes and a statistic of |x|
+  // is not.
   static constexpr const char* variants[] = {"log_linear", "slides", "modelopt", "ncnn", "horizon"};
   static constexpr core::Option options[] = {{"variant", 0, 0, 4, variants, 5}};
   static constexpr int32_t option_count = 1;
@@ -32,15 +34,16 @@ struct Kl {
   TE_HD static double level_ratio(double sum, double occupied, double kept, double values) {
     return kept * (occupied > 0 ? occupied : 1.0) / (values * (sum > 0 ? sum : 1.0));
   }
-  // What a bin of `count` values, and `extra` outliers if it is occupied, adds to N times the divergence.
+  // What a bin of `count` values, and `extra` outliers if it is occupied, adds to N times the
+  // divergence.
   TE_HD static double bin_term(double count, double extra, double ratio) {
     const double mass = count + extra;
     const double log_ratio = core::log((count > 0 ? mass : 1.0) * ratio);
     return count > 0 ? mass * log_ratio : 0.0;
   }
 
-  // Rows of one candidate's working memory, a value per level in each. Bin b of all levels is one row, so
-  // that the loops below run over levels side by side.
+  // Rows of one candidate's working memory, a value per level in each. Bin b of all levels is one
+  // row, so that the loops below run over levels side by side.
   struct Rows {
     double below[kBinsPerLevel][kMaxLevels + 1];  // F at the lower edge of the bin
     double sum[kMaxLevels], occupied[kMaxLevels], ratio[kMaxLevels], term[kMaxLevels];
@@ -82,8 +85,7 @@ struct Kl {
     for (int b = 0; b < kBinsPerLevel; ++b) {
       const double* low = rows.below[b];
       const double* high = next_edge(rows, b);
-      for (int g = 0; g < last; ++g)
-        rows.term[g] += bin_term(high[g] - low[g], 0.0, rows.ratio[g]);
+      for (int g = 0; g < last; ++g) rows.term[g] += bin_term(high[g] - low[g], 0.0, rows.ratio[g]);
       last_term += bin_term(high[last] - low[last], extra, rows.ratio[last]);
     }
     rows.term[last] = last_term;
@@ -109,14 +111,16 @@ struct Kl {
     bool last_wins;
   };
 
-  // Bins of the linear view, up to 2^(exponent of max|x| + 1): every bin of the top octave is one of them.
+  // Bins of the linear view, up to 2^(exponent of max|x| + 1): every bin of the top octave is one
+  // of them.
   TE_HD static int64_t linear_bins(core::HistogramLayout layout) {
     return int64_t{2} << layout.mantissa_bits;
   }
   TE_HD static double linear_width(const core::View& view) {
     return core::exp2_of(view.top - core::kBias - view.layout.mantissa_bits);
   }
-  // The histogram of |x| with bins of one width. Exact: a lower octave's bins lie whole within them.
+  // The histogram of |x| with bins of one width. Exact: a lower octave's bins lie whole within
+  // them.
   TE_HD static void linear_view(const core::View& view, bool with_zeros, int64_t* counts) {
     const int32_t m = view.layout.mantissa_bits;
     const int64_t width = int64_t{1} << m, octaves = view.bins >> m;
@@ -137,7 +141,8 @@ struct Kl {
                                          const double* options) {
     if (variant_of(options) == KlVariant::log_linear || layout.octaves == 0) return {};
     if (layout.octaves <= layout.mantissa_bits)
-      return {"variant", "0 (log_linear) where octaves are not more than mantissa_bits", options[0]};
+      return {"variant", "0 (log_linear) where octaves are not more than mantissa_bits",
+              options[0]};
     if (linear_bins(layout) < int64_t{1} << grid.bits())
       return {"variant", "0 (log_linear) where 2^(mantissa_bits+1) bins are fewer than levels",
               options[0]};

@@ -13,7 +13,8 @@ struct Mse : core::NoOptions {
   static constexpr int max_bits = 8;
 
   // Squared error of one sign's values on levels 0, 1, .. `levels` times the scale.
-  TE_HD static double side_error(const core::View& view, core::Sign sign, int32_t levels, double scale) {
+  TE_HD static double side_error(const core::View& view, core::Sign sign, int32_t levels,
+                                 double scale) {
     double total = 0;
     int64_t begin = 0;
     for (int32_t r = 0; r < levels && begin < view.bins; ++r) {
@@ -30,8 +31,7 @@ struct Mse : core::NoOptions {
     if (!(view.squares > 0)) return 0;
     const core::QParams q = core::qparams(range, grid);
     const double scale = static_cast<double>(q.scale);
-    const double negative =
-        side_error(view, core::kNegative, q.zero_point - grid.quant_min, scale);
+    const double negative = side_error(view, core::kNegative, q.zero_point - grid.quant_min, scale);
     return (negative + side_error(view, core::kPositive, grid.quant_max - q.zero_point, scale)) /
            view.squares;
   }
@@ -46,7 +46,8 @@ struct Mse : core::NoOptions {
   TE_HD static int64_t search_words(core::HistogramLayout, const core::Grid&, const double*) {
     return 0;
   }
-  TE_HD static Search prepare(const core::View& view, const core::Grid& grid, const double*, int64_t*) {
+  TE_HD static Search prepare(const core::View& view, const core::Grid& grid, const double*,
+                              int64_t*) {
     const core::Lattice lattice = core::make_lattice(view);
     return {view, grid, lattice, lattice.count};
   }

@@ -5,8 +5,8 @@
 
 namespace torch_ext::observers {
 
-// Nearest-rank percentile, zeros included: of |x| on a symmetric grid, of x from both ends on an affine one.
-// Ranks are found in integers, the percentile being a multiple of 1e-7 percent.
+// Nearest-rank percentile, zeros included: of |x| on a symmetric grid, of x from both ends on an
+// affine one. Ranks are found in integers, the percentile being a multiple of 1e-7 percent.
 struct Percentile {
   static constexpr const char* name = "percentile";
   static constexpr core::Needs needs = core::Needs::counts;
@@ -24,7 +24,8 @@ struct Percentile {
     if (k == view.finite) return view.largest();
     if (k <= view.zeros + view.tiny) return view.floor();
     const int64_t i = core::first_where(view.bins, [&](int64_t bin) {
-      const int64_t in_bins = view.below[core::kNegative][bin + 1] + view.below[core::kPositive][bin + 1];
+      const int64_t in_bins =
+          view.below[core::kNegative][bin + 1] + view.below[core::kPositive][bin + 1];
       return view.zeros + view.tiny + in_bins >= k;
     });
     return view.value(i);
@@ -38,17 +39,20 @@ struct Percentile {
     const int64_t to_positive = negative + view.zeros + view.tiny;
     if (k <= negative) {
       // From the most negative: the first bin, counted downwards, that holds the rank.
-      const int64_t i = core::first_where(
-          view.bins, [&](int64_t bin) { return view.below[core::kNegative][bin + 1] > negative - k; });
+      const int64_t i = core::first_where(view.bins, [&](int64_t bin) {
+        return view.below[core::kNegative][bin + 1] > negative - k;
+      });
       return -view.value(i);
     }
     if (k <= to_positive) return 0;
-    const int64_t i = core::first_where(
-        view.bins, [&](int64_t bin) { return view.below[core::kPositive][bin + 1] >= k - to_positive; });
+    const int64_t i = core::first_where(view.bins, [&](int64_t bin) {
+      return view.below[core::kPositive][bin + 1] >= k - to_positive;
+    });
     return view.value(i);
   }
 
-  TE_HD static core::Range solve(const core::View& view, const core::Grid& grid, const double* options) {
+  TE_HD static core::Range solve(const core::View& view, const core::Grid& grid,
+                                 const double* options) {
     constexpr int64_t kWhole = 1000000000;  // 100 percent in steps of 1e-7
     const int64_t share = static_cast<int64_t>(__builtin_rint(options[0] * 1e7));
     if (grid.symmetric)

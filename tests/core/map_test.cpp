@@ -84,6 +84,12 @@ bool same(float have, float want) { return std::memcmp(&have, &want, sizeof want
 bool same(half have, float want) { return have.bits == plain::encode(want, plain::kHalf); }
 bool same(bfloat16 have, float want) { return have.bits == plain::encode(want, plain::kBfloat16); }
 
+int count_of_sets() {
+  int count = 0;
+  while (cpu::runnable_kernels()[count] != nullptr) ++count;
+  return count;
+}
+
 bool bit(const std::vector<uint8_t>& mask, int64_t i) { return mask[i / 8] >> (i % 8) & 1; }
 
 // What a forward gives, with a guard behind it.
@@ -162,15 +168,16 @@ TYPED_TEST(MapTyped, EveryInstructionSetEqualsTheReferenceForEveryLayout) {
           Output<T> y(n), unmasked(n);
           MapTask task{
               x.data(), y.out.data(), y.mask.data(), layout, q.scale.data(), q.zero_point.data(),
-              -128,     127,          rounding,      mask};
+              -128,     127,          rounding,      mask,   false};
           (*set)->map.forward[dtype](task, 0, n);
           expect_reference(x, y, layout, q, rounding, mask, where);
           if (testing::Test::HasFatalFailure()) return;
           task.out = unmasked.out.data();
           task.mask = nullptr;
+          task.stream = true;
           (*set)->map.forward[dtype](task, 0, n);
           ASSERT_EQ(std::memcmp(y.out.data(), unmasked.out.data(), y.out.size() * sizeof(T)), 0)
-              << where << " without a mask";
+              << where << " without a mask, streamed";
         }
   }
 }
@@ -216,9 +223,11 @@ TYPED_TEST(MapTyped, BackwardPassesTheGradientWhereTheBitIsSet) {
     std::mt19937 random(9);
     std::vector<uint8_t> mask((n + 7) / 8);
     for (uint8_t& byte : mask) byte = static_cast<uint8_t>(random());
-    for (auto set = cpu::runnable_kernels(); *set != nullptr; ++set) {
+    for (int i = 0; i < 2 * count_of_sets(); ++i) {
+      const cpu::Kernels* const* set = cpu::runnable_kernels() + i / 2;
       Output<T> dx(n);
-      (*set)->map.backward[dtype](grad.data(), mask.data(), dx.out.data(), 0, n);
+      const bool stream = i % 2 == 1;
+      (*set)->map.backward[dtype](grad.data(), mask.data(), dx.out.data(), 0, n, stream);
       const T zero{};
       for (int64_t i = 0; i < n; ++i)
         ASSERT_EQ(std::memcmp(&dx.out[i], bit(mask, i) ? &grad[i] : &zero, sizeof(T)), 0)
@@ -310,7 +319,8 @@ void exhaust(plain::Format format) {
                              p.quant_min,
                              p.quant_max,
                              rounding,
-                             mask};
+                             mask,
+                             false};
           (*set)->map.forward[static_cast<int>(kDType<T>)](task, 0, 1 << 16);
         }
         for (int i = 0; i < 1 << 16; ++i) {
@@ -343,8 +353,9 @@ TEST(Map, HostileFloatsEqualTheReferenceOnEveryInstructionSet) {
       for (const Mask mask : kMasks)
         for (auto set = cpu::runnable_kernels(); *set != nullptr; ++set) {
           Output<float> y(n);
-          const MapTask task{x.data(),      y.out.data(), y.mask.data(), {1, 1, n}, &p.scale,
-                             &p.zero_point, p.quant_min,  p.quant_max,   rounding,  mask};
+          const MapTask task{x.data(), y.out.data(),  y.mask.data(), {1, 1, n},
+                             &p.scale, &p.zero_point, p.quant_min,   p.quant_max,
+                             rounding, mask,          false};
           (*set)->map.forward[0](task, 0, n);
           for (int64_t i = 0; i < n; ++i) {
             const plain::Mapped want = plain::fake_quant(x[i], p, rounding, mask);

@@ -18,7 +18,8 @@ int64_t num_threads() { return test_threads(); }
 
 void parallel_for(int64_t begin, int64_t end, int64_t grain,
                   const std::function<void(int64_t, int64_t)>& body) {
-  const int64_t pieces = std::clamp<int64_t>((end - begin) / std::max<int64_t>(grain, 1), 1, test_threads());
+  const int64_t pieces =
+      std::clamp<int64_t>((end - begin) / std::max<int64_t>(grain, 1), 1, test_threads());
   const int64_t step = (end - begin + pieces - 1) / pieces;
   std::vector<std::thread> threads;
   for (int64_t b = begin; b < end; b += step)
