@@ -203,6 +203,17 @@ TEST(ObserveCarries, MoreValuesThan2To31) {
   EXPECT_EQ(memory.counts(0)[statistic_plain::bin_of(1, {10, 16})], 32769 * 65533LL);
 }
 
+// The same for channels side by side of which only the extrema are kept.
+TEST(ObserveCarries, MoreRowsThan2To31) {
+  const Values rows(1 << 17, 0.0f);
+  const int64_t sizes[] = {32769, 1 << 16, 2}, strides[] = {0, 2, 1};
+  Memory memory(2, {0, 0});
+  cpu::test_threads() = 1;  // that has to count them all
+  cpu::observe({rows.data(), core::DType::f32, 3, sizes, strides}, 2, memory.raw());
+  cpu::test_threads() = 2;
+  for (int64_t c = 0; c < 2; ++c) EXPECT_EQ(memory.tally(c)[core::kZeros], 32769LL << 16);
+}
+
 // Every instruction set, straight through its inner loops and in groups of any size.
 TEST(ObserveKernels, CountTheSameWithEveryInstructionSet) {
   Random random(45);

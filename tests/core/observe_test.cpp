@@ -32,6 +32,11 @@ testing::AssertionResult all_count(const Memory& have, const std::vector<Values>
   return testing::AssertionSuccess();
 }
 
+// Extrema alone in one of seven.
+HistogramLayout any_layout(Random& random) {
+  return random() % 7 == 0 ? HistogramLayout{0, 0} : pick(kLayouts, random);
+}
+
 template <class T>
 class Observe : public testing::Test {
  protected:
@@ -45,7 +50,7 @@ TYPED_TEST(Observe, CountsEveryLayoutPerTensor) {
   for (int trial = 0; trial < 250; ++trial) {
     SCOPED_TRACE(trial);
     cpu::test_threads() = between(1, 8, random);
-    Memory memory(1, pick(kLayouts, random));
+    Memory memory(1, any_layout(random));
     std::vector<Values> seen(1);
     for (int64_t batch = between(1, 3, random); batch > 0; --batch) {
       const auto sizes = arrays::random_sizes(trial % 8 == 0 ? 20000 : 600, random);
@@ -68,7 +73,7 @@ TYPED_TEST(Observe, CountsEveryLayoutPerChannel) {
     const int axis = static_cast<int>(between(0, static_cast<int64_t>(sizes.size()) - 1, random));
     sizes[axis] = std::min<int64_t>(sizes[axis], 40);
     const int64_t channels = sizes[axis];
-    Memory memory(channels, pick(kLayouts, random));
+    Memory memory(channels, any_layout(random));
     std::vector<Values> seen(channels);
     for (int64_t batch = between(1, 2, random); batch > 0; --batch) {
       const auto placement = arrays::random_placement(sizes.size(), random);
@@ -87,24 +92,27 @@ TYPED_TEST(Observe, ThreadsThatShareAChannelAgree) {
     std::vector<int> order;  // innermost first
     int axis;
   };
-  const Case cases[] = {{{261007}, {0}, -1},          {{331, 797}, {0, 1}, -1},
-                        {{3, 87001}, {1, 0}, 0},      {{87001, 3}, {1, 0}, 1},
-                        {{14503, 18}, {1, 0}, 1},     {{5, 2, 26003}, {1, 2, 0}, 1},
-                        {{17, 33, 467}, {1, 2, 0}, 1}};
+  const Case cases[] = {{{261007}, {0}, -1},           {{331, 797}, {0, 1}, -1},
+                        {{3, 87001}, {1, 0}, 0},       {{87001, 3}, {1, 0}, 1},
+                        {{14503, 18}, {1, 0}, 1},      {{5, 2, 26003}, {1, 2, 0}, 1},
+                        {{17, 33, 467}, {1, 2, 0}, 1}, {{90, 1501}, {1, 0}, 1}};
   Random random(33);
   for (const Case& c : cases) {
     auto placement = contiguous(c.sizes.size());
     placement.order = c.order;
-    const auto x = make_array<TypeParam>(c.sizes, placement, Kind::two_scales, random);
     const int64_t channels = c.axis < 0 ? 1 : c.sizes[c.axis];
-    std::vector<Values> seen(channels);
-    x.append_to(seen, c.axis);
-    for (const int64_t threads : {1, 2, 3, 5, 8}) {
-      SCOPED_TRACE(std::to_string(threads) + " threads, " + std::to_string(c.sizes[0]));
-      cpu::test_threads() = threads;
-      Memory memory(channels, {8, 7});
-      cpu::observe(x.view(), c.axis, memory.raw());
-      ASSERT_TRUE(all_count(memory, seen));
+    for (const HistogramLayout layout : {HistogramLayout{8, 7}, {0, 0}}) {
+      const Kind kind = random() % 2 == 0 ? Kind::two_scales : Kind::any_bits;
+      const auto x = make_array<TypeParam>(c.sizes, placement, kind, random);
+      std::vector<Values> seen(channels);
+      x.append_to(seen, c.axis);
+      for (const int64_t threads : {1, 3, 8}) {
+        SCOPED_TRACE(std::to_string(threads) + " threads, " + std::to_string(c.sizes[0]));
+        cpu::test_threads() = threads;
+        Memory memory(channels, layout);
+        cpu::observe(x.view(), c.axis, memory.raw());
+        ASSERT_TRUE(all_count(memory, seen));
+      }
     }
   }
 }
@@ -157,13 +165,16 @@ TEST(ObserveTypes, ExtremaOfZerosArePositiveZero) {
 TEST(ObserveTypes, ExtremaAloneNeedNoHistogram) {
   Random random(34);
   for (const Kind kind : kKinds) {
-    for (const int64_t n : {0, 1, 3000, 100000}) {
-      const auto x = make_array<float>({n / 2, 2}, contiguous(2), kind, random);
-      std::vector<Values> seen(2);
-      x.append_to(seen, 1);
-      Memory memory(2, {0, 0});
-      cpu::observe(x.view(), 1, memory.raw());
-      EXPECT_TRUE(all_count(memory, seen)) << static_cast<int>(kind);
+    for (const int64_t n : {0, 1, 3000, 40000}) {
+      for (const int axis : {-1, 0, 1}) {
+        const auto x = make_array<float>({2, n}, contiguous(2), kind, random);
+        const int64_t channels = axis < 0 ? 1 : x.sizes[axis];
+        std::vector<Values> seen(channels);
+        x.append_to(seen, axis);
+        Memory memory(channels, {0, 0});
+        cpu::observe(x.view(), axis, memory.raw());
+        EXPECT_TRUE(all_count(memory, seen)) << static_cast<int>(kind) << ", axis " << axis;
+      }
     }
   }
 }
