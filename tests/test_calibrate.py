@@ -220,7 +220,7 @@ def test_a_failure_changes_nothing(before: str) -> None:
     [
         ({"limit": 0}, ValueError, "limit to be 1 or more, got 0"),
         ({"limit": 2.0}, TypeError, "limit to be a number of batches, got 2.0"),
-        ({"checkpoint_every": -1}, ValueError, "checkpoint_every to be 1 or more, got -1"),
+        ({"every": -1}, ValueError, "every to be 1 or more, got -1"),
         ({"state": "done"}, ValueError, "unknown state 'done'"),
         ({"loader": []}, ValueError, "the loader to give batches, got none"),
         ({"loader": [()]}, ValueError, "batches to hold inputs, got an empty one"),
@@ -246,7 +246,7 @@ class TestCheckpoints:
         self, path: Path, interrupted_after: int, every: int
     ) -> None:
         want = snapshot(by_hand(batches()))
-        keys: dict[str, Any] = {"checkpoint": path, "checkpoint_every": every}
+        keys: dict[str, Any] = {"checkpoint": path, "every": every}
         with pytest.raises(Broken):
             calibrate(fresh(), failing(interrupted_after, batches()), **keys)
         kept = interrupted_after - interrupted_after % every
@@ -259,7 +259,7 @@ class TestCheckpoints:
 
     def test_several_interruptions(self, path: Path) -> None:
         net = fresh()
-        keys: dict[str, Any] = {"checkpoint": path, "checkpoint_every": 1}
+        keys: dict[str, Any] = {"checkpoint": path, "every": 1}
         for after in (2, 2, 3, 5):
             with pytest.raises(Broken):
                 calibrate(net, failing(after, batches()), **keys)
@@ -276,16 +276,16 @@ def loader():
     yield from t.batches()[:4]
     os.kill(os.getpid(), signal.SIGKILL)
 
-t.calibrate(t.fresh(), loader(), checkpoint={str(path)!r}, checkpoint_every=1)
+t.calibrate(t.fresh(), loader(), checkpoint={str(path)!r}, every=1)
 """
         done = subprocess.run([sys.executable, "-c", script], timeout=300)
         assert done.returncode == -signal.SIGKILL
         net = fresh()
-        assert calibrate(net, batches(), checkpoint=path, checkpoint_every=1).resumed_from == 4
+        assert calibrate(net, batches(), checkpoint=path, every=1).resumed_from == 4
         assert same(snapshot(net), snapshot(by_hand(batches())))
 
     def test_skipped_batches_are_not_run(self, path: Path) -> None:
-        keys: dict[str, Any] = {"checkpoint": path, "checkpoint_every": 2}
+        keys: dict[str, Any] = {"checkpoint": path, "every": 2}
         with pytest.raises(Broken):
             calibrate(fresh(), failing(4, batches()), **keys)
         net, calls = fresh(), []
@@ -297,7 +297,7 @@ t.calibrate(t.fresh(), loader(), checkpoint={str(path)!r}, checkpoint_every=1)
         def loader() -> DataLoader[Any]:
             return DataLoader(TensorDataset(images(24)), batch_size=4, shuffle=True)
 
-        keys: dict[str, Any] = {"checkpoint": path, "checkpoint_every": 1}
+        keys: dict[str, Any] = {"checkpoint": path, "every": 1}
         torch.manual_seed(11)
         whole = fresh()
         calibrate(whole, loader())
@@ -312,7 +312,7 @@ t.calibrate(t.fresh(), loader(), checkpoint={str(path)!r}, checkpoint_every=1)
         assert same(snapshot(net), snapshot(whole))
 
     def test_other_data_is_noticed(self, path: Path) -> None:
-        keys: dict[str, Any] = {"checkpoint": path, "checkpoint_every": 2}
+        keys: dict[str, Any] = {"checkpoint": path, "every": 2}
         with pytest.raises(Broken):
             calibrate(fresh(), failing(4, batches()), **keys)
         net = fresh()
@@ -344,7 +344,7 @@ t.calibrate(t.fresh(), loader(), checkpoint={str(path)!r}, checkpoint_every=1)
         ],
     )
     def test_other_models_are_refused(self, path: Path, net: Any, text: str) -> None:
-        keys: dict[str, Any] = {"checkpoint": path, "checkpoint_every": 2}
+        keys: dict[str, Any] = {"checkpoint": path, "every": 2}
         with pytest.raises(Broken):
             calibrate(fresh(), failing(4, batches()), **keys)
         other = net()
@@ -356,7 +356,7 @@ t.calibrate(t.fresh(), loader(), checkpoint={str(path)!r}, checkpoint_every=1)
         assert path.read_bytes() == held
 
     def test_damaged_files_are_refused(self, path: Path) -> None:
-        keys: dict[str, Any] = {"checkpoint": path, "checkpoint_every": 2}
+        keys: dict[str, Any] = {"checkpoint": path, "every": 2}
         with pytest.raises(Broken):
             calibrate(fresh(), failing(2, batches()), **keys)
         whole = path.read_bytes()

@@ -84,7 +84,7 @@ def calibrate(
     limit: int | None = None,
     fresh: bool = True,
     checkpoint: PathLike | None = None,
-    checkpoint_every: int = 16,
+    every: int = 16,
     state: FakeQuantState | str = FakeQuantState.VALIDATION,
     allow_unobserved: bool = False,
 ) -> CalibrationSummary:
@@ -102,7 +102,7 @@ def calibrate(
         progress: a bar; by default where standard error is a terminal.
         limit: stop after this many batches.
         fresh: forget what was observed before.
-        checkpoint: a file that keeps the statistics every ``checkpoint_every`` batches. Where it
+        checkpoint: a file that keeps the statistics, written after each ``every`` batches. Where it
             exists, calibration goes on from it: the batches that it holds are skipped, and the
             result is bit for bit that of an uninterrupted run. The loader has to give the same
             batches again; torch's random state is restored for it, and the last batch skipped
@@ -113,7 +113,7 @@ def calibrate(
     quantizers = require_quantizers(_WHO, model)
     target = parse_state(_WHO, state)
     _check_count("limit", limit)
-    _check_count("checkpoint_every", checkpoint_every)
+    _check_count("every", every)
     begun = time.perf_counter()
     with contextlib.ExitStack() as stack:
         stack.enter_context(restored_on_error(quantizers))
@@ -131,7 +131,7 @@ def calibrate(
         with watched(_WHO, model):
             for batch in _bar(_limited(loader, limit), loader, limit, progress):
                 ran = run.step(batch)
-                if ran and checkpoint is not None and run.batches % checkpoint_every == 0:
+                if ran and checkpoint is not None and run.batches % every == 0:
                     run.save(checkpoint, batch)
         run.finish()
         if target is not FakeQuantState.CALIBRATION:
