@@ -86,3 +86,30 @@ def test_module_links_no_torch() -> None:
     assert "libc" in libraries
     assert "torch" not in libraries
     assert "c10" not in libraries
+
+
+def test_ops_run_on_torchs_own_threads() -> None:
+    """The first parallel op of a process starts Torch's pool, and there is one OpenMP only."""
+    program = """
+import os, re, numpy, torch
+from torch_ext import ops
+torch.set_num_threads(3)
+x = torch.from_numpy(numpy.ones(1 << 20, dtype=numpy.float32))
+statistic = [
+    torch.from_numpy(numpy.array([[numpy.inf, -numpy.inf]], dtype=numpy.float32)),
+    torch.from_numpy(numpy.zeros((1, 5), dtype=numpy.int64)),
+    torch.from_numpy(numpy.zeros((1, 2, 0, 0), dtype=numpy.int64)),
+]
+before = len(os.listdir("/proc/self/task"))
+ops.observe_(x, *statistic)
+print(len(os.listdir("/proc/self/task")) - before)
+maps = open("/proc/self/maps").read()
+print(len(set(re.findall(r"\\S*lib[gi]*omp[^/]*\\.so\\S*", maps))))
+"""
+    if not Path("/proc/self/task").is_dir():
+        pytest.skip("counts threads through /proc")
+    environment = os.environ | {"OMP_NUM_THREADS": "3"}
+    out = subprocess.check_output([sys.executable, "-c", program], env=environment, text=True)
+    started, runtimes = map(int, out.split())
+    assert started >= 2
+    assert runtimes == 1
