@@ -84,6 +84,15 @@ TEST(Percentile, SymmetricIsTheRankOfTheMagnitude) {
   expect_exact<P>(numbers(-50, 49), kInt8, -49, 49, {98});  // |x|: 0, 1, 1, .. 49, 49, 50
 }
 
+// Values inside a bin: other ranks give its edge of least magnitude, the last one the value itself.
+TEST(Percentile, TheLastRankIsExactlyTheExtremum) {
+  using P = observers::Percentile;
+  const float inside = 1 + 0x1.8p-10f;  // in the bin [1 + 2^-10, 1 + 2^-9)
+  expect_exact<P>({0.5f, inside}, kInt8, 0.5, inside, {100});
+  expect_exact<P>({0.5f, inside, 4}, kInt8, 0.5, 1 + 0x1p-10, {50});
+  expect_exact<P>({-inside, 0.5f, inside}, kUint8Affine, -inside, inside, {100});
+}
+
 TEST(Percentile, AmongZerosIsTheBottomOfTheWindow) {
   using P = observers::Percentile;
   const Values values = repeated({{0, 90}, {4, 10}});
@@ -148,9 +157,10 @@ TEST(Mix, TakesKlWhereItsErrorIsLeast) {
   expect_exact<observers::Mix>({1, 1, 1, 2}, kTernary, 1, 129.0 / 128);
 }
 
-// 1999 errors of 1 cost less than one of 999: the outlier stays.
+// Of 2000001 values even the percentile 99.9999, rank 1999999, is 1, and kl is 129/128. Two million
+// errors of 1 cost less than one of 29999: the outlier stays.
 TEST(Mix, TakesMinMaxWhereItsErrorIsLeast) {
-  expect_exact<observers::Mix>(repeated({{1, 1999}, {1000, 1}}), kInt8, 1, 1000);
+  expect_exact<observers::Mix>(repeated({{1, 2000000}, {30000, 1}}), kTernary, 1, 30000);
 }
 
 // 2 bits: 1.710635168 sigma with sigma^2 = 128/63, error 63.2; 2.830682989 mean|x| reaches 0.71
