@@ -1,6 +1,5 @@
 """Native observers and fake-quantization for PyTorch, and the workflow around them."""
 
-from torch_ext import _library as _library
 from torch_ext import ops
 from torch_ext._C import build_info, fake_quants, observers
 from torch_ext.calibrate import CalibrationSummary, calibrate

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,12 +42,14 @@ def _fail(what: str, cause: BaseException | None = None) -> ImportError:
     return ImportError("\n".join(lines))
 
 
-def _registered() -> bool:
-    return hasattr(torch.ops.torch_ext, "observe_")
+def _registered(registry: Any) -> bool:
+    return hasattr(registry.torch_ext, "observe_")
 
 
-def load() -> None:
+def load(registry: Any) -> None:
     """Imports ``torch_ext._C`` and registers the ops, unless they are registered already.
+
+    ``registry`` is Torch's registry of ops, which only ``ops.py`` names.
 
     A second copy of the op library would abort the process, so a process that has the ops (an
     application that linked the library) keeps the ones it has.
@@ -60,16 +63,13 @@ def load() -> None:
     if _release(built_for) != _release(torch.__version__):
         raise _fail(f"built for torch {built_for}, but torch {torch.__version__} is running")
 
-    if _registered():
+    if _registered(registry):
         return
     if not OP_LIBRARY.is_file():
         raise _fail(f"the op library {OP_LIBRARY.name} is missing")
     try:
-        torch.ops.load_library(str(OP_LIBRARY))  # type: ignore[no-untyped-call]
+        registry.load_library(str(OP_LIBRARY))
     except OSError as error:
         raise _fail(f"the op library {OP_LIBRARY.name} cannot be loaded", error) from error
-    if not _registered():
+    if not _registered(registry):
         raise _fail(f"the op library {OP_LIBRARY.name} registered no ops")
-
-
-load()

@@ -20,8 +20,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from torch_ext import _C
-from torch_ext._options import Options, OptionValue, encode_options, joined, observer_info
+from torch_ext import _library
+
+_library.load(torch.ops)
+
+from torch_ext import _C  # noqa: E402
+from torch_ext._options import Options, OptionValue, encode_options, joined, observer_info  # noqa: E402
 
 _native = torch.ops.torch_ext
 
