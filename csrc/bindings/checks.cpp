@@ -8,6 +8,13 @@
 namespace torch_ext::bindings {
 namespace {
 
+void check_same_device(const char* op, const std::string& argument, const at::Tensor& t,
+                       const at::Device& device) {
+  expect(t.device() == device, op, argument.c_str(), device, t.device());
+}
+
+}  // namespace
+
 void check_device(const char* op, const char* argument, const at::Tensor& t) {
   const bool reachable = t.is_cpu() || t.is_meta() || (t.is_cuda() && cuda::available());
   expect(reachable, op, argument,
@@ -16,13 +23,6 @@ void check_device(const char* op, const char* argument, const at::Tensor& t) {
          t.device());
   expect(t.layout() == at::kStrided, op, argument, "a strided tensor", t.layout());
 }
-
-void check_same_device(const char* op, const std::string& argument, const at::Tensor& t,
-                       const at::Device& device) {
-  expect(t.device() == device, op, argument.c_str(), device, t.device());
-}
-
-}  // namespace
 
 core::DType check_data(const char* op, const char* argument, const at::Tensor& x) {
   check_device(op, argument, x);

@@ -20,7 +20,10 @@ void expect(bool holds, const char* op, const char* argument, const Want& want,
   TORCH_CHECK(holds, op, ": expected ", argument, " to be ", want, ", got ", have...);
 }
 
-// Element type of data, which is on the CPU (or another device this build has kernels for).
+// A strided tensor on the CPU, or on another device this build has kernels for.
+void check_device(const char* op, const char* argument, const at::Tensor& t);
+
+// Element type of data, which is on such a device.
 core::DType check_data(const char* op, const char* argument, const at::Tensor& x);
 
 // Number of channels: 1 for ch_axis -1.

@@ -3,8 +3,8 @@
 
 #include <tuple>
 
+#include "bindings/backend.h"
 #include "bindings/checks.h"
-#include "cpu/map.h"
 
 // Ops that quantize and dequantize.
 namespace torch_ext::bindings {
@@ -12,10 +12,24 @@ namespace {
 
 struct Arguments {
   core::DType dtype;
-  cpu::ChannelLayout layout;
+  core::ChannelLayout layout;
   core::Mask mask;
   core::Rounding rounding;
 };
+
+// On a CUDA device looking would mean waiting for it: there the output becomes NaN instead.
+void check_values(const char* op, const at::Tensor& scale, const at::Tensor& zero_point,
+                  int64_t quant_min, int64_t quant_max) {
+  if (!scale.is_cpu()) return;
+  const float* const scales = scale.const_data_ptr<float>();
+  const int32_t* const zero_points = zero_point.const_data_ptr<int32_t>();
+  for (int64_t c = 0; c < scale.numel(); ++c) {
+    expect(core::is_valid_scale(scales[c]), op, "scale", "positive and finite", scales[c],
+           " in channel ", c);
+    expect(zero_points[c] >= quant_min && zero_points[c] <= quant_max, op, "zero_point",
+           "between quant_min and quant_max", zero_points[c], " in channel ", c);
+  }
+}
 
 Arguments check(const char* op, const at::Tensor& x, const at::Tensor& scale,
                 const at::Tensor& zero_point, int64_t quant_min, int64_t quant_max, int64_t ch_axis,
@@ -28,15 +42,8 @@ Arguments check(const char* op, const at::Tensor& x, const at::Tensor& scale,
          quant_min);
   expect(quant_max > quant_min && quant_max <= 65535, op, "quant_max",
          "more than quant_min and at most 65535", quant_max);
-  const float* const scales = scale.const_data_ptr<float>();
-  const int32_t* const zero_points = zero_point.const_data_ptr<int32_t>();
-  for (int64_t c = 0; c < channels; ++c) {
-    expect(core::is_valid_scale(scales[c]), op, "scale", "positive and finite", scales[c],
-           " in channel ", c);
-    expect(zero_points[c] >= quant_min && zero_points[c] <= quant_max, op, "zero_point",
-           "between quant_min and quant_max", zero_points[c], " in channel ", c);
-  }
-  cpu::ChannelLayout layout{1, 1, x.numel()};
+  check_values(op, scale, zero_point, quant_min, quant_max);
+  core::ChannelLayout layout{1, 1, x.numel()};
   if (ch_axis >= 0) {
     layout = {1, channels, 1};
     for (int64_t d = 0; d < ch_axis; ++d) layout.outer *= x.size(d);
@@ -54,11 +61,17 @@ at::Tensor run(const char* op, const at::Tensor& x, const at::Tensor& scale,
   const c10::MaybeOwned<at::Tensor> data = x.expect_contiguous();
   at::Tensor out = at::empty(x.sizes(), x.options());
   if (bits != nullptr) *bits = at::empty({(x.numel() + 7) / 8}, x.options().dtype(at::kByte));
-  cpu::fake_quant_forward(a.dtype, data->const_data_ptr(), out.mutable_data_ptr(),
-                          bits == nullptr ? nullptr : bits->mutable_data_ptr<uint8_t>(), a.layout,
-                          scale.const_data_ptr<float>(), zero_point.const_data_ptr<int32_t>(),
-                          static_cast<int32_t>(quant_min), static_cast<int32_t>(quant_max),
-                          a.rounding, a.mask);
+  const core::FakeQuantJob job{data->const_data_ptr(),
+                               out.mutable_data_ptr(),
+                               bits == nullptr ? nullptr : bits->mutable_data_ptr<uint8_t>(),
+                               a.layout,
+                               scale.const_data_ptr<float>(),
+                               zero_point.const_data_ptr<int32_t>(),
+                               static_cast<int32_t>(quant_min),
+                               static_cast<int32_t>(quant_max),
+                               a.rounding,
+                               a.mask};
+  Backend(op, x).fake_quant_forward(a.dtype, job);
   return out;
 }
 
@@ -85,8 +98,9 @@ at::Tensor backward(const at::Tensor& grad, const at::Tensor& mask) {
   check_per_channel(op, "mask", mask, at::kByte, (grad.numel() + 7) / 8, grad.device());
   const c10::MaybeOwned<at::Tensor> data = grad.expect_contiguous();
   at::Tensor dx = at::empty(grad.sizes(), grad.options());
-  cpu::fake_quant_backward(dtype, data->const_data_ptr(), mask.const_data_ptr<uint8_t>(),
-                           dx.mutable_data_ptr(), grad.numel());
+  Backend(op, grad).fake_quant_backward(dtype, data->const_data_ptr(),
+                                        mask.const_data_ptr<uint8_t>(), dx.mutable_data_ptr(),
+                                        grad.numel());
   return dx;
 }
 

@@ -4,8 +4,8 @@
 #include <cmath>
 #include <tuple>
 
+#include "bindings/backend.h"
 #include "bindings/checks.h"
-#include "cpu/driver.h"
 
 namespace torch_ext::bindings {
 namespace {
@@ -25,18 +25,25 @@ observers::KlVariant parse_variant(std::string_view name) {
   return observers::KlVariant::slides;
 }
 
-// Sums that the search takes are exact in float64.
-void check_counts(const int64_t* counts, int64_t rows, int64_t bins) {
-  constexpr int64_t kMost = int64_t{1} << 53;
+// Sums that the search takes are exact in float64. On a CUDA device looking would mean waiting for
+// it: there such a row gives index -1 and threshold NaN.
+void check_values(const at::Tensor& counts, const at::Tensor& bin_width) {
+  if (!counts.is_cpu()) return;
+  const int64_t* const histogram = counts.const_data_ptr<int64_t>();
+  const double* const widths = bin_width.const_data_ptr<double>();
+  const int64_t rows = counts.size(0), bins = counts.size(1);
   for (int64_t row = 0; row < rows; ++row) {
     int64_t total = 0;
     for (int64_t j = 0; j < bins; ++j) {
-      const int64_t count = counts[row * bins + j];
-      expect(count >= 0 && count <= kMost, kOp, "counts", "between 0 and 2^53", count, " in row ",
-             row, ", bin ", j);
+      const int64_t count = histogram[row * bins + j];
+      expect(count >= 0 && count <= observers::kl_reference::kMostCounts, kOp, "counts",
+             "between 0 and 2^53", count, " in row ", row, ", bin ", j);
       total += count;
-      expect(total <= kMost, kOp, "counts", "at most 2^53 in sum", total, " in row ", row);
+      expect(total <= observers::kl_reference::kMostCounts, kOp, "counts", "at most 2^53 in sum",
+             total, " in row ", row);
     }
+    expect(widths[row] > 0 && std::isfinite(widths[row]), kOp, "bin_width", "positive and finite",
+           widths[row], " in row ", row);
   }
 }
 
@@ -44,7 +51,7 @@ std::tuple<at::Tensor, at::Tensor> kl_threshold(const at::Tensor& counts,
                                                 const at::Tensor& bin_width, int64_t levels,
                                                 c10::string_view variant_name) {
   const observers::KlVariant variant = parse_variant({variant_name.data(), variant_name.size()});
-  expect(counts.is_cpu(), kOp, "counts", "on the CPU", counts.device());
+  check_device(kOp, "counts", counts);
   expect(counts.scalar_type() == at::kLong, kOp, "counts", "Long", counts.scalar_type());
   expect(counts.dim() == 2 && counts.size(1) >= 1 && counts.size(1) <= (1 << 20), kOp, "counts",
          "of shape [N, B] with 1 to 2^20 bins", counts.sizes());
@@ -54,15 +61,10 @@ std::tuple<at::Tensor, at::Tensor> kl_threshold(const at::Tensor& counts,
          " bins");
   check_per_channel(kOp, "bin_width", bin_width, at::kDouble, rows, counts.device());
   const c10::MaybeOwned<at::Tensor> data = counts.expect_contiguous();
-  check_counts(data->const_data_ptr<int64_t>(), rows, bins);
-  const double* const widths = bin_width.const_data_ptr<double>();
-  for (int64_t row = 0; row < rows; ++row)
-    expect(widths[row] > 0 && std::isfinite(widths[row]), kOp, "bin_width", "positive and finite",
-           widths[row], " in row ", row);
+  check_values(*data, bin_width);
   at::Tensor index = at::empty({rows}, counts.options());
   at::Tensor threshold = at::empty({rows}, bin_width.options());
-  cpu::kl_threshold(data->const_data_ptr<int64_t>(), widths, rows, bins, levels, variant,
-                    index.mutable_data_ptr<int64_t>(), threshold.mutable_data_ptr<double>());
+  Backend(kOp, counts).kl_threshold(*data, bin_width, levels, variant, index, threshold);
   return {index, threshold};
 }
 

@@ -6,14 +6,18 @@
 
 #include "core/job.h"
 #include "core/option.h"
+#include "cuda/driver.h"
 
 namespace torch_ext::bindings {
 
-// An empty statistic for values like x's, for a rule that needs this much of it.
+// An empty statistic (on a CUDA device: memory for one) for values like x's, for a rule that needs
+// this much of it.
 struct Transient {
   Transient(const at::Tensor& x, int64_t channels, core::Needs needs, core::HistogramLayout layout);
 
   core::Statistic statistic() const;
+  // How it is observed into for the first time, unless a flag on the device is set.
+  cuda::ObserveMode mode(const uint8_t* unless) const;
 
   const core::HistogramLayout layout;
   const at::Tensor extrema, tally;

@@ -5,10 +5,9 @@
 
 #include <tuple>
 
+#include "bindings/backend.h"
 #include "bindings/checks.h"
 #include "bindings/rules.h"
-#include "core/qparams.h"
-#include "cpu/driver.h"
 #include "rule_table.h"
 
 // Ops that turn statistics into ranges and ranges into qparams.
@@ -44,7 +43,7 @@ at::Tensor solve(c10::string_view name, const at::Tensor& extrema, const at::Ten
   const core::SolveJob job{
       rule,    grid,    options.data(), statistic, range.mutable_data_ptr<float>(),
       nullptr, nullptr, nullptr,        1};
-  cpu::solve(&job, 1);
+  Backend(op, extrema).solve({job});
   return range;
 }
 
@@ -91,7 +90,7 @@ std::tuple<Tensors, Tensors, Tensors> solve_many(
   }
   if (used != options.size())
     expect(false, op, "options", std::to_string(used) + " values", options.size());
-  cpu::solve(jobs.data(), static_cast<int64_t>(jobs.size()));
+  if (n != 0) Backend(op, extrema[0]).solve(jobs);
   return {std::move(range), std::move(scale), std::move(zero_point)};
 }
 
@@ -105,17 +104,7 @@ std::tuple<at::Tensor, at::Tensor> qparams(const at::Tensor& range, int64_t quan
   const int64_t channels = range.size(0);
   at::Tensor scale = at::empty({channels}, range.options());
   at::Tensor zero_point = at::empty({channels}, range.options().dtype(at::kInt));
-  const float* const ends = range.const_data_ptr<float>();
-  float* const scales = scale.mutable_data_ptr<float>();
-  int32_t* const zero_points = zero_point.mutable_data_ptr<int32_t>();
-  for (int64_t c = 0; c < channels; ++c) {
-    const core::Range ends_of{ends[2 * c], ends[2 * c + 1]};
-    expect(core::is_valid_range(ends_of), op, "range", "finite and in order", ends_of.lo, " to ",
-           ends_of.hi, " in channel ", c);
-    const core::QParams found = core::qparams(ends_of, grid);
-    scales[c] = found.scale;
-    zero_points[c] = found.zero_point;
-  }
+  Backend(op, range).qparams(range, grid, scale, zero_point);
   return {scale, zero_point};
 }
 

@@ -1,13 +1,14 @@
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <cstring>
 #include <limits>
 
+#include "bindings/backend.h"
 #include "bindings/checks.h"
 #include "bindings/recomputing.h"
 #include "bindings/rules.h"
-#include "cpu/driver.h"
 
 // Ops that fill statistics: observe_, merge_, follow_, and every rule on one tensor.
 namespace torch_ext::bindings {
@@ -16,13 +17,20 @@ Transient::Transient(const at::Tensor& x, int64_t channels, core::Needs needs,
                      core::HistogramLayout kept)
     : layout(needs < core::Needs::counts ? core::HistogramLayout{} : kept),
       extrema(at::empty({channels, 2}, x.options().dtype(at::kFloat))),
-      tally(at::zeros({channels, core::kTallyColumns}, x.options().dtype(at::kLong))) {
+      tally(at::empty({channels, core::kTallyColumns}, x.options().dtype(at::kLong))) {
+  if (layout.octaves != 0)
+    counts = at::empty({channels, layout.size()}, x.options().dtype(at::kLong));
+  if (!x.is_cpu()) return;  // observe() takes it as empty
   float* const ends = extrema.mutable_data_ptr<float>();
   for (int64_t i = 0; i < 2 * channels; ++i)
     ends[i] = i % 2 == 0 ? std::numeric_limits<float>::infinity()
                          : -std::numeric_limits<float>::infinity();
-  if (layout.octaves != 0)
-    counts = at::zeros({channels, layout.size()}, x.options().dtype(at::kLong));
+  std::fill_n(tally.mutable_data_ptr<int64_t>(), tally.numel(), 0);
+  if (counts.defined()) std::memset(counts.mutable_data_ptr(), 0, counts.nbytes());
+}
+
+cuda::ObserveMode Transient::mode(const uint8_t* unless) const {
+  return extrema.is_cuda() ? cuda::ObserveMode{true, unless} : cuda::ObserveMode{};
 }
 
 core::Statistic Transient::statistic() const {
@@ -40,7 +48,7 @@ void observe_(const at::Tensor& x, const at::Tensor& extrema, const at::Tensor& 
   const core::Statistic into = check_statistic(op, extrema, tally, counts, channels);
   expect(extrema.device() == x.device(), op, "extrema", x.device(), extrema.device());
   if (recomputing()) return;
-  cpu::observe(view_of(x, dtype), static_cast<int32_t>(ch_axis), into);
+  Backend(op, x).observe(view_of(x, dtype), ch_axis, into);
 }
 
 void merge_(const at::Tensor& extrema, const at::Tensor& tally, const at::Tensor& counts,
@@ -54,7 +62,7 @@ void merge_(const at::Tensor& extrema, const at::Tensor& tally, const at::Tensor
          other_extrema.device());
   expect(other_counts.sizes() == counts.sizes(), op, "other_counts", counts.sizes(),
          other_counts.sizes());
-  cpu::merge(into, from);
+  Backend(op, extrema).merge(into, from);
 }
 
 void follow_(const at::Tensor& x, const at::Tensor& range, const at::Tensor& scale,
@@ -77,11 +85,14 @@ void follow_(const at::Tensor& x, const at::Tensor& range, const at::Tensor& sca
   const core::HistogramLayout layout = check_layout(op, mantissa_bits, octaves);
   check_rule_use(op, rule, grid, layout, options.data(), options.size());
   uint8_t* const solved_flag = solved.mutable_data_ptr<uint8_t>();
-  if (recomputing() || (averaging_constant == 0 && *solved_flag != 0)) return;
+  const Backend backend(op, x);
+  const bool frozen = averaging_constant == 0;
+  if (recomputing() || (frozen && !backend.is_cuda() && *solved_flag != 0)) return;
   const Transient transient(x, channels, needs_of(rule), layout);
   const core::Statistic statistic = transient.statistic();
   if (needs_of(rule) != core::Needs::nothing)
-    cpu::observe(view_of(x, dtype), static_cast<int32_t>(ch_axis), statistic);
+    backend.observe(view_of(x, dtype), ch_axis, statistic,
+                    transient.mode(frozen ? solved_flag : nullptr));
   const core::SolveJob job{rule,
                            grid,
                            options.data(),
@@ -91,7 +102,7 @@ void follow_(const at::Tensor& x, const at::Tensor& range, const at::Tensor& sca
                            zero_point.mutable_data_ptr<int32_t>(),
                            solved_flag,
                            averaging_constant};
-  cpu::solve(&job, 1);
+  backend.solve({job});
 }
 
 }  // namespace
@@ -103,7 +114,8 @@ at::Tensor solve_tensor(const at::Tensor& x, int64_t ch_axis, int32_t rule, cons
   const int64_t channels = check_axis(op, x, ch_axis);
   const core::HistogramLayout layout = ch_axis < 0 ? core::kPerTensor : core::kPerChannel;
   check_rule_use(op, rule, grid, layout, options.data(), static_cast<int64_t>(options.size()));
-  at::Tensor range = at::zeros({channels, 2}, x.options().dtype(at::kFloat));
+  const Backend backend(op, x);
+  at::Tensor range = at::empty({channels, 2}, x.options().dtype(at::kFloat));
   // A statistic for all channels of a large weight would be larger than the weight: some at a time.
   constexpr int64_t kChannelsAtOnce = 512;
   for (int64_t begin = 0; begin < channels; begin += kChannelsAtOnce) {
@@ -112,11 +124,11 @@ at::Tensor solve_tensor(const at::Tensor& x, int64_t ch_axis, int32_t rule, cons
     const Transient transient(x, count, needs_of(rule), layout);
     const core::Statistic statistic = transient.statistic();
     if (needs_of(rule) != core::Needs::nothing)
-      cpu::observe(view_of(part, dtype), static_cast<int32_t>(ch_axis), statistic);
+      backend.observe(view_of(part, dtype), ch_axis, statistic, transient.mode(nullptr));
     const core::SolveJob job{
         rule,    grid,    options.data(), statistic, range.mutable_data_ptr<float>() + 2 * begin,
         nullptr, nullptr, nullptr,        1};
-    cpu::solve(&job, 1);
+    backend.solve({job});
   }
   return range;
 }

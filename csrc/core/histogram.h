@@ -65,6 +65,34 @@ struct HistogramLayout {
   }
 };
 
+// The window as the index computation needs it.
+struct Window {
+  uint32_t first;   // number of the window's first bin: bottom << mantissa_bits
+  uint32_t width;   // bins of one sign that the window spans
+  uint32_t rotate;  // where the first bin lives: its octave's slot << mantissa_bits
+  uint32_t bins;    // bins of one sign in the table
+  int32_t shift;    // 23 - mantissa_bits
+
+  // Bins from the window's first; `width` and more, modulo 2^32, lies outside.
+  TE_HD uint32_t relative(uint32_t bits) const { return ((bits & kAbsBits) >> shift) - first; }
+  // Index in the counts of a value inside the window.
+  TE_HD uint32_t index(uint32_t bits) const {
+    const uint32_t positive = ~static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31);
+    const uint32_t slot = relative(bits) + rotate;
+    return (slot < bins ? slot : slot - bins) + (positive & bins);
+  }
+};
+
+// The window that ends at octave `top`; empty for top 0.
+TE_HD Window window_of(HistogramLayout layout, int32_t top) {
+  const int32_t bottom = layout.bottom(top);
+  const uint32_t octaves = top == 0 ? 0 : static_cast<uint32_t>(top - bottom + 1);
+  const int32_t m = layout.mantissa_bits;
+  return {static_cast<uint32_t>(bottom) << m, octaves << m,
+          static_cast<uint32_t>(layout.octave_begin(bottom)), static_cast<uint32_t>(layout.bins()),
+          kMantissa - m};
+}
+
 // What is kept unless asked otherwise: 256 KiB per tensor, 24 KiB per channel.
 constexpr HistogramLayout kPerTensor = {10, 16};
 constexpr HistogramLayout kPerChannel = {7, 12};

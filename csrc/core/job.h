@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "core/affine.h"
 #include "core/dtype.h"
 #include "core/grid.h"
 #include "core/histogram.h"
@@ -44,6 +45,29 @@ struct SolveJob {
   int32_t* zero_point;  // [channels] or null
   uint8_t* solved;      // [1] or null
   double averaging_constant;
+};
+
+// Contiguous data seen as [outer, channels, inner]; per tensor is [1, 1, n].
+struct ChannelLayout {
+  int64_t outer;
+  int64_t channels;
+  int64_t inner;
+
+  TE_HD int64_t numel() const { return outer * channels * inner; }
+};
+
+// Element-wise fake-quant. Data is contiguous; x and out must not overlap.
+struct FakeQuantJob {
+  const void* x;
+  void* out;
+  uint8_t* mask;  // [(numel + 7) / 8] or null; bit i % 8 of byte i / 8 is element i
+  ChannelLayout layout;
+  const float* scale;         // [channels]
+  const int32_t* zero_point;  // [channels]
+  int32_t quant_min;
+  int32_t quant_max;
+  Rounding rounding;
+  Mask mask_kind;
 };
 
 }  // namespace torch_ext::core

@@ -5,6 +5,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/walk.h"
 #include "cpu/accumulator.h"
 #include "cpu/driver.h"
 #include "cpu/kernels.h"
@@ -12,6 +13,8 @@
 
 namespace torch_ext::cpu {
 namespace {
+
+using core::Walk;
 
 // Elements below which a task counts straight into the statistic, and the least worth a thread.
 constexpr int64_t kDirect = 4096;
@@ -23,43 +26,13 @@ constexpr int64_t kColumns = 1024;
 // Row stride of their staging, off the power of two that would map all rows to one cache set.
 constexpr int64_t kStagingStride = kGroup + 16;
 
-struct Dim {
-  int64_t size;
-  int64_t stride;
-};
-
-// The dimensions that one channel's values span, innermost in memory first, merged where they run
-// on.
-std::vector<Dim> value_dims(const TensorView& x, int32_t ch_axis) {
-  std::vector<Dim> dims;
-  for (int32_t d = 0; d < x.ndim; ++d)
-    if (d != ch_axis && x.sizes[d] != 1) dims.push_back({x.sizes[d], x.strides[d]});
-  // Expanded dimensions (stride 0) last, so that the rest stays one run.
-  std::sort(dims.begin(), dims.end(), [](const Dim& a, const Dim& b) {
-    return (a.stride == 0 ? INT64_MAX : a.stride) < (b.stride == 0 ? INT64_MAX : b.stride);
-  });
-  std::vector<Dim> merged;
-  for (const Dim& d : dims) {
-    if (!merged.empty() && d.stride == merged.back().stride * merged.back().size)
-      merged.back().size *= d.size;
-    else
-      merged.push_back(d);
-  }
-  if (merged.empty()) merged.push_back({1, 1});
-  return merged;
-}
-
 // Walks value indices [begin, end) as runs along the innermost dimension: body(offset, n).
 template <class Body>
-void for_each_run(const std::vector<Dim>& dims, int64_t begin, int64_t end, const Body& body) {
-  const int64_t inner = dims[0].size;
+void for_each_run(const Walk& walk, int64_t begin, int64_t end, const Body& body) {
+  const int64_t inner = walk.dims[0].size;
   while (begin < end) {
-    int64_t rest = begin / inner, offset = (begin % inner) * dims[0].stride;
     const int64_t n = std::min(inner - begin % inner, end - begin);
-    for (size_t d = 1; d < dims.size(); ++d) {
-      offset += (rest % dims[d].size) * dims[d].stride;
-      rest /= dims[d].size;
-    }
+    const int64_t offset = walk.offset(begin);
     body(offset, n);
     begin += n;
   }
@@ -123,7 +96,7 @@ class Feeder {
 
 struct Task {
   const TensorView& x;
-  const std::vector<Dim>& dims;
+  const Walk& walk;
   const Statistic& into;
   int64_t channel_stride;
   bool direct;
@@ -143,8 +116,8 @@ void observe_channel(const Task& task, int64_t channel, int64_t begin, int64_t e
   Accumulator accumulator(k, task.into.layout, task.into.channel(channel), task.direct);
   Feeder<T> feeder(k, accumulator);
   const T* base = static_cast<const T*>(task.x.data) + channel * task.channel_stride;
-  for_each_run(task.dims, begin, end, [&](int64_t offset, int64_t n) {
-    feeder.run(base + offset, n, task.dims[0].stride);
+  for_each_run(task.walk, begin, end, [&](int64_t offset, int64_t n) {
+    feeder.run(base + offset, n, task.walk.dims[0].stride);
   });
   feeder.flush();
   finish(accumulator, task.mutex);
@@ -171,9 +144,9 @@ void observe_together(const Task& task, int64_t channel, int64_t count, int64_t 
     filled = 0;
   };
   const T* base = static_cast<const T*>(task.x.data) + channel * task.channel_stride;
-  for_each_run(task.dims, begin, end, [&](int64_t offset, int64_t n) {
+  for_each_run(task.walk, begin, end, [&](int64_t offset, int64_t n) {
     for (int64_t i = 0; i < n; ++i) {
-      const T* row = base + offset + i * task.dims[0].stride;
+      const T* row = base + offset + i * task.walk.dims[0].stride;
       for (int64_t c = 0; c < count; ++c)
         staging[c * kStagingStride + filled] = row[c * task.channel_stride];
       if (++filled == kGroup) flush();
@@ -199,8 +172,8 @@ void observe_rows(const Task& task, int64_t channel, int64_t count, int64_t begi
     rows = 0;
   };
   const T* base = static_cast<const T*>(task.x.data) + channel;
-  for_each_run(task.dims, begin, end, [&](int64_t offset, int64_t n) {
-    const int64_t stride = task.dims[0].stride;
+  for_each_run(task.walk, begin, end, [&](int64_t offset, int64_t n) {
+    const int64_t stride = task.walk.dims[0].stride;
     constexpr int64_t kRowsPerCarry = 1 << 30;
     for (int64_t i = 0; i < n;) {
       const int64_t some = std::min(n - i, kRowsPerCarry - rows);
@@ -232,12 +205,11 @@ void observe_rows(const Task& task, int64_t channel, int64_t count, int64_t begi
 
 template <class T>
 void observe_as(const TensorView& x, int32_t ch_axis, const Statistic& into) {
-  const std::vector<Dim> dims = value_dims(x, ch_axis);
-  int64_t values = 1;
-  for (const Dim& d : dims) values *= d.size;
+  const Walk walk = core::walk_of(x, ch_axis);
+  const int64_t values = walk.values();
   if (values == 0 || into.channels == 0) return;
   const int64_t channel_stride = ch_axis < 0 ? 0 : x.strides[ch_axis];
-  const bool side_by_side = into.channels > 1 && channel_stride == 1 && dims[0].stride > 1;
+  const bool side_by_side = into.channels > 1 && channel_stride == 1 && walk.dims[0].stride > 1;
   const bool in_rows = side_by_side && into.layout.octaves == 0;
   const int64_t together = in_rows ? kColumns : (side_by_side ? kTogether : 1);
   const int64_t blocks = (into.channels + together - 1) / together;
@@ -248,7 +220,7 @@ void observe_as(const TensorView& x, int32_t ch_axis, const Statistic& into) {
   splits = std::min(splits, values);
   std::mutex mutex;
   const Task task{x,
-                  dims,
+                  walk,
                   into,
                   channel_stride,
                   splits == 1 && values < kDirect,

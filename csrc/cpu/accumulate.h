@@ -26,16 +26,6 @@ struct GroupSummary {
   bool finite() const { return min_key >= core::kMinFiniteKey && max_key <= core::kMaxFiniteKey; }
 };
 
-// The window as the index computation needs it. An index is the value's bin in `counts`, or a spill
-// bin.
-struct Window {
-  uint32_t first;   // number of the window's first bin: bottom << mantissa_bits
-  uint32_t width;   // bins of one sign that the window spans
-  uint32_t rotate;  // where the first bin lives: its octave's slot << mantissa_bits
-  uint32_t bins;    // bins of one sign in the table
-  int32_t shift;    // 23 - mantissa_bits
-};
-
 // Counters of one thread, 8 bits wide so that the bins in use stay in the first-level cache: two
 // tables (equal neighbours do not wait for each other) and a carry worth 256 for each bin.
 struct NarrowTables {
@@ -51,8 +41,8 @@ struct AccumulateKernels {
   // Rows of n values, one per channel, into the channels' extrema and zeros.
   void (*summarize_rows)(const float* x, int64_t rows, int64_t stride, int64_t n, int32_t* min_key,
                          int32_t* max_key, int32_t* zeros);
-  // As summarize, and the index of each value.
-  GroupSummary (*classify)(const float* x, int64_t n, Window window, uint32_t* index);
+  // As summarize, and the index of each value: its bin in `counts`, or a spill bin.
+  GroupSummary (*classify)(const float* x, int64_t n, core::Window window, uint32_t* index);
   // One increment per index.
   void (*count)(const uint32_t* index, int64_t n, NarrowTables tables);
   // n values of another type to float32.

@@ -69,12 +69,7 @@ NarrowTables Accumulator::tables() {
 
 void Accumulator::set_top(int32_t top) {
   top_ = top;
-  const int32_t bottom = layout_.bottom(top);
-  const uint32_t octaves = top == 0 ? 0 : static_cast<uint32_t>(top - bottom + 1);
-  const int32_t m = layout_.mantissa_bits;
-  window_ = {static_cast<uint32_t>(bottom) << m, octaves << m,
-             static_cast<uint32_t>(layout_.octave_begin(bottom)),
-             static_cast<uint32_t>(layout_.bins()), core::kMantissa - m};
+  window_ = core::window_of(layout_, top);
 }
 
 // Takes what the narrow tables hold of an octave, both signs, into counts or, where that is null,

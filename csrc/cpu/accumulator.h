@@ -41,7 +41,7 @@ class Accumulator {
   const core::ChannelStatistic target_;
   const bool direct_;
   std::unique_ptr<Workspace> workspace_;
-  Window window_{};
+  core::Window window_{};
   int32_t top_ = 0;
   int32_t min_key_ = INT32_MAX, max_key_ = INT32_MIN;
   int64_t tally_[core::kTallyColumns] = {};

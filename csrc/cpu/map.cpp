@@ -32,23 +32,11 @@ bool streams(core::DType dtype, int64_t numel, const void* out) {
 
 }  // namespace
 
-void fake_quant_forward(core::DType dtype, const void* x, void* out, uint8_t* mask,
-                        const ChannelLayout& layout, const float* scale, const int32_t* zero_point,
-                        int32_t quant_min, int32_t quant_max, core::Rounding rounding,
-                        core::Mask mask_kind) {
-  const MapTask task{x,
-                     out,
-                     mask,
-                     layout,
-                     scale,
-                     zero_point,
-                     quant_min,
-                     quant_max,
-                     rounding,
-                     mask_kind,
-                     streams(dtype, layout.numel(), out)};
+void fake_quant_forward(core::DType dtype, const core::FakeQuantJob& job) {
+  const MapTask task{job, streams(dtype, job.layout.numel(), job.out)};
   const MapKernels::Forward forward = kernels().map.forward[static_cast<int>(dtype)];
-  for_each_block(layout.numel(), [&](int64_t begin, int64_t end) { forward(task, begin, end); });
+  for_each_block(job.layout.numel(),
+                 [&](int64_t begin, int64_t end) { forward(task, begin, end); });
 }
 
 void fake_quant_backward(core::DType dtype, const void* grad, const uint8_t* mask, void* dx,

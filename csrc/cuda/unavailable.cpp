@@ -1,7 +1,31 @@
+#include <stdexcept>
+
 #include "cuda/driver.h"
 
+// A build without CUDA. The ops refuse CUDA tensors before they come here.
 namespace torch_ext::cuda {
+namespace {
+
+[[noreturn]] void refuse() { throw std::runtime_error("a build without CUDA kernels"); }
+
+}  // namespace
 
 bool available() { return false; }
+
+size_t observe_scratch(const TensorView&, int32_t, const Statistic&) { refuse(); }
+void observe(const TensorView&, int32_t, const Statistic&, ObserveMode, void*, Stream) { refuse(); }
+void merge(const Statistic&, const Statistic&, Stream) { refuse(); }
+size_t solve_scratch(const SolveJob*, int64_t) { refuse(); }
+void solve(const SolveJob*, int64_t, void*, Stream) { refuse(); }
+void qparams(const float*, int64_t, const core::Grid&, float*, int32_t*, Stream) { refuse(); }
+size_t kl_threshold_scratch(int64_t, int64_t, int64_t, observers::KlVariant) { refuse(); }
+void kl_threshold(const int64_t*, const double*, int64_t, int64_t, int64_t, observers::KlVariant,
+                  int64_t*, double*, void*, Stream) {
+  refuse();
+}
+void fake_quant_forward(core::DType, const core::FakeQuantJob&, Stream) { refuse(); }
+void fake_quant_backward(core::DType, const void*, const uint8_t*, void*, int64_t, Stream) {
+  refuse();
+}
 
 }  // namespace torch_ext::cuda

@@ -31,6 +31,8 @@ TE_HD bool is_signed(KlVariant variant) {
 constexpr double kSmoothing = 1e-4;
 // What Horizon adds to every bin of the normalised Q.
 constexpr double kHorizonFloor = 1e-10;
+// Sums of counts up to here are exact in float64.
+constexpr int64_t kMostCounts = int64_t{1} << 53;
 // Powers of 1/count kept for the series in smoothed_entropy.
 constexpr int kInverses = 4;
 // Where a logarithm's operands are both clamped to this the logarithm is 0, as its weight is.

@@ -17,11 +17,11 @@ namespace {
 
 using namespace torch_ext;
 using core::bfloat16;
+using core::ChannelLayout;
 using core::DType;
 using core::half;
 using core::Mask;
 using core::Rounding;
-using cpu::ChannelLayout;
 using cpu::MapTask;
 
 constexpr Rounding kRoundings[] = {Rounding::half_even, Rounding::half_away,
@@ -195,9 +195,9 @@ TYPED_TEST(MapTyped, ResultsDoNotDependOnTheNumberOfThreads) {
     for (const int64_t count : {1, 2, 3, 7}) {
       cpu::test_threads() = count;
       Output<T> y(n), dx(n);
-      cpu::fake_quant_forward(kDType<T>, x.data(), y.out.data(), y.mask.data(), layout,
-                              q.scale.data(), q.zero_point.data(), -128, 127, Rounding::half_even,
-                              Mask::rounded);
+      cpu::fake_quant_forward(kDType<T>,
+                              {x.data(), y.out.data(), y.mask.data(), layout, q.scale.data(),
+                               q.zero_point.data(), -128, 127, Rounding::half_even, Mask::rounded});
       cpu::fake_quant_backward(kDType<T>, x.data(), y.mask.data(), dx.out.data(), n);
       if (count == 1) {
         one = y;
@@ -246,8 +246,8 @@ TYPED_TEST(MapTyped, NothingIsTouchedWhereThereAreNoElements) {
   Output<T> y(0);
   const std::vector<T> x(1);
   for (const ChannelLayout& layout : {ChannelLayout{0, 3, 4}, {2, 0, 4}, {2, 3, 0}})
-    cpu::fake_quant_forward(kDType<T>, x.data(), y.out.data(), y.mask.data(), layout, nullptr,
-                            nullptr, -128, 127, Rounding::half_even, Mask::rounded);
+    cpu::fake_quant_forward(kDType<T>, {x.data(), y.out.data(), y.mask.data(), layout, nullptr,
+                                        nullptr, -128, 127, Rounding::half_even, Mask::rounded});
   cpu::fake_quant_backward(kDType<T>, x.data(), y.mask.data(), y.out.data(), 0);
   EXPECT_TRUE(y.guards_hold(0));
 }
@@ -261,8 +261,8 @@ TYPED_TEST(MapTyped, AnInvalidScaleGivesNanInItsChannelOnly) {
     const int64_t n = layout.numel();
     const std::vector<T> x(n);
     Output<T> y(n);
-    cpu::fake_quant_forward(kDType<T>, x.data(), y.out.data(), y.mask.data(), layout, scale,
-                            zero_point, -128, 127, Rounding::half_even, Mask::rounded);
+    cpu::fake_quant_forward(kDType<T>, {x.data(), y.out.data(), y.mask.data(), layout, scale,
+                                        zero_point, -128, 127, Rounding::half_even, Mask::rounded});
     for (int64_t i = 0; i < n; ++i) {
       ASSERT_EQ(std::isnan(value_of(y.out[i])), i / inner % 5 != 0) << i;
       ASSERT_EQ(bit(y.mask, i), i / inner % 5 == 0) << i;
@@ -275,8 +275,16 @@ std::vector<uint8_t> mask_of(const T (&x)[n], Mask kind) {
   Output<T> y(n);
   const float scale = 1;
   const int32_t zero_point = 0;
-  cpu::fake_quant_forward(kDType<T>, x, y.out.data(), y.mask.data(), {1, 1, n}, &scale, &zero_point,
-                          -128, 127, Rounding::half_even, kind);
+  cpu::fake_quant_forward(kDType<T>, {x,
+                                      y.out.data(),
+                                      y.mask.data(),
+                                      {1, 1, n},
+                                      &scale,
+                                      &zero_point,
+                                      -128,
+                                      127,
+                                      Rounding::half_even,
+                                      kind});
   return {y.mask.begin(), y.mask.begin() + (n + 7) / 8};
 }
 

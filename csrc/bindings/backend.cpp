@@ -1,0 +1,107 @@
+#include "bindings/backend.h"
+
+#include <ATen/ops/empty.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+
+#include "bindings/checks.h"
+#include "core/qparams.h"
+#include "cpu/driver.h"
+#include "cpu/map.h"
+
+namespace torch_ext::bindings {
+
+// The stream through LibTorch's device-generic interface: no header of CUDA is needed here.
+Backend::Backend(const char* op, const at::Tensor& on)
+    : op_(op),
+      device_(on.device()),
+      guard_(on.is_cuda() ? std::optional<at::Device>(on.device()) : std::nullopt) {
+  if (is_cuda())
+    stream_ = static_cast<cuda::Stream>(
+        c10::impl::VirtualGuardImpl(device_.type()).getStream(device_).native_handle());
+}
+
+template <class Enqueue>
+void Backend::on_stream(const Enqueue& enqueue) const {
+  try {
+    enqueue();
+  } catch (const std::exception& error) {
+    TORCH_CHECK(false, op_, ": expected the work on ", device_, " to be enqueued, got ",
+                error.what());
+  }
+}
+
+at::Tensor Backend::scratch(size_t bytes) const {
+  return at::empty({static_cast<int64_t>(bytes)}, at::TensorOptions(device_).dtype(at::kByte));
+}
+
+void Backend::observe(const core::TensorView& x, int64_t ch_axis, const core::Statistic& into,
+                      cuda::ObserveMode mode) const {
+  const int32_t axis = static_cast<int32_t>(ch_axis);
+  if (!is_cuda()) return cpu::observe(x, axis, into);
+  on_stream([&] {
+    const at::Tensor memory = scratch(cuda::observe_scratch(x, axis, into));
+    cuda::observe(x, axis, into, mode, memory.mutable_data_ptr(), stream_);
+  });
+}
+
+void Backend::merge(const core::Statistic& into, const core::Statistic& from) const {
+  if (!is_cuda()) return cpu::merge(into, from);
+  on_stream([&] { cuda::merge(into, from, stream_); });
+}
+
+void Backend::solve(const std::vector<core::SolveJob>& jobs) const {
+  const int64_t count = static_cast<int64_t>(jobs.size());
+  if (!is_cuda()) return cpu::solve(jobs.data(), count);
+  on_stream([&] {
+    const at::Tensor memory = scratch(cuda::solve_scratch(jobs.data(), count));
+    cuda::solve(jobs.data(), count, memory.mutable_data_ptr(), stream_);
+  });
+}
+
+void Backend::qparams(const at::Tensor& range, const core::Grid& grid, at::Tensor& scale,
+                      at::Tensor& zero_point) const {
+  const int64_t channels = range.size(0);
+  const float* const ends = range.const_data_ptr<float>();
+  float* const scales = scale.mutable_data_ptr<float>();
+  int32_t* const zero_points = zero_point.mutable_data_ptr<int32_t>();
+  if (is_cuda())
+    return on_stream([&] { cuda::qparams(ends, channels, grid, scales, zero_points, stream_); });
+  for (int64_t c = 0; c < channels; ++c) {
+    const core::Range ends_of{ends[2 * c], ends[2 * c + 1]};
+    expect(core::is_valid_range(ends_of), op_, "range", "finite and in order", ends_of.lo, " to ",
+           ends_of.hi, " in channel ", c);
+    const core::QParams found = core::qparams(ends_of, grid);
+    scales[c] = found.scale;
+    zero_points[c] = found.zero_point;
+  }
+}
+
+void Backend::kl_threshold(const at::Tensor& counts, const at::Tensor& bin_width, int64_t levels,
+                           observers::KlVariant variant, at::Tensor& index,
+                           at::Tensor& threshold) const {
+  const int64_t rows = counts.size(0), bins = counts.size(1);
+  const int64_t* const histogram = counts.const_data_ptr<int64_t>();
+  const double* const width = bin_width.const_data_ptr<double>();
+  int64_t* const kept = index.mutable_data_ptr<int64_t>();
+  double* const found = threshold.mutable_data_ptr<double>();
+  if (!is_cuda())
+    return cpu::kl_threshold(histogram, width, rows, bins, levels, variant, kept, found);
+  on_stream([&] {
+    const at::Tensor memory = scratch(cuda::kl_threshold_scratch(rows, bins, levels, variant));
+    cuda::kl_threshold(histogram, width, rows, bins, levels, variant, kept, found,
+                       memory.mutable_data_ptr(), stream_);
+  });
+}
+
+void Backend::fake_quant_forward(core::DType dtype, const core::FakeQuantJob& job) const {
+  if (!is_cuda()) return cpu::fake_quant_forward(dtype, job);
+  on_stream([&] { cuda::fake_quant_forward(dtype, job, stream_); });
+}
+
+void Backend::fake_quant_backward(core::DType dtype, const void* grad, const uint8_t* mask,
+                                  void* dx, int64_t numel) const {
+  if (!is_cuda()) return cpu::fake_quant_backward(dtype, grad, mask, dx, numel);
+  on_stream([&] { cuda::fake_quant_backward(dtype, grad, mask, dx, numel, stream_); });
+}
+
+}  // namespace torch_ext::bindings

@@ -1,0 +1,44 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/DeviceGuard.h>
+
+#include "core/job.h"
+#include "cuda/driver.h"
+#include "observers/kl_reference_tables.h"
+
+namespace torch_ext::bindings {
+
+// The device split: the drivers of the device that an op's tensors are on, called on its current
+// stream with that device current. Operands have been checked.
+class Backend {
+ public:
+  Backend(const char* op, const at::Tensor& on);
+
+  bool is_cuda() const { return device_.is_cuda(); }
+
+  // On the CPU the statistic is initialised and mode is empty.
+  void observe(const core::TensorView& x, int64_t ch_axis, const core::Statistic& into,
+               cuda::ObserveMode mode = {}) const;
+  void merge(const core::Statistic& into, const core::Statistic& from) const;
+  void solve(const std::vector<core::SolveJob>& jobs) const;
+  void qparams(const at::Tensor& range, const core::Grid& grid, at::Tensor& scale,
+               at::Tensor& zero_point) const;
+  void kl_threshold(const at::Tensor& counts, const at::Tensor& bin_width, int64_t levels,
+                    observers::KlVariant variant, at::Tensor& index, at::Tensor& threshold) const;
+  void fake_quant_forward(core::DType dtype, const core::FakeQuantJob& job) const;
+  void fake_quant_backward(core::DType dtype, const void* grad, const uint8_t* mask, void* dx,
+                           int64_t numel) const;
+
+ private:
+  template <class Enqueue>
+  void on_stream(const Enqueue& enqueue) const;
+  at::Tensor scratch(size_t bytes) const;
+
+  const char* const op_;
+  const at::Device device_;
+  const c10::OptionalDeviceGuard guard_;
+  cuda::Stream stream_ = nullptr;
+};
+
+}  // namespace torch_ext::bindings

@@ -1,0 +1,146 @@
+#pragma once
+
+#include <cooperative_groups.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <map>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+// The words of CUDA that the kernels use, and how a kernel is launched. A kernel is a struct with
+// `kThreads`, the threads of a block, and operator(), what one thread does. The tests have a second
+// file of this name, which runs the same kernels on the host, thread by thread, in any order.
+#define TE_GPU __device__ __forceinline__
+
+namespace torch_ext::gpu {
+
+using Stream = struct CUstream_st*;
+
+// Where this thread is.
+TE_GPU int thread() { return static_cast<int>(threadIdx.x); }
+TE_GPU int64_t block() { return blockIdx.x; }
+TE_GPU int64_t blocks() { return gridDim.x; }
+constexpr int kWarp = 32;
+
+// The block's memory on chip, of the size that the launch asked for, aligned to 16 bytes.
+extern __shared__ int4 dynamic_shared_memory[];
+TE_GPU void* shared() { return dynamic_shared_memory; }
+
+// All threads of the block arrive; what they wrote is visible to each other.
+TE_GPU void sync() { __syncthreads(); }
+TE_GPU bool sync_or(bool value) { return __syncthreads_or(value) != 0; }
+// The same for all blocks of a launch `together`.
+TE_GPU void sync_blocks() { cooperative_groups::this_grid().sync(); }
+
+// The value of the lane whose number differs in these bits. All lanes of a warp call it.
+template <class T>
+TE_GPU T shuffle_xor(T value, int lanes) {
+  return __shfl_xor_sync(0xffffffffu, value, lanes);
+}
+
+// Atomic, on shared or global memory.
+TE_GPU void add(uint32_t* to, uint32_t value) { atomicAdd(to, value); }
+TE_GPU uint32_t fetch_add(uint32_t* to, uint32_t value) { return atomicAdd(to, value); }
+TE_GPU void add(int64_t* to, int64_t value) {
+  atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(value));
+}
+TE_GPU void lower(int32_t* to, int32_t value) { atomicMin(to, value); }
+TE_GPU void raise(int32_t* to, int32_t value) { atomicMax(to, value); }
+
+// 16 bytes at once, from or to an address that is a multiple of 16.
+struct alignas(16) Packet {
+  uint32_t words[4];
+};
+TE_GPU Packet load(const void* from) {
+  const uint4 v = *static_cast<const uint4*>(from);
+  return {{v.x, v.y, v.z, v.w}};
+}
+TE_GPU void store(void* to, const Packet& p) {
+  *static_cast<uint4*>(to) = make_uint4(p.words[0], p.words[1], p.words[2], p.words[3]);
+}
+
+inline void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("CUDA: ") + what + ": " + cudaGetErrorString(error));
+}
+
+struct Device {
+  int index;
+  int processors;
+  int64_t shared_memory;  // that a block can have, in bytes
+};
+
+// The current device.
+inline Device device() {
+  static std::mutex mutex;
+  static std::map<int, Device> known;
+  int index = 0;
+  check(cudaGetDevice(&index), "finding the current device");
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(index);
+  if (found != known.end()) return found->second;
+  int processors = 0, shared_memory = 0;
+  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index),
+        "reading the number of multiprocessors");
+  check(cudaDeviceGetAttribute(&shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, index),
+        "reading the shared memory of a block");
+  return known[index] = {index, processors, shared_memory};
+}
+
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::kThreads) run(const __grid_constant__ Kernel kernel) {
+  kernel();
+}
+
+// How many blocks of this kernel the current device holds at once.
+template <class Kernel>
+int64_t resident_blocks(size_t shared_memory) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, size_t>, int64_t> known;
+  const Device on = device();
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto key = std::make_pair(on.index, shared_memory);
+  const auto found = known.find(key);
+  if (found != known.end()) return found->second;
+  check(cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(shared_memory)),
+        "asking for shared memory");
+  int per_processor = 0;
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, run<Kernel>, Kernel::kThreads,
+                                                      shared_memory),
+        "counting resident blocks");
+  return known[key] = int64_t{per_processor} * on.processors;
+}
+
+struct Launch {
+  int64_t blocks;
+  size_t shared_memory = 0;  // in bytes
+  bool together = false;  // all blocks at once, at most resident_blocks(): they may sync_blocks()
+};
+
+template <class Kernel>
+void launch(const char* op, const Kernel& kernel, const Launch& how, Stream stream) {
+  static_assert(std::is_trivially_copyable_v<Kernel> && sizeof(Kernel) <= 32764);
+  if (how.blocks == 0) return;
+  if (how.shared_memory > 48 * 1024)
+    check(cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(how.shared_memory)),
+          op);
+  cudaLaunchAttribute cooperative{};
+  cooperative.id = cudaLaunchAttributeCooperative;
+  cooperative.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(how.blocks));
+  config.blockDim = dim3(Kernel::kThreads);
+  config.dynamicSmemBytes = how.shared_memory;
+  config.stream = stream;
+  config.attrs = &cooperative;
+  config.numAttrs = how.together ? 1 : 0;
+  // The error of this very launch; an earlier one stays where its owner will look for it.
+  check(cudaLaunchKernelEx(&config, run<Kernel>, kernel), op);
+}
+
+}  // namespace torch_ext::gpu
