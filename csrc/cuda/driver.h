@@ -6,6 +6,9 @@
 #include "core/job.h"
 #include "observers/kl_reference_tables.h"
 
+// The CUDA run time's name of a stream: declared out here, or the alias below would declare another.
+struct CUstream_st;
+
 // The CUDA drivers: raw pointers to the current device's memory in, no torch. Every call only
 // enqueues work on `stream`: nothing is allocated, nothing waits, so all of it can be captured into
 // a graph. Results have the same bits as the CPU drivers'. What fails is thrown as
@@ -15,7 +18,7 @@ namespace torch_ext::cuda {
 using core::SolveJob;
 using core::Statistic;
 using core::TensorView;
-using Stream = struct CUstream_st*;
+using Stream = CUstream_st*;
 
 // Whether this build has CUDA kernels.
 bool available();
