@@ -4,12 +4,15 @@
 #
 # Every target first sets up what it needs in .venv; a second run starts at once.
 #   TORCH=2.13.0    the PyTorch release to install and build against, 2.11 or newer
+#   CUDA=1          1 builds the CUDA kernels, 0 does not; default: where torch is a CUDA build
+#                   and its nvcc is found
+#   CUDA_ARCH=90    compute capabilities, comma separated; default: 8.0 to 12.0 and PTX
 #   PYTHON=python3  the interpreter that .venv is made with, 3.10 or newer
 #   DATA=folder     Fashion-MNIST's four idx files, for `make example`
 #   JOBS=2          parallel compilations and C++ tests; default: all cores
 
 TORCH ?= 2.13.0
-export TORCH PYTHON DATA JOBS
+export TORCH CUDA CUDA_ARCH PYTHON DATA JOBS
 
 .PHONY: build setup example test bench lint clean
 build: setup

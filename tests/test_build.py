@@ -17,7 +17,9 @@ from torch_ext import _C
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "current"
-VARIABLES = ("TORCH", "PYTHON", "DATA", "JOBS", "MAX_JOBS", "MAKEFLAGS", "MFLAGS", "MAKELEVEL")
+VARIABLES = ("TORCH", "CUDA", "CUDA_ARCH", "PYTHON", "DATA", "JOBS", "MAX_JOBS", "CMAKE_ARGS")
+VARIABLES += ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")
+CAPABILITIES = "compute capabilities from 80 on such as 80,90"
 
 
 def run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -36,6 +38,11 @@ def run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
         ("TORCH", "2.13.0; touch stray", "a release such as 2.13.0"),
         ("TORCH", "1.13.1", "2.11 or newer"),
         ("TORCH", "2.9", "2.11 or newer"),
+        ("CUDA", "2", "0 or 1"),
+        ("CUDA", "/usr/local/cuda", "0 or 1"),
+        ("CUDA_ARCH", "75", CAPABILITIES),
+        ("CUDA_ARCH", "90,", CAPABILITIES),
+        ("CUDA_ARCH", "90;touch stray", CAPABILITIES),
         ("JOBS", "0", "a number from 1 to 9999"),
         ("JOBS", "-2", "a number from 1 to 9999"),
         ("JOBS", "two", "a number from 1 to 9999"),
@@ -57,6 +64,16 @@ def test_setup_refuses_a_bad_number_of_jobs(value: str, tmp_path: Path) -> None:
     done = run(sys.executable, "setup.py", "-q", "build_ext", "-b", str(tmp_path), MAX_JOBS=value)
     assert done.returncode != 0
     assert f"expected MAX_JOBS to be a positive number, got '{value}'" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("variable", "value"), [("CUDA", "yes"), ("CUDA_ARCH", "sm_90")])
+def test_setup_refuses_a_bad_choice_of_cuda(variable: str, value: str, tmp_path: Path) -> None:
+    command = (sys.executable, "setup.py", "-q", "build_ext", "-b", str(tmp_path))
+    done = run(*command, **{variable: value})
+    assert done.returncode != 0
+    assert f"setup.py: expected {variable} to be " in done.stderr
+    assert f'got "{value}"' in done.stderr
     assert not list(tmp_path.iterdir())
 
 

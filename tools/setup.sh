@@ -4,7 +4,7 @@
 #   tools/setup.sh [--tests | --no-compile]
 #     --tests       without GoogleTest there is no point in going on
 #     --no-compile  sources may have changed since the last build
-# Variables (see the Makefile): TORCH PYTHON DATA JOBS. CMAKE_ARGS goes to the configuration.
+# Variables (see the Makefile): TORCH CUDA CUDA_ARCH PYTHON DATA JOBS. CMAKE_ARGS goes to the configuration.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -24,6 +24,7 @@ check_variables() {
     [[ -z ${DATA:-} || -d $DATA ]] || die "expected DATA to be a folder, got \"$DATA\""
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
         die "expected PYTHON to be a Python interpreter 3.10 or newer, got \"$python\""
+    "$python" tools/toolchain.py --values || exit 2
 }
 
 finds_header() { echo "#include <$1>" | "${CXX:-c++}" -E -x c++ "${@:2}" - >/dev/null 2>&1; }
@@ -102,23 +103,27 @@ install_torch() {
 
 # The first build goes through pip, for the metadata; later ones straight through CMake.
 build() {
-    local folder=build/torch-$torch stamp=.venv/.stamp-install tests=ON key tool
+    local chosen folder nvcc stamp=.venv/.stamp-install tests=ON key tool
+    chosen=$(.venv/bin/python tools/toolchain.py) || exit 2
+    { read -r folder && read -r nvcc; } <<<"$chosen"$'\n'
     [[ $still_missing != *libgtest-dev* ]] || tests=OFF
-    key="torch $torch, tests $tests, ${CMAKE_ARGS:-}, $(cksum pyproject.toml setup.py | xargs)"
-    if [[ ! -f $folder/build.ninja || ! -f $stamp || $(<"$stamp") != "$key" ]]; then
+    key="$folder, tests $tests, nvcc $nvcc ${CUDA_ARCH:-}, ${CMAKE_ARGS:-},"
+    key+=" $(cksum pyproject.toml setup.py tools/toolchain.py | xargs)"
+    if [[ ! -f build/$folder/build.ninja || ! -f $stamp || $(<"$stamp") != "$key" ]]; then
         for tool in cmake ninja; do
             command -v "$tool" >/dev/null || .venv/bin/pip install -q "$tool"
         done
-        say "installing the Python packages and building for torch $torch"
+        say "installing the Python packages and building for torch $torch" \
+            "$([[ -z $nvcc ]] && echo without || echo with) CUDA kernels"
         .venv/bin/pip install -q "setuptools>=77"
         CMAKE_ARGS="-DBUILD_TESTING=$tests ${CMAKE_ARGS:-}" MAX_JOBS=$jobs \
             .venv/bin/pip install -q --no-build-isolation -e ".[workflow,test,lint]"
-        ln -sfn "torch-$torch" build/current
+        ln -sfn "$folder" build/current
         printf '%s' "$key" >"$stamp"
     fi
     [[ $mode != --no-compile ]] || return 0
-    cmake --build "$folder" --parallel "$jobs"
-    cmake --install "$folder" --prefix torch_ext >/dev/null
+    cmake --build "build/$folder" --parallel "$jobs"
+    cmake --install "build/$folder" --prefix torch_ext >/dev/null
 }
 
 torch=${TORCH?run this through make}
