@@ -1,8 +1,9 @@
 # make example   the whole path on real images      make bench   speed, side by side with the peers
 # make test      GoogleTest and pytest              make lint    format, lint and types
 # make build     only set up and compile            make clean   everything but .venv
+# make cuda-check   compile the CUDA sources without torch, show what each kernel takes
 #
-# Every target first sets up what it needs in .venv; a second run starts at once.
+# Every target but those of CUDA first sets up what it needs in .venv; a second run starts at once.
 #   TORCH=2.13.0    the PyTorch release to install and build against, 2.11 or newer
 #   CUDA=1          1 builds the CUDA kernels, 0 does not; default: where torch is a CUDA build
 #                   and its nvcc is found
@@ -14,7 +15,7 @@
 TORCH ?= 2.13.0
 export TORCH CUDA CUDA_ARCH PYTHON DATA JOBS
 
-.PHONY: build setup example test bench lint clean
+.PHONY: build setup example test bench lint clean cuda-check
 build: setup
 
 setup:
@@ -30,9 +31,12 @@ test:
 bench: setup
 	@.venv/bin/python benchmarks/run.py
 
+cuda-check:
+	@"$${PYTHON:-python3}" tools/cuda_check.py
+
 lint:
 	@tools/setup.sh --no-compile
-	@find csrc tests benchmarks \( -name '*.h' -o -name '*.cpp' -o -name '*.inc' \) -print0 | \
+	@find csrc tests benchmarks \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.inc' \) -print0 | \
 	    xargs -0 .venv/bin/clang-format --dry-run -Werror
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .

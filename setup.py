@@ -26,13 +26,6 @@ def version() -> str:
     return found[1]
 
 
-def jobs() -> int:
-    text = os.environ.get("MAX_JOBS", "").strip() or str(os.cpu_count() or 1)
-    if not text.isdecimal() or int(text) < 1:
-        raise SystemExit(f"setup.py: expected MAX_JOBS to be a positive number, got {text!r}")
-    return int(text)
-
-
 class CMakeBuild(build_ext):
     """One CMake build for all extensions."""
 
@@ -44,8 +37,8 @@ class CMakeBuild(build_ext):
         return super().get_ext_filename(fullname)
 
     def build_extensions(self) -> None:
-        parallel = jobs()
         try:
+            parallel = toolchain.jobs("MAX_JOBS")
             torch = toolchain.find_torch()
             nvcc = toolchain.choose_nvcc(torch)
             architectures = toolchain.architectures()

@@ -47,6 +47,13 @@ def tool(name: str) -> str | None:
     return shutil.which(name, path=os.pathsep.join([beside, os.environ.get("PATH", os.defpath)]))
 
 
+def jobs(variable: str) -> int:
+    text = os.environ.get(variable, "").strip() or str(os.cpu_count() or 1)
+    if not text.isdecimal() or int(text) < 1:
+        raise BadChoice(f"expected {variable} to be a positive number, got {text!r}")
+    return int(text)
+
+
 def find_torch() -> Torch:
     """The Torch to build against: the one that will load the libraries.
 
