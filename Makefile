@@ -2,8 +2,11 @@
 # make test      GoogleTest and pytest              make lint    format, lint and types
 # make build     only set up and compile            make clean   everything but .venv
 # make cuda-check   compile the CUDA sources without torch, show what each kernel takes
+# make gpu-check    on a machine with a GPU: build for it, test, sanitize, benchmark
 #
-# Every target but those of CUDA first sets up what it needs in .venv; a second run starts at once.
+# Every target first sets up what it needs in .venv; a second run starts at once. Those two set up
+# nothing: cuda-check needs nvcc, gpu-check an interpreter that has torch and pytest, which is PYTHON,
+# or else .venv's, or else python3. Results go to OUT, by default build/gpu-check.
 #   TORCH=2.13.0    the PyTorch release to install and build against, 2.11 or newer
 #   CUDA=1          1 builds the CUDA kernels, 0 does not; default: where torch is a CUDA build
 #                   and its nvcc is found
@@ -15,7 +18,7 @@
 TORCH ?= 2.13.0
 export TORCH CUDA CUDA_ARCH PYTHON DATA JOBS
 
-.PHONY: build setup example test bench lint clean cuda-check
+.PHONY: build setup example test bench lint clean cuda-check gpu-check
 build: setup
 
 setup:
@@ -33,6 +36,9 @@ bench: setup
 
 cuda-check:
 	@"$${PYTHON:-python3}" tools/cuda_check.py
+
+gpu-check:
+	@"$${PYTHON:-$$(command -v .venv/bin/python || echo python3)}" tools/gpu_check.py
 
 lint:
 	@tools/setup.sh --no-compile

@@ -1,9 +1,10 @@
 """What the native build is made for and with: the installed torch, nvcc, architectures.
 
-setup.py and tools/gpu_check.py import it. tools/setup.sh runs it, for the answer as two lines: the
-build folder's name, and nvcc's path, which is empty where the kernels are not built.
-    python tools/toolchain.py [--values]
+setup.py and the programs beside this one import it. tools/setup.sh runs it for the answer as two
+lines: the build folder's name, and nvcc's path, which is empty where the kernels are not built.
+    python tools/toolchain.py [--values | --build FOLDER]
     --values  only say whether the variables have sensible values
+    --build   build in that folder, and put the libraries into torch_ext/
 
 Variables: CUDA (1 or 0; unset, the kernels are built where torch is a CUDA build and nvcc is found)
 and CUDA_ARCH (compute capabilities, such as 90 or 80,90). nvcc is CUDACXX, or looked for in PATH,
@@ -163,18 +164,26 @@ def compile_into(package: Path, build: Path, jobs: int) -> None:
     subprocess.check_call([cmake, "--install", str(build), "--prefix", str(package)])
 
 
-def main() -> None:
-    try:
-        cuda_wanted()
-        architectures()
-        if "--values" not in sys.argv[1:]:
-            torch = find_torch()
-            nvcc = choose_nvcc(torch)
-            print(folder_name(torch, nvcc), nvcc or "", sep="\n")
-    except BadChoice as problem:
-        print(f"make: {problem}", file=sys.stderr)
-        sys.exit(2)
+def main(arguments: list[str]) -> None:
+    cuda_wanted()
+    names = architectures()
+    if arguments == ["--values"]:
+        return
+    torch = find_torch()
+    nvcc = choose_nvcc(torch)
+    if arguments[:1] == ["--build"]:
+        build = ROOT / arguments[1]
+        configure(build, torch, nvcc, names)
+        compile_into(ROOT / "torch_ext", build, jobs("JOBS"))
+    else:
+        print(folder_name(torch, nvcc), nvcc or "", sep="\n")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main(sys.argv[1:])
+    except BadChoice as problem:
+        print(f"make: {problem}", file=sys.stderr)
+        sys.exit(2)
+    except subprocess.CalledProcessError as problem:
+        sys.exit(problem.returncode)
