@@ -26,7 +26,7 @@ struct Statistic {
   int64_t channels;
   HistogramLayout layout;
 
-  ChannelStatistic channel(int64_t c) const {
+  TE_HD ChannelStatistic channel(int64_t c) const {
     return {extrema + 2 * c, tally + kTallyColumns * c,
             counts == nullptr ? nullptr : counts + c * layout.size()};
   }

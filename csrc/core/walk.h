@@ -25,6 +25,7 @@ struct Walk {
     for (int32_t d = 0; d < count; ++d) n *= dims[d].size;
     return n;
   }
+  TE_HD int64_t operator()(int64_t i) const { return offset(i); }
   // Where value i lies, in elements.
   TE_HD int64_t offset(int64_t i) const {
     int64_t at = 0;

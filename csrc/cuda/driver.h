@@ -9,6 +9,8 @@
 // The CUDA run time's name of a stream: declared out here, or the alias below would declare another.
 struct CUstream_st;
 
+struct CUstream_st;  // a cudaStream_t points to one
+
 // The CUDA drivers: raw pointers to the current device's memory in, no torch. Every call only
 // enqueues work on `stream`: nothing is allocated, nothing waits, so all of it can be captured into
 // a graph. Results have the same bits as the CPU drivers'. What fails is thrown as

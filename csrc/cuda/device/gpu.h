@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cooperative_groups.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -9,6 +10,8 @@
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+
+#include "core/half.h"
 
 // The words of CUDA that the kernels use, and how a kernel is launched. A kernel is a struct with
 // `kThreads`, the threads of a block, and operator(), what one thread does. The tests have a second
@@ -62,9 +65,18 @@ TE_GPU void store(void* to, const Packet& p) {
   *static_cast<uint4*>(to) = make_uint4(p.words[0], p.words[1], p.words[2], p.words[3]);
 }
 
+// Exact, in one instruction.
+TE_GPU float widen(core::half x) { return __half2float(__ushort_as_half(x.bits)); }
+
 inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess)
     throw std::runtime_error(std::string("CUDA: ") + what + ": " + cudaGetErrorString(error));
+}
+
+// f(argument), called and not inlined: for what is long and not often reached.
+template <class F, class A>
+__device__ __noinline__ auto apart(const F& f, A argument) {
+  return f(argument);
 }
 
 struct Device {
@@ -91,7 +103,7 @@ inline Device device() {
 }
 
 template <class Kernel>
-__global__ void __launch_bounds__(Kernel::kThreads) run(const __grid_constant__ Kernel kernel) {
+__global__ void __launch_bounds__(Kernel::kThreads, 1) run(const __grid_constant__ Kernel kernel) {
   kernel();
 }
 

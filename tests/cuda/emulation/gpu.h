@@ -1,0 +1,130 @@
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+#include "core/half.h"
+
+struct CUstream_st;  // a cudaStream_t points to one
+
+// The words of csrc/cuda/device/gpu.h on the host: the kernels' own source, compiled by the C++
+// compiler, with one fiber for each thread of each resident block. Which fiber runs next is drawn
+// at random (or in order, or backwards), at every barrier, shuffle and atomic, so a result that
+// depends on scheduling shows. Shared memory begins as garbage and is watched for writes past its
+// end; threads that wait for each other for ever are an error.
+#define TE_GPU inline
+
+namespace torch_ext::gpu {
+
+using Stream = CUstream_st*;
+
+namespace emulation {
+
+// What the drivers plan for, and how threads are scheduled. Tests set it.
+struct Machine {
+  int processors = 3;
+  int64_t shared_memory = 227 * 1024;
+  enum Order { in_order, backwards, random } order = random;
+  uint64_t seed = 1;
+};
+Machine& machine();
+
+// Kernels run since the program began.
+int64_t launches();
+
+void run(int64_t blocks, int threads, size_t shared_memory, bool together,
+         const std::function<void()>& kernel);
+
+// Lets the scheduler run somebody else, at times.
+void pause();
+// Waits for all lanes of the warp; `mine` and the result are `size` <= 8 bytes.
+void exchange(const void* mine, void* theirs, size_t size, int lanes);
+
+}  // namespace emulation
+
+int thread();
+int64_t block();
+int64_t blocks();
+constexpr int kWarp = 32;
+void* shared();
+void sync();
+bool sync_or(bool value);
+void sync_blocks();
+
+template <class T>
+T shuffle_xor(T value, int lanes) {
+  T other;
+  emulation::exchange(&value, &other, sizeof(T), lanes);
+  return other;
+}
+
+template <class T>
+T fetch_add(T* to, T value) {
+  emulation::pause();
+  const T old = *to;
+  *to = static_cast<T>(old + value);
+  return old;
+}
+inline void add(uint32_t* to, uint32_t value) { fetch_add(to, value); }
+inline void add(int64_t* to, int64_t value) { fetch_add(to, value); }
+inline void lower(int32_t* to, int32_t value) {
+  emulation::pause();
+  if (value < *to) *to = value;
+}
+inline void raise(int32_t* to, int32_t value) {
+  emulation::pause();
+  if (value > *to) *to = value;
+}
+
+struct alignas(16) Packet {
+  uint32_t words[4];
+};
+// The alignment that the device insists on.
+void expect_aligned(const void* at);
+inline Packet load(const void* from) {
+  expect_aligned(from);
+  Packet p;
+  std::memcpy(&p, from, sizeof p);
+  return p;
+}
+inline void store(void* to, const Packet& p) {
+  expect_aligned(to);
+  std::memcpy(to, &p, sizeof p);
+}
+
+inline float widen(core::half x) { return core::to_float(x); }
+
+template <class F, class A>
+auto apart(const F& f, A argument) {
+  return f(argument);
+}
+
+struct Device {
+  int index;
+  int processors;
+  int64_t shared_memory;
+};
+inline Device device() {
+  return {0, emulation::machine().processors, emulation::machine().shared_memory};
+}
+
+template <class Kernel>
+int64_t resident_blocks(size_t) {
+  return device().processors;
+}
+
+struct Launch {
+  int64_t blocks;
+  size_t shared_memory = 0;
+  bool together = false;
+};
+
+template <class Kernel>
+void launch(const char*, const Kernel& kernel, const Launch& how, Stream) {
+  static_assert(sizeof(Kernel) <= 32764);
+  if (how.blocks == 0) return;
+  emulation::run(how.blocks, Kernel::kThreads, how.shared_memory, how.together, [&] { kernel(); });
+}
+
+}  // namespace torch_ext::gpu
