@@ -1,5 +1,9 @@
 #include "rule_table.h"
 
+#include <algorithm>
+#include <vector>
+
+#include "core/lattice.h"
 #include "registry.h"
 
 namespace torch_ext {
@@ -44,5 +48,20 @@ struct Names<List<F...>> {
 std::span<const RuleRow> rules() { return Rows<Observers>::rules; }
 
 std::span<const char* const> fake_quant_names() { return Names<FakeQuants>::names; }
+
+int64_t work_words(int32_t rule, core::HistogramLayout layout, const core::Grid& grid,
+                   const double* options) {
+  const RuleRow& row = rules()[rule];
+  if (row.search_words != nullptr) return row.search_words(layout, grid, options);
+  if (!row.composite) return 0;
+  int64_t words = 0;
+  for (const RuleRow& other : rules()) {
+    if (other.search_words == nullptr) continue;
+    std::vector<double> defaults;
+    for (const core::Option& option : other.options) defaults.push_back(option.value);
+    words = std::max(words, other.search_words(layout, grid, defaults.data()));
+  }
+  return words + core::lattice_size(layout);
+}
 
 }  // namespace torch_ext

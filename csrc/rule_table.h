@@ -26,4 +26,9 @@ struct RuleRow {
 std::span<const RuleRow> rules();
 std::span<const char* const> fake_quant_names();
 
+// Words that a rule's searches work in. A composite rule runs any of them with its default options,
+// and keeps their objectives there too.
+int64_t work_words(int32_t rule, core::HistogramLayout layout, const core::Grid& grid,
+                   const double* options);
+
 }  // namespace torch_ext

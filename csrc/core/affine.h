@@ -27,12 +27,14 @@ struct Affine {
 
 TE_HD bool is_valid_scale(float scale) { return scale > 0 && scale <= 0x1.fffffep127f; }
 
-// Integers are exact in float up to 2^24. An invalid scale becomes NaN and makes every output NaN:
-// where checking it would be a sync, the result is never a plausible number.
+// Integers are exact in float up to 2^24. An invalid scale, or a zero point off the grid, becomes
+// scale NaN, which makes every output NaN: where a check would be a sync, the result is never a
+// plausible number.
 template <typename T>
 TE_HD Affine<T> make_affine(float scale, int32_t zero_point, int32_t quant_min, int32_t quant_max) {
-  return {static_cast<T>(is_valid_scale(scale) ? scale : __builtin_nanf("")),
-          static_cast<T>(zero_point), static_cast<T>(quant_min), static_cast<T>(quant_max)};
+  const bool valid = is_valid_scale(scale) && quant_min <= zero_point && zero_point <= quant_max;
+  return {static_cast<T>(valid ? scale : __builtin_nanf("")), static_cast<T>(zero_point),
+          static_cast<T>(quant_min), static_cast<T>(quant_max)};
 }
 
 TE_HD float round_half_even(float v) { return __builtin_rintf(v); }

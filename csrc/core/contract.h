@@ -29,7 +29,8 @@ concept ClosedRule =
     };
 
 // Search: candidates are prepared once per channel, their objectives are computed apart from each
-// other (on the CPU a block of them at a time, on a GPU a thread each), and the least wins.
+// other, and the least wins. objectives<kLanes> has the same bits whatever kLanes is: how many
+// numbers a loop may run over side by side, 16 where that vectorises, 1 on a GPU thread.
 template <class R>
 concept SearchRule =
     Rule<R> && requires(const View& view, const Grid& grid, const double* options, int64_t* words,
@@ -38,7 +39,7 @@ concept SearchRule =
       { R::prepare(view, grid, options, words) } -> std::same_as<typename R::Search>;
       { search.count } -> std::convertible_to<int64_t>;
       { search.last_wins } -> std::convertible_to<bool>;
-      { R::objectives(search, int64_t{}, int64_t{}, out) } -> std::same_as<void>;
+      { R::template objectives<1>(search, int64_t{}, int64_t{}, out) } -> std::same_as<void>;
       { R::threshold(search, int64_t{}) } -> std::same_as<double>;
     };
 

@@ -57,10 +57,10 @@ struct View {
     const uint64_t rest = bits & ((uint64_t{1} << drop) - 1);
     // rest < 2^52 becomes a double through the mantissa of 2^52.
     const double fraction =
-        (__builtin_bit_cast(double, rest | 0x4330000000000000u) - 0x1p52) / exp2_of(drop);
+        (__builtin_bit_cast(double, rest | 0x4330000000000000u) - 0x1p52) * exp2_of(-drop);
     // All cases are computed and one is selected, so that a loop over t vectorises.
     const double all = magnitude[bins], begin = magnitude[inside], end = magnitude[inside + 1];
-    const double in_tiny = static_cast<double>(tiny) * (t / floor());
+    const double in_tiny = static_cast<double>(tiny) * (t * exp2_of(kBias - bottom));
     const double in_bin = begin + (end - begin) * fraction;
     const double in_window = least < bins ? in_bin : all;
     return bin < 0 ? in_tiny : in_window;
@@ -151,9 +151,26 @@ TE_HD double squared_deviation(const View& view, double mean) {
          toward * toward * static_cast<double>(at_zero + far);
 }
 
-// Fills one channel's prefix sums; `words` holds view_words() words.
-TE_HD View build_view(HistogramLayout layout, Needs needs, const float* extrema,
-                      const int64_t* tally, const int64_t* counts, int64_t* words) {
+// Where a view's sums lie in its words.
+struct ViewArrays {
+  int64_t* below[2];
+  double* magnitude;
+  int64_t* first[2];
+  int64_t* second[2];
+};
+
+TE_HD ViewArrays view_arrays(HistogramLayout layout, int64_t* words) {
+  const int64_t prefix = layout.bins() + 1, row = layout.bins() + layout.octaves;
+  int64_t* const moments = words + 3 * prefix;
+  return {{words, words + prefix},
+          reinterpret_cast<double*>(words + 2 * prefix),
+          {moments, moments + 2 * row},
+          {moments + row, moments + 3 * row}};
+}
+
+// A view whose arrays are filled elsewhere.
+TE_HD View frame_view(HistogramLayout layout, Needs needs, const float* extrema,
+                      const int64_t* tally, int64_t* words) {
   View view{};
   view.layout = layout;
   view.finite = tally[kFinite];
@@ -163,48 +180,82 @@ TE_HD View build_view(HistogramLayout layout, Needs needs, const float* extrema,
   view.min = seen ? static_cast<double>(extrema[0]) : 0.0;
   view.max = seen ? static_cast<double>(extrema[1]) : 0.0;
   if (needs < Needs::counts) return view;
-  const int32_t m = layout.mantissa_bits;
-  const int64_t width = int64_t{1} << m;
   view.top = seen ? top_octave(extrema[0], extrema[1]) : 0;
   view.bottom = layout.bottom(view.top);
-  view.bins = view.top == 0 ? 0 : int64_t{view.top - view.bottom + 1} << m;
-  double* const magnitude = reinterpret_cast<double*>(words + 2 * (layout.bins() + 1));
-  int64_t* moments = words + 3 * (layout.bins() + 1);
+  view.bins = view.top == 0 ? 0 : int64_t{view.top - view.bottom + 1} << layout.mantissa_bits;
+  const ViewArrays arrays = view_arrays(layout, words);
+  view.magnitude = arrays.magnitude;
   for (int sign = 0; sign < 2; ++sign) {
-    int64_t* const below = words + sign * (layout.bins() + 1);
-    int64_t* const first = moments + 2 * sign * (layout.bins() + layout.octaves);
-    int64_t* const second = first + layout.bins() + layout.octaves;
-    int64_t total = 0;
-    below[0] = 0;
+    view.below[sign] = arrays.below[sign];
+    view.first[sign] = arrays.first[sign];
+    view.second[sign] = arrays.second[sign];
+  }
+  return view;
+}
+
+// Sums over bins so far: of the count, from the window's bottom, and of count * k and count * k^2,
+// from the octave's.
+struct Prefix {
+  int64_t count, first, second;
+};
+
+TE_HD Prefix prefix_of(const int64_t* bins, int64_t begin, int64_t end) {
+  Prefix sum{0, 0, 0};
+  for (int64_t k = begin; k < end; ++k) {
+    sum.count += bins[k];
+    sum.first += bins[k] * k;
+    sum.second += bins[k] * k * k;
+  }
+  return sum;
+}
+
+// Fills in the sums behind bins [begin, end) of one sign's octave, from those before them.
+TE_HD void fill_octave(const ViewArrays& arrays, HistogramLayout layout, Needs needs, int sign,
+                       int64_t octave, const int64_t* bins, int64_t begin, int64_t end,
+                       Prefix before) {
+  const int32_t m = layout.mantissa_bits;
+  int64_t* const below = arrays.below[sign] + (octave << m) + 1;
+  for (int64_t k = begin; k < end; ++k) below[k] = before.count += bins[k];
+  if (needs != Needs::moments) return;
+  int64_t* const first = arrays.first[sign] + octave * ((int64_t{1} << m) + 1);
+  int64_t* const second = arrays.second[sign] + octave * ((int64_t{1} << m) + 1);
+  if (begin == 0) first[0] = second[0] = 0;
+  for (int64_t k = begin; k < end; ++k) {
+    first[k + 1] = before.first += bins[k] * k;
+    second[k + 1] = before.second += bins[k] * k * k;
+  }
+}
+
+TE_HD double magnitude_below(const View& view, const ViewArrays& arrays, int64_t i) {
+  return static_cast<double>(view.tiny + arrays.below[kNegative][i] + arrays.below[kPositive][i]);
+}
+
+// What follows from the filled arrays.
+TE_HD void add_moments(View& view) {
+  view.sum =
+      magnitude_sum(view, kPositive, 0, view.bins) - magnitude_sum(view, kNegative, 0, view.bins);
+  view.squares = squared_error(view, kPositive, 0, view.bins, 0) +
+                 squared_error(view, kNegative, 0, view.bins, 0);
+}
+
+// One channel's view; `words` holds view_words() words.
+TE_HD View build_view(HistogramLayout layout, Needs needs, const float* extrema,
+                      const int64_t* tally, const int64_t* counts, int64_t* words) {
+  View view = frame_view(layout, needs, extrema, tally, words);
+  if (needs < Needs::counts) return view;
+  const int32_t m = layout.mantissa_bits;
+  const ViewArrays arrays = view_arrays(layout, words);
+  for (int sign = 0; sign < 2; ++sign) {
+    arrays.below[sign][0] = 0;
     for (int64_t octave = 0; octave < view.bins >> m; ++octave) {
       const int64_t* bins = counts + sign * layout.bins() +
                             layout.octave_begin(view.bottom + static_cast<int32_t>(octave));
-      int64_t* const prefix = below + (octave << m) + 1;
-      for (int64_t k = 0; k < width; ++k) prefix[k] = total += bins[k];
-      if (needs != Needs::moments) continue;
-      int64_t* const row1 = first + octave * (width + 1);
-      int64_t* const row2 = second + octave * (width + 1);
-      int64_t s1 = 0, s2 = 0;
-      row1[0] = row2[0] = 0;
-      for (int64_t k = 0; k < width; ++k) {
-        row1[k + 1] = s1 += bins[k] * k;
-        row2[k + 1] = s2 += bins[k] * k * k;
-      }
+      fill_octave(arrays, layout, needs, sign, octave, bins, 0, int64_t{1} << m,
+                  {arrays.below[sign][octave << m], 0, 0});
     }
-    view.below[sign] = below;
-    view.first[sign] = first;
-    view.second[sign] = second;
   }
-  for (int64_t i = 0; i <= view.bins; ++i)
-    magnitude[i] =
-        static_cast<double>(view.tiny + view.below[kNegative][i] + view.below[kPositive][i]);
-  view.magnitude = magnitude;
-  if (needs == Needs::moments) {
-    view.sum =
-        magnitude_sum(view, kPositive, 0, view.bins) - magnitude_sum(view, kNegative, 0, view.bins);
-    view.squares = squared_error(view, kPositive, 0, view.bins, 0) +
-                   squared_error(view, kNegative, 0, view.bins, 0);
-  }
+  for (int64_t i = 0; i <= view.bins; ++i) arrays.magnitude[i] = magnitude_below(view, arrays, i);
+  if (needs == Needs::moments) add_moments(view);
   return view;
 }
 

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "core/divide.h"
 #include "core/host_device.h"
 #include "core/job.h"
 
@@ -34,16 +35,6 @@ struct Walk {
       i = quotient(i, dims[d].size);
     }
     return at + i * dims[count - 1].stride;
-  }
-
- private:
-  // Divisions of 64 bits cost several times those of 32.
-  TE_HD static bool is_narrow(int64_t a, int64_t b) { return (a | b) >> 32 == 0; }
-  TE_HD static int64_t quotient(int64_t a, int64_t b) {
-    return is_narrow(a, b) ? static_cast<uint32_t>(a) / static_cast<uint32_t>(b) : a / b;
-  }
-  TE_HD static int64_t modulo(int64_t a, int64_t b) {
-    return is_narrow(a, b) ? static_cast<uint32_t>(a) % static_cast<uint32_t>(b) : a % b;
   }
 };
 

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "core/lattice.h"
-#include "core/qparams.h"
+#include "core/solution.h"
 #include "cpu/driver.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
@@ -15,22 +15,6 @@
 namespace torch_ext::cpu {
 namespace {
 
-// Words that a rule's searches work in. A composite rule runs any of them with its default options,
-// and keeps their objectives there too.
-int64_t search_words(const SolveJob& job, const RuleRow& rule) {
-  const core::HistogramLayout layout = job.statistic.layout;
-  if (rule.search_words != nullptr) return rule.search_words(layout, job.grid, job.options);
-  if (!rule.composite) return 0;
-  int64_t words = 0;
-  for (const RuleRow& other : rules()) {
-    if (other.search_words == nullptr) continue;
-    std::vector<double> defaults;
-    for (const core::Option& option : other.options) defaults.push_back(option.value);
-    words = std::max(words, other.search_words(layout, job.grid, defaults.data()));
-  }
-  return words + core::lattice_size(layout);
-}
-
 // Memory and steps of one channel's solve.
 class Channel {
  public:
@@ -38,7 +22,7 @@ class Channel {
       : job_(job), rule_(rules()[job.rule]), channel_(channel) {
     const core::HistogramLayout layout = job.statistic.layout;
     view_words_ = core::view_words(layout, rule_.needs);
-    const int64_t words = view_words_ + search_words(job, rule_);
+    const int64_t words = view_words_ + work_words(job.rule, layout, job.grid, job.options);
     if (static_cast<int64_t>(memory.size()) < words) memory.resize(words);
     memory_ = memory.data();
   }
@@ -81,38 +65,27 @@ class Channel {
     return core::range_of_threshold(view, k.threshold(job_.rule, view, storage, objectives.data()));
   }
 
-  // A statistic may come from a file or from anybody's hands.
   void check(const core::View& view, const core::ChannelStatistic& s) const {
     if (rule_.needs == core::Needs::nothing) return;
-    if (!(s.extrema[0] <= s.extrema[1] && s.extrema[0] - s.extrema[0] == 0 &&
-          s.extrema[1] - s.extrema[1] == 0))
+    if (!core::has_extrema(s))
       throw std::invalid_argument("solve: expected extrema to be finite and in order, got " +
                                   std::to_string(s.extrema[0]) + " and " +
                                   std::to_string(s.extrema[1]) + in_channel());
     if (rule_.needs < core::Needs::counts) return;
-    int64_t held = view.zeros + view.tiny;
-    if (view.bins > 0) held += view.below[0][view.bins] + view.below[1][view.bins];
-    if (held != view.finite)
+    if (core::values_held(view) != view.finite)
       throw std::invalid_argument("solve: expected counts to be of the " +
                                   std::to_string(view.finite) + " finite values in tally, got " +
-                                  std::to_string(held) + in_channel());
+                                  std::to_string(core::values_held(view)) + in_channel());
   }
   std::string in_channel() const { return " in channel " + std::to_string(channel_); }
 
   void store(core::Range solved) {
-    float* range = job_.range + 2 * channel_;
-    const float found[2] = {static_cast<float>(solved.lo), static_cast<float>(solved.hi)};
-    const bool move = job_.solved != nullptr && *job_.solved != 0 && job_.averaging_constant != 1;
-    for (int end = 0; end < 2; ++end) {
-      const double from = range[end], c = job_.averaging_constant;
-      range[end] = move ? static_cast<float>(from + c * (found[end] - from)) : found[end];
-    }
+    const core::Range range = core::store_range(job_, channel_, solved, core::moves(job_));
     if (job_.scale == nullptr) return;
-    const core::QParams q = rule_.given_qparams != nullptr
-                                ? rule_.given_qparams(job_.grid, job_.options)
-                                : core::qparams({range[0], range[1]}, job_.grid);
-    job_.scale[channel_] = q.scale;
-    job_.zero_point[channel_] = q.zero_point;
+    core::store_qparams(job_, channel_,
+                        rule_.given_qparams != nullptr
+                            ? rule_.given_qparams(job_.grid, job_.options)
+                            : core::qparams(range, job_.grid));
   }
 
   const SolveJob& job_;

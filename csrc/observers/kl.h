@@ -42,41 +42,45 @@ struct Kl {
     return count > 0 ? mass * log_ratio : 0.0;
   }
 
-  // Rows of one candidate's working memory, a value per level in each. Bin b of all levels is one
-  // row, so that the loops below run over levels side by side.
+  // Working memory of kLevels levels side by side: all at once where loops over them vectorise, one
+  // on a GPU thread. Bin b of the levels is one row.
+  template <int kLevels>
   struct Rows {
-    double below[kBinsPerLevel][kMaxLevels + 1];  // F at the lower edge of the bin
-    double sum[kMaxLevels], occupied[kMaxLevels], ratio[kMaxLevels], term[kMaxLevels];
+    double below[kBinsPerLevel][kLevels + 1];  // F at the lower edge of the bin
+    double sum[kLevels], occupied[kLevels], ratio[kLevels], term[kLevels];
+
+    TE_HD const double* next_edge(int b) const {
+      return b + 1 < kBinsPerLevel ? below[b + 1] : below[0] + 1;
+    }
   };
 
-  TE_HD static void count_levels(const core::View& view, double step, int levels, Rows& rows) {
-    for (int b = 0; b < kBinsPerLevel; ++b)
-      for (int g = 0; g <= levels; ++g)
-        rows.below[b][g] = view.count_below(step * static_cast<double>(kBinsPerLevel * g + b));
-    for (int g = 0; g < levels; ++g) rows.sum[g] = rows.occupied[g] = 0;
+  // Counts of levels first .. first + count - 1.
+  template <int kLevels>
+  TE_HD static void count_levels(const core::View& view, double step, int first, int count,
+                                 Rows<kLevels>& rows) {
+    for (int b = 0; b < kBinsPerLevel; ++b) {
+      const int edges = b == 0 ? count + 1 : count;
+      for (int g = 0; g < edges; ++g)
+        rows.below[b][g] =
+            view.count_below(step * static_cast<double>(kBinsPerLevel * (first + g) + b));
+    }
+    for (int g = 0; g < count; ++g) rows.sum[g] = rows.occupied[g] = 0;
     for (int b = 0; b < kBinsPerLevel; ++b) {
       const double* low = rows.below[b];
-      const double* high = next_edge(rows, b);
-      for (int g = 0; g < levels; ++g) {
-        const double count = high[g] - low[g];
-        rows.sum[g] += count;
-        rows.occupied[g] += count > 0 ? 1.0 : 0.0;
+      const double* high = rows.next_edge(b);
+      for (int g = 0; g < count; ++g) {
+        const double n = high[g] - low[g];
+        rows.sum[g] += n;
+        rows.occupied[g] += n > 0 ? 1.0 : 0.0;
       }
     }
   }
-  TE_HD static const double* next_edge(const Rows& rows, int b) {
-    return b + 1 < kBinsPerLevel ? rows.below[b + 1] : rows.below[0] + 1;
-  }
-
-  // The divergence of candidate T; infinite where outliers find no occupied bin in the last level.
-  TE_HD static double log_linear(const core::View& view, int levels, double t) {
-    const double values = static_cast<double>(core::nonzero(view));
-    const double kept = view.count_below(t), outliers = values - kept;
-    Rows rows;
-    count_levels(view, t / (kBinsPerLevel * levels), levels, rows);
-    const int last = levels - 1;
-    if (outliers > 0 && !(rows.occupied[last] > 0)) return __builtin_inf();
-    for (int g = 0; g < levels; ++g) {
+  // Their terms; a last level among them is the last of the count, and has the outliers.
+  template <int kLevels>
+  TE_HD static void add_terms(double kept, double values, int count, double outliers,
+                              Rows<kLevels>& rows) {
+    const int last = count - 1;
+    for (int g = 0; g < count; ++g) {
       rows.ratio[g] = level_ratio(rows.sum[g], rows.occupied[g], kept, values);
       rows.term[g] = 0;
     }
@@ -84,16 +88,39 @@ struct Kl {
     double last_term = 0;
     for (int b = 0; b < kBinsPerLevel; ++b) {
       const double* low = rows.below[b];
-      const double* high = next_edge(rows, b);
+      const double* high = rows.next_edge(b);
       for (int g = 0; g < last; ++g) rows.term[g] += bin_term(high[g] - low[g], 0.0, rows.ratio[g]);
       last_term += bin_term(high[last] - low[last], extra, rows.ratio[last]);
     }
     rows.term[last] = last_term;
+  }
+
+  // The divergence of candidate T; infinite where outliers find no occupied bin in the last level.
+  template <int kLevels>
+  TE_HD static double log_linear(const core::View& view, int levels, double t) {
+    const double values = static_cast<double>(core::nonzero(view));
+    const double kept = view.count_below(t), outliers = values - kept;
+    const double step = t / (kBinsPerLevel * levels);
     // Eight sums side by side, then in pairs: the order on every device.
     double sum[8] = {}, spare[8] = {};
-    for (int g = 0; g < levels; ++g) {
-      sum[g & 7] += rows.term[g];
-      spare[g & 7] += rows.occupied[g] > 0 ? rows.occupied[g] - 1 : 0.0;
+    for (int begin = 0; begin < levels; begin += kLevels < 8 ? 8 : kLevels) {
+      // Fewer than eight levels at a time still come in eights, so that each has its sum.
+#pragma GCC unroll 8
+      for (int part = 0; part < (kLevels < 8 ? 8 / kLevels : 1); ++part) {
+        const int first = begin + part * kLevels;
+        const int count = levels - first < kLevels ? levels - first : kLevels;
+        if (count <= 0) break;
+        Rows<kLevels> rows;
+        count_levels(view, step, first, count, rows);
+        const bool has_last = first + count == levels;
+        if (has_last && outliers > 0 && !(rows.occupied[count - 1] > 0)) return __builtin_inf();
+        add_terms(kept, values, count, has_last ? outliers : 0.0, rows);
+        for (int g = 0; g < count; ++g) {
+          const int lane = kLevels < 8 ? part * kLevels + g : g & 7;
+          sum[lane] += rows.term[g];
+          spare[lane] += rows.occupied[g] > 0 ? rows.occupied[g] - 1 : 0.0;
+        }
+      }
     }
     return (pairwise(sum) - 0.5 * pairwise(spare)) / values;
   }
@@ -180,13 +207,15 @@ struct Kl {
       return KlReference::threshold(search.reference, i, linear_width(search.view));
     return core::lattice_value(search.lattice.bottom, search.lattice.first + i);
   }
+  template <int kLanes>
   TE_HD static void objectives(const Search& search, int64_t begin, int64_t end, double* out) {
     if (search.is_reference) {
-      KlReference::objectives(search.reference, begin, end, out + begin);
+      KlReference::objectives<kLanes>(search.reference, begin, end, out + begin);
       return;
     }
+    constexpr int kLevels = kLanes == 1 ? 1 : kMaxLevels;
     for (int64_t i = begin; i < end; ++i)
-      out[i] = log_linear(search.view, search.levels, threshold(search, i));
+      out[i] = log_linear<kLevels>(search.view, search.levels, threshold(search, i));
   }
 };
 static_assert(core::SearchRule<Kl> && core::ChecksOptions<Kl>);

@@ -64,7 +64,7 @@ struct KlReference {
 
   // Divergences of the candidates [begin, end) into out[0 .. end-begin); +inf: cannot win. The same
   // bits for any `Lanes`, any partition into ranges, and any device.
-  template <int Lanes = 16>
+  template <int Lanes>
   TE_HD static void objectives(const Search& search, int64_t begin, int64_t end, double* out) {
     if (search.variant == KlVariant::horizon) {
       windowed<Lanes>(search, begin, end, out);

@@ -54,6 +54,7 @@ struct Mse : core::NoOptions {
   TE_HD static double threshold(const Search& search, int64_t i) {
     return core::lattice_value(search.lattice.bottom, search.lattice.first + i);
   }
+  template <int>
   TE_HD static void objectives(const Search& search, int64_t begin, int64_t end, double* out) {
     for (int64_t i = begin; i < end; ++i)
       out[i] = relative_error(search.view, search.grid,

@@ -167,7 +167,7 @@ TEST(KlReference, HasTheSameBitsForAnyLanesAndAnyPartition) {
       for (int64_t i = 0; i < search.count;) {
         const int64_t end =
             std::min<int64_t>(search.count, i + 1 + static_cast<int64_t>(random() % 40));
-        KlReference::objectives(search, i, end, pieces.data() + i);
+        KlReference::objectives<16>(search, i, end, pieces.data() + i);
         i = end;
       }
       ASSERT_EQ(std::memcmp(wide.data(), pieces.data(), wide.size() * sizeof(double)), 0)

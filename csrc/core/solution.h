@@ -1,0 +1,43 @@
+#pragma once
+
+#include "core/job.h"
+#include "core/qparams.h"
+
+// What the drivers do with what a rule found.
+namespace torch_ext::core {
+
+// Whether a statistic can be one: it may come from a file or from anybody's hands. `held` are the
+// values in its counts, if it keeps any.
+TE_HD bool has_extrema(const ChannelStatistic& s) {
+  return s.extrema[0] <= s.extrema[1] && s.extrema[0] - s.extrema[0] == 0 &&
+         s.extrema[1] - s.extrema[1] == 0;
+}
+TE_HD int64_t values_held(const View& view) {
+  const int64_t at_zero = view.zeros + view.tiny;
+  return view.bins == 0 ? at_zero : at_zero + view.below[0][view.bins] + view.below[1][view.bins];
+}
+
+// Stores channel c's range; where the job follows (`moves`), part of the way. Returns the range
+// stored.
+TE_HD Range store_range(const SolveJob& job, int64_t c, const Range& solved, bool moves) {
+  float* const range = job.range + 2 * c;
+  const float found[2] = {static_cast<float>(solved.lo), static_cast<float>(solved.hi)};
+  for (int end = 0; end < 2; ++end) {
+    const double from = range[end];
+    range[end] = moves ? static_cast<float>(from + job.averaging_constant * (found[end] - from))
+                       : found[end];
+  }
+  return {range[0], range[1]};
+}
+
+// Whether a job's range moves by averaging: not the first time, and not with constant 1.
+TE_HD bool moves(const SolveJob& job) {
+  return job.solved != nullptr && *job.solved != 0 && job.averaging_constant != 1;
+}
+
+TE_HD void store_qparams(const SolveJob& job, int64_t c, const QParams& q) {
+  job.scale[c] = q.scale;
+  job.zero_point[c] = q.zero_point;
+}
+
+}  // namespace torch_ext::core

@@ -1,0 +1,187 @@
+#include "core/divide.h"
+#include "cuda/driver.h"
+#include "cuda/values.h"
+#include "fake_quant/fake_quant.h"
+#include "gpu.h"
+
+// Element-wise fake-quant: a thread has the eight elements of one byte of the mask.
+namespace torch_ext::cuda {
+namespace {
+
+using core::FakeQuantJob;
+using fake_quant::FakeQuant;
+
+constexpr int kGroup = 8;
+
+// Eight elements from or to memory, in as few accesses as their type allows.
+template <class T>
+struct Group {
+  static constexpr int kPackets = kGroup / kPerPacket<T>;
+  gpu::Packet packets[kPackets];
+
+  TE_GPU void load(const T* from) {
+    for (int i = 0; i < kPackets; ++i) packets[i] = gpu::load(from + i * kPerPacket<T>);
+  }
+  TE_GPU void store(T* to) const {
+    for (int i = 0; i < kPackets; ++i) gpu::store(to + i * kPerPacket<T>, packets[i]);
+  }
+  TE_GPU T get(int i) const { return element<T>(packets[i / kPerPacket<T>], i % kPerPacket<T>); }
+  TE_GPU void set(int i, T value) {
+    set_element(packets[i / kPerPacket<T>], i % kPerPacket<T>, value);
+  }
+};
+
+// The qparams of consecutive elements of [outer, channels, inner].
+template <class C>
+class Channels {
+ public:
+  TE_GPU Channels(const FakeQuantJob& job, int64_t first) : job_(job) {
+    if (job.layout.channels == 1) {
+      left_ = INT64_MAX;
+    } else {
+      const int64_t row = core::quotient(first, job.layout.inner);
+      left_ = job.layout.inner - (first - row * job.layout.inner);
+      channel_ = core::modulo(row, job.layout.channels);
+    }
+    load();
+  }
+  TE_GPU const core::Affine<C>& affine() const { return affine_; }
+  TE_GPU void advance() {
+    if (--left_ > 0) return;
+    left_ = job_.layout.inner;
+    channel_ = channel_ + 1 == job_.layout.channels ? 0 : channel_ + 1;
+    load();
+  }
+
+ private:
+  TE_GPU void load() {
+    affine_ = core::make_affine<C>(job_.scale[channel_], job_.zero_point[channel_], job_.quant_min,
+                                   job_.quant_max);
+  }
+  const FakeQuantJob& job_;
+  int64_t left_;
+  int64_t channel_ = 0;
+  core::Affine<C> affine_;
+};
+
+// kDefault: with the rounding and the mask that nearly everybody uses, known when compiling.
+template <class T, bool kDefault>
+struct Forward {
+  static constexpr int kThreads = 256;
+  using C = core::compute_t<T>;
+
+  FakeQuantJob job;
+  bool aligned;
+
+  TE_GPU void operator()() const {
+    const int64_t numel = job.layout.numel();
+    const int64_t first = (gpu::block() * kThreads + gpu::thread()) * kGroup;
+    if (first >= numel) return;
+    const T* const x = static_cast<const T*>(job.x) + first;
+    T* const out = static_cast<T*>(job.out) + first;
+    Channels<C> channels(job, first);
+    uint32_t bits = 0;
+    if (aligned && numel - first >= kGroup) {
+      Group<T> in, result{};
+      in.load(x);
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) {
+        result.set(i, map(in.get(i), channels, i, bits));
+        if (i + 1 < kGroup) channels.advance();
+      }
+      result.store(out);
+    } else {
+      const int count = numel - first < kGroup ? static_cast<int>(numel - first) : kGroup;
+      for (int i = 0; i < count; ++i) {
+        out[i] = map(x[i], channels, i, bits);
+        if (i + 1 < count) channels.advance();
+      }
+    }
+    if (job.mask != nullptr) job.mask[first / kGroup] = static_cast<uint8_t>(bits);
+  }
+
+ private:
+  TE_GPU T map(T element, const Channels<C>& channels, int i, uint32_t& bits) const {
+    const core::Rounding rounding = kDefault ? core::Rounding::half_even : job.rounding;
+    const core::Mask mask = kDefault ? core::Mask::rounded : job.mask_kind;
+    const C x = core::widen(element);
+    if (job.mask != nullptr && FakeQuant::passes(x, channels.affine(), rounding, mask))
+      bits |= 1u << i;
+    return core::narrow<T>(FakeQuant::forward(x, channels.affine(), rounding));
+  }
+};
+
+template <class T>
+struct Backward {
+  static constexpr int kThreads = 256;
+
+  const T* grad;
+  const uint8_t* mask;
+  T* dx;
+  int64_t numel;
+  bool aligned;
+
+  TE_GPU void operator()() const {
+    const int64_t first = (gpu::block() * kThreads + gpu::thread()) * kGroup;
+    if (first >= numel) return;
+    const uint32_t bits = mask[first / kGroup];
+    if (aligned && numel - first >= kGroup) {
+      Group<T> in, result{};
+      in.load(grad + first);
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i)
+        result.set(i, FakeQuant::backward(in.get(i), (bits >> i & 1) != 0));
+      result.store(dx + first);
+    } else {
+      for (int i = 0; i < kGroup && first + i < numel; ++i)
+        dx[first + i] = FakeQuant::backward(grad[first + i], (bits >> i & 1) != 0);
+    }
+  }
+};
+
+template <class Kernel>
+void launch_over(const char* op, const Kernel& kernel, int64_t numel, Stream stream) {
+  const int64_t groups = (numel + kGroup - 1) / kGroup;
+  gpu::launch(op, kernel, {(groups + Kernel::kThreads - 1) / Kernel::kThreads}, stream);
+}
+
+// use<T>() for the type.
+template <class Use>
+void with_type(core::DType dtype, const Use& use) {
+  switch (dtype) {
+    case core::DType::f32:
+      return use.template operator()<float>();
+    case core::DType::f64:
+      return use.template operator()<double>();
+    case core::DType::f16:
+      return use.template operator()<core::half>();
+    case core::DType::bf16:
+      return use.template operator()<core::bfloat16>();
+  }
+}
+
+}  // namespace
+
+void fake_quant_forward(core::DType dtype, const FakeQuantJob& job, Stream stream) {
+  const bool aligned = is_aligned(job.x) && is_aligned(job.out);
+  const bool is_default = job.rounding == core::Rounding::half_even &&
+                          (job.mask == nullptr || job.mask_kind == core::Mask::rounded);
+  with_type(dtype, [&]<class T>() {
+    if (is_default)
+      launch_over("fake_quant", Forward<T, true>{job, aligned}, job.layout.numel(), stream);
+    else
+      launch_over("fake_quant", Forward<T, false>{job, aligned}, job.layout.numel(), stream);
+  });
+}
+
+void fake_quant_backward(core::DType dtype, const void* grad, const uint8_t* mask, void* dx,
+                         int64_t numel, Stream stream) {
+  const bool aligned = is_aligned(grad) && is_aligned(dx);
+  with_type(dtype, [&]<class T>() {
+    launch_over("_fake_quant_backward",
+                Backward<T>{static_cast<const T*>(grad), mask, static_cast<T*>(dx), numel, aligned},
+                numel, stream);
+  });
+}
+
+}  // namespace torch_ext::cuda
