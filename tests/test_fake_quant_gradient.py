@@ -117,7 +117,11 @@ def test_gradient_is_that_of_the_composite_written_with_detach():
     v = x.detach().clone().requires_grad_()
     level = v / s.double()
     level = level + (level.round() - level).detach() + 5
-    ((level.clamp(-128, 127) - 5) * s.double()).cos().sum().backward()
+    # Not clamp(): from torch 2.14 on its gradient is 0 at the bounds too, where this one passes.
+    clipped = level.detach().clamp(-128, 127)
+    assert ((level == -128) | (level == 127)).any()
+    level = torch.where(level == clipped, level, clipped)
+    ((level - 5) * s.double()).cos().sum().backward()
     assert v.grad is not None
     assert torch.allclose(x.grad, v.grad, rtol=1e-12, atol=1e-12)
 
