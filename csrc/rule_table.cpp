@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <vector>
 
-#include "core/lattice.h"
 #include "registry.h"
 
 namespace torch_ext {
@@ -17,9 +16,11 @@ constexpr RuleRow row_of() {
   row.composite = core::CompositeRule<R>;
   row.max_bits = R::max_bits;
   row.options = {static_cast<const core::Option*>(R::options), size_t{R::option_count}};
-  if constexpr (core::SearchRule<R>)
+  if constexpr (core::SearchRule<R>) {
     row.search_words = [](core::HistogramLayout layout, const core::Grid& grid,
                           const double* options) { return R::search_words(layout, grid, options); };
+    row.most_candidates = [](core::HistogramLayout layout) { return R::most_candidates(layout); };
+  }
   if constexpr (core::ChecksOptions<R>)
     row.complaint = [](const core::Grid& grid, core::HistogramLayout layout,
                        const double* options) { return R::complaint(grid, layout, options); };
@@ -59,9 +60,10 @@ int64_t work_words(int32_t rule, core::HistogramLayout layout, const core::Grid&
     if (other.search_words == nullptr) continue;
     std::vector<double> defaults;
     for (const core::Option& option : other.options) defaults.push_back(option.value);
-    words = std::max(words, other.search_words(layout, grid, defaults.data()));
+    words = std::max(
+        words, other.search_words(layout, grid, defaults.data()) + other.most_candidates(layout));
   }
-  return words + core::lattice_size(layout);
+  return words;
 }
 
 }  // namespace torch_ext

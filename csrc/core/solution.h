@@ -1,5 +1,6 @@
 #pragma once
 
+#include "core/cumulative.h"
 #include "core/job.h"
 #include "core/qparams.h"
 

@@ -6,7 +6,8 @@
 #include "core/job.h"
 #include "observers/kl_reference_tables.h"
 
-// The CUDA run time's name of a stream: declared out here, or the alias below would declare another.
+// The CUDA run time's name of a stream: declared out here, or the alias below would declare
+// another.
 struct CUstream_st;
 
 struct CUstream_st;  // a cudaStream_t points to one

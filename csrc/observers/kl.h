@@ -103,23 +103,16 @@ struct Kl {
     const double step = t / (kBinsPerLevel * levels);
     // Eight sums side by side, then in pairs: the order on every device.
     double sum[8] = {}, spare[8] = {};
-    for (int begin = 0; begin < levels; begin += kLevels < 8 ? 8 : kLevels) {
-      // Fewer than eight levels at a time still come in eights, so that each has its sum.
-#pragma GCC unroll 8
-      for (int part = 0; part < (kLevels < 8 ? 8 / kLevels : 1); ++part) {
-        const int first = begin + part * kLevels;
-        const int count = levels - first < kLevels ? levels - first : kLevels;
-        if (count <= 0) break;
-        Rows<kLevels> rows;
-        count_levels(view, step, first, count, rows);
-        const bool has_last = first + count == levels;
-        if (has_last && outliers > 0 && !(rows.occupied[count - 1] > 0)) return __builtin_inf();
-        add_terms(kept, values, count, has_last ? outliers : 0.0, rows);
-        for (int g = 0; g < count; ++g) {
-          const int lane = kLevels < 8 ? part * kLevels + g : g & 7;
-          sum[lane] += rows.term[g];
-          spare[lane] += rows.occupied[g] > 0 ? rows.occupied[g] - 1 : 0.0;
-        }
+    for (int first = 0; first < levels; first += kLevels) {
+      const int count = levels - first < kLevels ? levels - first : kLevels;
+      Rows<kLevels> rows;
+      count_levels(view, step, first, count, rows);
+      const bool has_last = first + count == levels;
+      if (has_last && outliers > 0 && !(rows.occupied[count - 1] > 0)) return __builtin_inf();
+      add_terms(kept, values, count, has_last ? outliers : 0.0, rows);
+      for (int g = 0; g < count; ++g) {
+        sum[(first + g) & 7] += rows.term[g];
+        spare[(first + g) & 7] += rows.occupied[g] > 0 ? rows.occupied[g] - 1 : 0.0;
       }
     }
     return (pairwise(sum) - 0.5 * pairwise(spare)) / values;
@@ -181,6 +174,10 @@ struct Kl {
     const KlVariant variant = variant_of(options);
     if (variant == KlVariant::log_linear) return 0;
     return linear_bins(layout) + KlReference::scratch_size(variant, linear_bins(layout));
+  }
+  TE_HD static int64_t most_candidates(core::HistogramLayout layout) {
+    const int64_t lattice = core::lattice_size(layout), linear = linear_bins(layout);
+    return lattice > linear ? lattice : linear;
   }
   TE_HD static Search prepare(const core::View& view, const core::Grid& grid, const double* options,
                               int64_t* words) {

@@ -46,6 +46,9 @@ struct Mse : core::NoOptions {
   TE_HD static int64_t search_words(core::HistogramLayout, const core::Grid&, const double*) {
     return 0;
   }
+  TE_HD static int64_t most_candidates(core::HistogramLayout layout) {
+    return core::lattice_size(layout);
+  }
   TE_HD static Search prepare(const core::View& view, const core::Grid& grid, const double*,
                               int64_t*) {
     const core::Lattice lattice = core::make_lattice(view);

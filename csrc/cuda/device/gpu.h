@@ -73,10 +73,10 @@ inline void check(cudaError_t error, const char* what) {
     throw std::runtime_error(std::string("CUDA: ") + what + ": " + cudaGetErrorString(error));
 }
 
-// f(argument), called and not inlined: for what is long and not often reached.
-template <class F, class A>
-__device__ __noinline__ auto apart(const F& f, A argument) {
-  return f(argument);
+// f(arguments), called and not inlined: for what is long and not often reached.
+template <class F, class... A>
+__device__ __noinline__ auto apart(const F& f, A... arguments) {
+  return f(arguments...);
 }
 
 struct Device {

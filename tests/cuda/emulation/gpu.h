@@ -95,9 +95,9 @@ inline void store(void* to, const Packet& p) {
 
 inline float widen(core::half x) { return core::to_float(x); }
 
-template <class F, class A>
-auto apart(const F& f, A argument) {
-  return f(argument);
+template <class F, class... A>
+auto apart(const F& f, A... arguments) {
+  return f(arguments...);
 }
 
 struct Device {

@@ -1,0 +1,275 @@
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "cpu/driver.h"
+#include "machines.h"
+#include "rule_table.h"
+#include "solving.h"
+#include "statistic_plain.h"
+
+// The kernels of solve.cu, run on the host, against the CPU's, which tests/core compares with brute
+// force.
+namespace {
+
+using namespace torch_ext;
+using core::Grid;
+using core::HistogramLayout;
+using core::Needs;
+using core::SolveJob;
+using statistic_plain::between;
+using statistic_plain::kKinds;
+using statistic_plain::Memory;
+using statistic_plain::pick;
+using statistic_plain::Random;
+using statistic_plain::Values;
+
+// One quantizer's memory; `start` is what is there before it is solved.
+struct Quantizer {
+  int32_t rule;
+  Grid grid;
+  std::vector<double> options;
+  Memory statistic;
+  std::vector<float> range, scale;
+  std::vector<int32_t> zero_point;
+  uint8_t solved;
+  bool follows;
+  double averaging_constant;
+
+  SolveJob job() {
+    return {rule,
+            grid,
+            options.data(),
+            statistic.raw(),
+            range.data(),
+            scale.data(),
+            zero_point.data(),
+            follows ? &solved : nullptr,
+            averaging_constant};
+  }
+  friend bool operator==(const Quantizer& a, const Quantizer& b) {
+    const auto bits = [](const std::vector<float>& x, const std::vector<float>& y) {
+      return std::memcmp(x.data(), y.data(), 4 * x.size()) == 0;
+    };
+    return bits(a.range, b.range) && bits(a.scale, b.scale) && a.zero_point == b.zero_point &&
+           a.solved == b.solved;
+  }
+};
+
+void solve_on_device(std::vector<Quantizer>& quantizers) {
+  std::vector<SolveJob> jobs;
+  for (Quantizer& q : quantizers) jobs.push_back(q.job());
+  const int64_t count = static_cast<int64_t>(jobs.size());
+  machines::Scratch scratch(cuda::solve_scratch(jobs.data(), count));
+  cuda::solve(jobs.data(), count, scratch.data(), nullptr);
+}
+void solve_on_cpu(std::vector<Quantizer>& quantizers) {
+  std::vector<SolveJob> jobs;
+  for (Quantizer& q : quantizers) jobs.push_back(q.job());
+  cpu::solve(jobs.data(), static_cast<int64_t>(jobs.size()));
+}
+
+std::string text(const Quantizer& q) {
+  return std::string(rules()[q.rule].name) + " [" + std::to_string(q.grid.quant_min) + ", " +
+         std::to_string(q.grid.quant_max) + "] range " + std::to_string(q.range[0]) + ", " +
+         std::to_string(q.range[1]) + " scale " + std::to_string(q.scale[0]) + " solved " +
+         std::to_string(q.solved);
+}
+
+void expect_parity(std::vector<Quantizer> quantizers) {
+  std::vector<Quantizer> want = quantizers;
+  solve_on_device(quantizers);
+  solve_on_cpu(want);
+  for (size_t i = 0; i < want.size(); ++i)
+    ASSERT_TRUE(quantizers[i] == want[i])
+        << i << ": " << text(quantizers[i]) << ", want " << text(want[i]);
+}
+
+// Data that the rule's options and grid are defined for.
+Quantizer make(int32_t rule, const Grid& grid, HistogramLayout layout, int64_t channels,
+               int64_t values, Random& random) {
+  const RuleRow& row = rules()[rule];
+  std::vector<double> options;
+  for (const core::Option& option : row.options) options.push_back(option.value);
+  Quantizer q{rule,
+              grid,
+              options,
+              Memory(channels, layout),
+              std::vector<float>(2 * channels, 0.25f),
+              std::vector<float>(channels, 7.0f),
+              std::vector<int32_t>(channels, 3),
+              0,
+              false,
+              1};
+  for (int64_t c = 0; c < channels; ++c) {
+    // Some channels see nothing.
+    const int64_t n = random() % 6 == 0 ? 0 : values;
+    const Values x = statistic_plain::sample(pick(kKinds, random), n, random);
+    const int64_t stride = 1;
+    const core::ChannelStatistic one = q.statistic.channel(c);
+    cpu::observe({x.data(), core::DType::f32, 1, &n, &stride}, -1,
+                 {one.extrema, one.tally, one.counts, 1, layout});
+  }
+  return q;
+}
+
+const HistogramLayout kLayouts[] = {{10, 16}, {7, 12}, {5, 4}, {6, 32}};
+
+void use_some_machine(Random& random) {
+  gpu::emulation::machine() = pick(machines::kMachines, random);
+  gpu::emulation::machine().seed = random();
+}
+
+TEST(Solve, EveryRuleOnEveryGrid) {
+  Random random(41);
+  for (size_t rule = 0; rule < rules().size(); ++rule) {
+    const bool is_search = rules()[rule].search_words != nullptr || rules()[rule].composite;
+    for (const Grid& grid : solving::kGrids) {
+      // Brute force is slow here, so each rule meets some of the pairs.
+      if (is_search && random() % 3 != 0) continue;
+      use_some_machine(random);
+      std::vector<Quantizer> quantizers;
+      quantizers.push_back(make(rule, grid, pick(kLayouts, random), between(1, 3, random),
+                                is_search ? 400 : 3000, random));
+      expect_parity(quantizers);
+      if (HasFatalFailure()) return;
+    }
+  }
+}
+
+TEST(Solve, KlVariants) {
+  Random random(42);
+  const int32_t kl = solving::index_of<observers::Kl>();
+  for (int variant = 0; variant < 5; ++variant) {
+    use_some_machine(random);
+    std::vector<Quantizer> quantizers;
+    quantizers.push_back(make(kl, solving::kInt4, {variant == 0 ? 10 : 7, 12}, 2, 2000, random));
+    quantizers.back().options = {static_cast<double>(variant)};
+    expect_parity(quantizers);
+    if (HasFatalFailure()) return;
+  }
+}
+
+// Quantizers of all kinds in one list, cheap ones between the others.
+TEST(Solve, ListsOfMixedRules) {
+  Random random(43);
+  for (int trial = 0; trial < 6; ++trial) {
+    use_some_machine(random);
+    std::vector<Quantizer> quantizers;
+    for (int i = 0; i < 12; ++i) {
+      const int32_t rule = static_cast<int32_t>(random() % rules().size());
+      const bool is_search = rules()[rule].search_words != nullptr || rules()[rule].composite;
+      const Grid grid =
+          rules()[rule].max_bits < 16 ? solving::kInt4 : pick(solving::kGrids, random);
+      quantizers.push_back(make(rule, grid,
+                                is_search ? HistogramLayout{6, 8} : pick(kLayouts, random),
+                                between(1, 4, random), 500, random));
+    }
+    expect_parity(quantizers);
+    if (HasFatalFailure()) return;
+  }
+}
+
+TEST(Solve, MoreJobsThanALaunchTakes) {
+  Random random(44);
+  gpu::emulation::machine() = machines::kMachines[0];
+  std::vector<Quantizer> quantizers;
+  for (int i = 0; i < 300; ++i)
+    quantizers.push_back(make(solving::index_of<observers::MinMax>(), solving::kInt8, {0, 0},
+                              between(1, 9, random), 20, random));
+  const int64_t before = gpu::emulation::launches();
+  expect_parity(quantizers);
+  EXPECT_EQ(gpu::emulation::launches(), before + 3);
+}
+
+// Ranges that follow: first, on the way, at once, frozen; channels that saw nothing.
+TEST(Solve, RangesFollow) {
+  Random random(45);
+  for (const char* name : {"min_max", "percentile", "mse", "fixed_scale"}) {
+    int32_t rule = 0;
+    while (std::string(rules()[rule].name) != name) ++rule;
+    for (const uint8_t solved : {0, 1}) {
+      for (const double constant : {0.0, 0.01, 1.0}) {
+        use_some_machine(random);
+        std::vector<Quantizer> quantizers;
+        const HistogramLayout layout =
+            rules()[rule].needs < Needs::counts ? HistogramLayout{0, 0} : HistogramLayout{6, 8};
+        quantizers.push_back(make(rule, solving::kInt8, layout, 5, 200, random));
+        quantizers.push_back(make(rule, solving::kInt8, layout, 1, 0, random));
+        for (Quantizer& q : quantizers) {
+          q.follows = true;
+          q.solved = solved;
+          q.averaging_constant = constant;
+        }
+        // The CPU's op stops before a frozen range is solved.
+        if (constant == 0 && solved == 1) {
+          const std::vector<Quantizer> before = quantizers;
+          solve_on_device(quantizers);
+          for (size_t i = 0; i < before.size(); ++i) ASSERT_TRUE(quantizers[i] == before[i]);
+        } else {
+          expect_parity(quantizers);
+          if (HasFatalFailure()) return;
+        }
+      }
+    }
+  }
+}
+
+// What the CPU refuses: a statistic that contradicts itself.
+TEST(Solve, WrongStatisticsGiveNan) {
+  Random random(46);
+  gpu::emulation::machine() = machines::kMachines[0];
+  for (const char* name : {"min_max", "percentile", "kl", "mix"}) {
+    int32_t rule = 0;
+    while (std::string(rules()[rule].name) != name) ++rule;
+    for (int wrong = 0; wrong < 4; ++wrong) {
+      std::vector<Quantizer> quantizers;
+      quantizers.push_back(make(rule, solving::kInt8, {6, 8}, 1, 300, random));
+      solving::observe({1.0f, 2.0f}, quantizers[0].statistic);
+      const core::ChannelStatistic s = quantizers[0].statistic.channel(0);
+      if (wrong == 0) std::swap(s.extrema[0], s.extrema[1]);
+      if (wrong == 1) s.extrema[1] = INFINITY;
+      if (wrong == 2) s.extrema[0] = NAN;
+      if (wrong == 3) s.tally[core::kFinite] += 1;
+      if (wrong == 3 && rules()[rule].needs < Needs::counts) continue;
+      if (wrong == 0 && s.extrema[0] == s.extrema[1]) continue;
+      solve_on_device(quantizers);
+      EXPECT_TRUE(std::isnan(quantizers[0].range[0])) << name << " " << wrong;
+      EXPECT_TRUE(std::isnan(quantizers[0].range[1])) << name << " " << wrong;
+      EXPECT_TRUE(std::isnan(quantizers[0].scale[0])) << name << " " << wrong;
+    }
+  }
+}
+
+// A device holds few rows' memory at a time: rows take turns.
+TEST(Solve, ManyChannels) {
+  Random random(47);
+  gpu::emulation::machine() = machines::kMachines[2];
+  std::vector<Quantizer> quantizers;
+  quantizers.push_back(
+      make(solving::index_of<observers::Percentile>(), solving::kInt8, {5, 4}, 90, 50, random));
+  expect_parity(quantizers);
+}
+
+TEST(QParams, AreTheCpus) {
+  gpu::emulation::machine() = machines::kMachines[0];
+  const std::vector<float> range = {-1,   2,    0,        0,   -3e38f, 3e38f,
+                                    -5.f, -2.f, INFINITY, 1.f, 3.f,    2.f};
+  for (const Grid& grid : solving::kGrids) {
+    std::vector<float> scale(6);
+    std::vector<int32_t> zero_point(6);
+    cuda::qparams(range.data(), 6, grid, scale.data(), zero_point.data(), nullptr);
+    for (int c = 0; c < 6; ++c) {
+      const core::QParams want = core::qparams({range[2 * c], range[2 * c + 1]}, grid);
+      EXPECT_EQ(zero_point[c], want.zero_point);
+      if (c < 4)
+        EXPECT_EQ(scale[c], want.scale);
+      else
+        EXPECT_TRUE(std::isnan(scale[c]));
+    }
+  }
+}
+
+}  // namespace
