@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from support import State, empty_state
+from torch_ext import ops
+
 FLOAT_MAX = torch.finfo(torch.float32).max
 SHAPE = (2, 3, 4, 4)
 
@@ -88,3 +91,27 @@ def as_dtype(batches: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 def finite_values(batches: list[Any]) -> int:
     return sum(int(b.detach().float().isfinite().sum()) for b in batches)
+
+
+def broken_states() -> dict[str, State]:
+    """Statistics that no data makes, as a damaged file may hold them."""
+    i64 = torch.int64
+    seen = torch.tensor([[100, 0, 0, 0, 0]], dtype=i64)
+    states = {}
+    for name, pair in {
+        "nan": (torch.nan, torch.nan),
+        "infinite": (-torch.inf, torch.inf),
+        "upside_down": (1.0, -1.0),
+        "extrema_without_counts": (-1.0, 2.0),
+    }.items():
+        states[name] = empty_state()._replace(extrema=torch.tensor([pair]), tally=seen)
+    normal = empty_state()
+    ops.observe_(torch.randn(1000), *normal)
+    states["negative_counts"] = normal._replace(counts=-normal.counts)
+    states["negative_tally"] = normal._replace(tally=-normal.tally)
+    states["huge_counts"] = normal._replace(counts=normal.counts.clamp(max=1) << 62)
+    states["huge_tally"] = normal._replace(tally=torch.full((1, 5), 2**63 - 1))
+    states["counts_without_tally"] = normal._replace(tally=torch.zeros(1, 5, dtype=i64))
+    states["every_bin_full"] = normal._replace(counts=torch.full_like(normal.counts, 2**63 - 1))
+    states["more_tiny_than_all"] = normal._replace(tally=torch.tensor([[5, 9, 9, 0, 0]]))
+    return states

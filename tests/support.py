@@ -38,6 +38,9 @@ class State(NamedTuple):
     def clone(self) -> State:
         return State(*(t.clone() for t in self))
 
+    def to(self, device: torch.device | str) -> State:
+        return State(*(t.to(device) for t in self))
+
 
 def empty_state(
     channels: int = 1, mantissa_bits: int = 10, octaves: int = 16, histogram: bool = True
@@ -51,10 +54,10 @@ def empty_state(
 
 
 def observed(x: Tensor, ch_axis: int = -1, **layout: Any) -> State:
-    """A new statistic of x, in the default layout of per-tensor or per-channel statistics."""
+    """A new statistic of x, where x is, in the default layout per tensor or per channel."""
     if ch_axis >= 0:
         layout = {"channels": x.shape[ch_axis], "mantissa_bits": 7, "octaves": 12, **layout}
-    state = empty_state(**layout)
+    state = empty_state(**layout).to(x.device)
     ops.observe_(x, *state, ch_axis)
     return state
 
@@ -118,3 +121,24 @@ def grid_arguments(grid: Grid) -> dict[str, Any]:
         "scale_rule": grid.scale_rule,
         "power_of_two": grid.power_of_two,
     }
+
+
+def strided_views(x: Tensor) -> dict[str, Tensor]:
+    """Views of a [4, 6, 8, 10] tensor, each with strides of its own."""
+    return {
+        "contiguous": x,
+        "transposed": x.transpose(0, 3),
+        "permuted": x.permute(2, 0, 3, 1),
+        "channels_last": x.to(memory_format=torch.channels_last),
+        "step": x[:, ::2, ::3, ::2],
+        "offset": x[1:, 2:, 3:, 1:],
+        "expanded": x[:, :1].expand(-1, 5, -1, -1),
+        "stride0": x[0, 0, 0, :1].expand(4, 6, 8, 10),
+        "flipped_copy": x.flip(3),
+        "select": x[..., 3],
+        "one": x[:1, :1, :1, :1],
+        "unfolded": x.unfold(3, 4, 2),
+    }
+
+
+VIEWS = list(strided_views(torch.zeros(4, 6, 8, 10)))

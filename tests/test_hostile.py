@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import torch_ext
-from hostile import REFUSED_PER_CHANNEL, SEQUENCES, as_dtype, finite_values
-from support import DTYPES, State, empty_state
+from hostile import REFUSED_PER_CHANNEL, SEQUENCES, as_dtype, broken_states, finite_values
+from support import DTYPES
 from torch_ext import FakeQuantState, ops
 
 RULES = torch_ext.observers()
@@ -133,30 +133,6 @@ def test_batches_without_a_finite_value_leave_the_range(rule: str):
         for key, value in quantizer.state_dict().items():
             if "observer" not in key:
                 assert torch.equal(value, before[key]), key
-
-
-def broken_states() -> dict[str, State]:
-    """Statistics that no data makes, as a damaged file may hold them."""
-    i64 = torch.int64
-    seen = torch.tensor([[100, 0, 0, 0, 0]], dtype=i64)
-    states = {}
-    for name, pair in {
-        "nan": (torch.nan, torch.nan),
-        "infinite": (-torch.inf, torch.inf),
-        "upside_down": (1.0, -1.0),
-        "extrema_without_counts": (-1.0, 2.0),
-    }.items():
-        states[name] = empty_state()._replace(extrema=torch.tensor([pair]), tally=seen)
-    normal = empty_state()
-    ops.observe_(torch.randn(1000), *normal)
-    states["negative_counts"] = normal._replace(counts=-normal.counts)
-    states["negative_tally"] = normal._replace(tally=-normal.tally)
-    states["huge_counts"] = normal._replace(counts=normal.counts.clamp(max=1) << 62)
-    states["huge_tally"] = normal._replace(tally=torch.full((1, 5), 2**63 - 1))
-    states["counts_without_tally"] = normal._replace(tally=torch.zeros(1, 5, dtype=i64))
-    states["every_bin_full"] = normal._replace(counts=torch.full_like(normal.counts, 2**63 - 1))
-    states["more_tiny_than_all"] = normal._replace(tally=torch.tensor([[5, 9, 9, 0, 0]]))
-    return states
 
 
 @pytest.mark.parametrize("damage", list(broken_states()))

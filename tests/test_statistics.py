@@ -15,6 +15,7 @@ from torch import Tensor
 from support import (
     DTYPES,
     KINDS,
+    VIEWS,
     State,
     assert_same_state,
     assert_state_counts,
@@ -22,6 +23,7 @@ from support import (
     observed,
     plain,
     sample,
+    strided_views,
 )
 from torch_ext import ops
 
@@ -142,27 +144,6 @@ def test_thread_count_changes_nothing(dtype: torch.dtype):
 def test_large_tensor_against_brute_force(kind: str):
     x = sample(kind, 20_011)
     assert_state_counts(observed(x), [x])
-
-
-def strided_views(x: Tensor) -> dict[str, Tensor]:
-    """Views of a [4, 6, 8, 10] tensor, each with strides of its own."""
-    return {
-        "contiguous": x,
-        "transposed": x.transpose(0, 3),
-        "permuted": x.permute(2, 0, 3, 1),
-        "channels_last": x.to(memory_format=torch.channels_last),
-        "step": x[:, ::2, ::3, ::2],
-        "offset": x[1:, 2:, 3:, 1:],
-        "expanded": x[:, :1].expand(-1, 5, -1, -1),
-        "stride0": x[0, 0, 0, :1].expand(4, 6, 8, 10),
-        "flipped_copy": x.flip(3),
-        "select": x[..., 3],
-        "one": x[:1, :1, :1, :1],
-        "unfolded": x.unfold(3, 4, 2),
-    }
-
-
-VIEWS = list(strided_views(torch.zeros(4, 6, 8, 10)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
