@@ -20,6 +20,7 @@ from torch_ext import (
     FakeQuantState,
     QuantizationWarning,
     get_default_qconfig,
+    ops,
     set_fake_quantize,
 )
 
@@ -135,3 +136,25 @@ def test_dead_channels_and_cut_negatives_are_named() -> None:
     assert "input_quantizers.x: negative values, down to -" in text
     assert "relu1" not in text
     assert net.conv1.parametrizations.weight[0].scale[2] == 1
+
+
+def test_a_statistic_that_a_device_solves_to_nan_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On the CPU the op itself refuses it; elsewhere it cannot look, and gives NaN."""
+    model = prepared()
+    set_fake_quantize(model, "calibration")
+    with torch.no_grad():
+        model(images())
+    before = snapshot(model)
+    real = ops.solve_many
+
+    def solve_many(*arguments: Any, **keys: Any) -> Any:
+        ranges, scales, zero_points = real(*arguments, **keys)
+        ranges[-1].fill_(torch.nan)
+        return ranges, scales, zero_points
+
+    monkeypatch.setattr(ops, "solve_many", solve_many)
+    with pytest.raises(ValueError, match=r"solve: expected .* together, got others in \S+$"):
+        set_fake_quantize(model, "validation")
+    assert same(snapshot(model), before)

@@ -49,7 +49,8 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def forked_rng(model: nn.Module) -> Iterator[None]:
     """Torch's random state, of the CPU and of the model's devices, is put back."""
-    cuda = {tensor.device for tensor in model.parameters() if tensor.is_cuda}
+    tensors = (*model.parameters(), *model.buffers())
+    cuda = {tensor.device for tensor in tensors if tensor.is_cuda}
     with torch.random.fork_rng(devices=sorted(d.index or 0 for d in cuda)):
         yield
 

@@ -189,9 +189,21 @@ def solve_observers(chosen: Mapping[str, FakeQuantize]) -> dict[str, Solution]:
             [o.power_of_two for o in observers],
             [o.encoded_options for o in observers],
         )
+        _refuse_contradictions(names, ranges)
         solutions = map(Solution, ranges, scales, zero_points)
         found.update(zip(names, solutions, strict=True))
     return found
+
+
+def _refuse_contradictions(names: list[str], ranges: list[Tensor]) -> None:
+    """The op refuses a statistic that no data makes, but on a device that is not the CPU it cannot
+    look without waiting: the range is NaN there, and seen here."""
+    if not ranges or not bool(torch.cat([r.flatten() for r in ranges]).isnan().any()):
+        return
+    broken = [n for n, r in zip(names, ranges, strict=True) if bool(r.isnan().any())]
+    raise ValueError(
+        f"solve: expected extrema, tally and counts to hold together, got others in {shown(broken)}"
+    )
 
 
 def has_range(chosen: Mapping[str, FakeQuantize]) -> dict[str, bool]:

@@ -17,6 +17,7 @@ const char* rule_name(int32_t rule) { return rules()[rule].name; }
 
 void check_range(const char* op, const at::Tensor& range, int64_t channels,
                  const at::Device& device) {
+  check_device(op, "range", range);
   expect(range.device() == device, op, "range", device, range.device());
   expect(range.scalar_type() == at::kFloat, op, "range", "Float", range.scalar_type());
   if (range.dim() != 2 || range.size(1) != 2 || (channels >= 0 && range.size(0) != channels))
@@ -73,6 +74,8 @@ std::tuple<Tensors, Tensors, Tensors> solve_many(
   for (size_t i = 0; i < n; ++i) {
     const int32_t rule = check_rule(op, rules[i]);
     const core::Statistic statistic = check_statistic(op, extrema[i], tally[i], counts[i], -1);
+    expect(extrema[i].device() == extrema[0].device(), op, "extrema", extrema[0].device(),
+           extrema[i].device());
     const core::Grid grid = check_grid(op, quant_min[i], quant_max[i], symmetric.get(i),
                                        scale_rule[i], power_of_two.get(i));
     const size_t own = static_cast<size_t>(option_count_of(rule));
