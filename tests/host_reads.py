@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,8 +22,27 @@ _READS = {
 }
 
 
+# The same by methods that on the CPU come down to no op.
+_METHODS = ("cpu", "cuda", "numpy", "tolist")
+
+
+def _refuse(*args: Any, **kwargs: Any) -> Any:
+    raise RuntimeError("a method of Tensor reads a value on the host")
+
+
 class HostReads(TorchDispatchMode):
     """Refuses every op that reads values on the host or moves them between devices."""
+
+    def __enter__(self) -> Any:
+        self._patches = [mock.patch.object(torch.Tensor, name, _refuse) for name in _METHODS]
+        for patch in self._patches:
+            patch.start()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        for patch in self._patches:
+            patch.stop()
+        super().__exit__(*error)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
