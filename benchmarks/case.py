@@ -20,18 +20,23 @@ class Goal:
     reach: float
 
 
-# By (elements, threads); the size is 0 where a case has an input of its own.
+# By (elements, threads); the size is 0 where a case has an input of its own, threads on a GPU.
 Goals = Mapping[tuple[int, int], Goal]
 NONE: Goals = {}
 
 
 @dataclass(frozen=True)
 class Peer:
-    """Another way to do the same; ``goals`` are about its time divided by ours."""
+    """Another way to do the same; ``goals`` are about its time divided by ours.
+
+    ``items``: how many of the job's things one call of it does, where it would take too long to do
+    them all; None: all.
+    """
 
     name: str
     run: Run
     goals: Goals = field(default_factory=dict)
+    items: int | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,12 @@ class Job:
     ceiling: Ceiling | None = None
     check: Run | None = None
     items: int = 1
+
+    @property
+    def contenders(self) -> dict[str, Run]:
+        """Ours and all others, by name."""
+        others = [*self.peers, *([self.composed] if self.composed else [])]
+        return {"ours": self.ours, **{peer.name: peer.run for peer in others}}
 
 
 @dataclass(frozen=True)

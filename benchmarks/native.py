@@ -8,7 +8,7 @@ import hashlib
 import os
 import platform
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -38,6 +38,23 @@ def compiler() -> str:
     return os.environ.get("CXX", "c++")
 
 
+def compiled(name: str, command: Sequence[str], key: Sequence[str] = ()) -> Path:
+    """The library that ``command`` makes of ``name``, anew when source, command or key differ."""
+    source = FOLDER / name
+    text = "\n".join([source.read_text(), *command, platform.machine(), *key])
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    library = OUTPUT / f"{source.stem}-{digest}.so"
+    if not library.is_file():
+        OUTPUT.mkdir(parents=True, exist_ok=True)
+        unfinished = library.with_suffix(f".{os.getpid()}")
+        whole = [*command, str(source), "-o", str(unfinished)]
+        done = subprocess.run(whole, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"cannot compile {source.name}:\n{done.stderr}")
+        unfinished.replace(library)
+    return library
+
+
 @functools.cache
 def load(name: str) -> ctypes.CDLL:
     """The library made from ``name``, compiled anew when source, flags or machine differ.
@@ -45,20 +62,8 @@ def load(name: str) -> ctypes.CDLL:
     Torch is loaded by now, so ``-fopenmp`` resolves to Torch's own thread pool: a second pool
     spinning beside it would cost milliseconds per call.
     """
-    source = FOLDER / name
     machine = [line for line in _cpuinfo() if line.startswith(("flags", "Features"))][:1]
-    key = [source.read_text(), compiler(), *FLAGS, platform.machine(), *machine]
-    digest = hashlib.sha256("\n".join(key).encode()).hexdigest()[:16]
-    library = OUTPUT / f"{source.stem}-{digest}.so"
-    if not library.is_file():
-        OUTPUT.mkdir(parents=True, exist_ok=True)
-        unfinished = library.with_suffix(f".{os.getpid()}")
-        command = [compiler(), *FLAGS, str(source), "-o", str(unfinished)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            raise RuntimeError(f"cannot compile {source.name}:\n{done.stderr}")
-        unfinished.replace(library)
-    return ctypes.CDLL(str(library))
+    return ctypes.CDLL(str(compiled(name, [compiler(), *FLAGS], machine)))
 
 
 def ceilings(kind: str, x: Tensor) -> dict[str, Callable[[], object]]:

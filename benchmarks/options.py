@@ -28,7 +28,7 @@ def _refuse(want: str, have: str) -> argparse.ArgumentTypeError:
     return argparse.ArgumentTypeError(f'expected {want}, got "{have}"')
 
 
-def _sizes(text: str) -> list[int]:
+def parse_sizes(text: str) -> list[int]:
     want = f"multiples of {ROW} up to {MAX_SIZE >> 20}Mi such as {SIZES}"
     sizes = []
     for part in text.split(","):
@@ -54,7 +54,7 @@ def _threads(text: str) -> list[int]:
     return list(dict.fromkeys(counts))
 
 
-def _rounds(text: str) -> int:
+def parse_rounds(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,3}", text) or not 1 <= int(text) <= 100:
         raise _refuse("a number of rounds from 1 to 100", text)
     return int(text)
@@ -71,9 +71,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help=f"3 rounds, sizes {QUICK_SIZES}")
     parser.add_argument("--threads", type=_threads, help="default: 1,2")
-    parser.add_argument("--sizes", type=_sizes, help=f"in elements, default: {SIZES}")
+    parser.add_argument("--sizes", type=parse_sizes, help=f"in elements, default: {SIZES}")
     parser.add_argument("--only", metavar="PATTERN", help="the cases to run")
-    parser.add_argument("--rounds", type=_rounds, help="default: 9")
+    parser.add_argument("--rounds", type=parse_rounds, help="default: 9")
     parser.add_argument(
         "--cpu-time", action="store_true", help="one thread's own time: for a busy machine"
     )
@@ -90,7 +90,7 @@ def parse() -> argparse.Namespace:
                 f"got {chosen.rounds}"
             )
     if chosen.sizes is None:
-        chosen.sizes = _sizes(QUICK_SIZES if chosen.quick else SIZES)
+        chosen.sizes = parse_sizes(QUICK_SIZES if chosen.quick else SIZES)
     if chosen.threads is None:
         chosen.threads = [1, 2] if _cores() > 1 and not chosen.cpu_time else [1]
     if chosen.cpu_time and chosen.threads != [1]:

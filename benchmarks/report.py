@@ -49,7 +49,7 @@ class Measured:
 class Row:
     case: str
     size: int  # elements; 0: an input of the case's own
-    threads: int
+    threads: int  # 0: on a GPU
     seconds: float  # ours, per item
     peer: Measured | None
     composed: Measured | None
@@ -87,17 +87,18 @@ def rows_of(case: str, size: int, threads: int, job: Job, samples: Samples) -> l
     """One row per peer; the composition and the ceiling stand in the first."""
     key = (size, threads)
 
-    def measured(name: str, label: str, goal: Goal | None) -> Measured:
+    def measured(name: str, label: str, goal: Goal | None, items: int | None = None) -> Measured:
+        did = items or job.items
         return Measured(
             label,
-            samples.median(name) / job.items,
-            samples.ratio(name, "ours"),
+            samples.median(name) / did,
+            samples.ratio(name, "ours") * job.items / did,
             goal.must if goal else None,
             goal.reach if goal else None,
         )
 
     def contender(peer: Peer) -> Measured:
-        return measured(peer.name, peer.name, peer.goals.get(key))
+        return measured(peer.name, peer.name, peer.goals.get(key), peer.items)
 
     composed = contender(job.composed) if job.composed else None
     ceiling = None
@@ -153,7 +154,7 @@ def line(row: Row) -> str:
     peer = row.peer
     ceiling = f" {row.ceiling.name}" if row.ceiling else ""
     return (
-        f"{row.case:37} {size_name(row.size):>5} {row.threads:>3} {_time(row.seconds):>9}  "
+        f"{row.case:37} {size_name(row.size):>5} {row.threads or '-':>3} {_time(row.seconds):>9}  "
         f"{peer.name if peer else '-':30} {_time(peer.seconds) if peer else '-':>9} "
         f"{_number(peer.ratio if peer else None):>7} {_number(peer.must if peer else None):>5} "
         f"{_number(peer.reach if peer else None):>5}  {_with_must(row.composed):>11}  "
@@ -167,7 +168,8 @@ def summary(rows: Sequence[Row]) -> str:
     reached = sum(row.verdict == "reach" for row in judged)
     text = f"{len(judged) - len(missed)} of {len(judged)} musts met, {reached} at the aim"
     for row in missed:
-        where = f"{row.case}, {size_name(row.size)}, {row.threads} thread(s)"
+        where = f"{row.case}, {size_name(row.size)}"
+        where += f", {row.threads} thread(s)" if row.threads else ""
         text += f"\n  {where:55} {row.verdict}"
     return text
 

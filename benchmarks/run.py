@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import options
 
 if TYPE_CHECKING:
-    from case import Case
+    from case import Case, Job
     from report import Row
+    from timing import Samples
 
 # Both sides get memory that has been touched before: a fresh 64 MiB costs ten times what an op on
 # it does, and would hide the op. The C library reads these once, when a process starts.
@@ -41,13 +42,13 @@ def touch_memory(elements: int) -> None:
     torch.empty(size, dtype=torch.uint8).fill_(1)
 
 
-def choose(cases: list[Case], pattern: str | None) -> list[Case]:
+def choose(cases: list[Case], pattern: str | None, program: str = "run.py") -> list[Case]:
     if pattern is None:
         return cases
     found = [c for c in cases if pattern in c.name or fnmatch.fnmatchcase(c.name, pattern)]
     if not found:
         known = "\n  ".join(case.name for case in cases)
-        sys.exit(f'run.py: expected --only to match a case, got "{pattern}"; known:\n  {known}')
+        sys.exit(f'{program}: expected --only to match a case, got "{pattern}"; known:\n  {known}')
     return found
 
 
@@ -71,30 +72,33 @@ class Session:
                 if case.threads is None or threads in case.threads:
                     self._run_at(case, size, threads)
 
+    def _measure(self, job: Job, first: bool) -> Samples:
+        import native
+        import timing
+
+        if job.check is not None and first:
+            job.check()
+        ceilings = native.ceilings(job.ceiling.kind, job.ceiling.x) if job.ceiling else {}
+        clock = time.thread_time if self.chosen.cpu_time else time.perf_counter
+        return timing.measure(
+            job.contenders,
+            ceilings,
+            self.chosen.rounds,
+            self.chosen.seconds_per_sample,
+            timing.by_clock(clock),
+        )
+
     def _run_at(self, case: Case, size: int, threads: int) -> None:
         import torch
 
-        import native
         import report
-        import timing
         from case import Missing
 
-        torch.set_num_threads(threads)
+        if threads:
+            torch.set_num_threads(threads)
         try:
             job = case.build(size)
-            if job.check is not None and threads == self.chosen.threads[0]:
-                job.check()
-            contenders = {"ours": job.ours, **{peer.name: peer.run for peer in job.peers}}
-            if job.composed is not None:
-                contenders[job.composed.name] = job.composed.run
-            ceilings = native.ceilings(job.ceiling.kind, job.ceiling.x) if job.ceiling else {}
-            samples = timing.measure(
-                contenders,
-                ceilings,
-                self.chosen.rounds,
-                self.chosen.seconds_per_sample,
-                time.thread_time if self.chosen.cpu_time else time.perf_counter,
-            )
+            samples = self._measure(job, threads == self.chosen.threads[0])
         except Missing as missing:
             self.note(f"left out: {case.name}: {missing}")
             return
@@ -106,7 +110,7 @@ class Session:
         for row in found:
             print(report.line(row), flush=True)
         self.rows += found
-        if samples.page_faults > MANY_FAULTS:
+        if threads and samples.page_faults > MANY_FAULTS:
             self.note(f"fresh memory: {samples.page_faults:.0f} page faults a call in {case.name}")
 
 

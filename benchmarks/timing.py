@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 Run = Callable[[], object]
 Clock = Callable[[], float]
+# Runs a call so many times; seconds per call.
+Sampler = Callable[[Run, int], float]
 # Rounds whose ceiling is slower than the best one's by more than this say more about the
 # neighbours of this machine than about the code.
 SLOW_ROUND = 1.2
@@ -34,21 +36,32 @@ class Samples:
         return statistics.median(theirs[i] / own[i] for i in self.kept)
 
 
+def by_clock(clock: Clock = time.perf_counter) -> Sampler:
+    """``time.thread_time`` leaves out what other programs take; it is right for one thread only."""
+
+    def sample(run: Run, repeats: int) -> float:
+        begin = clock()
+        for _ in range(repeats):
+            run()
+        return (clock() - begin) / repeats
+
+    return sample
+
+
 def measure(
     contenders: Mapping[str, Run],
     ceilings: Mapping[str, Run],
     rounds: int,
     seconds_per_sample: float,
-    clock: Clock = time.perf_counter,
+    sample: Sampler,
 ) -> Samples:
     """Runs A B ... ceiling A B ... ceiling; the ceiling is the fastest of its kinds in a round.
 
     A sample repeats its call until it lasts about ``seconds_per_sample``. Slow rounds (see
-    SLOW_ROUND) are made up for by further ones, at most as many again. ``time.thread_time`` as the
-    clock leaves out what other programs take, and is right for one thread only.
+    SLOW_ROUND) are made up for by further ones, at most as many again.
     """
     entries = {**contenders, **ceilings}
-    repeats = {name: _repeats(run, seconds_per_sample, clock) for name, run in entries.items()}
+    repeats = {name: _repeats(run, seconds_per_sample, sample) for name, run in entries.items()}
     seconds: dict[str, list[float]] = {name: [] for name in entries}
     if ceilings:
         seconds["ceiling"] = []
@@ -59,7 +72,7 @@ def measure(
     try:
         while True:
             for name, run in entries.items():
-                seconds[name].append(_sample(run, repeats[name], clock))
+                seconds[name].append(sample(run, repeats[name]))
             if ceilings:
                 seconds["ceiling"].append(min(seconds[name][-1] for name in ceilings))
             done += 1
@@ -81,17 +94,10 @@ def _kept(ceiling: list[float], done: int) -> list[int]:
     return [i for i, seconds in enumerate(ceiling) if seconds <= SLOW_ROUND * min(ceiling)]
 
 
-def _sample(run: Run, repeats: int, clock: Clock) -> float:
-    begin = clock()
-    for _ in range(repeats):
-        run()
-    return (clock() - begin) / repeats
-
-
-def _repeats(run: Run, seconds_per_sample: float, clock: Clock) -> int:
+def _repeats(run: Run, seconds_per_sample: float, sample: Sampler) -> int:
     """Calls that fill a sample, judged by the second call: the first one allocates and warms."""
     run()
-    once = max(_sample(run, 1, clock), 1e-7)
+    once = max(sample(run, 1), 1e-7)
     return max(1, min(MAX_REPEATS, round(seconds_per_sample / once)))
 
 
