@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -31,6 +29,7 @@ from timing import Sampler, Samples
 NO_GPU = 3  # the exit code where there is nothing to measure
 DRIFT = 1.05  # how much slower or faster the memory may be at the end than at the beginning
 WARM_UP_SECONDS = 0.5
+DRIVER = ("--query-gpu=driver_version", "--format=csv,noheader")
 
 
 def missing() -> str | None:
@@ -67,29 +66,21 @@ def parse() -> argparse.Namespace:
     return chosen
 
 
-def driver() -> str:
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return "unknown"
-    query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
-    done = subprocess.run(query, capture_output=True, text=True)
-    return done.stdout.split("\n")[0].strip() or "unknown"
-
-
 def machine(device: torch.device) -> dict[str, str]:
     """What a result depends on, the device first."""
     found = torch.cuda.get_device_properties(device)
+    host = report.machine()
     about = {
-        "date": report.machine()["date"],
+        "date": host["date"],
         "device": found.name,
         "memory": f"{found.total_memory / 2**30:.0f} GiB",
         "capability": f"{found.major}.{found.minor}",
         "processors": str(found.multi_processor_count),
-        "driver": driver(),
+        "driver": report.first_line("nvidia-smi", *DRIVER) or "unknown",
         "CUDA of torch": str(torch.version.cuda),
-        "nvcc": str(gpu_native.compiler()),
+        "nvcc": gpu_native.compiler() or "none",
     }
-    return about | {k: v for k, v in report.machine().items() if k not in about}
+    return about | {k: v for k, v in host.items() if k not in about}
 
 
 class Session(run.Session):

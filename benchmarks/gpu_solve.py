@@ -13,7 +13,8 @@ from torch import Tensor
 import data
 import torch_ext
 from case import KI, NONE, Case, Goal, Goals, Job, Missing, Peer, Run, expect
-from gpu_cases import QUANT_MAX, QUANT_MIN, Statistic
+from gpu_cases import QUANT_MAX, QUANT_MIN
+from gpu_inputs import Statistic
 from torch_ext import ops
 
 QUANTIZERS = 100

@@ -174,6 +174,15 @@ def summary(rows: Sequence[Row]) -> str:
     return text
 
 
+def first_line(*command: str) -> str:
+    """Of what a program prints; nothing where it is missing or fails."""
+    try:
+        done = subprocess.run(command, cwd=native.FOLDER, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout else ""
+
+
 def machine() -> dict[str, str]:
     """What a result depends on."""
     versions = {"torch": str(torch.__version__)}
@@ -183,13 +192,7 @@ def machine() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
     info = torch_ext.build_info()
-    compiler = subprocess.run([native.compiler(), "--version"], capture_output=True, text=True)
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=native.FOLDER,
-        capture_output=True,
-        text=True,
-    )
+    commit = first_line("git", "describe", "--always", "--dirty")
     return {
         "date": datetime.date.today().isoformat(),
         "cpu": native.cpu_model(),
@@ -197,9 +200,9 @@ def machine() -> dict[str, str]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         **versions,
-        "torch_ext": f"{info['version']} {commit.stdout.strip()}".strip(),
+        "torch_ext": f"{info['version']} {commit}".strip(),
         "kernels": str(info["cpu_capability"]),
-        "compiler": compiler.stdout.splitlines()[0] if compiler.stdout else native.compiler(),
+        "compiler": first_line(native.compiler(), "--version") or native.compiler(),
     }
 
 

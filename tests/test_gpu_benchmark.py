@@ -19,6 +19,7 @@ from torch import Tensor
 import case as cases_of_benchmarks
 import gpu
 import gpu_cases
+import gpu_inputs
 import gpu_native
 import gpu_solve
 import report
@@ -165,6 +166,18 @@ def test_a_wrong_result_is_not_timed(on_cpu: None, monkeypatch: pytest.MonkeyPat
     assert "ours and the peer disagree: extrema" in trial.notes[0]
 
 
+def test_a_type_that_torch_has_no_op_for_has_no_peer(on_cpu: None, monkeypatch: pytest.MonkeyPatch):
+    def refuse() -> None:
+        raise NotImplementedError("not implemented for 'BFloat16'")
+
+    monkeypatch.setattr(gpu_cases.Setup, "torch", lambda setup, x: refuse)
+    trial = session(monkeypatch, Counting())
+    (chosen,) = [c for c in gpu_cases.cases(CPU) if c.name == "fake_quant/forward+mask bfloat16"]
+    trial.run(chosen)
+    assert [(row.peer, row.verdict) for row in trial.rows] == [(None, "")]
+    assert not trial.failed
+
+
 def test_goals_are_those_of_the_largest_size(monkeypatch: pytest.MonkeyPatch):
     """fp32 min/max at 1 GiB: as fast as the peer, 0.9 of reading."""
 
@@ -193,6 +206,12 @@ def test_a_peer_that_does_one_of_100_counts_100_times():
     assert (row.peer.seconds, row.peer.ratio) == (0.25, 50.0)
 
 
+def test_facts_of_the_machine():
+    assert report.first_line(sys.executable, "-c", "print('one\\ntwo')") == "one"
+    assert report.first_line(sys.executable, "-c", "raise SystemExit(1)") == ""
+    assert report.first_line("no-such-program-anywhere") == ""
+
+
 def test_rotating_takes_one_after_the_other():
     seen: list[int] = []
     run = gpu_native.rotating([lambda i=i: seen.append(i) for i in range(3)])
@@ -203,9 +222,9 @@ def test_rotating_takes_one_after_the_other():
 
 def test_small_inputs_do_not_fit_the_cache_together():
     for size, dtype in itertools.product((1 << 16, 1 << 20), (torch.float32, torch.float16)):
-        buffers = gpu_cases.ROTATED_BYTES // (size * dtype.itemsize)
+        buffers = gpu_inputs.ROTATED_BYTES // (size * dtype.itemsize)
         assert buffers * size * dtype.itemsize >= 2 * (60 << 20)
-    assert len(gpu_cases.inputs(CPU, 1 << 20).each) == 2
+    assert len(gpu_inputs.inputs(CPU, 1 << 20).each) == 2
 
 
 def test_drift_is_noted():

@@ -28,10 +28,18 @@ BY_VALUE = {
 }
 
 
+# Refused on the CPU because the sample's zero points are not on such a grid.
+ZERO_POINT_OFF = {"grid without 0 above", "grid without 0 below"}
+
+
+def is_by_value(op: str, what: str) -> bool:
+    return what in BY_VALUE or ("fake_quant" in op and what in ZERO_POINT_OFF)
+
+
 def cases(by_value: bool) -> Iterator[Any]:
     for op, clauses in CLAUSES.items():
         for what, _, wrong in clauses:
-            if (what in BY_VALUE) == by_value:
+            if is_by_value(op, what) == by_value:
                 yield pytest.param(op, wrong, id=f"{op}-{what.replace(' ', '_')}")
 
 
@@ -85,8 +93,11 @@ def test_bad_value_gives_nan_without_a_wait(op: str, wrong: dict[str, Any], devi
     elif op == "qparams":
         good = wrong["range"].isfinite().all(1) & (wrong["range"][:, 0] <= wrong["range"][:, 1])
         assert found.tolist() == (~good).tolist()
-    else:  # x is [2, 3] without NaN; one channel is bad
-        assert found.all(0).sum() == found.any(0).sum() == 1
+    else:  # x is [2, 3] without NaN, with the channels on axis 1
+        s, z = arguments["scale"].cpu(), arguments["zero_point"].cpu()
+        bad = ~(s.isfinite() & (s > 0))
+        bad |= (z < arguments["quant_min"]) | (z > arguments["quant_max"])
+        assert found.cpu().tolist() == [bad.tolist()] * 2
 
 
 @pytest.mark.sanitizer
@@ -128,7 +139,7 @@ def test_invalid_range(grid: Any, pair: tuple[float, float], device: torch.devic
             ops.qparams(values, *grid)
         return
     scale, zero_point = ops.qparams(values.to(device), *grid)
-    want = ops.qparams(values[::2], *grid)
+    want = ops.qparams(values[::2].contiguous(), *grid)
     assert scale[1].isnan()
     assert_same_bits([scale[::2], zero_point[::2]], list(want))
 
@@ -177,7 +188,7 @@ def test_bad_counts_of_a_linear_histogram(where: int, count: int, device: torch.
         return
     for variant in ("slides", "ncnn", "tvm"):
         index, threshold = ops.kl_threshold(counts.to(device), width.to(device), 128, variant)
-        want = ops.kl_threshold(counts[::2], width[::2], 128, variant)
+        want = ops.kl_threshold(counts[::2], width[:2], 128, variant)
         assert index[1] == -1
         assert threshold[1].isnan()
         assert_same_bits([index[::2], threshold[::2]], list(want), variant)
