@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
-# Runs both test runners, the second one also where the first fails, and repeats their closing lines.
+# Compiles the CUDA sources where there is nvcc, and runs both test runners, each also where the one
+# before fails. Repeats their closing lines.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PATH=$PATH:$PWD/.venv/bin
 
 failed=0
+.venv/bin/python tools/cuda_check.py --if-nvcc 2>&1 | tee build/cuda_check.log || failed=1
 ctest --test-dir build/current --output-on-failure --no-tests=error -j "${JOBS:-$(nproc)}" 2>&1 |
     tee build/ctest.log || failed=1
 .venv/bin/python -m pytest -q 2>&1 | tee build/pytest.log || failed=1
 
 {
+    tail -n 1 build/cuda_check.log
     printf 'ctest:  %s\n' "$(grep 'tests passed' build/ctest.log || tail -n 1 build/ctest.log)"
     printf 'pytest: %s\n' "$(tail -n 1 build/pytest.log)"
 } | tee build/closing_lines
