@@ -27,6 +27,8 @@ import toolchain
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / "build" / "cuda-check"
 
+LONGEST_NAME = 60
+
 ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(\S+)'")
 PROPERTIES = re.compile(r"Function properties for (\S+)")
 FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -73,7 +75,8 @@ def readable(names: list[str]) -> list[str]:
         name = re.sub(r"\(anonymous namespace\)::|_GLOBAL__N__\w+?::|torch_ext::|cuda::", "", name)
         # nvcc puts the file's name into that of the anonymous namespace.
         kernel = re.fullmatch(r"void gpu::run<(.*)>\(.*\)", name)
-        short.append(kernel[1].strip() if kernel else name)
+        name = kernel[1].strip() if kernel else name
+        short.append(name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 3] + "...")
     return short
 
 
