@@ -83,7 +83,6 @@ struct Observe {
   }
 
   // ---- reading
-  // -----------------------------------------------------------------------------------
 
   TE_GPU void accumulate(Block& block, int64_t group, int64_t part) const {
     block.start([&](int c) { return old_top(group, c); });
@@ -160,7 +159,6 @@ struct Observe {
   }
 
   // ---- a channel of one block
-  // --------------------------------------------------------------------
 
   TE_GPU void add_alone(BlockState& state, int64_t group, int c) const {
     const core::ChannelStatistic to = target(group, c);
@@ -216,7 +214,6 @@ struct Observe {
   }
 
   // ---- a channel of several blocks
-  // ---------------------------------------------------------------
 
   TE_GPU void split(Block& block, BlockState& state) const {
     const int64_t group = gpu::block() / cut.splits, part = gpu::block() % cut.splits;
@@ -297,7 +294,6 @@ struct Observe {
 };
 
 // ---- planning
-// --------------------------------------------------------------------------------------
 
 struct Plan {
   Cut cut;

@@ -68,4 +68,11 @@ void fake_quant_forward(core::DType dtype, const core::FakeQuantJob& job, Stream
 void fake_quant_backward(core::DType dtype, const void* grad, const uint8_t* mask, void* dx,
                          int64_t numel, Stream stream);
 
+// Observe, solve(job) and fake_quant_forward(map) in one launch and one pass over memory, where the
+// rule reads extrema, each channel is one row and a row fits on chip. map.scale and map.zero_point
+// are the job's; what its statistic holds before does not matter.
+bool follows_on_chip(const SolveJob& job, core::DType dtype, const core::FakeQuantJob& map);
+void follow_on_chip(const SolveJob& job, core::DType dtype, const core::FakeQuantJob& map,
+                    Stream stream);
+
 }  // namespace torch_ext::cuda

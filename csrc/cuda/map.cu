@@ -1,7 +1,6 @@
 #include "core/divide.h"
 #include "cuda/driver.h"
-#include "cuda/values.h"
-#include "fake_quant/fake_quant.h"
+#include "cuda/group.h"
 #include "gpu.h"
 
 // Element-wise fake-quant: a thread has the eight elements of one byte of the mask.
@@ -9,27 +8,6 @@ namespace torch_ext::cuda {
 namespace {
 
 using core::FakeQuantJob;
-using fake_quant::FakeQuant;
-
-constexpr int kGroup = 8;
-
-// Eight elements from or to memory, in as few accesses as their type allows.
-template <class T>
-struct Group {
-  static constexpr int kPackets = kGroup / kPerPacket<T>;
-  gpu::Packet packets[kPackets];
-
-  TE_GPU void load(const T* from) {
-    for (int i = 0; i < kPackets; ++i) packets[i] = gpu::load(from + i * kPerPacket<T>);
-  }
-  TE_GPU void store(T* to) const {
-    for (int i = 0; i < kPackets; ++i) gpu::store(to + i * kPerPacket<T>, packets[i]);
-  }
-  TE_GPU T get(int i) const { return element<T>(packets[i / kPerPacket<T>], i % kPerPacket<T>); }
-  TE_GPU void set(int i, T value) {
-    set_element(packets[i / kPerPacket<T>], i % kPerPacket<T>, value);
-  }
-};
 
 // The qparams of consecutive elements of [outer, channels, inner].
 template <class C>
@@ -64,7 +42,6 @@ class Channels {
   core::Affine<C> affine_;
 };
 
-// kDefault: with the rounding and the mask that nearly everybody uses, known when compiling.
 template <class T, bool kDefault>
 struct Forward {
   static constexpr int kThreads = 256;
@@ -86,28 +63,18 @@ struct Forward {
       in.load(x);
 #pragma unroll
       for (int i = 0; i < kGroup; ++i) {
-        result.set(i, map(in.get(i), channels, i, bits));
+        result.set(i, map_element<T, kDefault>(job, in.get(i), channels.affine(), i, bits));
         if (i + 1 < kGroup) channels.advance();
       }
       result.store(out);
     } else {
       const int count = numel - first < kGroup ? static_cast<int>(numel - first) : kGroup;
       for (int i = 0; i < count; ++i) {
-        out[i] = map(x[i], channels, i, bits);
+        out[i] = map_element<T, kDefault>(job, x[i], channels.affine(), i, bits);
         if (i + 1 < count) channels.advance();
       }
     }
     if (job.mask != nullptr) job.mask[first / kGroup] = static_cast<uint8_t>(bits);
-  }
-
- private:
-  TE_GPU T map(T element, const Channels<C>& channels, int i, uint32_t& bits) const {
-    const core::Rounding rounding = kDefault ? core::Rounding::half_even : job.rounding;
-    const core::Mask mask = kDefault ? core::Mask::rounded : job.mask_kind;
-    const C x = core::widen(element);
-    if (job.mask != nullptr && FakeQuant::passes(x, channels.affine(), rounding, mask))
-      bits |= 1u << i;
-    return core::narrow<T>(FakeQuant::forward(x, channels.affine(), rounding));
   }
 };
 
@@ -130,11 +97,11 @@ struct Backward {
       in.load(grad + first);
 #pragma unroll
       for (int i = 0; i < kGroup; ++i)
-        result.set(i, FakeQuant::backward(in.get(i), (bits >> i & 1) != 0));
+        result.set(i, fake_quant::FakeQuant::backward(in.get(i), (bits >> i & 1) != 0));
       result.store(dx + first);
     } else {
       for (int i = 0; i < kGroup && first + i < numel; ++i)
-        dx[first + i] = FakeQuant::backward(grad[first + i], (bits >> i & 1) != 0);
+        dx[first + i] = fake_quant::FakeQuant::backward(grad[first + i], (bits >> i & 1) != 0);
     }
   }
 };
@@ -145,29 +112,12 @@ void launch_over(const char* op, const Kernel& kernel, int64_t numel, Stream str
   gpu::launch(op, kernel, {(groups + Kernel::kThreads - 1) / Kernel::kThreads}, stream);
 }
 
-// use<T>() for the type.
-template <class Use>
-void with_type(core::DType dtype, const Use& use) {
-  switch (dtype) {
-    case core::DType::f32:
-      return use.template operator()<float>();
-    case core::DType::f64:
-      return use.template operator()<double>();
-    case core::DType::f16:
-      return use.template operator()<core::half>();
-    case core::DType::bf16:
-      return use.template operator()<core::bfloat16>();
-  }
-}
-
 }  // namespace
 
 void fake_quant_forward(core::DType dtype, const FakeQuantJob& job, Stream stream) {
   const bool aligned = is_aligned(job.x) && is_aligned(job.out);
-  const bool is_default = job.rounding == core::Rounding::half_even &&
-                          (job.mask == nullptr || job.mask_kind == core::Mask::rounded);
   with_type(dtype, [&]<class T>() {
-    if (is_default)
+    if (is_default(job))
       launch_over("fake_quant", Forward<T, true>{job, aligned}, job.layout.numel(), stream);
     else
       launch_over("fake_quant", Forward<T, false>{job, aligned}, job.layout.numel(), stream);

@@ -1,11 +1,10 @@
 #include <algorithm>
 #include <vector>
 
-#include "core/solution.h"
 #include "cuda/block.h"
 #include "cuda/driver.h"
+#include "cuda/rows.h"
 #include "gpu.h"
-#include "registry.h"
 #include "rule_table.h"
 
 // Rules, for all quantizers of a list in one launch. A row is a channel of a job. Rows that read
@@ -20,21 +19,6 @@ using core::View;
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / gpu::kWarp;
-
-template <class List>
-struct MostOptions;
-template <class... R>
-struct MostOptions<List<R...>> {
-  static constexpr int value = std::max({R::option_count...});
-};
-
-// A job in a kernel's arguments.
-struct Task {
-  SolveJob job;  // its options are those below
-  double options[MostOptions<Observers>::value];
-  Needs needs;
-  int64_t end;  // rows of this and all tasks before it
-};
 
 // A row's memory: its view's words, those of its search, then these.
 struct RowState {
@@ -53,14 +37,6 @@ struct Layout {
   int64_t groups;      // of a warp's candidates, at most
 };
 
-// f.template operator()<Rule>() for the rule of this index.
-template <class F>
-TE_GPU void with_rule(int32_t rule, const F& f) {
-  Observers::for_each([&]<class R>(int32_t index) {
-    if (index == rule) f.template operator()<R>();
-  });
-}
-
 // The steps, over tasks[0 .. count) whose first `cheap` rows read extrema at most; `wave` of the
 // other rows at a time have memory.
 struct Steps {
@@ -75,7 +51,7 @@ struct Steps {
   TE_GPU void operator()() const {
     for (int64_t row = gpu::block() * kThreads + gpu::thread(); row < cheap;
          row += gpu::blocks() * kThreads)
-      solve_extrema(row);
+      solve_extrema(row_of(row));
     for (int64_t begin = cheap; begin < rows; begin += wave) {
       const int64_t end = begin + wave < rows ? begin + wave : rows;
       each_warp((end - begin) * 64, [&](int64_t i) { add_octave(begin, begin + i / 64, i % 64); });
@@ -99,22 +75,7 @@ struct Steps {
 
  private:
   // ---- rows
-  // --------------------------------------------------------------------------------------
 
-  struct Row {
-    const Task& task;
-    int64_t channel;
-
-    TE_GPU core::ChannelStatistic statistic() const { return task.job.statistic.channel(channel); }
-    // Frozen: its range is found and stays, so nothing was observed.
-    TE_GPU bool is_frozen() const {
-      return task.job.solved != nullptr && *task.job.solved != 0 &&
-             task.job.averaging_constant == 0;
-    }
-    TE_GPU bool has_values() const {
-      return task.needs == Needs::nothing || statistic().tally[core::kFinite] > 0;
-    }
-  };
   TE_GPU Row row_of(int64_t row) const {
     int32_t low = 0, high = count - 1;
     while (low < high) {
@@ -142,30 +103,6 @@ struct Steps {
     for (int64_t i = warp; i < items; i += gpu::blocks() * kWarps) f(i);
   }
 
-  // ---- results
-  // -----------------------------------------------------------------------------------
-
-  TE_GPU static void store(const Row& row, core::Range solved) {
-    const SolveJob& job = row.task.job;
-    const core::Range range = core::store_range(job, row.channel, solved, core::moves(job));
-    if (job.scale == nullptr) return;
-    core::QParams q = core::qparams(range, job.grid);
-    with_rule(job.rule, [&]<class R>() {
-      if constexpr (core::GivesQParams<R>) q = R::qparams(job.grid, row.task.options);
-    });
-    core::store_qparams(job, row.channel, q);
-  }
-  // A channel without values leaves a range that follows, and makes any other (0, 0). Returns
-  // whether that was all.
-  TE_GPU static bool store_unseen(const Row& row) {
-    if (row.is_frozen()) return true;
-    if (row.has_values()) return false;
-    if (row.task.job.solved == nullptr) store(row, {0, 0});
-    return true;
-  }
-  TE_GPU static core::Range nothing_plausible() {
-    return {static_cast<double>(__builtin_nanf("")), static_cast<double>(__builtin_nanf(""))};
-  }
   TE_GPU void mark(int64_t index) const {
     const Row row = row_of(index);
     if (row.task.job.solved != nullptr && !row.is_frozen() && row.has_values())
@@ -173,25 +110,6 @@ struct Steps {
   }
 
   // ---- steps
-  // -------------------------------------------------------------------------------------
-
-  TE_GPU void solve_extrema(int64_t index) const {
-    const Row row = row_of(index);
-    if (store_unseen(row)) return;
-    const Task& task = row.task;
-    View view{};
-    core::Range range{0, 0};
-    if (task.needs == Needs::extrema) {
-      const core::ChannelStatistic s = row.statistic();
-      if (!core::has_extrema(s)) return store(row, nothing_plausible());
-      view = core::frame_view(task.job.statistic.layout, task.needs, s.extrema, s.tally, nullptr);
-    }
-    with_rule(task.job.rule, [&]<class R>() {
-      if constexpr (core::ClosedRule<R> && R::needs <= Needs::extrema)
-        range = R::solve(view, task.job.grid, task.options);
-    });
-    store(row, range);
-  }
 
   TE_GPU View frame(int64_t begin, int64_t index, const Row& row) const {
     const core::ChannelStatistic s = row.statistic();
@@ -368,7 +286,6 @@ struct Steps {
 };
 
 // ---- launching
-// -------------------------------------------------------------------------------------
 
 // Jobs of one launch; their list travels in its arguments.
 template <int kMost>
@@ -436,12 +353,9 @@ void launch(const std::vector<const SolveJob*>& jobs, const Heavy& heavy, void* 
   steps.layout = heavy.layout;
   steps.memory = static_cast<int64_t*>(scratch);
   for (int32_t t = 0; t < steps.count; ++t) {
+    const RuleRow& rule = rules()[jobs[t]->rule];
     Task& task = kernel.tasks[t];
-    task.job = *jobs[t];
-    task.job.options = nullptr;
-    const RuleRow& rule = rules()[task.job.rule];
-    for (size_t i = 0; i < rule.options.size(); ++i) task.options[i] = jobs[t]->options[i];
-    task.needs = rule.needs;
+    task = task_of(*jobs[t], rule.needs, static_cast<int32_t>(rule.options.size()));
     steps.rows += task.job.statistic.channels;
     task.end = steps.rows;
     if (is_cheap(*jobs[t])) steps.cheap = steps.rows;
