@@ -115,3 +115,22 @@ def broken_states() -> dict[str, State]:
     states["every_bin_full"] = normal._replace(counts=torch.full_like(normal.counts, 2**63 - 1))
     states["more_tiny_than_all"] = normal._replace(tally=torch.tensor([[5, 9, 9, 0, 0]]))
     return states
+
+
+PER_CHANNEL = {"qscheme": torch.per_channel_symmetric, "ch_axis": 1, "channel_len": 3}
+SCHEMES: dict[str, dict[str, Any]] = {
+    "per_tensor": {},
+    "unsigned": {"dtype": "uint8"},
+    "affine": {"dtype": "uint8", "qscheme": torch.per_tensor_affine},
+    "per_channel": PER_CHANNEL,
+    "per_channel_affine": {**PER_CHANNEL, "qscheme": torch.per_channel_affine, "dtype": "int4"},
+}
+
+
+def refused(function: Callable[..., Any], *arguments: Any) -> str | None:
+    """The text of the exception, if the call raises one."""
+    try:
+        function(*arguments)
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return None

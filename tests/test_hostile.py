@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,19 +10,19 @@ import torch
 from torch import Tensor
 
 import torch_ext
-from hostile import REFUSED_PER_CHANNEL, SEQUENCES, as_dtype, broken_states, finite_values
+from hostile import (
+    REFUSED_PER_CHANNEL,
+    SCHEMES,
+    SEQUENCES,
+    as_dtype,
+    broken_states,
+    finite_values,
+    refused,
+)
 from support import DTYPES
 from torch_ext import FakeQuantState, ops
 
 RULES = torch_ext.observers()
-PER_CHANNEL = {"qscheme": torch.per_channel_symmetric, "ch_axis": 1, "channel_len": 3}
-SCHEMES: dict[str, dict[str, Any]] = {
-    "per_tensor": {},
-    "unsigned": {"dtype": "uint8"},
-    "affine": {"dtype": "uint8", "qscheme": torch.per_tensor_affine},
-    "per_channel": PER_CHANNEL,
-    "per_channel_affine": {**PER_CHANNEL, "qscheme": torch.per_channel_affine, "dtype": "int4"},
-}
 
 
 def feed(module: torch.nn.Module, name: str, batches: list[Tensor]) -> list[Tensor]:
@@ -48,15 +47,6 @@ def fitting(batches: list[Tensor], observer: torch_ext.Observer) -> list[Tensor]
     """Those that have the observer's channels."""
     axis, channels = observer.ch_axis, observer.channel_len
     return [b for b in batches if axis < 0 or (b.dim() > axis and b.shape[axis] == channels)]
-
-
-def refused(function: Callable[..., Any], *arguments: Any) -> str | None:
-    """The text of the exception, if the call raises one."""
-    try:
-        function(*arguments)
-    except (RuntimeError, ValueError) as error:
-        return str(error)
-    return None
 
 
 def assert_sound(scale: Tensor, zero_point: Tensor, observer: torch_ext.Observer) -> None:
