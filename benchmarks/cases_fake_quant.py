@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-import data
+import distributions
 from case import MI, Case, Ceiling, Goals, Job, Peer, Run, expect, goals
 from torch_ext import ops
 
@@ -36,7 +36,7 @@ class Setup:
 
     def __init__(self, size: int, per_channel: bool, dtype: torch.dtype = torch.float32) -> None:
         self.axis = 0 if per_channel else -1
-        self.x = data.gauss(size).to(dtype)
+        self.x = distributions.gauss(size).to(dtype)
         if per_channel:
             self.x = self.x.view(-1, ROW)
         channels = len(self.x) if per_channel else 1
@@ -121,7 +121,7 @@ def forward_bf16(size: int) -> Job:
 
 def backward(per_channel: bool, size: int) -> Job:
     s = Setup(size, per_channel)
-    gradient = data.gauss(size, seed=1).view_as(s.x)
+    gradient = distributions.gauss(size, seed=1).view_as(s.x)
     _, bits = s.ours_with_mask()()
     _, flags = s.torch_with_mask()()
     kind = "per_channel" if per_channel else "per_tensor"
@@ -151,7 +151,7 @@ def _torch_step(x: Tensor, per_channel: bool, channels: int) -> tuple[Run, Tenso
 
 def step(per_channel: bool, size: int) -> Job:
     """A QAT forward: the range follows the batch, the batch is fake-quantized with it."""
-    x = data.gauss(size)
+    x = distributions.gauss(size)
     if per_channel:
         x = x.view(-1, ROW)
     channels, axis = (len(x), 0) if per_channel else (1, -1)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import data
+import distributions
 import torch_ext
 from case import MI, NONE, Case, Ceiling, Goals, Job, Missing, Peer, Run, expect, goals
 from torch_ext import ops
@@ -49,7 +49,7 @@ class Statistic:
 
 
 def min_max(size: int) -> Job:
-    x, statistic = data.gauss(size), Statistic()
+    x, statistic = distributions.gauss(size), Statistic()
     run = statistic.observing(x)
 
     def check() -> None:
@@ -62,7 +62,7 @@ def min_max(size: int) -> Job:
 
 
 def min_max_module(size: int) -> Job:
-    x = data.gauss(size)
+    x = distributions.gauss(size)
     ours, theirs = torch_ext.Observer("min_max"), ao_observer("MinMaxObserver")
     peer = Peer("ao MinMaxObserver", functools.partial(theirs, x), goals((KI64, 1, 3, 6)))
     return Job(functools.partial(ours, x), (peer,), ceiling=Ceiling("read", x))
@@ -78,7 +78,7 @@ def _check_rows(run: Run, statistic: Statistic, x: Tensor, dim: int) -> Run:
 
 
 def rows(length: int, size: int) -> Job:
-    x = data.gauss(size // length * length).view(-1, length)
+    x = distributions.gauss(size // length * length).view(-1, length)
     statistic = Statistic(len(x))
     run = statistic.observing(x, 0)
     aminmax = Peer("torch.aminmax(dim=1)", functools.partial(torch.aminmax, x, dim=1), ROWS)
@@ -92,7 +92,7 @@ def rows(length: int, size: int) -> Job:
 
 
 def rows_module(length: int, size: int) -> Job:
-    x = data.gauss(size // length * length).view(-1, length)
+    x = distributions.gauss(size // length * length).view(-1, length)
     ours = torch_ext.Observer(
         "min_max", qscheme=torch.per_channel_symmetric, ch_axis=0, channel_len=len(x)
     )
@@ -102,7 +102,7 @@ def rows_module(length: int, size: int) -> Job:
 
 
 def innermost(size: int) -> Job:
-    x = data.gauss(size).view(-1, 4096)
+    x = distributions.gauss(size).view(-1, 4096)
     statistic = Statistic(4096)
     run = statistic.observing(x, 1)
     aminmax = functools.partial(torch.aminmax, x, dim=0)
@@ -127,7 +127,7 @@ def composed_histogram(x: Tensor) -> Run:
 
 
 def histogram(size: int) -> Job:
-    x, statistic = data.gauss(size), Statistic(histogram=True)
+    x, statistic = distributions.gauss(size), Statistic(histogram=True)
     run = statistic.observing(x)
     low, high = (bound.item() for bound in torch.aminmax(x))
     histc = functools.partial(torch.histc, x, PEER_BINS, min=low, max=high)
@@ -149,7 +149,7 @@ def histogram(size: int) -> Job:
 
 
 def histogram_module(size: int) -> Job:
-    x = data.gauss(size)
+    x = distributions.gauss(size)
     ours, theirs = torch_ext.Observer("percentile"), ao_observer("HistogramObserver")
     peer = Peer("ao HistogramObserver", functools.partial(theirs, x), HISTOGRAM)
     return Job(functools.partial(ours, x), (peer,), ceiling=Ceiling("read", x))
@@ -157,7 +157,7 @@ def histogram_module(size: int) -> Job:
 
 def histogram_of(name: str, size: int) -> Job:
     """Ours on other data against ours on Gaussian data: no data may be slow."""
-    x, normal = data.DISTRIBUTIONS[name](size), data.gauss(size)
+    x, normal = distributions.DISTRIBUTIONS[name](size), distributions.gauss(size)
     run = Statistic(histogram=True).observing(x)
     limits: Goals = goals(*((n, t, 0.6, 0.8) for n in (MI, 16 * MI) for t in (1, 2)))
     peer = Peer("ours on gauss", Statistic(histogram=True).observing(normal), limits)
@@ -165,14 +165,14 @@ def histogram_of(name: str, size: int) -> Job:
 
 
 def histogram_bf16(size: int) -> Job:
-    x = data.gauss(size)
+    x = distributions.gauss(size)
     run = Statistic(histogram=True).observing(x.bfloat16())
     peer = Peer("ours on float32", Statistic(histogram=True).observing(x))
     return Job(run, (peer,), ceiling=Ceiling("read", x.bfloat16()))
 
 
 def second_thread(size: int) -> Job:
-    x = data.gauss(size)
+    x = distributions.gauss(size)
     two, one = Statistic(histogram=True).observing(x), Statistic(histogram=True).observing(x)
 
     def on(threads: int, run: Run) -> Run:
@@ -198,7 +198,7 @@ CASES = (
     Case("observe/histogram module", histogram_module),
     *(
         Case(f"observe/histogram of {name}", functools.partial(histogram_of, name))
-        for name in data.DISTRIBUTIONS
+        for name in distributions.DISTRIBUTIONS
     ),
     Case("observe/histogram bfloat16", histogram_bf16),
     Case("observe/histogram 2nd thread", second_thread, threads=(2,)),

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import data
+import distributions
 import native
 import torch_ext
 from case import KI, MI, Case, Ceiling, Goal, Goals, Job, Missing, Peer, expect, goals
@@ -35,7 +35,7 @@ def one_thread(must: float, reach: float) -> Goals:
 
 def percentile(size: int) -> Job:
     """Peers are handed |x|, which ours computes, and find the one rank exactly."""
-    x = data.gauss(size)
+    x = distributions.gauss(size)
     magnitude = x.abs()
     rank = math.ceil(size * PERCENTILE / 100)
 
@@ -56,7 +56,7 @@ def percentile(size: int) -> Job:
 
 
 def clip_std(size: int) -> Job:
-    x = data.gauss(size)
+    x = distributions.gauss(size)
     centred = torch.empty_like(x)
 
     def ours() -> Tensor:
@@ -79,7 +79,7 @@ def clip_std(size: int) -> Job:
 
 def _linear(bins: int, signed: bool) -> tuple[Tensor, Tensor]:
     """A histogram of heavy-tailed data, int64 [1, bins], and its bin width, float64 [1]."""
-    x = data.laplace(SAMPLES)
+    x = distributions.laplace(SAMPLES)
     bound = x.abs().max().item()
     low = -bound if signed else 0.0
     counts = torch.histc(x if signed else x.abs(), bins, min=low, max=bound).long()
@@ -124,7 +124,7 @@ def kl_onnxruntime(_: int) -> Job:
 
 
 def mse(_: int) -> Job:
-    x = data.laplace(SAMPLES)
+    x = distributions.laplace(SAMPLES)
     statistic = Statistic(histogram=True)
     statistic.observing(x)()
     grid = (-128, 127, True)
@@ -141,7 +141,7 @@ def _model() -> tuple[Statistic, ...]:
     """Statistics of 100 activations: normal, rectified and heavy-tailed, at several scales."""
 
     def values() -> Iterator[Tensor]:
-        kinds = (data.gauss, data.relu, data.laplace)
+        kinds = (distributions.gauss, distributions.relu, distributions.laplace)
         for i in range(QUANTIZERS):
             yield kinds[i % 3](64 * KI, seed=i).mul_(0.1 * 1.05**i)
 

@@ -19,8 +19,8 @@ import gpu_solve
 import gpu_timing
 import native
 import options
-import report
 import run
+import tables
 import timing
 import torch_ext
 from case import Job
@@ -69,14 +69,14 @@ def parse() -> argparse.Namespace:
 def machine(device: torch.device) -> dict[str, str]:
     """What a result depends on, the device first."""
     found = torch.cuda.get_device_properties(device)
-    host = report.machine()
+    host = tables.machine()
     about = {
         "date": host["date"],
         "device": found.name,
         "memory": f"{found.total_memory / 2**30:.0f} GiB",
         "capability": f"{found.major}.{found.minor}",
         "processors": str(found.multi_processor_count),
-        "driver": report.first_line("nvidia-smi", *DRIVER) or "unknown",
+        "driver": tables.first_line("nvidia-smi", *DRIVER) or "unknown",
         "CUDA of torch": str(torch.version.cuda),
         "nvcc": gpu_native.compiler() or "none",
     }
@@ -135,15 +135,15 @@ def warm_up(device: torch.device) -> None:
 
 
 def write(
-    chosen: argparse.Namespace, record: tuple[dict[str, str], list[report.Row], list[str]]
+    chosen: argparse.Namespace, record: tuple[dict[str, str], list[tables.Row], list[str]]
 ) -> None:
     about = record[0]
-    stem = f"{about['date']}-{report.slug(about['device'])}"
+    stem = f"{about['date']}-{tables.slug(about['device'])}"
     folders = [native.OUTPUT]
     folders += [native.FOLDER / "results"] if chosen.save else []
     folders += [chosen.out] if chosen.out is not None else []
     for folder in folders:
-        report.write(Path(folder), stem, *record)
+        tables.write(Path(folder), stem, *record)
         print(f"written: {Path(folder) / stem}.json, .txt")
 
 
@@ -166,13 +166,13 @@ def main() -> int:
     session = Session(chosen, gpu_timing.by_events(device))
     warm_up(device)
     before = session.bandwidth(device, max(chosen.sizes))
-    print(f"\n{report.HEADER}")
+    print(f"\n{tables.HEADER}")
     for case in cases:
         session.run(case)
         torch.cuda.empty_cache()
     for text in drift(before, session.bandwidth(device, max(chosen.sizes))):
         session.note(text)
-    print(f"\n{report.summary(session.rows)}")
+    print(f"\n{tables.summary(session.rows)}")
     print(f"{time.monotonic() - begin:.0f} s")
     write(chosen, (about, session.rows, session.notes))
     return 1 if session.failed else 0

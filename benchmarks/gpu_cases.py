@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import data
+import distributions
 import gpu_native
 import torch_ext
 from case import MI, NONE, Case, Goals, Job, Missing, Peer, Run, expect, goals
@@ -247,7 +247,7 @@ def cases(device: torch.device) -> list[Case]:
     def case(name: str, function: Callable[..., Job], *arguments: object) -> Case:
         return Case(name, functools.partial(function, device, *arguments))
 
-    others = [kind for kind in data.DISTRIBUTIONS if kind != "relu"]
+    others = [kind for kind in distributions.DISTRIBUTIONS if kind != "relu"]
     return [
         *(case(f"observe/min_max {NAMES[d]}", min_max, d) for d in NAMES),
         case("observe/min_max rows of 4096", rows),

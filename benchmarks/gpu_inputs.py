@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import data
+import distributions
 from case import MI, NONE, Ceiling, Goals, Run
 from cases_observe import MANTISSA_BITS, OCTAVES
 from gpu_native import rotating
@@ -58,7 +58,7 @@ class Inputs:
 def inputs(
     device: torch.device, size: int, dtype: torch.dtype = torch.float32, kind: str = "gauss"
 ) -> Inputs:
-    make = data.gauss if kind == "gauss" else data.DISTRIBUTIONS[kind]
+    make = distributions.gauss if kind == "gauss" else distributions.DISTRIBUTIONS[kind]
     buffers = max(1, ROTATED_BYTES // (size * torch.empty(0, dtype=dtype).element_size()))
     if device.type == "cpu":
         buffers = min(buffers, 2)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import data
+import distributions
 import torch_ext
 from case import KI, NONE, Case, Goal, Goals, Job, Missing, Peer, Run, expect
 from gpu_cases import QUANT_MAX, QUANT_MIN
@@ -30,7 +30,7 @@ ONNXRUNTIME: Goals = {(0, 0): Goal(5000, 50000)}
 def activations(device: torch.device, count: int) -> list[Tensor]:
     """Normal, rectified and heavy-tailed ones at several scales; on the CPU first, so that any
     device solves the same."""
-    kinds = (data.gauss, data.relu, data.laplace)
+    kinds = (distributions.gauss, distributions.relu, distributions.laplace)
     made = [kinds[i % 3](64 * KI, seed=i).mul_(0.1 * 1.05**i) for i in range(count)]
     return [x.to(device) for x in made]
 

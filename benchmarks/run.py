@@ -13,7 +13,7 @@ import options
 
 if TYPE_CHECKING:
     from case import Case, Job
-    from report import Row
+    from tables import Row
     from timing import Samples
 
 # Both sides get memory that has been touched before: a fresh 64 MiB costs ten times what an op on
@@ -91,7 +91,7 @@ class Session:
     def _run_at(self, case: Case, size: int, threads: int) -> None:
         import torch
 
-        import report
+        import tables
         from case import Missing
 
         if threads:
@@ -106,9 +106,9 @@ class Session:
             self.failed = True
             self.note(f"FAILED: {case.name}: {type(error).__name__}: {error}")
             return
-        found = report.rows_of(case.name, size, threads, job, samples)
+        found = tables.rows_of(case.name, size, threads, job, samples)
         for row in found:
-            print(report.line(row), flush=True)
+            print(tables.line(row), flush=True)
         self.rows += found
         if threads and samples.page_faults > MANY_FAULTS:
             self.note(f"fresh memory: {samples.page_faults:.0f} page faults a call in {case.name}")
@@ -123,7 +123,7 @@ def main() -> int:
     import cases_observe
     import cases_solve
     import native
-    import report
+    import tables
 
     cases = [*cases_observe.CASES, *cases_fake_quant.CASES, *cases_solve.CASES]
     cases = choose(cases, chosen.only)
@@ -132,23 +132,23 @@ def main() -> int:
         return 0
     begin = time.monotonic()
     torch.set_grad_enabled(False)
-    about = report.machine()
+    about = tables.machine()
     about["rounds"] = str(chosen.rounds)
     about["clock"] = "CPU time of the thread" if chosen.cpu_time else "wall"
     print("\n".join(f"{key:12} {value}" for key, value in about.items()))
-    print(f"\n{report.HEADER}")
+    print(f"\n{tables.HEADER}")
     touch_memory(max(chosen.sizes))
     session = Session(chosen)
     for case in cases:
         session.run(case)
-    print(f"\n{report.summary(session.rows)}")
+    print(f"\n{tables.summary(session.rows)}")
     print(f"{time.monotonic() - begin:.0f} s")
     record = (about, session.rows, session.notes)
-    report.write(native.OUTPUT, "latest", *record)
+    tables.write(native.OUTPUT, "latest", *record)
     print(f"written: {native.OUTPUT / 'latest.json'}, .txt")
     if chosen.save and not session.failed:
-        stem = f"{about['date']}-{report.slug(about['cpu'])}"
-        report.write(native.FOLDER / "results", stem, *record)
+        stem = f"{about['date']}-{tables.slug(about['cpu'])}"
+        tables.write(native.FOLDER / "results", stem, *record)
         print(f"written: {native.FOLDER / 'results' / stem}.json, .txt")
     return 1 if session.failed else 0
 

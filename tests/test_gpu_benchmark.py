@@ -22,7 +22,7 @@ import gpu_cases
 import gpu_inputs
 import gpu_native
 import gpu_solve
-import report
+import tables
 import timing
 import torch_ext
 
@@ -181,7 +181,7 @@ def test_a_type_that_torch_has_no_op_for_has_no_peer(on_cpu: None, monkeypatch: 
 def test_goals_are_those_of_the_largest_size(monkeypatch: pytest.MonkeyPatch):
     """fp32 min/max at 1 GiB: as fast as the peer, 0.9 of reading."""
 
-    def rows(ours: float) -> list[report.Row]:
+    def rows(ours: float) -> list[tables.Row]:
         job = cases_of_benchmarks.Job(
             ours=lambda: None,
             peers=(cases_of_benchmarks.Peer("peer", lambda: 0, gpu_cases.MIN_MAX[torch.float32]),),
@@ -189,7 +189,7 @@ def test_goals_are_those_of_the_largest_size(monkeypatch: pytest.MonkeyPatch):
         )
         seconds = {"ours": [ours], "peer": [1.0], "ceiling": [0.95]}
         samples = timing.Samples(seconds, [0], 0.0)
-        return report.rows_of("observe/min_max", gpu_cases.LARGEST, 0, job, samples)
+        return tables.rows_of("observe/min_max", gpu_cases.LARGEST, 0, job, samples)
 
     assert [r.verdict for r in rows(0.8)] == ["reach"]
     assert [r.verdict for r in rows(0.97)] == ["met"]
@@ -200,16 +200,16 @@ def test_a_peer_that_does_one_of_100_counts_100_times():
     one = cases_of_benchmarks.Peer("peer", lambda: 0, {}, items=1)
     job = cases_of_benchmarks.Job(ours=lambda: None, peers=(one,), items=100)
     samples = timing.Samples({"ours": [0.5], "peer": [0.25]}, [0], 0.0)
-    (row,) = report.rows_of("kl", 0, 0, job, samples)
+    (row,) = tables.rows_of("kl", 0, 0, job, samples)
     assert row.seconds == 0.005
     assert row.peer is not None
     assert (row.peer.seconds, row.peer.ratio) == (0.25, 50.0)
 
 
 def test_facts_of_the_machine():
-    assert report.first_line(sys.executable, "-c", "print('one\\ntwo')") == "one"
-    assert report.first_line(sys.executable, "-c", "raise SystemExit(1)") == ""
-    assert report.first_line("no-such-program-anywhere") == ""
+    assert tables.first_line(sys.executable, "-c", "print('one\\ntwo')") == "one"
+    assert tables.first_line(sys.executable, "-c", "raise SystemExit(1)") == ""
+    assert tables.first_line("no-such-program-anywhere") == ""
 
 
 def test_rotating_takes_one_after_the_other():
@@ -271,3 +271,10 @@ def test_buffers_that_are_no_multiple_of_a_tile_are_refused():
         gpu_native.ceilings("read", [torch.ones(1)])
     with pytest.raises(ValueError, match="expected kind to be one of read, copy, 2r1w, got write"):
         gpu_native.ceilings("write", [torch.ones(SIZE)])
+
+
+def test_the_benchmarks_modules_have_names_of_their_own():
+    """They and the examples' are imported by plain names, in one process here."""
+    names = {path.name for path in FOLDER.glob("*.py")}
+    for folder in ("examples", "tests", "tests/cuda", "tools"):
+        assert not names & {path.name for path in (ROOT / folder).glob("*.py")}, folder
