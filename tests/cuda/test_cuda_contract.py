@@ -33,7 +33,8 @@ ZERO_POINT_OFF = {"grid without 0 above", "grid without 0 below"}
 
 
 def is_by_value(op: str, what: str) -> bool:
-    return what in BY_VALUE or ("fake_quant" in op and what in ZERO_POINT_OFF)
+    fake_quant = op in ("fake_quant", "_fake_quant_forward")
+    return what in BY_VALUE or (fake_quant and what in ZERO_POINT_OFF)
 
 
 def cases(by_value: bool) -> Iterator[Any]:
