@@ -131,6 +131,37 @@ def many(**wrong: Any) -> dict[str, Any]:
     return {name: [good[name][0], value] for name, value in wrong.items()}
 
 
+def follow_clauses() -> list[Clause]:
+    return [
+        *data_clauses(3),
+        ("range dtype", "range", {"range": torch.zeros(3, 2, dtype=F64)}),
+        ("range columns", "range", {"range": torch.zeros(3, 3)}),
+        ("range rows", "range", {"range": torch.zeros(4, 2)}),
+        ("range strided", "range", {"range": torch.zeros(2, 3).t()}),
+        ("scale dtype", "scale", {"scale": torch.zeros(3, dtype=torch.half)}),
+        ("scale numel", "scale", {"scale": torch.zeros(2)}),
+        ("zero_point dtype", "zero_point", {"zero_point": torch.zeros(3, dtype=I64)}),
+        ("zero_point numel", "zero_point", {"zero_point": torch.zeros(1, dtype=I32)}),
+        ("solved dtype", "solved", {"solved": torch.zeros(1)}),
+        ("solved numel", "solved", {"solved": torch.zeros(3, dtype=torch.uint8)}),
+        ("constant negative", "averaging_constant", {"averaging_constant": -0.1}),
+        ("constant above 1", "averaging_constant", {"averaging_constant": 1.5}),
+        ("constant NaN", "averaging_constant", {"averaging_constant": NAN}),
+        ("mantissa bits", "mantissa_bits", {"mantissa_bits": 4}),
+        ("many mantissa bits", "mantissa_bits", {"mantissa_bits": 11}),
+        ("octaves", "octaves", {"octaves": 3}),
+        ("many octaves", "octaves", {"octaves": 33}),
+        ("16 bits", "grid", {"quant_min": -32768, "quant_max": 32767}),
+        ("other number of channels", "x|range", {"x": torch.ones(2, 4)}),
+        *grid_clauses(),
+        *rule_clauses(),
+    ]
+
+
+ROUNDING_CLAUSES: list[Clause] = [
+    ("unknown rounding", "known: half_even", {"rounding": "up"}),
+    ("unknown mask", "known: rounded", {"mask": "none"}),
+]
 CLAUSES: dict[str, list[Clause]] = {
     "fake_quant": [*data_clauses(3), *qparams_clauses(), *grid_clauses()],
     "_fake_quant_forward": [*data_clauses(3), *qparams_clauses(), *grid_clauses()],
@@ -186,30 +217,9 @@ CLAUSES: dict[str, list[Clause]] = {
         ("unknown scale rule", "known: grid", {"scale_rule": ""}),
         *grid_clauses(),
     ],
-    "follow_": [
-        *data_clauses(3),
-        ("range dtype", "range", {"range": torch.zeros(3, 2, dtype=F64)}),
-        ("range columns", "range", {"range": torch.zeros(3, 3)}),
-        ("range rows", "range", {"range": torch.zeros(4, 2)}),
-        ("range strided", "range", {"range": torch.zeros(2, 3).t()}),
-        ("scale dtype", "scale", {"scale": torch.zeros(3, dtype=torch.half)}),
-        ("scale numel", "scale", {"scale": torch.zeros(2)}),
-        ("zero_point dtype", "zero_point", {"zero_point": torch.zeros(3, dtype=I64)}),
-        ("zero_point numel", "zero_point", {"zero_point": torch.zeros(1, dtype=I32)}),
-        ("solved dtype", "solved", {"solved": torch.zeros(1)}),
-        ("solved numel", "solved", {"solved": torch.zeros(3, dtype=torch.uint8)}),
-        ("constant negative", "averaging_constant", {"averaging_constant": -0.1}),
-        ("constant above 1", "averaging_constant", {"averaging_constant": 1.5}),
-        ("constant NaN", "averaging_constant", {"averaging_constant": NAN}),
-        ("mantissa bits", "mantissa_bits", {"mantissa_bits": 4}),
-        ("many mantissa bits", "mantissa_bits", {"mantissa_bits": 11}),
-        ("octaves", "octaves", {"octaves": 3}),
-        ("many octaves", "octaves", {"octaves": 33}),
-        ("16 bits", "grid", {"quant_min": -32768, "quant_max": 32767}),
-        ("other number of channels", "x|range", {"x": torch.ones(2, 4)}),
-        *grid_clauses(),
-        *rule_clauses(),
-    ],
+    "follow_": follow_clauses(),
+    "follow_fake_quant": [*follow_clauses(), *ROUNDING_CLAUSES],
+    "_follow_fake_quant_forward": [*follow_clauses(), *ROUNDING_CLAUSES],
     "kl_threshold": [
         ("counts dtype", "counts", {"counts": torch.ones(2, 256)}),
         ("counts rank", "counts", {"counts": torch.ones(256, dtype=I64)}),

@@ -94,6 +94,12 @@ FAKE_QUANT: list[Make] = [
     lambda: fake_quant(data(4, 5, dtype=HALF), -1),
     lambda: fake_quant(data(4, 5, dtype=torch.float64), 0),
 ]
+FOLLOW: list[Make] = [
+    lambda: follow(data(2, 3), 1),
+    lambda: follow(data(40), -1, solved=0, rule="percentile", options=[99.0]),
+    lambda: follow(data(40, dtype=HALF), -1, averaging_constant=0.0),
+    with_gradient(lambda: follow(data(4, 5), -1, rule="min_max")),
+]
 SAMPLES: dict[str, list[Make]] = {
     "fake_quant": [*FAKE_QUANT, *map(with_gradient, (FAKE_QUANT[0], FAKE_QUANT[2], FAKE_QUANT[7]))],
     "_fake_quant_forward": FAKE_QUANT,
@@ -129,11 +135,11 @@ SAMPLES: dict[str, list[Make]] = {
         },
         lambda: {"range": torch.zeros(0, 2), "quant_min": -8, "quant_max": 7, "symmetric": True},
     ],
-    "follow_": [
-        lambda: follow(data(2, 3), 1),
-        lambda: follow(data(40), -1, solved=0, rule="percentile", options=[99.0]),
-        lambda: follow(data(40, dtype=HALF), -1, averaging_constant=0.0),
-        with_gradient(lambda: follow(data(4, 5), -1, rule="min_max")),
+    "follow_": FOLLOW,
+    "follow_fake_quant": [*FOLLOW, lambda: follow(data(3, 8), 0, mask="paper", solved=0)],
+    "_follow_fake_quant_forward": [
+        *FOLLOW[:3],
+        lambda: follow(data(3, 5), 0, rounding="half_away", with_mask=False),
     ],
     "kl_threshold": [
         lambda: {

@@ -158,3 +158,30 @@ def test_same_result_at_any_thread_count_and_split_of_strides():
             follow(q, view, 1.0, "mse")
             found.append(torch.cat([q.range[0], q.scale]))
     assert all(torch.equal(f, found[0]) for f in found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("rule", RULES)
+def test_following_and_quantizing_at_once_is_doing_both(rule: str, dtype: torch.dtype):
+    """Range, qparams, values and gradient; a range that is set, moved, and kept."""
+    g = GRIDS["int8"]
+    state = fresh(3)
+    for c in (0.25, 0.25, 0.0):
+        x = (torch.randn(3, 24) * 4).to(dtype)
+        together, apart = state.clone(), state.clone()
+        ops.follow_(x, *apart, c, rule, g.quant_min, g.quant_max, g.symmetric, ch_axis=0)
+        given = [x.clone().requires_grad_(True) for _ in range(2)]
+        out = ops.follow_fake_quant(
+            given[0], *together, c, rule, g.quant_min, g.quant_max, g.symmetric, ch_axis=0
+        )
+        want = ops.fake_quant(
+            given[1], apart.scale, apart.zero_point, g.quant_min, g.quant_max, ch_axis=0
+        )
+        assert torch.equal(out, want)
+        for have, expected in zip(together, apart, strict=True):
+            assert torch.equal(have, expected)
+        upstream = torch.randn_like(out)
+        out.backward(upstream)
+        want.backward(upstream)
+        assert torch.equal(given[0].grad, given[1].grad)
+        state = together

@@ -23,7 +23,10 @@ def cases() -> Iterator[Any]:
 
 
 # A part of a public op speaks by the name that users know.
-PUBLIC = {"_fake_quant_forward": "fake_quant"}
+PUBLIC = {
+    "_fake_quant_forward": "fake_quant",
+    "_follow_fake_quant_forward": "follow_fake_quant",
+}
 
 
 def assert_lists_the_known(text: str, op: str, first: str, wrong: dict[str, Any]) -> None:

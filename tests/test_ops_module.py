@@ -24,6 +24,7 @@ FUNCTIONS = [
     ops.solve_many,
     ops.qparams,
     ops.follow_,
+    ops.follow_fake_quant,
     ops.kl_threshold,
 ]
 

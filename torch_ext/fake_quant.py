@@ -118,29 +118,19 @@ class FakeQuantize(nn.Module):
         observer = self.observer
         if action in ACCUMULATE and not observer.transient:
             observer(x)
-        if action in FOLLOW and observer.statistic != "none":
-            self._follow(x, self.range, self.scale, self.zero_point, self.solved)
         if action not in QUANTIZE:
             return x
+        if action in FOLLOW and observer.statistic != "none":
+            own = (self.range, self.scale, self.zero_point, self.solved)
+            return ops.follow_fake_quant(x, *own, *self._follow_arguments())
         return ops.fake_quant(
             x, self.scale, self.zero_point, observer.quant_min, observer.quant_max, observer.ch_axis
         )
 
-    def _follow(
-        self,
-        x: Tensor,
-        range: Tensor,
-        scale: Tensor,
-        zero_point: Tensor,
-        solved: Tensor,
-    ) -> None:
+    def _follow_arguments(self) -> tuple[Any, ...]:
+        """What ``ops.follow_`` takes behind the range it moves."""
         observer = self.observer
-        ops.follow_(
-            x,
-            range,
-            scale,
-            zero_point,
-            solved,
+        return (
             self.averaging_constant,
             observer.name,
             observer.quant_min,
@@ -175,7 +165,7 @@ class FakeQuantize(nn.Module):
             torch.zeros_like(self.zero_point),
         )
         solved = torch.zeros_like(self.solved)  # so that the first batch, this one, is taken whole
-        self._follow(weight, *found, solved)
+        ops.follow_(weight, *found, solved, *self._follow_arguments())
         return WeightSolution(found if bool(solved) else None, fresh.extrema, fresh.tally)
 
     @torch.no_grad()

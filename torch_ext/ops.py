@@ -212,6 +212,55 @@ def follow_(
     )
 
 
+def follow_fake_quant(
+    x: Tensor,
+    range: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    solved: Tensor,
+    averaging_constant: float,
+    rule: str,
+    quant_min: int,
+    quant_max: int,
+    symmetric: bool,
+    scale_rule: str = "grid",
+    power_of_two: bool = False,
+    options: Options | None = None,
+    ch_axis: int = -1,
+    mantissa_bits: int = 10,
+    octaves: int = 16,
+    mask: str = "rounded",
+    rounding: str = "half_even",
+) -> Tensor:
+    """:func:`follow_`, then :func:`fake_quant` of ``x`` with the range it left: a step of training.
+
+    The same numbers as the two, in one pass over memory where a channel's values fit on a GPU's
+    chip. Differentiable in ``x``, straight through.
+    """
+    if options is None or isinstance(options, Mapping):
+        options = encode_options(rule, options or {})
+    return _native.follow_fake_quant(  # type: ignore[no-any-return]
+        x,
+        range,
+        scale,
+        zero_point,
+        solved,
+        averaging_constant,
+        rule,
+        quant_min,
+        quant_max,
+        symmetric,
+        scale_rule,
+        power_of_two,
+        list(options),
+        ch_axis,
+        mantissa_bits,
+        octaves,
+        mask,
+        rounding,
+    )
+
+
 def kl_threshold(
     counts: Tensor, bin_width: Tensor, levels: int = 128, variant: str = "slides"
 ) -> tuple[Tensor, Tensor]:

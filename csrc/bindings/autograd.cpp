@@ -71,7 +71,86 @@ at::Tensor fake_quant(const at::Tensor& x, const at::Tensor& scale, const at::Te
   return below_autograd(x, scale, zero_point, quant_min, quant_max, ch_axis, mask, rounding);
 }
 
+at::Tensor follow_below_autograd(const at::Tensor& x, const at::Tensor& range,
+                                 const at::Tensor& scale, const at::Tensor& zero_point,
+                                 const at::Tensor& solved, double averaging_constant,
+                                 c10::string_view rule, int64_t quant_min, int64_t quant_max,
+                                 bool symmetric, c10::string_view scale_rule, bool power_of_two,
+                                 at::ArrayRef<double> options, int64_t ch_axis,
+                                 int64_t mantissa_bits, int64_t octaves, c10::string_view mask,
+                                 c10::string_view rounding) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("torch_ext::follow_fake_quant", "")
+                             .typed<decltype(follow_below_autograd)>();
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return op.call(x, range, scale, zero_point, solved, averaging_constant, rule, quant_min,
+                 quant_max, symmetric, scale_rule, power_of_two, options, ch_axis, mantissa_bits,
+                 octaves, mask, rounding);
+}
+
+std::tuple<at::Tensor, at::Tensor> follow_forward_op(
+    const at::Tensor& x, const at::Tensor& range, const at::Tensor& scale,
+    const at::Tensor& zero_point, const at::Tensor& solved, double averaging_constant,
+    c10::string_view rule, int64_t quant_min, int64_t quant_max, bool symmetric,
+    c10::string_view scale_rule, bool power_of_two, at::ArrayRef<double> options, int64_t ch_axis,
+    int64_t mantissa_bits, int64_t octaves, c10::string_view mask, c10::string_view rounding,
+    bool with_mask) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("torch_ext::_follow_fake_quant_forward", "")
+                             .typed<decltype(follow_forward_op)>();
+  return op.call(x, range, scale, zero_point, solved, averaging_constant, rule, quant_min,
+                 quant_max, symmetric, scale_rule, power_of_two, options, ch_axis, mantissa_bits,
+                 octaves, mask, rounding, with_mask);
+}
+
+struct FollowFakeQuantFunction : torch::autograd::Function<FollowFakeQuantFunction> {
+  static constexpr bool is_traceable = true;
+
+  static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const at::Tensor& range,
+                            const at::Tensor& scale, const at::Tensor& zero_point,
+                            const at::Tensor& solved, double averaging_constant,
+                            const std::string& rule, int64_t quant_min, int64_t quant_max,
+                            bool symmetric, const std::string& scale_rule, bool power_of_two,
+                            const std::vector<double>& options, int64_t ch_axis,
+                            int64_t mantissa_bits, int64_t octaves, const std::string& mask,
+                            const std::string& rounding) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    auto [out, bits] =
+        follow_forward_op(x, range, scale, zero_point, solved, averaging_constant, rule, quant_min,
+                          quant_max, symmetric, scale_rule, power_of_two, options, ch_axis,
+                          mantissa_bits, octaves, mask, rounding, true);
+    context->save_for_backward({bits});
+    return out;
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    constexpr size_t kArguments = 18;
+    variable_list gradients(kArguments);
+    if (grads[0].defined()) gradients[0] = backward_op(grads[0], context->get_saved_variables()[0]);
+    return gradients;
+  }
+};
+
+at::Tensor follow_fake_quant(const at::Tensor& x, const at::Tensor& range, const at::Tensor& scale,
+                             const at::Tensor& zero_point, const at::Tensor& solved,
+                             double averaging_constant, c10::string_view rule, int64_t quant_min,
+                             int64_t quant_max, bool symmetric, c10::string_view scale_rule,
+                             bool power_of_two, at::ArrayRef<double> options, int64_t ch_axis,
+                             int64_t mantissa_bits, int64_t octaves, c10::string_view mask,
+                             c10::string_view rounding) {
+  if ((at::GradMode::is_enabled() && x.requires_grad()) || x._fw_grad(0).defined())
+    return FollowFakeQuantFunction::apply(
+        x, range, scale, zero_point, solved, averaging_constant, std::string(rule), quant_min,
+        quant_max, symmetric, std::string(scale_rule), power_of_two, options.vec(), ch_axis,
+        mantissa_bits, octaves, std::string(mask), std::string(rounding));
+  return follow_below_autograd(x, range, scale, zero_point, solved, averaging_constant, rule,
+                               quant_min, quant_max, symmetric, scale_rule, power_of_two, options,
+                               ch_axis, mantissa_bits, octaves, mask, rounding);
+}
+
 TORCH_LIBRARY_IMPL(torch_ext, Autograd, m) {
+  m.impl("follow_fake_quant", TORCH_FN(follow_fake_quant));
+  m.impl("_follow_fake_quant_forward", torch::autograd::autogradNotImplementedFallback());
   m.impl("fake_quant", TORCH_FN(fake_quant));
   m.impl("_fake_quant_forward", torch::autograd::autogradNotImplementedFallback());
   m.impl("_fake_quant_backward", torch::autograd::autogradNotImplementedFallback());

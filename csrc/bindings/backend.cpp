@@ -98,6 +98,18 @@ void Backend::fake_quant_forward(core::DType dtype, const core::FakeQuantJob& jo
   on_stream([&] { cuda::fake_quant_forward(dtype, job, stream_); });
 }
 
+bool Backend::follows_on_chip(int32_t rule, core::DType dtype,
+                              const core::FakeQuantJob& map) const {
+  bool follows = false;
+  if (is_cuda()) on_stream([&] { follows = cuda::follows_on_chip(rule, dtype, map); });
+  return follows;
+}
+
+void Backend::follow_on_chip(const core::SolveJob& job, core::DType dtype,
+                             const core::FakeQuantJob& map) const {
+  on_stream([&] { cuda::follow_on_chip(job, dtype, map, stream_); });
+}
+
 void Backend::fake_quant_backward(core::DType dtype, const void* grad, const uint8_t* mask,
                                   void* dx, int64_t numel) const {
   if (!is_cuda()) return cpu::fake_quant_backward(dtype, grad, mask, dx, numel);

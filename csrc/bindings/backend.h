@@ -27,6 +27,10 @@ class Backend {
   void kl_threshold(const at::Tensor& counts, const at::Tensor& bin_width, int64_t levels,
                     observers::KlVariant variant, at::Tensor& index, at::Tensor& threshold) const;
   void fake_quant_forward(core::DType dtype, const core::FakeQuantJob& job) const;
+  // Whether the next can be: the range follows and the data is quantized in one pass over memory.
+  bool follows_on_chip(int32_t rule, core::DType dtype, const core::FakeQuantJob& map) const;
+  void follow_on_chip(const core::SolveJob& job, core::DType dtype,
+                      const core::FakeQuantJob& map) const;
   void fake_quant_backward(core::DType dtype, const void* grad, const uint8_t* mask, void* dx,
                            int64_t numel) const;
 

@@ -49,6 +49,14 @@ int64_t check_axis(const char* op, const at::Tensor& x, int64_t ch_axis) {
   return ch_axis < 0 ? 1 : x.size(ch_axis);
 }
 
+core::ChannelLayout channel_layout(const at::Tensor& x, int64_t ch_axis) {
+  if (ch_axis < 0) return {1, 1, x.numel()};
+  core::ChannelLayout layout{1, x.size(ch_axis), 1};
+  for (int64_t d = 0; d < ch_axis; ++d) layout.outer *= x.size(d);
+  for (int64_t d = ch_axis + 1; d < x.dim(); ++d) layout.inner *= x.size(d);
+  return layout;
+}
+
 core::HistogramLayout check_layout(const char* op, int64_t mantissa_bits, int64_t octaves) {
   if (octaves != 0) {
     expect(mantissa_bits >= 5 && mantissa_bits <= 10, op, "mantissa_bits", "between 5 and 10",

@@ -29,6 +29,9 @@ core::DType check_data(const char* op, const char* argument, const at::Tensor& x
 // Number of channels: 1 for ch_axis -1.
 int64_t check_axis(const char* op, const at::Tensor& x, int64_t ch_axis);
 
+// Contiguous data of x's shape as [outer, channels, inner].
+core::ChannelLayout channel_layout(const at::Tensor& x, int64_t ch_axis);
+
 // Tensors of a statistic, of `channels` channels, or of as many as they have for -1.
 core::Statistic check_statistic(const char* op, const at::Tensor& extrema, const at::Tensor& tally,
                                 const at::Tensor& counts, int64_t channels,

@@ -43,13 +43,7 @@ Arguments check(const char* op, const at::Tensor& x, const at::Tensor& scale,
   expect(quant_max > quant_min && quant_max <= 65535, op, "quant_max",
          "more than quant_min and at most 65535", quant_max);
   check_values(op, scale, zero_point, quant_min, quant_max);
-  core::ChannelLayout layout{1, 1, x.numel()};
-  if (ch_axis >= 0) {
-    layout = {1, channels, 1};
-    for (int64_t d = 0; d < ch_axis; ++d) layout.outer *= x.size(d);
-    for (int64_t d = ch_axis + 1; d < x.dim(); ++d) layout.inner *= x.size(d);
-  }
-  return {dtype, layout, parse_mask(op, {mask.data(), mask.size()}),
+  return {dtype, channel_layout(x, ch_axis), parse_mask(op, {mask.data(), mask.size()}),
           parse_rounding(op, {rounding.data(), rounding.size()})};
 }
 

@@ -72,6 +72,30 @@ void follow_(const at::Tensor& x, const at::Tensor& range, const at::Tensor& sca
                           {"solved", solved}});
 }
 
+std::tuple<at::Tensor, at::Tensor> follow_forward(
+    const at::Tensor& x, const at::Tensor& range, const at::Tensor& scale,
+    const at::Tensor& zero_point, const at::Tensor& solved, double, Text, int64_t, int64_t, bool,
+    Text, bool, at::ArrayRef<double>, int64_t, int64_t, int64_t, Text, Text, bool with_mask) {
+  expect_meta("follow_fake_quant", {{"x", x},
+                                    {"range", range},
+                                    {"scale", scale},
+                                    {"zero_point", zero_point},
+                                    {"solved", solved}});
+  const c10::SymInt bytes = with_mask ? (x.sym_numel() + 7) / 8 : c10::SymInt(0);
+  return {like(x), at::empty_symint({bytes}, x.options().dtype(at::kByte))};
+}
+
+at::Tensor follow_fake_quant(const at::Tensor& x, const at::Tensor& range, const at::Tensor& scale,
+                             const at::Tensor& zero_point, const at::Tensor& solved, double c,
+                             Text rule, int64_t quant_min, int64_t quant_max, bool symmetric,
+                             Text scale_rule, bool power_of_two, at::ArrayRef<double> options,
+                             int64_t ch_axis, int64_t mantissa_bits, int64_t octaves, Text mask,
+                             Text rounding) {
+  return std::get<0>(follow_forward(x, range, scale, zero_point, solved, c, rule, quant_min,
+                                    quant_max, symmetric, scale_rule, power_of_two, options,
+                                    ch_axis, mantissa_bits, octaves, mask, rounding, false));
+}
+
 at::Tensor range_of(const at::Tensor& extrema) {
   return at::empty_symint({extrema.sym_size(0), 2}, extrema.options().dtype(at::kFloat));
 }
@@ -137,6 +161,8 @@ TORCH_LIBRARY_IMPL(torch_ext, Meta, m) {
   m.impl("observe_", TORCH_FN(observe_));
   m.impl("merge_", TORCH_FN(merge_));
   m.impl("follow_", TORCH_FN(follow_));
+  m.impl("follow_fake_quant", TORCH_FN(follow_fake_quant));
+  m.impl("_follow_fake_quant_forward", TORCH_FN(follow_forward));
   m.impl("solve", TORCH_FN(solve));
   m.impl("solve_many", TORCH_FN(solve_many));
   m.impl("qparams", TORCH_FN(qparams));

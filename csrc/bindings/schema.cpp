@@ -68,13 +68,19 @@ TORCH_LIBRARY(torch_ext, m) {
       "scale_rule=\"grid\", "
       "bool power_of_two=False) -> (Tensor scale, Tensor zero_point)",
       tags);
-  m.def(
-      "follow_(Tensor x, Tensor(a!) range, Tensor(b!) scale, Tensor(c!) zero_point, Tensor(d!) "
-      "solved, "
+  // A range that follows the batches: what it is moved by, and its quantizer.
+  const std::string follow =
+      "(Tensor x, Tensor(a!) range, Tensor(b!) scale, Tensor(c!) zero_point, Tensor(d!) solved, "
       "float averaging_constant, str rule, int quant_min, int quant_max, bool symmetric, "
       "str scale_rule=\"grid\", bool power_of_two=False, float[] options=[], int ch_axis=-1, "
-      "int mantissa_bits=10, int octaves=16) -> ()",
-      any_layout);
+      "int mantissa_bits=10, int octaves=16";
+  const std::string quantize = ", str mask=\"rounded\", str rounding=\"half_even\"";
+  m.def(("follow_" + follow + ") -> ()").c_str(), any_layout);
+  m.def(("follow_fake_quant" + follow + quantize + ") -> Tensor").c_str(), tags);
+  m.def(("_follow_fake_quant_forward" + follow + quantize +
+         ", bool with_mask=True) -> (Tensor, Tensor)")
+            .c_str(),
+        tags);
   m.def(
       "kl_threshold(Tensor counts, Tensor bin_width, int levels=128, str variant=\"slides\") -> "
       "(Tensor index, Tensor threshold)",

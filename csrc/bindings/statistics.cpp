@@ -10,7 +10,7 @@
 #include "bindings/recomputing.h"
 #include "bindings/rules.h"
 
-// Ops that fill statistics: observe_, merge_, follow_, and every rule on one tensor.
+// Ops that fill statistics: observe_, merge_, and every rule on one tensor.
 namespace torch_ext::bindings {
 
 Transient::Transient(const at::Tensor& x, int64_t channels, core::Needs needs,
@@ -65,46 +65,6 @@ void merge_(const at::Tensor& extrema, const at::Tensor& tally, const at::Tensor
   Backend(op, extrema).merge(into, from);
 }
 
-void follow_(const at::Tensor& x, const at::Tensor& range, const at::Tensor& scale,
-             const at::Tensor& zero_point, const at::Tensor& solved, double averaging_constant,
-             c10::string_view rule_name, int64_t quant_min, int64_t quant_max, bool symmetric,
-             c10::string_view scale_rule, bool power_of_two, at::ArrayRef<double> options,
-             int64_t ch_axis, int64_t mantissa_bits, int64_t octaves) {
-  constexpr const char* op = "follow_";
-  const core::DType dtype = check_data(op, "x", x);
-  const int64_t channels = check_axis(op, x, ch_axis);
-  check_range(op, range, channels, x.device());
-  check_per_channel(op, "scale", scale, at::kFloat, channels, x.device());
-  check_per_channel(op, "zero_point", zero_point, at::kInt, channels, x.device());
-  check_per_channel(op, "solved", solved, at::kByte, 1, x.device());
-  expect(averaging_constant >= 0 && averaging_constant <= 1, op, "averaging_constant",
-         "between 0 and 1", averaging_constant);
-  const int32_t rule = check_rule(op, {rule_name.data(), rule_name.size()});
-  const core::Grid grid = check_grid(op, quant_min, quant_max, symmetric,
-                                     {scale_rule.data(), scale_rule.size()}, power_of_two);
-  const core::HistogramLayout layout = check_layout(op, mantissa_bits, octaves);
-  check_rule_use(op, rule, grid, layout, options.data(), options.size());
-  uint8_t* const solved_flag = solved.mutable_data_ptr<uint8_t>();
-  const Backend backend(op, x);
-  const bool frozen = averaging_constant == 0;
-  if (recomputing() || (frozen && !backend.is_cuda() && *solved_flag != 0)) return;
-  const Transient transient(x, channels, needs_of(rule), layout);
-  const core::Statistic statistic = transient.statistic();
-  if (needs_of(rule) != core::Needs::nothing)
-    backend.observe(view_of(x, dtype), ch_axis, statistic,
-                    transient.mode(frozen ? solved_flag : nullptr));
-  const core::SolveJob job{rule,
-                           grid,
-                           options.data(),
-                           statistic,
-                           range.mutable_data_ptr<float>(),
-                           scale.mutable_data_ptr<float>(),
-                           zero_point.mutable_data_ptr<int32_t>(),
-                           solved_flag,
-                           averaging_constant};
-  backend.solve({job});
-}
-
 }  // namespace
 
 at::Tensor solve_tensor(const at::Tensor& x, int64_t ch_axis, int32_t rule, const core::Grid& grid,
@@ -140,7 +100,6 @@ namespace {
 void register_ops(torch::Library& m) {
   m.impl("observe_", TORCH_FN(torch_ext::bindings::observe_));
   m.impl("merge_", TORCH_FN(torch_ext::bindings::merge_));
-  m.impl("follow_", TORCH_FN(torch_ext::bindings::follow_));
 }
 
 TORCH_LIBRARY_IMPL(torch_ext, CPU, m) { register_ops(m); }

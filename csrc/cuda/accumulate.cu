@@ -20,6 +20,7 @@ struct Cut {
   core::Walk walk;         // over units
   int64_t units;           // of a channel: packets where they are whole and aligned, else values
   int64_t values;          // of a channel
+  int64_t whole;           // units that are whole packets; at most the last is not
   int64_t channel_stride;  // in elements
   int32_t per_unit;        // values
   int32_t together;        // channels of an item: a power of two
@@ -126,11 +127,14 @@ struct Observe {
 #pragma unroll
       for (int i = 0; i < kPackets; ++i) {
         const int64_t unit = at + int64_t{i} * rows;
-        if (unit < end) {
+        if (unit < end && unit < from.cut.whole) {
           next[i] = gpu::load(base + from.offset(unit));
         } else {
-          for (int k = 0; k < kPerPacket<T>; ++k) set_element(next[i], k, nan_of<T>());
-          padding += kPerPacket<T>;
+          // Past the end, or the packet that the end lies in.
+          const int64_t left = unit < end ? from.cut.values - unit * kPerPacket<T> : 0;
+          for (int k = 0; k < kPerPacket<T>; ++k)
+            set_element(next[i], k, k < left ? base[unit * kPerPacket<T> + k] : nan_of<T>());
+          padding += kPerPacket<T> - static_cast<int>(left);
         }
       }
     }
@@ -309,6 +313,7 @@ constexpr int64_t kPerBlock = 1 << 15;
 bool is_packed(const TensorView& x, int32_t ch_axis, const core::Walk& walk, int64_t per_packet) {
   if (!is_aligned(x.data) || walk.dims[0].stride != 1) return false;
   if (ch_axis >= 0 && x.sizes[ch_axis] > 1 && x.strides[ch_axis] % per_packet != 0) return false;
+  if (walk.count == 1) return true;
   if (walk.dims[0].size % per_packet != 0) return false;
   for (int32_t d = 1; d < walk.count; ++d)
     if (walk.dims[d].stride % per_packet != 0) return false;
@@ -343,11 +348,12 @@ Plan make_plan(const TensorView& x, int32_t ch_axis, const Statistic& into, int6
   cut.together = most_together(cut.walk, cut.channel_stride, into);
   if (is_packed(x, ch_axis, cut.walk, kPerPacket<T>)) {
     cut.per_unit = kPerPacket<T>;
-    cut.walk.dims[0] = {cut.walk.dims[0].size / cut.per_unit, cut.per_unit};
+    cut.walk.dims[0] = {(cut.walk.dims[0].size + cut.per_unit - 1) / cut.per_unit, cut.per_unit};
   } else {
     cut.per_unit = 1;
   }
   cut.units = cut.walk.values();
+  cut.whole = cut.values / cut.per_unit;
   plan.shared_memory = sizeof(BlockState);
   if constexpr (kCounts<Table>) {
     const int64_t memory = gpu::device().shared_memory - static_cast<int64_t>(sizeof(BlockState));

@@ -71,7 +71,7 @@ void fake_quant_backward(core::DType dtype, const void* grad, const uint8_t* mas
 // Observe, solve(job) and fake_quant_forward(map) in one launch and one pass over memory, where the
 // rule reads extrema, each channel is one row and a row fits on chip. map.scale and map.zero_point
 // are the job's; what its statistic holds before does not matter.
-bool follows_on_chip(const SolveJob& job, core::DType dtype, const core::FakeQuantJob& map);
+bool follows_on_chip(int32_t rule, core::DType dtype, const core::FakeQuantJob& map);
 void follow_on_chip(const SolveJob& job, core::DType dtype, const core::FakeQuantJob& map,
                     Stream stream);
 

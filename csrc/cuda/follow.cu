@@ -100,11 +100,11 @@ size_t row_bytes(core::DType dtype, const FakeQuantJob& map) {
 
 }  // namespace
 
-bool follows_on_chip(const SolveJob& job, core::DType dtype, const FakeQuantJob& map) {
+bool follows_on_chip(int32_t rule, core::DType dtype, const FakeQuantJob& map) {
   // Fewer rows leave most of a device idle, unless there is little to do anyway.
   constexpr int64_t kManyRows = 32, kFewValues = 1 << 16;
   const core::ChannelLayout& layout = map.layout;
-  return rules()[job.rule].needs == Needs::extrema && layout.outer == 1 && layout.inner > 0 &&
+  return rules()[rule].needs == Needs::extrema && layout.outer == 1 && layout.inner > 0 &&
          layout.inner % kGroup == 0 && is_aligned(map.x) && is_aligned(map.out) &&
          (layout.channels >= kManyRows || layout.numel() <= kFewValues) &&
          static_cast<int64_t>(sizeof(BlockState) + row_bytes(dtype, map)) <=

@@ -64,12 +64,10 @@ struct KlThreshold {
   TE_GPU bool is_histogram(int64_t row, Shared& shared) const {
     constexpr int64_t kMost = observers::kl_reference::kMostCounts;
     int64_t total = 0;
-    bool wrong = false;
     for (int64_t j = gpu::thread(); j < bins; j += kThreads) {
       const int64_t n = counts[row * bins + j];
-      wrong = wrong || n < 0 || n > kMost;
-      // Sums that pass the bound stay there: 2^20 of them fit.
-      total = wrong || total > kMost ? kMost + 1 : total + n;
+      // A sum that passes the bound, or has met a wrong count, stays there: 2^20 of them fit.
+      total = n < 0 || n > kMost || total > kMost ? kMost + 1 : total + n;
     }
     total = block_fold<kThreads>(total, reinterpret_cast<int64_t*>(shared.fold),
                                  [](int64_t a, int64_t b) {
@@ -77,7 +75,7 @@ struct KlThreshold {
                                    return sum > kMost ? kMost + 1 : sum;
                                  });
     const double width = bin_width[row];
-    return !gpu::sync_or(wrong) && total <= kMost && width > 0 && width - width == 0;
+    return total <= kMost && width > 0 && width - width == 0;
   }
 };
 

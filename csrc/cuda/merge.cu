@@ -27,8 +27,8 @@ struct Merge {
                          : extrema[1];
     if (into.layout.octaves != 0) {
       const int32_t bottom = into.layout.bottom(core::top_octave(lo, hi));
+      // A bin, with all octaves that live there in turn, is one thread's.
       int64_t fallen = empty_below(to, core::top_octave(extrema[0], extrema[1]), bottom);
-      gpu::sync();
       fallen += add_counts(to, other, core::top_octave(others[0], others[1]), bottom);
       if (fallen != 0) gpu::add(&tiny, fallen);
       gpu::sync();

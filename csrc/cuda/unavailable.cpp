@@ -27,7 +27,7 @@ void fake_quant_forward(core::DType, const core::FakeQuantJob&, Stream) { refuse
 void fake_quant_backward(core::DType, const void*, const uint8_t*, void*, int64_t, Stream) {
   refuse();
 }
-bool follows_on_chip(const SolveJob&, core::DType, const core::FakeQuantJob&) { refuse(); }
+bool follows_on_chip(int32_t, core::DType, const core::FakeQuantJob&) { refuse(); }
 void follow_on_chip(const SolveJob&, core::DType, const core::FakeQuantJob&, Stream) { refuse(); }
 
 }  // namespace torch_ext::cuda

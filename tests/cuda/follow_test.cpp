@@ -84,7 +84,7 @@ TYPED_TEST(Follow, IsTheCpusThreeSteps) {
                                     core::Mask::rounded}};
     };
     auto [job, map] = jobs(have);
-    ASSERT_TRUE(cuda::follows_on_chip(job, arrays::kDType<T>, map));
+    ASSERT_TRUE(cuda::follows_on_chip(rule, arrays::kDType<T>, map));
     const int64_t before = gpu::emulation::launches();
     cuda::follow_on_chip(job, arrays::kDType<T>, map, nullptr);
     ASSERT_EQ(gpu::emulation::launches(), before + 1);
@@ -110,19 +110,11 @@ TYPED_TEST(Follow, IsTheCpusThreeSteps) {
 TEST(FollowOnChip, OnlyWhereARowFits) {
   gpu::emulation::machine() = machines::kMachines[1];
   alignas(16) float memory[16] = {};
-  const SolveJob job{solving::index_of<observers::MinMax>(),
-                     solving::kInt8,
-                     nullptr,
-                     {},
-                     nullptr,
-                     nullptr,
-                     nullptr,
-                     nullptr,
-                     1};
+  const int32_t rule = solving::index_of<observers::MinMax>();
   const auto fits = [&](core::ChannelLayout layout, const float* x = nullptr,
                         core::DType dtype = core::DType::f32) {
     return cuda::follows_on_chip(
-        job, dtype,
+        rule, dtype,
         {x == nullptr ? memory : x, memory, nullptr, layout, nullptr, nullptr, -128, 127,
          core::Rounding::half_even, core::Mask::rounded});
   };
