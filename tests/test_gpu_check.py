@@ -20,6 +20,7 @@ import gpu_check  # noqa: E402
 # Stands in for compute-sanitizer: racecheck finds something, initcheck never ends.
 SANITIZER = """#!/bin/sh
 echo "$@"
+[ "$1" != --help ] || echo "  --kernel-regex arg"
 case "$*" in *racecheck*) exit 9;; *initcheck*) sleep 60;; esac
 """
 FACTS = {"torch": "2.14.1+cu130", "gpu": "Some GPU", "capability": "90", "cuda": "13.0", "nvcc": ""}
@@ -129,6 +130,7 @@ def test_every_checker_runs(
     log = (tmp_path / "sanitizer.log").read_text()
     for result in check.results:
         assert f"==== {result.step}\n" in log
+        assert "--kernel-regex kns=torch_ext" in log
         assert f"--tool {result.step} {sys.executable} -m pytest" in log
     assert not list(tmp_path.glob("*.part"))
 
