@@ -15,7 +15,6 @@ import torch_ext
 from case import MI, NONE, Case, Goals, Job, Missing, Peer, Run, expect, goals
 from cases_observe import PEER_BINS, ao_observer
 from gpu_inputs import Statistic, inputs
-from torch_ext import ops
 
 SIZES = "64Ki,1Mi,64Mi,256Mi"
 LARGEST = 256 * MI
@@ -210,10 +209,10 @@ def step(device: torch.device, per_channel: bool, size: int) -> Job:
 
     def ours(x: Tensor) -> Run:
         def run() -> tuple[Tensor, Tensor]:
-            grid = (QUANT_MIN, QUANT_MAX)
-            qparams = (s.scale, s.zero_point)
-            ops.follow_(x, bounds, *qparams, solved, 0.01, "min_max", *grid, True, ch_axis=s.axis)
-            return native._fake_quant_forward(x, *qparams, *grid, s.axis)  # type: ignore[no-any-return]
+            follows = (bounds, s.scale, s.zero_point, solved, 0.01, "min_max")
+            return native._follow_fake_quant_forward(  # type: ignore[no-any-return]
+                x, *follows, QUANT_MIN, QUANT_MAX, True, ch_axis=s.axis
+            )
 
         return run
 

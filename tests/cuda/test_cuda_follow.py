@@ -91,6 +91,28 @@ def test_rows_that_fit_on_chip_and_rows_that_do_not(rule: str, device: torch.dev
         assert_steps(device, [x, x * 2], 0.1, rule, "int8", ch_axis=0, mantissa_bits=7, octaves=12)
 
 
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rule", RULES)
+def test_following_and_quantizing_at_once(rule: str, dtype: torch.dtype, device: torch.device):
+    """Rows that one launch keeps on chip (a multiple of 8, aligned), and all others."""
+    g = GRIDS["int8_affine"] if "int8_affine" in GRIDS else GRIDS["uint8_affine"]
+    for shape in ((5, 24), (40, 576), (3, 25), (2, 70_000), (1, 8)):
+        x = ZOO["mixed"](shape[0] * shape[1]).reshape(shape).to(dtype)
+        have, want = fresh(device, shape[0]), fresh("cpu", shape[0])
+        for c in (0.5, 0.5, 0.0):
+            outputs = []
+            for q, where in ((want, torch.device("cpu")), (have, device)):
+                v = to(x, where).detach().requires_grad_()
+                out = ops.follow_fake_quant(
+                    v, *q, c, rule, g.quant_min, g.quant_max, g.symmetric, ch_axis=0
+                )
+                out.backward(torch.ones_like(out))
+                outputs.append((out.detach(), v.grad))
+            assert_same_bits(have, want, rule, shape, c)
+            assert_same_bits(outputs[1], outputs[0], rule, shape, c)
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_a_channel_without_a_finite_value_keeps_its_own(rule: str, device: torch.device):
     x = torch.stack([sample("gauss", 50), torch.full((50,), torch.nan), sample("relu", 50)])

@@ -1,0 +1,283 @@
+#pragma once
+
+#include "core/solution.h"
+#include "cuda/block.h"
+#include "cuda/rows.h"
+#include "gpu.h"
+
+// Rules, for all quantizers of a list in one launch. A row is a channel of a job. Rows that read
+// only extrema are solved by a thread each. The others go together through steps, with all blocks
+// waiting in between: totals of octaves, prefix sums (the view), closed rules and preparation of
+// searches, objectives of all candidates, winners.
+namespace torch_ext::cuda {
+
+constexpr int kSolveThreads = 256;
+constexpr int kSolveWarps = kSolveThreads / gpu::kWarp;
+
+// A row's memory: its view's words, those of its search, then these.
+struct RowState {
+  alignas(16) unsigned char search[512];
+  core::View view;
+  int64_t candidates;
+  bool valid;
+  int64_t totals[2][32];  // of a sign's octaves
+};
+
+struct RowLayout {
+  int64_t work;        // where a row's search words begin, in words
+  int64_t objectives;  // and its objectives
+  int64_t state;       // and its RowState
+  int64_t stride;      // words of a row
+  int64_t groups;      // of a warp's candidates, at most
+};
+
+// The steps, over tasks[0 .. count) whose first `cheap` rows read extrema at most; `wave` of the
+// other rows at a time have memory.
+struct Steps {
+  const Task* tasks;
+  int32_t count;
+  int64_t cheap;
+  int64_t rows;
+  int64_t wave;
+  RowLayout layout;
+  int64_t* memory;
+
+  TE_GPU void operator()() const {
+    for (int64_t row = gpu::block() * kSolveThreads + gpu::thread(); row < cheap;
+         row += gpu::blocks() * kSolveThreads)
+      solve_extrema(row_of(row));
+    for (int64_t begin = cheap; begin < rows; begin += wave) {
+      const int64_t end = begin + wave < rows ? begin + wave : rows;
+      each_warp((end - begin) * 64, [&](int64_t i) { add_octave(begin, begin + i / 64, i % 64); });
+      gpu::sync_blocks();
+      each_warp((end - begin) * 32, [&](int64_t i) { fill_octave(begin, begin + i / 32, i % 32); });
+      gpu::sync_blocks();
+      for (int64_t row = begin + gpu::block(); row < end; row += gpu::blocks()) prepare(begin, row);
+      gpu::sync_blocks();
+      each_warp((end - begin) * layout.groups,
+                [&](int64_t i) { evaluate(begin, begin + i / layout.groups, i % layout.groups); });
+      gpu::sync_blocks();
+      for (int64_t row = begin + gpu::block(); row < end; row += gpu::blocks()) decide(begin, row);
+      gpu::sync_blocks();
+    }
+    // Every row has looked at its job's flag.
+    if (cheap == rows) gpu::sync_blocks();
+    for (int64_t row = gpu::block() * kSolveThreads + gpu::thread(); row < rows;
+         row += gpu::blocks() * kSolveThreads)
+      mark(row);
+  }
+
+ private:
+  // ---- rows
+
+  TE_GPU Row row_of(int64_t row) const {
+    int32_t low = 0, high = count - 1;
+    while (low < high) {
+      const int32_t middle = (low + high) / 2;
+      if (row < tasks[middle].end)
+        high = middle;
+      else
+        low = middle + 1;
+    }
+    return {tasks[low], row - (low == 0 ? 0 : tasks[low - 1].end)};
+  }
+  TE_GPU int64_t* words(int64_t begin, int64_t row) const {
+    return memory + (row - begin) * layout.stride;
+  }
+  TE_GPU RowState& state(int64_t begin, int64_t row) const {
+    return *reinterpret_cast<RowState*>(words(begin, row) + layout.state);
+  }
+  TE_GPU double* objectives(int64_t begin, int64_t row) const {
+    return reinterpret_cast<double*>(words(begin, row) + layout.objectives);
+  }
+  // Few items are spread over all blocks.
+  template <class F>
+  TE_GPU static void each_warp(int64_t items, const F& f) {
+    const int64_t warp = gpu::thread() / gpu::kWarp * gpu::blocks() + gpu::block();
+    for (int64_t i = warp; i < items; i += gpu::blocks() * kSolveWarps) f(i);
+  }
+
+  TE_GPU void mark(int64_t index) const {
+    const Row row = row_of(index);
+    if (row.task.job.solved != nullptr && !row.is_frozen() && row.has_values())
+      *row.task.job.solved = 1;
+  }
+
+  // ---- steps
+
+  TE_GPU core::View frame(int64_t begin, int64_t index, const Row& row) const {
+    const core::ChannelStatistic s = row.statistic();
+    return core::frame_view(row.task.job.statistic.layout, row.task.needs, s.extrema, s.tally,
+                            words(begin, index));
+  }
+  // The bins of an octave of the window, lowest first.
+  TE_GPU static const int64_t* bins(const Row& row, const core::View& view, int sign,
+                                    int64_t octave) {
+    return row.statistic().counts + sign * view.layout.bins() +
+           view.layout.octave_begin(view.bottom + static_cast<int32_t>(octave));
+  }
+  // This lane's share of an octave's bins.
+  TE_GPU static int64_t share(const core::View& view) {
+    const int64_t width = int64_t{1} << view.layout.mantissa_bits;
+    return (width + gpu::kWarp - 1) / gpu::kWarp;
+  }
+
+  // A warp: values in one octave of one sign.
+  TE_GPU void add_octave(int64_t begin, int64_t index, int64_t part) const {
+    const Row row = row_of(index);
+    const int sign = static_cast<int>(part / 32);
+    const int64_t octave = part % 32;
+    if (row.is_frozen()) return;
+    const core::View view = frame(begin, index, row);
+    int64_t total = 0;
+    if (octave < view.bins >> view.layout.mantissa_bits) {
+      const int64_t* const from = bins(row, view, sign, octave);
+      for (int64_t k = gpu::thread() % gpu::kWarp; k < int64_t{1} << view.layout.mantissa_bits;
+           k += gpu::kWarp)
+        total += from[k];
+    }
+    total = warp_sum(total);
+    if (gpu::thread() % gpu::kWarp == 0) state(begin, index).totals[sign][octave] = total;
+  }
+  TE_GPU static int64_t warp_sum(int64_t value) {
+    for (int lanes = 1; lanes < gpu::kWarp; lanes *= 2) value += gpu::shuffle_xor(value, lanes);
+    return value;
+  }
+  // Sum over the lanes before this one.
+  TE_GPU static int64_t warp_before(int64_t value) {
+    int64_t before = 0;
+    for (int lanes = 1; lanes < gpu::kWarp; lanes *= 2) {
+      const int64_t other = gpu::shuffle_xor(value, lanes);
+      if ((gpu::thread() & lanes) != 0) before += other;
+      value += other;
+    }
+    return before;
+  }
+
+  // A warp: prefix sums over one octave, of both signs.
+  TE_GPU void fill_octave(int64_t begin, int64_t index, int64_t octave) const {
+    const Row row = row_of(index);
+    if (row.is_frozen()) return;
+    const core::View view = frame(begin, index, row);
+    const core::ViewArrays arrays = core::view_arrays(view.layout, words(begin, index));
+    const int lane = gpu::thread() % gpu::kWarp;
+    const int32_t m = view.layout.mantissa_bits;
+    const int64_t octaves = view.bins >> m;
+    if (octave == 0 && lane == 0) {
+      arrays.below[0][0] = arrays.below[1][0] = 0;
+      arrays.magnitude[0] = core::magnitude_below(view, arrays, 0);
+    }
+    if (octave >= octaves) return;
+    const int64_t from = lane * share(view), width = int64_t{1} << m;
+    const int64_t to = smaller(from + share(view), width);
+    for (int sign = 0; sign < 2; ++sign) {
+      const int64_t* const counts = bins(row, view, sign, octave);
+      const int64_t lower =
+          warp_sum(lane < octave ? state(begin, index).totals[sign][lane] : int64_t{0});
+      const core::Prefix own = core::prefix_of(counts, from, to);
+      const core::Prefix before = {lower + warp_before(own.count), warp_before(own.first),
+                                   warp_before(own.second)};
+      core::fill_octave(arrays, view.layout, row.task.needs, sign, octave, counts, from, to,
+                        before);
+    }
+    for (int64_t i = (octave << m) + from + 1; i <= (octave << m) + to; ++i)
+      arrays.magnitude[i] = core::magnitude_below(view, arrays, i);
+  }
+
+  // A thread: closed rules, and what a search needs before its candidates.
+  TE_GPU void prepare(int64_t begin, int64_t index) const {
+    if (gpu::thread() != 0) return;
+    const Row row = row_of(index);
+    const Task& task = row.task;
+    RowState& s = state(begin, index);
+    s.candidates = 0;
+    s.valid = false;
+    if (store_unseen(row)) return;
+    s.view = frame(begin, index, row);
+    if (!core::has_extrema(row.statistic()) || core::values_held(s.view) != s.view.finite)
+      return store(row, nothing_plausible());
+    if (task.needs == core::Needs::moments) core::add_moments(s.view);
+    s.valid = true;
+    with_rule(task.job.rule, [&]<class R>() {
+      if constexpr (core::SearchRule<R>) {
+        static_assert(sizeof(typename R::Search) <= sizeof s.search);
+        auto& search = *reinterpret_cast<typename R::Search*>(s.search);
+        search = R::prepare(s.view, task.job.grid, task.options, words(begin, index) + layout.work);
+        s.candidates = search.count;
+      } else if constexpr (core::ClosedRule<R> && R::needs >= core::Needs::counts) {
+        store(row, R::solve(s.view, task.job.grid, task.options));
+      }
+    });
+  }
+
+  // A warp: a candidate for each lane.
+  TE_GPU void evaluate(int64_t begin, int64_t index, int64_t group) const {
+    const RowState& s = state(begin, index);
+    const int64_t i = group * gpu::kWarp + gpu::thread() % gpu::kWarp;
+    if (i >= s.candidates) return;
+    with_rule(row_of(index).task.job.rule, [&]<class R>() {
+      if constexpr (core::SearchRule<R>) {
+        const auto search = *reinterpret_cast<const typename R::Search*>(s.search);
+        R::template objectives<1>(search, i, i + 1, objectives(begin, index));
+      }
+    });
+  }
+
+  template <class R>
+  TE_GPU static double threshold_of(const core::View& view, const typename R::Search& search,
+                                    int64_t winner) {
+    const double largest = view.largest();
+    return winner < 0 ? largest : smaller(R::threshold(search, winner), largest);
+  }
+
+  // Searches for a composite rule, each by the whole block.
+  struct BlockThresholds {
+    const core::View& view;
+    const core::Grid& grid;
+    RowState& state;
+    int64_t* work;
+
+    template <class R>
+    TE_GPU double threshold(const double* options) const {
+      auto& shared_search = *reinterpret_cast<typename R::Search*>(state.search);
+      gpu::sync();
+      if (gpu::thread() == 0) shared_search = R::prepare(view, grid, options, work);
+      gpu::sync();
+      const auto search = shared_search;
+      double* const objectives =
+          reinterpret_cast<double*>(work + R::search_words(view.layout, grid, options));
+      for (int64_t i = gpu::thread(); i < search.count; i += kSolveThreads)
+        R::template objectives<1>(search, i, i + 1, objectives);
+      gpu::sync();
+      return threshold_of<R>(view, search,
+                             block_argmin<kSolveThreads>(objectives, search.count, search.last_wins,
+                                                         static_cast<double*>(gpu::shared())));
+    }
+  };
+
+  // A block: the winner of a search, or a composite rule.
+  TE_GPU void decide(int64_t begin, int64_t index) const {
+    RowState& s = state(begin, index);
+    if (!s.valid) return;
+    const Row row = row_of(index);
+    const Task& task = row.task;
+    with_rule(task.job.rule, [&]<class R>() {
+      if constexpr (core::SearchRule<R>) {
+        const auto& search = *reinterpret_cast<const typename R::Search*>(s.search);
+        const int64_t winner =
+            block_argmin<kSolveThreads>(objectives(begin, index), s.candidates, search.last_wins,
+                                        static_cast<double*>(gpu::shared()));
+        if (gpu::thread() == 0)
+          store(row, core::range_of_threshold(s.view, threshold_of<R>(s.view, search, winner)));
+      } else if constexpr (core::CompositeRule<R> && !core::ClosedRule<R>) {
+        const BlockThresholds thresholds{s.view, task.job.grid, s,
+                                         words(begin, index) + layout.work};
+        const core::Range range = R::solve(s.view, task.job.grid, task.options, thresholds);
+        if (gpu::thread() == 0) store(row, range);
+      }
+    });
+    gpu::sync();
+  }
+};
+
+}  // namespace torch_ext::cuda
