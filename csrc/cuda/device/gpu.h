@@ -124,6 +124,11 @@ int64_t resident_blocks(size_t shared_memory) {
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, run<Kernel>, Kernel::kThreads,
                                                       shared_memory),
         "counting resident blocks");
+  // None would become a launch of no block, which does nothing and says nothing.
+  if (per_processor == 0)
+    throw std::runtime_error("CUDA: a block of " + std::to_string(Kernel::kThreads) +
+                             " threads and " + std::to_string(shared_memory) +
+                             " bytes of shared memory does not fit this device");
   return known[key] = int64_t{per_processor} * on.processors;
 }
 
