@@ -72,7 +72,11 @@ def readable(names: list[str]) -> list[str]:
         names = done.stdout.splitlines()
     short = []
     for name in names:
-        name = re.sub(r"\(anonymous namespace\)::|_GLOBAL__N__\w+?::|torch_ext::|cuda::", "", name)
+        name = re.sub(
+            r"\(anonymous namespace\)::|_(GLOBAL__N_|INTERNAL)_\w+?::|torch_ext::|cuda::|^auto ",
+            "",
+            name,
+        )
         # nvcc puts the file's name into that of the anonymous namespace.
         kernel = re.fullmatch(r"void gpu::run<(.*)>\(.*\)", name)
         name = kernel[1].strip() if kernel else name
