@@ -3,7 +3,10 @@
 #include <cstdint>
 
 #include "core/contract.h"
+#include "core/job.h"
 #include "fake_quant/fake_quant.h"
+#include "fake_quant/lsq.h"
+#include "fake_quant/pact.h"
 #include "observers/aciq.h"
 #include "observers/clip.h"
 #include "observers/clip_std.h"
@@ -29,6 +32,12 @@ struct List {
     int32_t index = 0;
     (visit.template operator()<T>(index++), ...);
   }
+  // The same for a visitor that runs on the host alone.
+  template <class Visit>
+  static void for_each_on_host(const Visit& visit) {
+    int32_t index = 0;
+    (visit.template operator()<T>(index++), ...);
+  }
 };
 
 using Observers = List<     //
@@ -43,5 +52,34 @@ using Observers = List<     //
     observers::Aciq>;
 
 using FakeQuants = List<fake_quant::FakeQuant>;
+
+// Those with a learned parameter.
+using LearnedFakeQuants = List<fake_quant::Lsq, fake_quant::Pact>;
+
+// What a channel of a job is quantized with.
+template <typename C>
+TE_HD core::Affine<C> affine_of(const core::FakeQuantJob& job, int64_t channel) {
+  const float parameter = job.scale[channel];
+  const int32_t zero_point = job.zero_point[channel];
+  core::Affine<C> affine =
+      core::make_affine<C>(parameter, zero_point, job.quant_min, job.quant_max);
+  if (job.learned < 0) return affine;
+  LearnedFakeQuants::for_each([&]<class F>(int32_t index) {
+    if (index == job.learned)
+      affine = F::template affine<C>(parameter, zero_point, job.quant_min, job.quant_max);
+  });
+  return affine;
+}
+
+// The gradient of a channel's parameter, from the sum of what its elements add.
+TE_HD float parameter_gradient(const core::LearnedJob& job, int64_t channel, double sum) {
+  double gradient = 0;
+  LearnedFakeQuants::for_each([&]<class F>(int32_t index) {
+    if (index != job.method) return;
+    const double scale = job.elements > 0 ? F::gradient_scale(job.elements, job.quant_max) : 1.0;
+    gradient = F::sign(job.parameter[channel]) * (sum * scale);
+  });
+  return static_cast<float>(gradient);
+}
 
 }  // namespace torch_ext

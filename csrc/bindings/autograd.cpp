@@ -148,7 +148,130 @@ at::Tensor follow_fake_quant(const at::Tensor& x, const at::Tensor& range, const
                                ch_axis, mantissa_bits, octaves, mask, rounding);
 }
 
+// Whether any of them takes part in differentiation. A forward-mode tangent does too: it would be
+// dropped silently below.
+bool differentiates(std::initializer_list<std::reference_wrapper<const at::Tensor>> tensors) {
+  for (const at::Tensor& t : tensors)
+    if ((at::GradMode::is_enabled() && t.requires_grad()) || t._fw_grad(0).defined()) return true;
+  return false;
+}
+
+at::Tensor lsq_below(const at::Tensor& x, const at::Tensor& scale, const at::Tensor& zero_point,
+                     int64_t quant_min, int64_t quant_max, int64_t ch_axis, bool use_grad_scaling,
+                     int64_t batch_axis) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("torch_ext::lsq", "")
+                             .typed<decltype(lsq_below)>();
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return op.call(x, scale, zero_point, quant_min, quant_max, ch_axis, use_grad_scaling, batch_axis);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> lsq_backward_op(
+    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& scale,
+    const at::Tensor& zero_point, int64_t quant_min, int64_t quant_max, int64_t ch_axis,
+    bool use_grad_scaling, int64_t batch_axis) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("torch_ext::_lsq_backward", "")
+                             .typed<decltype(lsq_backward_op)>();
+  return op.call(grad, x, scale, zero_point, quant_min, quant_max, ch_axis, use_grad_scaling,
+                 batch_axis);
+}
+
+struct LsqFunction : torch::autograd::Function<LsqFunction> {
+  static constexpr bool is_traceable = true;
+
+  static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const at::Tensor& scale,
+                            const at::Tensor& zero_point, int64_t quant_min, int64_t quant_max,
+                            int64_t ch_axis, bool use_grad_scaling, int64_t batch_axis) {
+    context->save_for_backward({x, scale, zero_point});
+    context->saved_data["quant_min"] = quant_min;
+    context->saved_data["quant_max"] = quant_max;
+    context->saved_data["ch_axis"] = ch_axis;
+    context->saved_data["use_grad_scaling"] = use_grad_scaling;
+    context->saved_data["batch_axis"] = batch_axis;
+    return lsq_below(x, scale, zero_point, quant_min, quant_max, ch_axis, use_grad_scaling,
+                     batch_axis);
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    variable_list gradients(8);
+    if (!grads[0].defined()) return gradients;
+    const variable_list saved = context->get_saved_variables();
+    auto& data = context->saved_data;
+    auto [dx, dscale, dzero_point] =
+        lsq_backward_op(grads[0], saved[0], saved[1], saved[2], data["quant_min"].toInt(),
+                        data["quant_max"].toInt(), data["ch_axis"].toInt(),
+                        data["use_grad_scaling"].toBool(), data["batch_axis"].toInt());
+    gradients[0] = dx;
+    gradients[1] = dscale;
+    if (saved[2].is_floating_point()) gradients[2] = dzero_point;
+    return gradients;
+  }
+};
+
+at::Tensor lsq(const at::Tensor& x, const at::Tensor& scale, const at::Tensor& zero_point,
+               int64_t quant_min, int64_t quant_max, int64_t ch_axis, bool use_grad_scaling,
+               int64_t batch_axis) {
+  if (differentiates({x, scale, zero_point}))
+    return LsqFunction::apply(x, scale, zero_point, quant_min, quant_max, ch_axis, use_grad_scaling,
+                              batch_axis);
+  return lsq_below(x, scale, zero_point, quant_min, quant_max, ch_axis, use_grad_scaling,
+                   batch_axis);
+}
+
+at::Tensor pact_below(const at::Tensor& x, const at::Tensor& alpha, int64_t quant_min,
+                      int64_t quant_max) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("torch_ext::pact", "")
+                             .typed<decltype(pact_below)>();
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return op.call(x, alpha, quant_min, quant_max);
+}
+
+std::tuple<at::Tensor, at::Tensor> pact_backward_op(const at::Tensor& grad, const at::Tensor& x,
+                                                    const at::Tensor& alpha, int64_t quant_min,
+                                                    int64_t quant_max) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("torch_ext::_pact_backward", "")
+                             .typed<decltype(pact_backward_op)>();
+  return op.call(grad, x, alpha, quant_min, quant_max);
+}
+
+struct PactFunction : torch::autograd::Function<PactFunction> {
+  static constexpr bool is_traceable = true;
+
+  static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const at::Tensor& alpha,
+                            int64_t quant_min, int64_t quant_max) {
+    context->save_for_backward({x, alpha});
+    context->saved_data["quant_min"] = quant_min;
+    context->saved_data["quant_max"] = quant_max;
+    return pact_below(x, alpha, quant_min, quant_max);
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    variable_list gradients(4);
+    if (!grads[0].defined()) return gradients;
+    const variable_list saved = context->get_saved_variables();
+    auto& data = context->saved_data;
+    auto [dx, dalpha] = pact_backward_op(grads[0], saved[0], saved[1], data["quant_min"].toInt(),
+                                         data["quant_max"].toInt());
+    gradients[0] = dx;
+    gradients[1] = dalpha;
+    return gradients;
+  }
+};
+
+at::Tensor pact(const at::Tensor& x, const at::Tensor& alpha, int64_t quant_min,
+                int64_t quant_max) {
+  if (differentiates({x, alpha})) return PactFunction::apply(x, alpha, quant_min, quant_max);
+  return pact_below(x, alpha, quant_min, quant_max);
+}
+
 TORCH_LIBRARY_IMPL(torch_ext, Autograd, m) {
+  m.impl("lsq", TORCH_FN(lsq));
+  m.impl("_lsq_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("pact", TORCH_FN(pact));
+  m.impl("_pact_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("follow_fake_quant", TORCH_FN(follow_fake_quant));
   m.impl("_follow_fake_quant_forward", torch::autograd::autogradNotImplementedFallback());
   m.impl("fake_quant", TORCH_FN(fake_quant));

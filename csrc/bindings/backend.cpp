@@ -7,6 +7,7 @@
 #include "core/qparams.h"
 #include "cpu/driver.h"
 #include "cpu/map.h"
+#include "cpu/map_reduce.h"
 
 namespace torch_ext::bindings {
 
@@ -114,6 +115,14 @@ void Backend::fake_quant_backward(core::DType dtype, const void* grad, const uin
                                   void* dx, int64_t numel) const {
   if (!is_cuda()) return cpu::fake_quant_backward(dtype, grad, mask, dx, numel);
   on_stream([&] { cuda::fake_quant_backward(dtype, grad, mask, dx, numel, stream_); });
+}
+
+void Backend::learned_backward(core::DType dtype, const core::LearnedJob& job) const {
+  if (!is_cuda()) return cpu::learned_backward(dtype, job);
+  on_stream([&] {
+    const at::Tensor memory = scratch(cuda::learned_backward_scratch(job));
+    cuda::learned_backward(dtype, job, memory.mutable_data_ptr(), stream_);
+  });
 }
 
 }  // namespace torch_ext::bindings

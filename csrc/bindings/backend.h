@@ -33,6 +33,7 @@ class Backend {
                       const core::FakeQuantJob& map) const;
   void fake_quant_backward(core::DType dtype, const void* grad, const uint8_t* mask, void* dx,
                            int64_t numel) const;
+  void learned_backward(core::DType dtype, const core::LearnedJob& job) const;
 
  private:
   template <class Enqueue>

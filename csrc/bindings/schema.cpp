@@ -45,6 +45,22 @@ TORCH_LIBRARY(torch_ext, m) {
   m.def("_fake_quant_backward(Tensor grad, Tensor mask) -> Tensor", tags);
 
   m.def(
+      "lsq(Tensor x, Tensor scale, Tensor zero_point, int quant_min, int quant_max, int "
+      "ch_axis=-1, "
+      "bool use_grad_scaling=True, int batch_axis=-1) -> Tensor",
+      tags);
+  m.def(
+      "_lsq_backward(Tensor grad, Tensor x, Tensor scale, Tensor zero_point, int quant_min, "
+      "int quant_max, int ch_axis=-1, bool use_grad_scaling=True, int batch_axis=-1) -> "
+      "(Tensor, Tensor, Tensor)",
+      tags);
+  m.def("pact(Tensor x, Tensor alpha, int quant_min, int quant_max) -> Tensor", tags);
+  m.def(
+      "_pact_backward(Tensor grad, Tensor x, Tensor alpha, int quant_min, int quant_max) -> "
+      "(Tensor, Tensor)",
+      tags);
+
+  m.def(
       "observe_(Tensor x, Tensor(a!) extrema, Tensor(b!) tally, Tensor(c!) counts, int ch_axis=-1) "
       "-> ()",
       any_layout);

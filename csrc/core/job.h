@@ -68,6 +68,24 @@ struct FakeQuantJob {
   int32_t quant_max;
   Rounding rounding;
   Mask mask_kind;
+  // Where `scale` is the learned parameter of a method: its index in LearnedFakeQuants.
+  int32_t learned = -1;
+};
+
+// Backward of a learned fake-quant. Data is contiguous; dx overlaps nothing.
+struct LearnedJob {
+  int32_t method;  // index in LearnedFakeQuants
+  const void* x;
+  const void* grad;
+  void* dx;
+  ChannelLayout layout;
+  const float* parameter;     // [channels]
+  const int32_t* zero_point;  // [channels]
+  int32_t quant_min;
+  int32_t quant_max;
+  double elements;      // for each parameter, in its gradient scale; 0: it is 1
+  float* d_parameter;   // [channels]
+  float* d_zero_point;  // [channels] or null
 };
 
 }  // namespace torch_ext::core

@@ -2,6 +2,7 @@
 
 #include "cpu/accumulate.h"
 #include "cpu/map.h"
+#include "cpu/map_reduce.h"
 #include "cpu/solve.h"
 
 // The inner loops of all drivers, compiled from one source for several instruction sets
@@ -12,6 +13,7 @@ struct Kernels {
   const char* name;
   AccumulateKernels accumulate;
   MapKernels map;
+  MapReduceKernels map_reduce;
   SolveKernels solve;
 };
 

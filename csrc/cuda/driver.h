@@ -68,6 +68,10 @@ void fake_quant_forward(core::DType dtype, const core::FakeQuantJob& job, Stream
 void fake_quant_backward(core::DType dtype, const void* grad, const uint8_t* mask, void* dx,
                          int64_t numel, Stream stream);
 
+// dx of a learned fake-quant and the sums over each channel, in one pass and one launch.
+size_t learned_backward_scratch(const core::LearnedJob& job);
+void learned_backward(core::DType dtype, const core::LearnedJob& job, void* scratch, Stream stream);
+
 // Observe, solve(job) and fake_quant_forward(map) in one launch and one pass over memory, where the
 // rule reads extrema, each channel is one row and a row fits on chip. map.scale and map.zero_point
 // are the job's; what its statistic holds before does not matter.

@@ -2,6 +2,7 @@
 #include "cuda/driver.h"
 #include "cuda/group.h"
 #include "gpu.h"
+#include "registry.h"
 
 // Element-wise fake-quant: a thread has the eight elements of one byte of the mask.
 namespace torch_ext::cuda {
@@ -32,10 +33,7 @@ class Channels {
   }
 
  private:
-  TE_GPU void load() {
-    affine_ = core::make_affine<C>(job_.scale[channel_], job_.zero_point[channel_], job_.quant_min,
-                                   job_.quant_max);
-  }
+  TE_GPU void load() { affine_ = affine_of<C>(job_, channel_); }
   const FakeQuantJob& job_;
   int64_t left_;
   int64_t channel_ = 0;

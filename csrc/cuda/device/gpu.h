@@ -69,14 +69,10 @@ TE_GPU void store(void* to, const Packet& p) {
 TE_GPU float widen(core::half x) { return __half2float(__ushort_as_half(x.bits)); }
 
 inline void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("CUDA: ") + what + ": " + cudaGetErrorString(error));
-}
-
-// f(arguments), called and not inlined: for what is long and not often reached.
-template <class F, class... A>
-__device__ __noinline__ auto apart(const F& f, A... arguments) {
-  return f(arguments...);
+  if (error == cudaSuccess) return;
+  // It is told here: whoever asks next would take it for their own. A fault of the device stays.
+  cudaGetLastError();
+  throw std::runtime_error(std::string("CUDA: ") + what + ": " + cudaGetErrorString(error));
 }
 
 struct Device {

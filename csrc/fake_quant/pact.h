@@ -1,0 +1,48 @@
+#pragma once
+
+#include "core/affine.h"
+#include "core/learned.h"
+#include "core/qparams.h"
+
+namespace torch_ext::fake_quant {
+
+// Parameterized clipping (Choi et al. 2018, arXiv 1805.06085): the clipping level alpha is a
+// parameter, the scale follows from it. On an unsigned grid x is clipped to [0, alpha], on a signed
+// one to
+// [-alpha, alpha].
+//   d out / d x = 1 where x is not clipped, else 0
+//   d out / d alpha = 1 where x >= alpha, -1 where x <= -alpha (two-sided), else 0
+// No L2 term is hidden here: it is the optimizer's weight decay.
+struct Pact {
+  static constexpr const char* name = "pact";
+
+  TE_HD static float effective(float alpha) {
+    const float magnitude = alpha < 0 ? -alpha : alpha;
+    return magnitude < 0x1p-110f ? 0x1p-110f : magnitude;
+  }
+  TE_HD static double sign(float alpha) { return alpha < 0 ? -1 : 1; }
+
+  template <typename T>
+  TE_HD static core::Affine<T> affine(float alpha, int32_t, int32_t quant_min, int32_t quant_max) {
+    const double level = static_cast<double>(effective(alpha));
+    const core::Grid grid{quant_min, quant_max, true, core::ScaleRule::grid, false};
+    return core::make_affine<T>(core::qparams({quant_min < 0 ? -level : 0.0, level}, grid).scale, 0,
+                                quant_min, quant_max);
+  }
+
+  // Of one element; `level` is the effective alpha.
+  template <typename T>
+  TE_HD static core::Terms<T> backward(T x, T grad, const core::Affine<T>& affine, T level,
+                                       double) {
+    const bool two_sided = affine.quant_min < 0;
+    const bool above = x >= level, below = two_sided ? x <= -level : x < 0;
+    const bool inside = two_sided ? (x < level) & (x > -level) : (x < level) & (x >= 0);
+    const double wide = static_cast<double>(grad), low = two_sided ? -wide : 0.0;
+    return {inside ? grad : T{}, above ? wide : below ? low : 0.0, 0.0};
+  }
+
+  TE_HD static double gradient_scale(double, int32_t) { return 1; }
+};
+static_assert(core::LearnedFakeQuant<Pact>);
+
+}  // namespace torch_ext::fake_quant
