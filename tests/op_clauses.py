@@ -162,6 +162,48 @@ ROUNDING_CLAUSES: list[Clause] = [
     ("unknown rounding", "known: half_even", {"rounding": "up"}),
     ("unknown mask", "known: rounded", {"mask": "none"}),
 ]
+LEARNED_GRID: list[Clause] = [
+    ("quant_min above 0", "quant_min", {"quant_min": 1}),
+    ("quant_min far", "quant_min", {"quant_min": -40000}),
+    ("quant_max 0", "quant_max", {"quant_max": 0}),
+    ("quant_max far", "quant_max", {"quant_max": 70000}),
+]
+
+
+def lsq_clauses() -> list[Clause]:
+    return [
+        ("integer data", "x", {"x": torch.ones(2, 3, dtype=I32)}),
+        ("scale dtype", "scale", {"scale": torch.ones(3, dtype=F64)}),
+        ("scale numel", "scale", {"scale": torch.ones(2)}),
+        ("scale NaN", "scale", {"scale": torch.tensor([1.0, NAN, 1.0])}),
+        ("scale infinite", "scale", {"scale": torch.full((3,), INF)}),
+        ("zero_point dtype", "zero_point", {"zero_point": torch.zeros(3, dtype=I64)}),
+        ("zero_point numel", "zero_point", {"zero_point": torch.zeros(1, dtype=I32)}),
+        ("learned zero_point NaN", "zero_point", {"zero_point": torch.full((3,), NAN)}),
+        ("axis", "ch_axis", {"ch_axis": 2}),
+        ("batch axis", "batch_axis", {"batch_axis": 2}),
+        ("batch axis of the channels", "batch_axis", {"batch_axis": 1}),
+        *LEARNED_GRID,
+    ]
+
+
+def pact_clauses() -> list[Clause]:
+    return [
+        ("integer data", "x", {"x": torch.ones(7, dtype=I32)}),
+        ("alpha dtype", "alpha", {"alpha": torch.ones(1, dtype=F64)}),
+        ("alpha numel", "alpha", {"alpha": torch.ones(2)}),
+        ("alpha NaN", "alpha", {"alpha": torch.full((1,), NAN)}),
+        *LEARNED_GRID,
+    ]
+
+
+def upstream_clauses() -> list[Clause]:
+    return [
+        ("gradient shape", "grad", {"grad": torch.ones(11)}),
+        ("gradient dtype", "x|grad", {"grad": torch.ones(2, 3, dtype=torch.bfloat16)}),
+    ]
+
+
 CLAUSES: dict[str, list[Clause]] = {
     "fake_quant": [*data_clauses(3), *qparams_clauses(), *grid_clauses()],
     "_fake_quant_forward": [*data_clauses(3), *qparams_clauses(), *grid_clauses()],
@@ -217,6 +259,10 @@ CLAUSES: dict[str, list[Clause]] = {
         ("unknown scale rule", "known: grid", {"scale_rule": ""}),
         *grid_clauses(),
     ],
+    "lsq": lsq_clauses(),
+    "_lsq_backward": [*lsq_clauses(), *upstream_clauses()],
+    "pact": pact_clauses(),
+    "_pact_backward": [*pact_clauses(), *upstream_clauses()],
     "follow_": follow_clauses(),
     "follow_fake_quant": [*follow_clauses(), *ROUNDING_CLAUSES],
     "_follow_fake_quant_forward": [*follow_clauses(), *ROUNDING_CLAUSES],

@@ -100,6 +100,55 @@ FOLLOW: list[Make] = [
     lambda: follow(data(40, dtype=HALF), -1, averaging_constant=0.0),
     with_gradient(lambda: follow(data(4, 5), -1, rule="min_max")),
 ]
+
+
+def learned(x: Tensor, scale: Tensor, zero_point: Tensor, **more: Any) -> Arguments:
+    return {
+        "x": x,
+        "scale": scale,
+        "zero_point": zero_point,
+        "quant_min": -8,
+        "quant_max": 7,
+        **more,
+    }
+
+
+def backward_of(make: Make) -> Make:
+    """The same arguments for the op of its gradients, which has none itself."""
+
+    def made() -> Arguments:
+        given = {k: v.detach() if torch.is_tensor(v) else v for k, v in make().items()}
+        return {"grad": data(*given["x"].shape, dtype=given["x"].dtype), **given}
+
+    return made
+
+
+LSQ: list[Make] = [
+    lambda: learned(
+        data(2, 3), torch.full((3,), 0.25), torch.zeros(3, dtype=torch.int32), ch_axis=1
+    ),
+    lambda: learned(
+        data(4, 40, dtype=HALF),
+        torch.full((1,), -0.125).requires_grad_(),
+        torch.zeros(1).requires_grad_(),
+        batch_axis=0,
+    ),
+    with_gradient(
+        lambda: learned(data(5), torch.ones(1), torch.zeros(1, dtype=torch.int32), ch_axis=-1)
+    ),
+    lambda: learned(data(0), torch.ones(1), torch.zeros(1, dtype=torch.int32)),
+]
+PACT: list[Make] = [
+    lambda: {"x": data(7), "alpha": torch.ones(1), "quant_min": 0, "quant_max": 15},
+    with_gradient(
+        lambda: {
+            "x": data(3, 5),
+            "alpha": torch.full((1,), 0.75).requires_grad_(),
+            "quant_min": -8,
+            "quant_max": 7,
+        }
+    ),
+]
 SAMPLES: dict[str, list[Make]] = {
     "fake_quant": [*FAKE_QUANT, *map(with_gradient, (FAKE_QUANT[0], FAKE_QUANT[2], FAKE_QUANT[7]))],
     "_fake_quant_forward": FAKE_QUANT,
@@ -108,6 +157,10 @@ SAMPLES: dict[str, list[Make]] = {
         lambda: {"grad": data(2, 4).t(), "mask": torch.tensor([77], dtype=torch.uint8)},
         lambda: {"grad": data(0), "mask": torch.empty(0, dtype=torch.uint8)},
     ],
+    "lsq": LSQ,
+    "_lsq_backward": [backward_of(make) for make in LSQ],
+    "pact": PACT,
+    "_pact_backward": [backward_of(make) for make in PACT],
     "observe_": [
         lambda: {"x": data(2, 3), **statistic(data(2, 3), 1), "ch_axis": 1},
         lambda: {"x": data(7, dtype=HALF), **statistic(data(4), -1)},

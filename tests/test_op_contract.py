@@ -26,6 +26,8 @@ def cases() -> Iterator[Any]:
 PUBLIC = {
     "_fake_quant_forward": "fake_quant",
     "_follow_fake_quant_forward": "follow_fake_quant",
+    "_lsq_backward": "lsq",
+    "_pact_backward": "pact",
 }
 
 

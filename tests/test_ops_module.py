@@ -18,6 +18,8 @@ from torch_ext import _C, _library, ops
 PACKAGE = Path(torch_ext.__file__).parent
 FUNCTIONS = [
     ops.fake_quant,
+    ops.lsq,
+    ops.pact,
     ops.observe_,
     ops.merge_,
     ops.solve,

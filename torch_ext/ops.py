@@ -56,6 +56,51 @@ def fake_quant(
     return out
 
 
+def lsq(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    ch_axis: int = -1,
+    use_grad_scaling: bool = True,
+    batch_axis: int = -1,
+) -> Tensor:
+    """Quantize-dequantize with a learned scale (Esser et al. 2020, arXiv 1902.08153).
+
+    With v = x/s and z the zero point, inside is ``quant_min < v + z < quant_max``. Gradients: of x
+    1 inside, 0 outside; of the scale ``round(v) - v`` inside, ``quant_min - z`` below and
+    ``quant_max - z`` above, summed over a channel in float64 and times
+    ``1 / sqrt(N * quant_max)``; of a learned zero point ``-s`` outside (LSQ+).
+
+    Args:
+        x: float32, float64, float16 or bfloat16, any shape and strides.
+        scale: float32 [C], finite; what is used is ``max(|scale|, 2^-126)``.
+        zero_point: int32 [C], or float32 [C], which is learned and used rounded.
+        ch_axis: the axis of the C channels; -1: one scale for all.
+        use_grad_scaling: False leaves the gradient of the scale as it is.
+        batch_axis: axis that N, the elements of one scale, leaves out: 0 for activations.
+
+    Raises:
+        RuntimeError: a breach of the above, naming argument and value. On a CUDA device values are
+            not looked at: a scale that is not finite gives NaN.
+    """
+    return _native.lsq(  # type: ignore[no-any-return]
+        x, scale, zero_point, quant_min, quant_max, ch_axis, use_grad_scaling, batch_axis
+    )
+
+
+def pact(x: Tensor, alpha: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    """Quantize-dequantize with a learned clipping level (Choi et al. 2018, arXiv 1805.06085).
+
+    x is clipped to [0, alpha] on an unsigned grid, to [-alpha, alpha] on a signed one, and the
+    scale is that of the range. Gradients: of x 1 where it is not clipped; of alpha the sum of the
+    upstream gradients where ``x >= alpha`` less those where ``x <= -alpha``. ``alpha`` float32 [1];
+    what is used is ``max(|alpha|, 2^-110)``. There is no hidden weight decay.
+    """
+    return _native.pact(x, alpha, quant_min, quant_max)  # type: ignore[no-any-return]
+
+
 def observe_(x: Tensor, extrema: Tensor, tally: Tensor, counts: Tensor, ch_axis: int = -1) -> None:
     """Adds the values of ``x`` to a statistic, in place.
 
