@@ -27,6 +27,7 @@ using cpu::MapTask;
 constexpr Rounding kRoundings[] = {Rounding::half_even, Rounding::half_away,
                                    Rounding::floor_half_up};
 constexpr Mask kMasks[] = {Mask::rounded, Mask::paper};
+constexpr int32_t kFakeQuant = -1;  // no learned parameter
 constexpr uint8_t kGuard = 0xa5;
 
 template <typename T>
@@ -168,7 +169,7 @@ TYPED_TEST(MapTyped, EveryInstructionSetEqualsTheReferenceForEveryLayout) {
           Output<T> y(n), unmasked(n);
           MapTask task{
               x.data(), y.out.data(), y.mask.data(), layout, q.scale.data(), q.zero_point.data(),
-              -128,     127,          rounding,      mask,   false};
+              -128,     127,          rounding,      mask,   kFakeQuant,     false};
           (*set)->map.forward[dtype](task, 0, n);
           expect_reference(x, y, layout, q, rounding, mask, where);
           if (testing::Test::HasFatalFailure()) return;
@@ -328,6 +329,7 @@ void exhaust(plain::Format format) {
                              p.quant_max,
                              rounding,
                              mask,
+                             kFakeQuant,
                              false};
           (*set)->map.forward[static_cast<int>(kDType<T>)](task, 0, 1 << 16);
         }
@@ -363,7 +365,7 @@ TEST(Map, HostileFloatsEqualTheReferenceOnEveryInstructionSet) {
           Output<float> y(n);
           const MapTask task{x.data(), y.out.data(),  y.mask.data(), {1, 1, n},
                              &p.scale, &p.zero_point, p.quant_min,   p.quant_max,
-                             rounding, mask,          false};
+                             rounding, mask,          kFakeQuant,    false};
           (*set)->map.forward[0](task, 0, n);
           for (int64_t i = 0; i < n; ++i) {
             const plain::Mapped want = plain::fake_quant(x[i], p, rounding, mask);
