@@ -19,6 +19,7 @@ SCALE = 0.02  # clips 1 % of Gaussian values
 FORWARD = goals((MI, 1, 10, 20), (16 * MI, 1, 8, 16), (16 * MI, 2, 5, 10))
 FORWARD_COMPOSED = goals((16 * MI, 1, 3, 4))
 BACKWARD = goals((MI, 1, 1.7, 2.7), (16 * MI, 1, 1.7, 2.7), (16 * MI, 2, 1.7, 2.7))
+LEARNED = goals((16 * MI, 1, 4, 8))
 COPY = goals((16 * MI, 1, 0.85, 1.0), (16 * MI, 2, 0.85, 1.0))
 COPY_BACKWARD = goals((16 * MI, 1, 0.85, 0.98), (16 * MI, 2, 0.85, 0.98))
 STEP = goals((64 << 10, 1, 6, 12), (MI, 1, 8, 14), (16 * MI, 1, 7, 11), (16 * MI, 2, 4, 7))
@@ -161,10 +162,8 @@ def step(per_channel: bool, size: int) -> Job:
     theirs, low, high = _torch_step(x, per_channel, channels)
 
     def ours() -> Tensor:
-        qparams = (scale, zero_point)
-        grid = (QUANT_MIN, QUANT_MAX)
-        ops.follow_(x, bounds, *qparams, solved, 0.01, "min_max", *grid, True, ch_axis=axis)
-        return ops.fake_quant(x, *qparams, *grid, axis)
+        follows = (bounds, scale, zero_point, solved, 0.01, "min_max", QUANT_MIN, QUANT_MAX)
+        return ops.follow_fake_quant(x, *follows, True, ch_axis=axis)
 
     def check() -> None:
         ours()
@@ -178,6 +177,35 @@ def step(per_channel: bool, size: int) -> Job:
     return Job(ours, (peer,), ceiling=ceiling, check=check)
 
 
+def learned_backward(method: str, size: int) -> Job:
+    """Gradients of x and of the learned parameter; torch has none for pact: lsq's is its peer."""
+    s = Setup(size, per_channel=False)
+    gradient = distributions.gauss(size, seed=1)
+    zero_point = torch.zeros(1)
+    theirs = functools.partial(
+        aten._fake_quantize_learnable_per_tensor_affine_backward,
+        *(gradient, s.x, s.scale, zero_point, *s.grid, 1.0),
+    )
+    ours = functools.partial(
+        native._lsq_backward, gradient, s.x, s.scale, s.zero_point, *s.grid, -1, False
+    )
+    if method == "pact":
+        alpha = s.scale * (QUANT_MAX - QUANT_MIN) / 2
+        ours = functools.partial(native._pact_backward, gradient, s.x, alpha, *s.grid)
+
+    def check() -> None:
+        dx, parameter, *_ = ours()
+        their_dx, their_scale, _ = theirs()
+        # Torch's mask is taken after rounding: values within half a step of the ends differ.
+        expect((dx != their_dx).float().mean().item() < 0.01, "gradients of x")
+        if method == "lsq":
+            near = torch.allclose(parameter, their_scale, rtol=0.05, atol=size**0.5)
+            expect(near, "gradient of the scale")
+
+    peer = Peer("torch learnable backward", theirs, LEARNED)
+    return Job(ours, (peer,), ceiling=Ceiling("copy", gradient), check=check)
+
+
 KINDS = (("", False), (" per channel", True))
 CASES = (
     *(Case(f"fake_quant/forward{k}", functools.partial(forward, c)) for k, c in KINDS),
@@ -187,5 +215,9 @@ CASES = (
     ),
     Case("fake_quant/forward bfloat16", forward_bf16),
     *(Case(f"fake_quant/backward{k}", functools.partial(backward, c)) for k, c in KINDS),
+    *(
+        Case(f"fake_quant/{method} backward", functools.partial(learned_backward, method))
+        for method in ("lsq", "pact")
+    ),
     *(Case(f"fake_quant/follow+forward{k}", functools.partial(step, c)) for k, c in KINDS),
 )
