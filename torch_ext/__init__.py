@@ -5,6 +5,7 @@ from torch_ext._C import build_info, fake_quants, observers
 from torch_ext.calibrate import CalibrationSummary, calibrate
 from torch_ext.checkpoint import float_state_dict, load_float_state_dict
 from torch_ext.describe import describe
+from torch_ext.distributed import keep_statistics_local, sync_observers
 from torch_ext.fake_quant import FakeQuantize
 from torch_ext.fuse import fuse
 from torch_ext.modules import Add, Cat, MatMul, Mul, QuantStub
@@ -45,6 +46,7 @@ __all__ = [
     "fuse",
     "get_default_calib_qconfig",
     "get_default_qconfig",
+    "keep_statistics_local",
     "load_float_state_dict",
     "load_observer_params",
     "observers",
@@ -54,4 +56,5 @@ __all__ = [
     "resolve",
     "save_observer_params",
     "set_fake_quantize",
+    "sync_observers",
 ]

@@ -18,7 +18,9 @@ from torch_ext.fake_quant import FakeQuantize
 @contextlib.contextmanager
 def restored_on_error(quantizers: Mapping[str, FakeQuantize]) -> Iterator[None]:
     """Puts buffers and states back when what runs inside fails."""
-    states = {name: (q.state, q.passes_through) for name, q in quantizers.items()}
+    states = {
+        name: (q.state, q.passes_through, q.observer.synced) for name, q in quantizers.items()
+    }
     kept = {
         name: {key: value.clone() for key, value in q.state_dict().items()}
         for name, q in quantizers.items()
@@ -27,9 +29,10 @@ def restored_on_error(quantizers: Mapping[str, FakeQuantize]) -> Iterator[None]:
         yield
     except BaseException:
         for name, quantizer in quantizers.items():
-            state, passing = states[name]
+            state, passing, synced = states[name]
             quantizer.enter(FakeQuantState.FLOAT)
             quantizer.load_state_dict(kept[name])
+            quantizer.observer.synced = synced
             quantizer.enter(state, pass_through=passing)
         raise
 

@@ -71,6 +71,8 @@ class WeightSource(NamedTuple):
             values = [chain.original]
         else:
             values = [getattr(chain, f"original{i}") for i in range(chain.ntensors)]
+        # FSDP2 leaves each rank a shard (a DTensor); this is the weight it computes with.
+        values = [v.full_tensor() if hasattr(v, "full_tensor") else v for v in values]
         for i, before in enumerate(chain):
             if i == self.position:
                 break

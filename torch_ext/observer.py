@@ -74,6 +74,7 @@ class Observer(nn.Module):
 
     Buffers: ``extrema`` float32 [C,2], ``tally`` int64 [C,5] (finite, zeros, tiny, inf, nan),
     ``counts`` int64 [C,2,octaves,2^mantissa_bits], or [C,2,0,0] without a histogram.
+    ``synced``: whether the statistic holds the data of all ranks, see ``sync_observers``.
     """
 
     _version = 1
@@ -81,6 +82,7 @@ class Observer(nn.Module):
     extrema: Tensor
     tally: Tensor
     counts: Tensor
+    synced: bool
 
     def __init__(
         self,
@@ -256,6 +258,7 @@ class Observer(nn.Module):
             other.tally.to(device),
             other.counts.to(device),
         )
+        self.synced |= other.synced
         return self
 
     @torch.no_grad()
@@ -265,6 +268,7 @@ class Observer(nn.Module):
         self.extrema[:, 1] = -math.inf
         self.tally.zero_()
         self.counts.zero_()
+        self.synced = False
         return self
 
     def reset_parameters(self) -> None:
