@@ -1,0 +1,69 @@
+"""examples/calibrate_distributed.py, as torchrun starts it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch_ext
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = "examples/calibrate_distributed.py"
+sys.path.insert(0, str(ROOT / "examples"))
+
+import calibrate_distributed  # noqa: E402
+import data as example_data  # noqa: E402
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def run_distributed(*arguments: str) -> str:
+    """With what `torchrun` runs, on a free port; what it prints."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = run(*launcher, SCRIPT, "--quick", *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_it_finds_what_one_process_finds(tmp_path: Path) -> None:
+    text = run_distributed("--output", str(tmp_path / "new"))
+    assert re.search(r"all \d\d\d tensors are bit for bit what one process finds", text)
+    assert sorted(re.findall(r"rank \d: \d of 4 batches", text)) == [
+        "rank 0: 2 of 4 batches",
+        "rank 1: 2 of 4 batches",
+    ]
+    model = calibrate_distributed.prepared(example_data.load().name)
+    torch_ext.load_observer_params(tmp_path / "new" / "calibration.safetensors", model)
+
+
+def test_a_rank_may_see_nothing(tmp_path: Path) -> None:
+    text = run_distributed("--output", str(tmp_path), "--batch", "256")
+    assert "rank 1: 0 of 1 batches" in text
+    assert "bit for bit what one process finds" in text
+
+
+def test_a_difference_is_named() -> None:
+    left, right = (calibrate_distributed.prepared("digits") for _ in range(2))
+    assert calibrate_distributed.differing(left, right) == []
+    name = "stem.2.activation_quantizer.observer.tally"
+    right.state_dict()[name][0, 4] += 1
+    assert calibrate_distributed.differing(left, right) == [name]
+
+
+def test_it_says_how_it_is_started() -> None:
+    done = run(SCRIPT)
+    assert done.returncode == 2
+    assert "start it as torchrun --nproc-per-node 2" in done.stderr
