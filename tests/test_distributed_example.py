@@ -1,4 +1,4 @@
-"""examples/calibrate_distributed.py, as torchrun starts it."""
+"""examples/calibrate_distributed.py and benchmarks/scaling.py, as torchrun starts them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import torch_ext
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = "examples/calibrate_distributed.py"
+BENCHMARK = "benchmarks/scaling.py"
 sys.path.insert(0, str(ROOT / "examples"))
 
 import calibrate_distributed  # noqa: E402
@@ -30,16 +33,16 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def run_distributed(*arguments: str) -> str:
+def run_distributed(script: str, *arguments: str) -> str:
     """With what `torchrun` runs, on a free port; what it prints."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    done = run(*launcher, SCRIPT, "--quick", *arguments)
+    done = run(*launcher, script, "--quick", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def test_it_finds_what_one_process_finds(tmp_path: Path) -> None:
-    text = run_distributed("--output", str(tmp_path / "new"))
+    text = run_distributed(SCRIPT, "--output", str(tmp_path / "new"))
     assert re.search(r"all \d\d\d tensors are bit for bit what one process finds", text)
     assert sorted(re.findall(r"rank \d: \d of 4 batches", text)) == [
         "rank 0: 2 of 4 batches",
@@ -50,7 +53,7 @@ def test_it_finds_what_one_process_finds(tmp_path: Path) -> None:
 
 
 def test_a_rank_may_see_nothing(tmp_path: Path) -> None:
-    text = run_distributed("--output", str(tmp_path), "--batch", "256")
+    text = run_distributed(SCRIPT, "--output", str(tmp_path), "--batch", "256")
     assert "rank 1: 0 of 1 batches" in text
     assert "bit for bit what one process finds" in text
 
@@ -63,7 +66,16 @@ def test_a_difference_is_named() -> None:
     assert calibrate_distributed.differing(left, right) == [name]
 
 
-def test_it_says_how_it_is_started() -> None:
-    done = run(SCRIPT)
+def test_the_benchmark_measures_both() -> None:
+    text = run_distributed(BENCHMARK)
+    number = r"[0-9.e+]+"
+    assert re.search(rf"sync_observers: 24 quantizers, 6.0 MiB +2 +{number} ms", text)
+    assert re.search(rf"calibrate: 256 images +1 +{number} /s", text)
+    assert re.search(rf"calibrate \+ sync_observers +2 +{number} /s", text)
+
+
+@pytest.mark.parametrize("script", [SCRIPT, BENCHMARK])
+def test_it_says_how_it_is_started(script: str) -> None:
+    done = run(script)
     assert done.returncode == 2
-    assert "start it as torchrun --nproc-per-node 2" in done.stderr
+    assert f"start it as torchrun --nproc-per-node 2 {script}" in done.stderr
