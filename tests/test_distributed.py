@@ -17,6 +17,7 @@ import ranks
 import torch_ext
 from nets import ACTIVATIONS, images, prepared
 from torch_ext import set_fake_quantize, sync_observers
+from torch_ext._walk import named_quantizers
 
 
 @pytest.fixture(autouse=True)
@@ -156,6 +157,29 @@ class TestMisuse:
         assert not own.synced
         assert own.merge_(shared).synced
         assert not own.reset_().synced
+
+    @pytest.mark.parametrize("through_a_file", [False, True])
+    def test_a_loaded_statistic_is_marked_as_it_was(
+        self, through_a_file: bool, tmp_path: Path
+    ) -> None:
+        source, target = solved(jobs.batches()), prepared(jobs.CONFIG)
+        path = tmp_path / "params.safetensors"
+        for mark in (True, False):
+            for quantizer in named_quantizers(source).values():
+                quantizer.observer.synced = mark
+            torch_ext.save_observer_params(source, path)
+            torch_ext.load_observer_params(path if through_a_file else source, target)
+            marks = [quantizer.observer.synced for quantizer in named_quantizers(target).values()]
+            assert marks == [mark] * len(marks)
+
+    def test_a_damaged_mark_is_named(self, tmp_path: Path) -> None:
+        path = tmp_path / "params.safetensors"
+        torch_ext.save_observer_params(solved(jobs.batches()), path)
+        whole = path.read_bytes()
+        assert b'\\"synced\\": false' in whole
+        path.write_bytes(whole.replace(b'\\"synced\\": false', b'\\"synced\\": 12345', 1))
+        with pytest.raises(ValueError, match="synced: expected true or false, got 12345"):
+            torch_ext.load_observer_params(path, prepared(jobs.CONFIG))
 
     def test_keep_statistics_local(self) -> None:
         with pytest.raises(ValueError, match="expected model to have quantizers, got none"):

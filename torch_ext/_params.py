@@ -41,6 +41,7 @@ class Params:
     ch_axis: int
     scale_rule: str
     power_of_two: bool
+    synced: bool = False  # whether the statistic holds the data of all ranks
 
     def __getitem__(self, field: str) -> Tensor:
         return self.tensors[field]
@@ -76,6 +77,7 @@ def params_of(quantizer: FakeQuantize) -> Params:
         ch_axis=observer.ch_axis,
         scale_rule=observer.scale_rule,
         power_of_two=observer.power_of_two,
+        synced=observer.synced,
     )
 
 
@@ -115,6 +117,9 @@ def params_from(tensors: Mapping[str, Tensor], spec: Any) -> Params:
     scale_rule, power_of_two = spec.get("scale_rule"), spec.get("power_of_two")
     if scale_rule not in ("grid", "tvm") or not isinstance(power_of_two, bool):
         raise ValueError(f"scale_rule, power_of_two: got {scale_rule!r}, {power_of_two!r}")
+    synced = spec.get("synced", False)
+    if not isinstance(synced, bool):
+        raise ValueError(f"synced: expected true or false, got {str(synced)[:80]}")
     check_shapes(tensors, FIELDS, grid.channel_len)
     params = Params(
         tensors=tensors,
@@ -125,6 +130,7 @@ def params_from(tensors: Mapping[str, Tensor], spec: Any) -> Params:
         ch_axis=grid.ch_axis,
         scale_rule=scale_rule,
         power_of_two=power_of_two,
+        synced=synced,
     )
     check_parameters(params)
     check_statistic(tensors)

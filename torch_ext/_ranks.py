@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -54,21 +55,25 @@ class Ranks:
             ) from error
         return tensor
 
-    def agree(self, facts: Facts, problem: Exception | None) -> None:
+    def agree(self, facts: Facts, problem: Exception | None, near: torch.device) -> None:
         """Raises on every rank where one has a problem, or where their facts differ.
 
-        `facts`: per quantizer, plain values. One collective of three numbers compares a digest;
-        only where that differs the facts themselves travel, to name the difference.
+        `facts`: per quantizer, plain values; `near`: the model's device. One collective of three
+        numbers compares a digest; only where that differs the facts themselves travel, to name the
+        difference.
         """
+        place = self.meeting_place(near if "cpu" not in self.device_types else torch.device("cpu"))
         text = json.dumps(facts, sort_keys=True)
         digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
         mine = [digest, ~digest, int(problem is not None)]
-        found = torch.tensor(mine, device=self.meeting_place(torch.device("cpu")))
+        found = torch.tensor(mine, device=place)
         most, least, trouble = self.reduce_(found, dist.ReduceOp.MAX).tolist()
         if most == ~least and not trouble:
             return
         told: list[Any] = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(told, (facts, problem and str(problem)), self.group)
+        on_place = torch.cuda.device(place) if place.type == "cuda" else contextlib.nullcontext()
+        with on_place:  # which is where objects travel with NCCL
+            dist.all_gather_object(told, (facts, problem and str(problem)), self.group)
         if problem is not None:
             raise problem
         for rank, (_, complaint) in enumerate(told):
@@ -90,5 +95,5 @@ def _difference(first: Facts, other: Facts, rank: int) -> str:
         for key, value in mine.items():
             have = other[name].get(key)
             if have != value:
-                return f"{name}.{key}: {value!r} on rank 0, {have!r} on rank {rank}"
+                return f"{shown([name])}.{key}: {value!r} on rank 0, {have!r} on rank {rank}"
     return ""

@@ -64,7 +64,8 @@ def sync_observers(model: nn.Module, group: dist.ProcessGroup | None = None) -> 
         _check(model, found)
     except Exception as error:  # the others wait: they are told before it is raised
         problem = error
-    ranks.agree(facts, problem)
+    devices = [quantizer.range.device for quantizer in found.values()]
+    ranks.agree(facts, problem, (devices or [torch.device("cpu")])[0])
     accumulating = [q.observer for q in found.values() if q.state.value in ACCUMULATE]
     following = [q for q in found.values() if q.state.value in FOLLOW]
     if accumulating:

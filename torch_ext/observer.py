@@ -74,7 +74,8 @@ class Observer(nn.Module):
 
     Buffers: ``extrema`` float32 [C,2], ``tally`` int64 [C,5] (finite, zeros, tiny, inf, nan),
     ``counts`` int64 [C,2,octaves,2^mantissa_bits], or [C,2,0,0] without a histogram.
-    ``synced``: whether the statistic holds the data of all ranks, see ``sync_observers``.
+    ``synced``: whether the statistic holds the data of all ranks, see ``sync_observers``; files of
+    ``save_observer_params`` keep it, ``state_dict`` does not.
     """
 
     _version = 1

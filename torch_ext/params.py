@@ -140,6 +140,7 @@ class _Change:
     quantizer: FakeQuantize
     solution: Solution | None
     statistic: Mapping[str, Tensor]
+    synced: bool
 
     @torch.no_grad()
     def carry_out(self) -> None:
@@ -147,6 +148,7 @@ class _Change:
             self.quantizer.take_(self.solution)
         for name, value in self.statistic.items():
             self.quantizer.get_buffer(name).copy_(value)
+            self.quantizer.observer.synced = self.synced
 
 
 def _plan(
@@ -175,7 +177,7 @@ def _plan(
         statistic, skipped = _statistic(params, params_of(quantizer))
         if skipped:
             report.statistics_skipped[name] = skipped
-        changes.append(_Change(quantizer, solution, statistic))
+        changes.append(_Change(quantizer, solution, statistic, params.synced))
     return changes
 
 
@@ -248,7 +250,7 @@ def save_observer_params(model: nn.Module, path: PathLike) -> None:
             check_statistic(own)
         except ValueError as error:
             raise ValueError(f"{who}: {label}.{error}") from error
-        specs[name] = spec_of(quantizer)
+        specs[name] = {**spec_of(quantizer), "synced": quantizer.observer.synced}
         tensors |= {f"{name}.{key}".strip("."): value for key, value in own.items()}
     write_tensors(path, tensors, _KIND, _VERSION, {"quantizers": specs})
 
