@@ -16,7 +16,7 @@ import rank_training as training
 import ranks
 import torch_ext
 from nets import ACTIVATIONS, images, prepared
-from torch_ext import set_fake_quantize, sync_observers
+from torch_ext import distributed, set_fake_quantize, sync_observers
 from torch_ext._walk import named_quantizers
 
 
@@ -70,6 +70,21 @@ class TestMerging:
         assert any(set(jobs.dealt("uneven", world)) != set(range(world)) for world in range(2, 9))
         largest = np.abs(whole["subnormal"]["extrema.observer.extrema"]).max()
         assert 0 < largest < 2**-126
+
+    def test_keys_order_as_the_floats_they_stand_for(self) -> None:
+        """Also where the processor takes subnormals for zeros, as a MAX of floats would then."""
+        least = 2.0**-149
+        ordered = [-torch.inf, -3e38, -1.0, -(2.0**-126), -3 * least, -least, 0.0]
+        ordered += [-value for value in ordered[-2::-1]]
+        pairs = [(a, b) for a in range(len(ordered)) for b in range(len(ordered))]
+        low, high = (torch.tensor([[ordered[p[i]]] * 2 for p in pairs]) for i in (0, 1))
+        want = torch.tensor([[ordered[min(p)], ordered[max(p)]] for p in pairs])
+        torch.set_flush_denormal(True)
+        try:
+            have = distributed._extrema(distributed._keys(low).maximum(distributed._keys(high)))
+        finally:
+            torch.set_flush_denormal(False)
+        assert torch.equal(have.view(torch.int32), want.view(torch.int32))
 
     def test_two_collectives_beside_the_check(self) -> None:
         check = "MAX int64 of 3"

@@ -67,7 +67,7 @@ def sync_observers(model: nn.Module, group: dist.ProcessGroup | None = None) -> 
     devices = [quantizer.range.device for quantizer in found.values()]
     ranks.agree(facts, problem, (devices or [torch.device("cpu")])[0])
     accumulating = [q.observer for q in found.values() if q.state.value in ACCUMULATE]
-    following = [q for q in found.values() if q.state.value in FOLLOW]
+    following = [q for q in found.values() if q.state.value in FOLLOW and _follows(q)]
     if accumulating:
         _merge(ranks, accumulating)
     if following:
@@ -110,6 +110,11 @@ def _with_data_of_this_rank(quantizers: Quantizers) -> Quantizers:
         for name, quantizer in quantizers.items()
         if not quantizer.transient and quantizer.observer.statistic != "none"
     }
+
+
+def _follows(quantizer: FakeQuantize) -> bool:
+    """Whether its range follows the batches; other methods learn, and gradients are shared."""
+    return quantizer.method == "fake_quant"
 
 
 def _facts(ranks: Ranks, quantizer: FakeQuantize) -> dict[str, Any]:
