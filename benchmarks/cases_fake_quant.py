@@ -197,9 +197,10 @@ def learned_backward(method: str, size: int) -> Job:
         dx, parameter, *_ = ours()
         # Torch's mask is taken after rounding: values within half a step of the ends differ.
         expect((dx != theirs()[0]).float().mean().item() < 0.01, "gradients of x")
-        v = s.x.double() / s.scale.double()
-        inside = (v > QUANT_MIN) & (v < QUANT_MAX)
-        slope = torch.where(inside, v.round() - v, v.clamp(QUANT_MIN, QUANT_MAX))
+        # Rounded as the forward does it, in float32; the rest in float64.
+        code, v = s.x / s.scale, s.x.double() / s.scale.double()
+        inside = (code > QUANT_MIN) & (code < QUANT_MAX)
+        slope = torch.where(inside, code.round().double() - v, v.clamp(QUANT_MIN, QUANT_MAX))
         if method == "pact":
             reach = (QUANT_MAX - QUANT_MIN) / 2
             slope = (v >= reach).double() - (v <= -reach).double()
