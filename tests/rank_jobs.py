@@ -30,7 +30,7 @@ Values = dict[str, Any]
 def plain(model: nn.Module) -> Values:
     """Everything a model holds, as arrays that a pipe takes."""
     found = snapshot(model)
-    return {k: v.numpy().copy() if isinstance(v, Tensor) else v for k, v in found.items()}
+    return {k: v.cpu().numpy() if isinstance(v, Tensor) else v for k, v in found.items()}
 
 
 def bank(channels: int = 3) -> nn.ModuleDict:
@@ -93,6 +93,22 @@ def fill(filled: nn.ModuleDict, data: list[Tensor]) -> nn.ModuleDict:
         for quantizer in filled.values():
             quantizer(x)
     return filled
+
+
+def merge_on(rank: int, world: int, device: str) -> dict[str, Values]:
+    """Statistics of the bank for every deal, on a device or on a GPU for each rank."""
+    found = {}
+    place = torch.device(device)
+    if place.type == "cuda" and torch.cuda.device_count() >= world:
+        place = torch.device("cuda", rank)
+    for kind in DEALS:
+        filled = bank().to(place)
+        own = [x for x, to in zip(pieces(kind), dealt(kind, world), strict=True) if to == rank]
+        fill(filled, [x.to(place) for x in own])
+        sync_observers(filled)
+        assert {buffer.device for buffer in filled.buffers()} == {place}
+        found[kind] = plain(filled)
+    return found
 
 
 def batches() -> list[Tensor]:

@@ -33,6 +33,7 @@ def run(
     seconds: float = 60,
     group_seconds: float = 30,
     may_die: tuple[int, ...] = (),
+    backend: str = "gloo",
 ) -> list[Any]:
     """The results of ``job(rank, world, *arguments)`` on each rank, in order of ranks.
 
@@ -44,7 +45,7 @@ def run(
         pipes, processes = [], []
         for rank in range(world):
             here, there = _context.Pipe(duplex=False)
-            given = (there, store, rank, world, group_seconds, job, arguments)
+            given = (there, store, rank, world, group_seconds, backend, job, arguments)
             processes.append(_context.Process(target=_rank, args=given, daemon=True))
             processes[-1].start()
             there.close()
@@ -79,6 +80,7 @@ def _rank(
     rank: int,
     world: int,
     group_seconds: float,
+    backend: str,
     job: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:
@@ -86,7 +88,7 @@ def _rank(
     torch.set_num_threads(1)
     try:
         dist.init_process_group(
-            "gloo",
+            backend,
             init_method=f"file://{store}",
             rank=rank,
             world_size=world,

@@ -248,12 +248,13 @@ class TestTraining:
         before = training.ranges(net)
         net(images(4))
         want = training.ranges(net)
-        for untouched, after in found:
+        for rank, (untouched, after) in enumerate(found):
             assert_same(untouched, before)
             for name in ACTIVATIONS:
+                local = name == training.LEARNING and rank != 1
                 for field in ("range", "scale", "zero_point", "solved"):
                     key = f"{name}.{field}"
-                    assert np.array_equal(after[key], want[key]), key
+                    assert np.array_equal(after[key], (before if local else want)[key]), key
 
     def test_calibration_through_ddp(self) -> None:
         want = jobs.plain(solved(jobs.batches()))
