@@ -35,6 +35,7 @@ struct Learned {
   int32_t method;
   core::DType dtype;
   at::Tensor parameter, zero_point;  // the zero point as integers
+  bool learns_zero_point;
   int64_t ch_axis, quant_min, quant_max;
   double elements;
 };
@@ -70,19 +71,21 @@ Gradients backward_of(const char* op, const Learned& l, const at::Tensor& grad,
                                     upstream = grad.expect_contiguous();
   Gradients found{at::empty(x.sizes(), x.options()),
                   at::empty(l.parameter.sizes(), l.parameter.options()),
-                  at::empty(l.parameter.sizes(), l.parameter.options())};
-  const core::LearnedJob job{l.method,
-                             data->const_data_ptr(),
-                             upstream->const_data_ptr(),
-                             found.dx.mutable_data_ptr(),
-                             channel_layout(x, l.ch_axis),
-                             l.parameter.const_data_ptr<float>(),
-                             l.zero_point.const_data_ptr<int32_t>(),
-                             static_cast<int32_t>(l.quant_min),
-                             static_cast<int32_t>(l.quant_max),
-                             l.elements,
-                             found.parameter.mutable_data_ptr<float>(),
-                             found.zero_point.mutable_data_ptr<float>()};
+                  l.learns_zero_point ? at::empty(l.parameter.sizes(), l.parameter.options())
+                                      : at::zeros(l.parameter.sizes(), l.parameter.options())};
+  const core::LearnedJob job{
+      l.method,
+      data->const_data_ptr(),
+      upstream->const_data_ptr(),
+      found.dx.mutable_data_ptr(),
+      channel_layout(x, l.ch_axis),
+      l.parameter.const_data_ptr<float>(),
+      l.zero_point.const_data_ptr<int32_t>(),
+      static_cast<int32_t>(l.quant_min),
+      static_cast<int32_t>(l.quant_max),
+      l.elements,
+      found.parameter.mutable_data_ptr<float>(),
+      l.learns_zero_point ? found.zero_point.mutable_data_ptr<float>() : nullptr};
   Backend(op, x).learned_backward(l.dtype, job);
   return found;
 }
@@ -112,7 +115,7 @@ Learned check_lsq(const at::Tensor& x, const at::Tensor& scale, const at::Tensor
     elements = static_cast<double>(x.numel() / channels);
     if (batch_axis >= 0 && x.dim() > 0) elements /= static_cast<double>(x.size(batch_axis));
   }
-  return {kLsq, dtype, scale, whole, ch_axis, quant_min, quant_max, elements};
+  return {kLsq, dtype, scale, whole, learned, ch_axis, quant_min, quant_max, elements};
 }
 
 at::Tensor lsq(const at::Tensor& x, const at::Tensor& scale, const at::Tensor& zero_point,
@@ -142,8 +145,8 @@ Learned check_pact(const at::Tensor& x, const at::Tensor& alpha, int64_t quant_m
   check_per_channel(op, "alpha", alpha, at::kFloat, 1, x.device());
   check_grid_of(op, quant_min, quant_max);
   check_finite(op, "alpha", alpha);
-  return {kPact, dtype,     alpha,     at::zeros({1}, alpha.options().dtype(at::kInt)),
-          -1,    quant_min, quant_max, 0};
+  const at::Tensor none = at::zeros({1}, alpha.options().dtype(at::kInt));
+  return {kPact, dtype, alpha, none, false, -1, quant_min, quant_max, 0};
 }
 
 at::Tensor pact(const at::Tensor& x, const at::Tensor& alpha, int64_t quant_min,

@@ -67,18 +67,10 @@ struct Given {
     }
   }
   LearnedJob job(Run<T>& run) const {
-    return {method,
-            x.data(),
-            grad.data(),
-            run.dx.data(),
-            layout,
-            parameter.data(),
-            zero_point.data(),
-            quant_min,
-            kQuantMax,
-            kElements,
-            run.d_parameter.data(),
-            run.d_zero_point.data()};
+    return {method, x.data(), grad.data(), run.dx.data(), layout, parameter.data(),
+            zero_point.data(), quant_min, kQuantMax, kElements, run.d_parameter.data(),
+            // A fixed zero point has no gradient.
+            method == kPact ? nullptr : run.d_zero_point.data()};
   }
 
   static constexpr double kElements = 100;
