@@ -160,7 +160,7 @@ def main() -> int:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     try:
-        rows, found = measure(*((2, 4) if chosen.quick else (15, 64)))
+        rows, found = measure(*((2, 4) if chosen.quick else (9, 32)))
         if dist.get_rank() == 0:
             about = tables.machine()
             about |= {"rounds": str(len(found["sync"])), "backend": "gloo, one thread a process"}
