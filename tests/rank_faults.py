@@ -105,6 +105,8 @@ def one_is_missing(rank: int, world: int, how: str, path: str) -> tuple[str, flo
     """Rank 1 dies or sleeps, or dies before its last collective: the others' error, and how long
     they waited."""
     net = calibrated_on(batches()[rank::world])
+    if how == "killed at the very last":
+        set_fake_quantize(net, "qat", "conv1.activation_quantizer")
     if rank == 0:
         solved = calibrated_on(batches())
         set_fake_quantize(solved, "validation")
@@ -119,7 +121,7 @@ def one_is_missing(rank: int, world: int, how: str, path: str) -> tuple[str, flo
 
         def dying(*arguments: Any) -> None:
             calls.append(1)
-            die() if len(calls) == 3 else reduce(*arguments)
+            die() if len(calls) == (3 if how.endswith("SUM") else 4) else reduce(*arguments)
 
         dist.all_reduce = dying
     before, begun = snapshot(net), time.monotonic()

@@ -264,7 +264,9 @@ class TestTraining:
 
 
 class TestFaults:
-    @pytest.mark.parametrize("how", ["killed", "asleep", "killed at the last collective"])
+    @pytest.mark.parametrize(
+        "how", ["killed", "asleep", "killed at the SUM", "killed at the very last"]
+    )
     def test_a_missing_rank_is_an_error_on_the_others(self, how: str, tmp_path: Path) -> None:
         path = tmp_path / "params.safetensors"
         found = ranks.run(

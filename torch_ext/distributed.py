@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +21,7 @@ from torch_ext.observer import Observer
 _WHO = "sync_observers"
 M = TypeVar("M", bound=nn.Module)
 Quantizers = Mapping[str, FakeQuantize]
+Commit = Callable[[], None]
 
 
 @torch.no_grad()
@@ -68,10 +69,14 @@ def sync_observers(model: nn.Module, group: dist.ProcessGroup | None = None) -> 
     ranks.agree(facts, problem, (devices or [torch.device("cpu")])[0])
     accumulating = [q.observer for q in found.values() if q.state.value in ACCUMULATE]
     following = [q for q in found.values() if q.state.value in FOLLOW and _follows(q)]
+    # All that can fail comes before the first change.
+    commits: list[Commit] = []
     if accumulating:
-        _merge(ranks, accumulating)
+        commits.append(_merge(ranks, accumulating))
     if following:
-        _average(ranks, following)
+        commits.append(_average(ranks, following))
+    for commit in commits:
+        commit()
 
 
 def keep_statistics_local(model: M) -> M:
@@ -150,8 +155,8 @@ def _check(model: nn.Module, found: Quantizers) -> None:
         )
 
 
-def _merge(ranks: Ranks, observers: list[Observer]) -> None:
-    """Adds up the statistics of all ranks; the observers change at the very end."""
+def _merge(ranks: Ranks, observers: list[Observer]) -> Commit:
+    """Adds up the statistics of all ranks."""
     place = ranks.meeting_place(observers[0].extrema.device)
     keys = torch.cat([_keys(observer.extrema).to(place) for observer in observers])
     found = _extrema(ranks.reduce_(keys, dist.ReduceOp.MAX))
@@ -167,11 +172,14 @@ def _merge(ranks: Ranks, observers: list[Observer]) -> None:
         counts.copy_(own_counts.flatten())
     ranks.reduce_(flat, dist.ReduceOp.SUM)
 
-    for observer, common, (tally, counts) in zip(observers, extrema, pairs, strict=True):
-        observer.extrema.copy_(common)
-        observer.tally.copy_(tally.view_as(observer.tally))
-        observer.counts.copy_(counts.view_as(observer.counts))
-        observer.synced = True
+    def commit() -> None:
+        for observer, common, (tally, counts) in zip(observers, extrema, pairs, strict=True):
+            observer.extrema.copy_(common)
+            observer.tally.copy_(tally.view_as(observer.tally))
+            observer.counts.copy_(counts.view_as(observer.counts))
+            observer.synced = True
+
+    return commit
 
 
 def _keys(extrema: Tensor) -> Tensor:
@@ -207,8 +215,8 @@ def _in_common_window(observer: Observer, extrema: Tensor) -> tuple[Tensor, Tens
     return tally, counts
 
 
-def _average(ranks: Ranks, quantizers: list[FakeQuantize]) -> None:
-    """Gives quantizers the mean of the ranks' ranges, where a rank has one."""
+def _average(ranks: Ranks, quantizers: list[FakeQuantize]) -> Commit:
+    """Takes the mean of the ranks' ranges, where a rank has one."""
     place = ranks.meeting_place(quantizers[0].range.device)
     rows = []
     for quantizer in quantizers:
@@ -218,6 +226,7 @@ def _average(ranks: Ranks, quantizers: list[FakeQuantize]) -> None:
     means = (sums[:, :2] / sums[:, 2:]).float()
     sizes = [len(quantizer.range) for quantizer in quantizers]
     known = [bool(part[0]) for part in torch.split((sums[:, 2] > 0).cpu(), sizes)]
+    solutions = []
     for quantizer, mean, has_range in zip(
         quantizers, torch.split(means, sizes), known, strict=True
     ):
@@ -225,4 +234,11 @@ def _average(ranks: Ranks, quantizers: list[FakeQuantize]) -> None:
             own, observer = mean.to(quantizer.range.device), quantizer.observer
             grid = (observer.quant_min, observer.quant_max, observer.symmetric)
             options = (observer.scale_rule, observer.power_of_two)
-            quantizer.take_(Solution(own, *ops.qparams(own, *grid, *options)))
+            solution = Solution(own, *ops.qparams(own, *grid, *options))
+            solutions.append((quantizer, solution))
+
+    def commit() -> None:
+        for quantizer, solution in solutions:
+            quantizer.take_(solution)
+
+    return commit
