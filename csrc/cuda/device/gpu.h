@@ -75,6 +75,12 @@ inline void check(cudaError_t error, const char* what) {
   throw std::runtime_error(std::string("CUDA: ") + what + ": " + cudaGetErrorString(error));
 }
 
+// f(arguments), called and not inlined: for what is long and not often reached.
+template <class F, class... A>
+__device__ __noinline__ auto apart(const F& f, A... arguments) {
+  return f(arguments...);
+}
+
 struct Device {
   int index;
   int processors;
