@@ -186,15 +186,16 @@ def learned_backward(method: str, size: int) -> Job:
         aten._fake_quantize_learnable_per_tensor_affine_backward,
         *(gradient, s.x, s.scale, zero_point, *s.grid, 1.0),
     )
-    ours = functools.partial(
-        native._lsq_backward, gradient, s.x, s.scale, s.zero_point, *s.grid, -1, False
-    )
+    parameter, own_zero_point = s.scale, s.zero_point
     if method == "pact":
-        alpha = s.scale * (QUANT_MAX - QUANT_MIN) / 2
-        ours = functools.partial(native._pact_backward, gradient, s.x, alpha, *s.grid)
+        parameter, own_zero_point = s.scale * (QUANT_MAX - QUANT_MIN) / 2, None
+    ours = functools.partial(
+        native._learned_fake_quant_backward,
+        *(gradient, s.x, method, parameter, own_zero_point, *s.grid, -1, False),
+    )
 
     def check() -> None:
-        dx, parameter, *_ = ours()
+        dx, found, *_ = ours()
         # Torch's mask is taken after rounding: values within half a step of the ends differ.
         expect((dx != theirs()[0]).float().mean().item() < 0.01, "gradients of x")
         # Rounded as the forward does it, in float32; the rest in float64.
@@ -205,7 +206,7 @@ def learned_backward(method: str, size: int) -> Job:
             reach = (QUANT_MAX - QUANT_MIN) / 2
             slope = (v >= reach).double() - (v <= -reach).double()
         want = (gradient.double() * slope).sum().float()
-        expect(torch.allclose(parameter, want, rtol=1e-4), "gradient of the parameter")
+        expect(torch.allclose(found, want, rtol=1e-4), "gradient of the parameter")
 
     peer = Peer("torch learnable backward", theirs, LEARNED)
     return Job(ours, (peer,), ceiling=Ceiling("copy", gradient), check=check)

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "core/contract.h"
 #include "core/job.h"
@@ -12,6 +13,7 @@
 #include "observers/clip_std.h"
 #include "observers/fixed_scale.h"
 #include "observers/kl.h"
+#include "observers/mean_abs.h"
 #include "observers/min_max.h"
 #include "observers/mix.h"
 #include "observers/mse.h"
@@ -49,18 +51,39 @@ using Observers = List<     //
     observers::Kl,          //
     observers::Mse,         //
     observers::Mix,         //
-    observers::Aciq>;
+    observers::Aciq,        //
+    observers::MeanAbs>;
 
-using FakeQuants = List<fake_quant::FakeQuant>;
+using FakeQuants = List<    //
+    fake_quant::FakeQuant,  //
+    fake_quant::Lsq,        //
+    fake_quant::Pact>;
+
+template <class... Lists>
+struct Joined;
+template <class Only>
+struct Joined<Only> {
+  using type = Only;
+};
+template <class... A, class... B, class... Rest>
+struct Joined<List<A...>, List<B...>, Rest...> {
+  using type = Joined<List<A..., B...>, Rest...>::type;
+};
+template <class>
+struct Learned;
+template <class... F>
+struct Learned<List<F...>> {
+  using type = Joined<std::conditional_t<core::LearnedFakeQuant<F>, List<F>, List<>>...>::type;
+};
 
 // Those with a learned parameter.
-using LearnedFakeQuants = List<fake_quant::Lsq, fake_quant::Pact>;
+using LearnedFakeQuants = Learned<FakeQuants>::type;
 
 // What a channel of a job is quantized with.
 template <typename C>
 TE_HD core::Affine<C> affine_of(const core::FakeQuantJob& job, int64_t channel) {
   const float parameter = job.scale[channel];
-  const int32_t zero_point = job.zero_point[channel];
+  const int32_t zero_point = core::zero_point_of(job, channel);
   core::Affine<C> affine =
       core::make_affine<C>(parameter, zero_point, job.quant_min, job.quant_max);
   if (job.learned < 0) return affine;

@@ -37,18 +37,31 @@ template <class... R>
 struct Rows<List<R...>> {
   static constexpr RuleRow rules[] = {row_of<R>()...};
 };
+template <class F>
+constexpr FakeQuantRow fake_quant_row() {
+  FakeQuantRow row{F::name, -1, "", false, 0};
+  if constexpr (core::LearnedFakeQuant<F>) {
+    LearnedFakeQuants::for_each([&]<class Other>(int32_t index) {
+      if (std::is_same_v<F, Other>) row.learned = index;
+    });
+    row.parameter = F::parameter;
+    row.per_channel = F::per_channel;
+    row.start = F::start;
+  }
+  return row;
+}
 template <class List>
-struct Names;
+struct FakeQuantRows;
 template <class... F>
-struct Names<List<F...>> {
-  static constexpr const char* names[] = {F::name...};
+struct FakeQuantRows<List<F...>> {
+  static constexpr FakeQuantRow rows[] = {fake_quant_row<F>()...};
 };
 
 }  // namespace
 
 std::span<const RuleRow> rules() { return Rows<Observers>::rules; }
 
-std::span<const char* const> fake_quant_names() { return Names<FakeQuants>::names; }
+std::span<const FakeQuantRow> fake_quants() { return FakeQuantRows<FakeQuants>::rows; }
 
 int64_t work_words(int32_t rule, core::HistogramLayout layout, const core::Grid& grid,
                    const double* options) {

@@ -25,7 +25,16 @@ struct RuleRow {
 };
 
 std::span<const RuleRow> rules();
-std::span<const char* const> fake_quant_names();
+
+struct FakeQuantRow {
+  const char* name;
+  int32_t learned;  // index in LearnedFakeQuants, or -1: then the rest says nothing
+  const char* parameter;
+  bool per_channel;
+  double start;
+};
+
+std::span<const FakeQuantRow> fake_quants();
 
 // Words that a rule's searches work in. A composite rule runs any of them with its default options,
 // and keeps their objectives there too.

@@ -102,4 +102,5 @@ def same(left: dict[str, Any], right: dict[str, Any]) -> bool:
 def same_bits(left: Tensor, right: Tensor) -> bool:
     if left.dtype != right.dtype or left.shape != right.shape:
         return False
-    return left.contiguous().numpy().tobytes() == right.contiguous().numpy().tobytes()
+    left, right = (t.detach().contiguous() for t in (left, right))
+    return left.numpy().tobytes() == right.numpy().tobytes()

@@ -197,6 +197,25 @@ def pact_clauses() -> list[Clause]:
     ]
 
 
+def learned_clauses() -> list[Clause]:
+    """Those of lsq, by whose name the op speaks, and of a method with one parameter."""
+    renamed = {"scale": "parameter"}
+    clauses = [
+        (what, named, {renamed.get(key, key): value for key, value in wrong.items()})
+        for what, named, wrong in lsq_clauses()
+    ]
+    return [
+        *clauses,
+        ("unknown method", "known: lsq", {"method": "fake_quant"}),
+        ("pact per channel", "pact: ch_axis", {"method": "pact", "zero_point": None}),
+        (
+            "pact with a zero point",
+            "pact: zero_point",
+            {"method": "pact", "ch_axis": -1, "parameter": torch.ones(1)},
+        ),
+    ]
+
+
 def upstream_clauses() -> list[Clause]:
     return [
         ("gradient shape", "grad", {"grad": torch.ones(11)}),
@@ -260,9 +279,9 @@ CLAUSES: dict[str, list[Clause]] = {
         *grid_clauses(),
     ],
     "lsq": lsq_clauses(),
-    "_lsq_backward": [*lsq_clauses(), *upstream_clauses()],
     "pact": pact_clauses(),
-    "_pact_backward": [*pact_clauses(), *upstream_clauses()],
+    "learned_fake_quant": learned_clauses(),
+    "_learned_fake_quant_backward": [*learned_clauses(), *upstream_clauses()],
     "follow_": follow_clauses(),
     "follow_fake_quant": [*follow_clauses(), *ROUNDING_CLAUSES],
     "_follow_fake_quant_forward": [*follow_clauses(), *ROUNDING_CLAUSES],

@@ -149,6 +149,22 @@ PACT: list[Make] = [
         }
     ),
 ]
+
+
+def by_name(method: str, parameter: str, make: Make) -> Make:
+    """The same arguments for the op that takes a method's name."""
+
+    def made() -> Arguments:
+        given = make()
+        return {"method": method, "parameter": given.pop(parameter), "zero_point": None, **given}
+
+    return made
+
+
+LEARNED = [
+    *(by_name("lsq", "scale", make) for make in LSQ),
+    *(by_name("pact", "alpha", make) for make in PACT),
+]
 SAMPLES: dict[str, list[Make]] = {
     "fake_quant": [*FAKE_QUANT, *map(with_gradient, (FAKE_QUANT[0], FAKE_QUANT[2], FAKE_QUANT[7]))],
     "_fake_quant_forward": FAKE_QUANT,
@@ -158,9 +174,9 @@ SAMPLES: dict[str, list[Make]] = {
         lambda: {"grad": data(0), "mask": torch.empty(0, dtype=torch.uint8)},
     ],
     "lsq": LSQ,
-    "_lsq_backward": [backward_of(make) for make in LSQ],
     "pact": PACT,
-    "_pact_backward": [backward_of(make) for make in PACT],
+    "learned_fake_quant": LEARNED,
+    "_learned_fake_quant_backward": [backward_of(make) for make in LEARNED],
     "observe_": [
         lambda: {"x": data(2, 3), **statistic(data(2, 3), 1), "ch_axis": 1},
         lambda: {"x": data(7, dtype=HALF), **statistic(data(4), -1)},

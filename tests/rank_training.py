@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,11 @@ from nets import TinyNet, images, prepared, same, snapshot
 from rank_jobs import BATCHES, CONFIG, Values, batches, calibrated_on, plain
 from torch_ext import (
     calibrate,
+    fake_quantize_states,
     get_default_qconfig,
     keep_statistics_local,
+    load_observer_params,
+    quantization_parameters,
     set_fake_quantize,
     sync_observers,
 )
@@ -24,7 +28,7 @@ from torch_ext._walk import named_quantizers
 
 RATE = 0.25  # averaging constant
 STEPS = 3
-LEARNING = "conv2.activation_quantizer"
+LEARNING = get_default_qconfig("lsq", "lsq")
 
 
 def training_net() -> TinyNet:
@@ -54,7 +58,7 @@ def train(net: nn.Module, rank: int, sync: bool) -> None:
 
 def ranges(net: nn.Module) -> Values:
     return {
-        f"{name}.{field}": getattr(quantizer, field).numpy().copy()
+        f"{name}.{field}": getattr(quantizer, field).detach().numpy().copy()
         for name, quantizer in named_quantizers(net).items()
         for field in ("range", "scale", "zero_point", "solved")
     }
@@ -107,15 +111,58 @@ def train_fsdp(rank: int, world: int) -> dict[str, Any]:
     return found
 
 
+def learned(net: nn.Module) -> list[Any]:
+    found = [
+        p.full_tensor() if hasattr(p, "full_tensor") else p for p in quantization_parameters(net)
+    ]
+    return [p.detach().numpy().copy() for p in found]
+
+
+def learn(rank: int, world: int) -> dict[str, Any]:
+    """lsq without calibration through DDP, and from a calibration through FSDP2."""
+    net = prepared(LEARNING)
+    set_fake_quantize(net, "qat")
+    net(training_batch(0, rank))
+    found: dict[str, Any] = {"own start": learned(net)}
+    net = prepared(LEARNING)
+    set_fake_quantize(net, "qat")
+    wrapped = DistributedDataParallel(keep_statistics_local(net))
+    train(wrapped, rank, sync=True)
+    found["ddp"] = learned(net)
+
+    sharded, refused = prepared(LEARNING), prepared(LEARNING)
+    calibrate(sharded, batches())
+    mesh = dist.device_mesh.init_device_mesh("cpu", (world,))
+    found["before"] = learned(sharded)
+    for one in (sharded, refused):
+        fully_shard(one, mesh=mesh)
+    try:
+        set_fake_quantize(refused, "qat")
+    except RuntimeError as error:
+        found["refused"] = str(error)
+    found["refused in"] = {state.value for state in fake_quantize_states(refused).values()}
+    set_fake_quantize(sharded, "qat")
+    train(sharded, rank, sync=True)
+    set_fake_quantize(sharded, "validation")
+    found["fsdp"] = learned(sharded)
+    found["output"] = sharded(images(5)).detach().numpy().copy()
+    # Loading writes each rank's part.
+    source = prepared(LEARNING)
+    calibrate(source, batches())
+    with contextlib.redirect_stdout(None):
+        load_observer_params(source, sharded)
+    found["loaded"] = learned(sharded)
+    return found
+
+
 def without_ranges(rank: int, world: int) -> tuple[Values, Values]:
     """QAT without calibration where only rank 1 sees data; then ranges by quantizer."""
-    net = prepared(get_default_qconfig())
+    net = prepared(mapping={"conv2": LEARNING})
     set_fake_quantize(net, "qat")
     sync_observers(net)  # nobody has a range
     untouched = ranges(net)
     if rank == 1:
         net(images(4))
-    named_quantizers(net)[LEARNING].method = "lsq"  # its range is no matter of the batches
     sync_observers(net)
     return untouched, ranges(net)
 

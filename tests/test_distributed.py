@@ -243,18 +243,34 @@ class TestTraining:
 
     def test_a_rank_without_a_range_does_not_count(self) -> None:
         found = ranks.run(3, training.without_ranges)
-        net = prepared(torch_ext.get_default_qconfig())
+        net = prepared(mapping={"conv2": training.LEARNING})
         set_fake_quantize(net, "qat")
         before = training.ranges(net)
         net(images(4))
         want = training.ranges(net)
-        for rank, (untouched, after) in enumerate(found):
+        for untouched, after in found:
             assert_same(untouched, before)
             for name in ACTIVATIONS:
-                local = name == training.LEARNING and rank != 1
                 for field in ("range", "scale", "zero_point", "solved"):
                     key = f"{name}.{field}"
-                    assert np.array_equal(after[key], (before if local else want)[key]), key
+                    assert np.array_equal(after[key], want[key]), key
+
+    def test_scales_that_are_learned_are_the_same_on_all_ranks(self) -> None:
+        found = ranks.run(2, training.learn)
+        for key in ("ddp", "before", "fsdp", "loaded"):
+            for mine, theirs in zip(found[0][key], found[1][key], strict=True):
+                assert np.array_equal(mine, theirs), key
+        assert np.array_equal(found[0]["output"], found[1]["output"])
+        one = found[0]
+        # or else there was nothing to make the same
+        starts = zip(one["own start"], found[1]["own start"], strict=True)
+        assert not all(np.array_equal(a, b) for a, b in starts)
+        steps = zip(one["before"], one["fsdp"], strict=True)
+        assert not all(np.array_equal(a, b) for a, b in steps)
+        for a, b in zip(one["before"], one["loaded"], strict=True):
+            assert np.array_equal(a, b)
+        assert "expected quantizers to have a range before fully_shard, got none" in one["refused"]
+        assert one["refused in"] == {"float"}
 
     def test_calibration_through_ddp(self) -> None:
         want = jobs.plain(solved(jobs.batches()))

@@ -26,8 +26,8 @@ def cases() -> Iterator[Any]:
 PUBLIC = {
     "_fake_quant_forward": "fake_quant",
     "_follow_fake_quant_forward": "follow_fake_quant",
-    "_lsq_backward": "lsq",
-    "_pact_backward": "pact",
+    "learned_fake_quant": "lsq",  # the method of its sample
+    "_learned_fake_quant_backward": "lsq",
 }
 
 
@@ -56,6 +56,9 @@ def test_clause(op: str, named: str, wrong: dict[str, Any]):
         call(**arguments)
     text = str(raised.value).splitlines()[0]
     public = PUBLIC.get(op, op)
+    if "method" in wrong:
+        public = "learned_fake_quant" if named.startswith("known") else wrong["method"]
+        named = named.removeprefix(f"{public}: ")
     if named.startswith("known: "):
         assert_lists_the_known(text, public, named.removeprefix("known: "), wrong)
     else:

@@ -20,6 +20,7 @@ FUNCTIONS = [
     ops.fake_quant,
     ops.lsq,
     ops.pact,
+    ops.learned_fake_quant,
     ops.observe_,
     ops.merge_,
     ops.solve,

@@ -40,7 +40,8 @@ def channel_statistic(seed: int) -> tuple[list[Tensor], State]:
 
 def test_registry_is_the_documented_one():
     assert set(RULES) == {
-        *("min_max", "fixed_scale", "clip", "percentile", "clip_std", "kl", "mse", "mix", "aciq")
+        *("min_max", "fixed_scale", "clip", "percentile", "clip_std", "kl", "mse", "mix", "aciq"),
+        "mean_abs",
     }
 
 

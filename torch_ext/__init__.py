@@ -8,6 +8,7 @@ from torch_ext.describe import describe
 from torch_ext.distributed import keep_statistics_local, sync_observers
 from torch_ext.fake_quant import FakeQuantize
 from torch_ext.fuse import fuse
+from torch_ext.learned import LearnedFakeQuantize, quantization_parameters
 from torch_ext.modules import Add, Cat, MatMul, Mul, QuantStub
 from torch_ext.observer import Observer
 from torch_ext.params import LoadReport, load_observer_params, save_observer_params
@@ -30,6 +31,7 @@ __all__ = [
     "Cat",
     "FakeQuantState",
     "FakeQuantize",
+    "LearnedFakeQuantize",
     "LoadReport",
     "MatMul",
     "Mul",
@@ -52,6 +54,7 @@ __all__ = [
     "observers",
     "ops",
     "prepare_qat",
+    "quantization_parameters",
     "reset_statistics",
     "resolve",
     "save_observer_params",

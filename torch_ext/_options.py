@@ -22,6 +22,13 @@ def observer_info(rule: str) -> _C.ObserverInfo:
     return _C.observer_info(rule)
 
 
+def fake_quant_info(method: str) -> _C.FakeQuantInfo:
+    """The registry's entry of a method: what it learns, and from where."""
+    if not isinstance(method, str) or method not in _C.fake_quants():
+        raise ValueError(f"unknown fake-quant {_quoted(method)}; known: {joined(_C.fake_quants())}")
+    return _C.fake_quant_info(method)
+
+
 def _quoted(name: object) -> str:
     return f'"{name}"' if isinstance(name, str) else repr(name)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch_ext._grid import dtype_name, parse_grid
 from torch_ext._options import observer_info
 from torch_ext.fake_quant import FakeQuantize
+from torch_ext.learned import LearnedFakeQuantize
 
 # Field -> dtype and shape; C is the number of channels, None any size.
 FIELDS: Mapping[str, tuple[torch.dtype, tuple[str | int | None, ...]]] = {
@@ -62,8 +63,9 @@ class Params:
 
 
 def tensors_of(quantizer: FakeQuantize) -> dict[str, Tensor]:
-    own = quantizer.state_dict()
-    return {field: own[field] for field in FIELDS}
+    scale, zero_point = quantizer.calculate_qparams()
+    own = {"range": quantizer.range, "scale": scale, "zero_point": zero_point}
+    return {field: own[field] if field in own else quantizer.get_buffer(field) for field in FIELDS}
 
 
 def params_of(quantizer: FakeQuantize) -> Params:
@@ -84,8 +86,15 @@ def params_of(quantizer: FakeQuantize) -> Params:
 def spec_of(quantizer: FakeQuantize) -> dict[str, Any]:
     """The keys of a quantizer, as plain values for a file."""
     observer = quantizer.observer
+    learned = {}
+    if isinstance(quantizer, LearnedFakeQuantize):
+        learned = {
+            "use_grad_scaling": quantizer.use_grad_scaling,
+            "learn_zero_point": quantizer.learn_zero_point,
+        }
     return {
         "method": quantizer.method,
+        **learned,
         "averaging_constant": quantizer.averaging_constant,
         "observer": observer.name,
         "options": observer.options,

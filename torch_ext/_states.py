@@ -30,6 +30,9 @@ if set(_TABLE) != {state.value for state in FakeQuantState}:
 
 ACCUMULATE = frozenset(name for name, row in _TABLE.items() if row["accumulate"])
 FOLLOW = frozenset(name for name, row in _TABLE.items() if row["follow"])
+# Those in which a forward pass changes the quantizer.
+CHANGES = ACCUMULATE | FOLLOW
+DIFFERENTIATE = frozenset(name for name, row in _TABLE.items() if row["differentiate"])
 QUANTIZE = frozenset(name for name, row in _TABLE.items() if row["quantize"])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 from torch_ext._attach import attached
 from torch_ext._grid import dtype_name
@@ -84,6 +84,9 @@ def _row(name: str, quantizer: FakeQuantize) -> QuantizerRow:
 def _scale(quantizer: FakeQuantize) -> str:
     if quantizer.solved.is_meta or not bool(quantizer.solved):
         return "none yet"
-    scale: Tensor = quantizer.scale.detach()
+    try:
+        scale, _ = quantizer.calculate_qparams()
+    except ValueError:  # an optimizer left the numbers
+        return "not finite"
     low, high = float(scale.min()), float(scale.max())
     return f"{low:.6g}" if len(scale) == 1 else f"{low:.6g} to {high:.6g} ({len(scale)})"

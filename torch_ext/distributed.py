@@ -15,7 +15,7 @@ from torch_ext._params import spec_of
 from torch_ext._ranks import Ranks
 from torch_ext._states import ACCUMULATE, FOLLOW
 from torch_ext._walk import require_quantizers, shown
-from torch_ext.fake_quant import FakeQuantize, Solution
+from torch_ext.fake_quant import FakeQuantize
 from torch_ext.observer import Observer
 
 _WHO = "sync_observers"
@@ -38,7 +38,9 @@ def sync_observers(model: nn.Module, group: dist.ProcessGroup | None = None) -> 
 
     In QAT: each range becomes the mean of the ranks' ranges. Starting from equal ranges that is
     the moving average over the mean of the ranks' batches; call it after every step. Ranks whose
-    quantizer has no range yet do not count.
+    quantizer has no range yet do not count. Of methods that learn their range (``lsq``,
+    ``pact``) it is the mean of the learned parameters: equal on all ranks already, where
+    gradients are, unless each rank began with its own first batch.
 
     Quantizers in another state stay as they are, and so do those of weights, which are the same
     on every rank. Collectives, whatever the number of quantizers: three numbers, to compare the
@@ -65,10 +67,10 @@ def sync_observers(model: nn.Module, group: dist.ProcessGroup | None = None) -> 
         _check(model, found)
     except Exception as error:  # the others wait: they are told before it is raised
         problem = error
-    devices = [quantizer.range.device for quantizer in found.values()]
+    devices = [quantizer.solved.device for quantizer in found.values()]
     ranks.agree(facts, problem, (devices or [torch.device("cpu")])[0])
     accumulating = [q.observer for q in found.values() if q.state.value in ACCUMULATE]
-    following = [q for q in found.values() if q.state.value in FOLLOW and _follows(q)]
+    following = [q for q in found.values() if q.state.value in FOLLOW]
     # All that can fail comes before the first change.
     commits: list[Commit] = []
     if accumulating:
@@ -117,14 +119,9 @@ def _with_data_of_this_rank(quantizers: Quantizers) -> Quantizers:
     }
 
 
-def _follows(quantizer: FakeQuantize) -> bool:
-    """Whether its range follows the batches; other methods learn, and gradients are shared."""
-    return quantizer.method == "fake_quant"
-
-
 def _facts(ranks: Ranks, quantizer: FakeQuantize) -> dict[str, Any]:
     """What has to be equal on all ranks."""
-    place = ranks.meeting_place(quantizer.range.device)
+    place = ranks.meeting_place(quantizer.solved.device)
     return {**spec_of(quantizer), "state": quantizer.state.value, "device": place.type}
 
 
@@ -217,28 +214,24 @@ def _in_common_window(observer: Observer, extrema: Tensor) -> tuple[Tensor, Tens
 
 def _average(ranks: Ranks, quantizers: list[FakeQuantize]) -> Commit:
     """Takes the mean of the ranks' ranges, where a rank has one."""
-    place = ranks.meeting_place(quantizers[0].range.device)
-    rows = []
+    place = ranks.meeting_place(quantizers[0].solved.device)
+    parts = []
     for quantizer in quantizers:
-        weight = quantizer.solved.double().expand(len(quantizer.range), 1)
-        rows.append(torch.cat([quantizer.range.double() * weight, weight], 1).to(place))
-    sums = ranks.reduce_(torch.cat(rows), dist.ReduceOp.SUM)  # float64 [C of all, 3]
-    means = (sums[:, :2] / sums[:, 2:]).float()
-    sizes = [len(quantizer.range) for quantizer in quantizers]
-    known = [bool(part[0]) for part in torch.split((sums[:, 2] > 0).cpu(), sizes)]
-    solutions = []
-    for quantizer, mean, has_range in zip(
-        quantizers, torch.split(means, sizes), known, strict=True
+        weight = quantizer.solved.double()
+        values = quantizer.shared_values().detach().double()
+        # A rank without a range has nothing to add, whatever its values are.
+        own = torch.where(weight > 0, values, torch.zeros_like(values))
+        parts.append(torch.cat([own, weight]).to(place))
+    sums = ranks.reduce_(torch.cat(parts), dist.ReduceOp.SUM)
+    means = []
+    for quantizer, part in zip(
+        quantizers, torch.split(sums.cpu(), [len(part) for part in parts]), strict=True
     ):
-        if has_range:
-            own, observer = mean.to(quantizer.range.device), quantizer.observer
-            grid = (observer.quant_min, observer.quant_max, observer.symmetric)
-            options = (observer.scale_rule, observer.power_of_two)
-            solution = Solution(own, *ops.qparams(own, *grid, *options))
-            solutions.append((quantizer, solution))
+        if part[-1] > 0:
+            means.append((quantizer, (part[:-1] / part[-1]).to(quantizer.solved.device)))
 
     def commit() -> None:
-        for quantizer, solution in solutions:
-            quantizer.take_(solution)
+        for quantizer, mean in means:
+            quantizer.take_shared_(mean)
 
     return commit

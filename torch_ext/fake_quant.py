@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from torch_ext import _C, ops
-from torch_ext._options import joined, observer_info
-from torch_ext._states import ACCUMULATE, FOLLOW, QUANTIZE, FakeQuantState, parse_state
+from torch_ext import ops
+from torch_ext._options import fake_quant_info, observer_info
+from torch_ext._states import ACCUMULATE, CHANGES, FOLLOW, QUANTIZE, FakeQuantState, parse_state
 from torch_ext.observer import KEYS as OBSERVER_KEYS
 from torch_ext.observer import Observer, TensorMap, check_keys, keep_dtype, parse_flag
 
@@ -22,6 +22,15 @@ class Solution(NamedTuple):
     range: Tensor
     scale: Tensor
     zero_point: Tensor
+
+    @classmethod
+    def nothing(cls, channels: int, device: torch.device) -> Solution:
+        """Of data that is all zero: the range (0,0), scale 1."""
+        return cls(
+            torch.zeros(channels, 2, dtype=torch.float32, device=device),
+            torch.ones(channels, dtype=torch.float32, device=device),
+            torch.zeros(channels, dtype=torch.int32, device=device),
+        )
 
 
 class WeightSolution(NamedTuple):
@@ -39,15 +48,21 @@ class FakeQuantize(nn.Module):
     and ``eval()`` do not change it. A new quantizer is in FLOAT and passes everything through.
 
     Args:
-        method: ``"fake_quant"``; ``torch_ext.fake_quants()`` lists the methods.
+        method: ``"fake_quant"``, straight through, its range following the batches; ``"lsq"`` and
+            ``"pact"`` learn theirs and give a :class:`LearnedFakeQuantize`.
         observer: a rule, see :class:`Observer`, which takes the remaining keys.
         averaging_constant: c in ``range += c * (range of the batch - range)`` in QAT, 0 to 1:
-            0 keeps the range fixed, 1 takes each batch's. For weights it is 1.
+            0 keeps the range fixed, 1 takes each batch's. For weights it is 1. A method that
+            learns its range does without.
         optional: may see no data; then it passes through instead of being refused. The inputs
             of a model are optional, because an argument need not be a floating tensor.
+        use_grad_scaling: lsq's ``1 / sqrt(N * quant_max)`` on the gradient of the scale.
+        learn_zero_point: lsq on an affine grid learns the zero point too (LSQ+).
+        alpha: pact's clipping level before training, unless a calibration gives it.
 
     Buffers: ``range`` float32 [C,2], ``scale`` float32 [C], ``zero_point`` int32 [C] and
-    ``solved`` uint8 [1], which says whether there is a range; child ``observer``.
+    ``solved`` uint8 [1], which says whether there is a range; child ``observer``. ``label`` is its
+    name in the model, once ``set_fake_quantize`` has seen it there.
     """
 
     _version = 1
@@ -57,6 +72,12 @@ class FakeQuantize(nn.Module):
     zero_point: Tensor
     solved: Tensor
 
+    def __new__(cls, method: str = "fake_quant", *args: Any, **keys: Any) -> FakeQuantize:
+        from torch_ext.learned import LearnedFakeQuantize  # it imports this module
+
+        learned = cls is FakeQuantize and fake_quant_info(method)["learned"]
+        return super().__new__(LearnedFakeQuantize if learned else cls)
+
     def __init__(
         self,
         method: str = "fake_quant",
@@ -64,13 +85,13 @@ class FakeQuantize(nn.Module):
         averaging_constant: float = 0.01,
         *,
         optional: bool = False,
+        use_grad_scaling: bool = True,
+        learn_zero_point: bool = False,
+        alpha: float | None = None,
         **keys: Any,
     ) -> None:
         super().__init__()
-        if not isinstance(method, str) or method not in _C.fake_quants():
-            known = joined(_C.fake_quants())
-            name = f'"{method}"' if isinstance(method, str) else repr(method)
-            raise ValueError(f"unknown fake-quant {name}; known: {known}")
+        fake_quant_info(method)
         observer_info(observer)
         check_keys(f"FakeQuantize({observer})", keys, observer, KEYS)
         self.method = method
@@ -79,13 +100,27 @@ class FakeQuantize(nn.Module):
         self.unobserved_allowed = False
         self._state = FakeQuantState.FLOAT
         self._action = FakeQuantState.FLOAT.value
+        self.label = ""
         self.observer = Observer(observer, **keys)
+        self.register_buffer("solved", torch.empty(1, dtype=torch.uint8))
+        self._allocate(use_grad_scaling, learn_zero_point, alpha)
+        self.reset_parameters()
+
+    def _allocate(
+        self, use_grad_scaling: bool, learn_zero_point: bool, alpha: float | None
+    ) -> None:
+        """Registers what holds the range and its parameters."""
+        who = f"FakeQuantize({self.method})"
+        if not parse_flag(who, "use_grad_scaling", use_grad_scaling):
+            raise ValueError(f"{who}: expected use_grad_scaling to be True, got False: no gradient")
+        if parse_flag(who, "learn_zero_point", learn_zero_point):
+            raise ValueError(f"{who}: expected learn_zero_point to be False, got True: take lsq")
+        if alpha is not None:
+            raise ValueError(f"{who}: expected alpha to be None, got {alpha!r}: pact has one")
         channels = self.observer.channel_len
         self.register_buffer("range", torch.empty(channels, 2, dtype=torch.float32))
         self.register_buffer("scale", torch.empty(channels, dtype=torch.float32))
         self.register_buffer("zero_point", torch.empty(channels, dtype=torch.int32))
-        self.register_buffer("solved", torch.empty(1, dtype=torch.uint8))
-        self.reset_parameters()
 
     @property
     def state(self) -> FakeQuantState:
@@ -116,10 +151,20 @@ class FakeQuantize(nn.Module):
         # One attribute decides, so a compiled graph is guarded by it alone.
         action = self._action
         observer = self.observer
+        if action in CHANGES and torch.compiler.is_exporting():
+            raise RuntimeError(
+                f"torch.export: expected quantizers to be in VALIDATION or FLOAT, got {action}: "
+                "the program would go on changing its ranges; call "
+                'set_fake_quantize(model, "validation") first'
+            )
         if action in ACCUMULATE and not observer.transient:
             observer(x)
         if action not in QUANTIZE:
             return x
+        return self._quantize(x, action)
+
+    def _quantize(self, x: Tensor, action: str) -> Tensor:
+        observer = self.observer
         if action in FOLLOW and observer.statistic != "none":
             own = (self.range, self.scale, self.zero_point, self.solved)
             return ops.follow_fake_quant(x, *own, *self._follow_arguments())
@@ -153,39 +198,52 @@ class FakeQuantize(nn.Module):
             qscheme=observer.qscheme,
             ch_axis=observer.ch_axis,
             channel_len=observer.channel_len,
-        ).to(self.range.device)
+        ).to(self.solved.device)
         fresh(weight)
         if observer.statistic == "none":
             given = Solution(observer.range(), *observer.calculate_qparams())
             return WeightSolution(given, fresh.extrema, fresh.tally)
         # What a channel without a finite value keeps.
-        found = Solution(
-            torch.zeros_like(self.range),
-            torch.ones_like(self.scale),
-            torch.zeros_like(self.zero_point),
-        )
+        found = Solution.nothing(observer.channel_len, self.solved.device)
         solved = torch.zeros_like(self.solved)  # so that the first batch, this one, is taken whole
         ops.follow_(weight, *found, solved, *self._follow_arguments())
         return WeightSolution(found if bool(solved) else None, fresh.extrema, fresh.tally)
 
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """What it quantizes with: scale [C] float32 and zero point [C] int32."""
+        return self.scale, self.zero_point
+
     @torch.no_grad()
     def take_(self, solution: Solution) -> Self:
         """Takes a range and its parameters."""
-        self.range.copy_(solution.range)
-        self.scale.copy_(solution.scale)
-        self.zero_point.copy_(solution.zero_point)
+        self._set(solution)
         self.solved.fill_(1)
         if self.passes_through:
             self.enter(self._state)
         return self
 
+    def _set(self, solution: Solution) -> None:
+        self.range.copy_(solution.range)
+        self.scale.copy_(solution.scale)
+        self.zero_point.copy_(solution.zero_point)
+
+    def shared_values(self) -> Tensor:
+        """What ranks that train together have in common, one row [n]; see ``sync_observers``."""
+        return self.range.flatten()
+
+    @torch.no_grad()
+    def take_shared_(self, values: Tensor) -> None:
+        """Takes the mean of all ranks' ``shared_values``."""
+        observer, range_ = self.observer, values.view_as(self.range).float()
+        grid = (observer.quant_min, observer.quant_max, observer.symmetric)
+        found = ops.qparams(range_, *grid, observer.scale_rule, observer.power_of_two)
+        self.take_(Solution(range_, *found))
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Forgets the range (a given scale is put back); also called after ``to_empty``."""
         self.observer.reset_()
-        self.range.zero_()
-        self.scale.fill_(1)
-        self.zero_point.zero_()
+        self._set(Solution.nothing(self.observer.channel_len, self.solved.device))
         self.solved.zero_()
         if self.observer.statistic == "none":
             self.take_(Solution(self.observer.range(), *self.observer.calculate_qparams()))
@@ -237,12 +295,17 @@ def _parse_constant(value: object) -> float:
     return float(value)
 
 
+# What help() shows, in place of the signature of __new__, which only chooses the class.
+_OWN = list(inspect.signature(FakeQuantize.__init__).parameters.values())[1:]
+FakeQuantize.__signature__ = inspect.Signature(_OWN)  # type: ignore[attr-defined]
+
 # The keys of a quantizer beside the options of its rule.
 KEYS = (
     *(
-        name
-        for name, parameter in inspect.signature(FakeQuantize).parameters.items()
-        if parameter.kind is not parameter.VAR_KEYWORD and name not in ("method", "observer")
+        parameter.name
+        for parameter in _OWN
+        if parameter.kind is not parameter.VAR_KEYWORD
+        and parameter.name not in ("method", "observer")
     ),
     *OBSERVER_KEYS,
 )

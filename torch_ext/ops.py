@@ -101,6 +101,34 @@ def pact(x: Tensor, alpha: Tensor, quant_min: int, quant_max: int) -> Tensor:
     return _native.pact(x, alpha, quant_min, quant_max)  # type: ignore[no-any-return]
 
 
+def learned_fake_quant(
+    x: Tensor,
+    method: str,
+    parameter: Tensor,
+    zero_point: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    ch_axis: int = -1,
+    use_grad_scaling: bool = True,
+    batch_axis: int = -1,
+) -> Tensor:
+    """A method of the registry by name, with its learned parameter: what ``lsq`` and ``pact`` call.
+
+    A method with one parameter (``pact``) takes ``zero_point`` None and ``ch_axis`` -1.
+    """
+    return _native.learned_fake_quant(  # type: ignore[no-any-return]
+        x,
+        method,
+        parameter,
+        zero_point,
+        quant_min,
+        quant_max,
+        ch_axis,
+        use_grad_scaling,
+        batch_axis,
+    )
+
+
 def observe_(x: Tensor, extrema: Tensor, tally: Tensor, counts: Tensor, ch_axis: int = -1) -> None:
     """Adds the values of ``x`` to a statistic, in place.
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torch_ext._options import observer_info
+from torch_ext._options import fake_quant_info, observer_info
 from torch_ext.fake_quant import KEYS, FakeQuantize
 from torch_ext.observer import check_keys
 
@@ -74,7 +74,7 @@ def get_default_qconfig(
 
     Activations: int8, per tensor, symmetric, averaging constant 0.01.
     Weights: int8, per channel on axis 0 (the output channels; ``prepare_qat`` turns it to axis 1
-    for transposed convolutions), symmetric, averaging constant 1.
+    for transposed convolutions; per tensor for ``pact``), symmetric, averaging constant 1.
     """
     return QConfig(
         activation=_factory(
@@ -126,7 +126,9 @@ def _factory(
         del given[key]
     keys = dict(_WEIGHT_DEFAULTS) if side == "weight" else {}
     if side == "weight":
-        given.setdefault("qscheme", torch.per_channel_symmetric)
+        per_channel = fake_quant_info(method)["per_channel"]
+        default = torch.per_channel_symmetric if per_channel else torch.per_tensor_symmetric
+        given.setdefault("qscheme", default)
     check_keys(f"{side}_qkwargs", given, observer, KEYS)
     probe_keys = keys | given
     if side == "weight" and "ch_axis" not in given and not _is_per_tensor(given["qscheme"]):

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from torch_ext import ops
 from torch_ext._findings import Found, findings
-from torch_ext._states import FakeQuantState, parse_state
+from torch_ext._states import FOLLOW, QUANTIZE, FakeQuantState, parse_state
 from torch_ext._walk import require_quantizers, shown, weight_sources
 from torch_ext.fake_quant import FakeQuantize, Solution, WeightSolution
+from torch_ext.learned import LearnedFakeQuantize
 
 __all__ = ["FakeQuantState", "fake_quantize_states", "reset_statistics", "set_fake_quantize"]
 
@@ -47,7 +48,11 @@ def set_fake_quantize(
             QAT their first batch sets the range.
     """
     target = parse_state(_WHO, state)
-    chosen = select(_WHO, require_quantizers(_WHO, model), pattern)
+    found = require_quantizers(_WHO, model)
+    for name, quantizer in found.items():
+        quantizer.label = name
+    chosen = select(_WHO, found, pattern)
+    _refuse_unusable(chosen, target)
     leaving = {
         name: quantizer
         for name, quantizer in chosen.items()
@@ -173,7 +178,7 @@ def solve_observers(chosen: Mapping[str, FakeQuantize]) -> dict[str, Solution]:
     """Solves statistics, all those of a device in one call."""
     by_device: dict[torch.device, list[str]] = {}
     for name, quantizer in chosen.items():
-        by_device.setdefault(quantizer.range.device, []).append(name)
+        by_device.setdefault(quantizer.solved.device, []).append(name)
     found: dict[str, Solution] = {}
     for names in by_device.values():
         observers = [chosen[name].observer for name in names]
@@ -243,6 +248,23 @@ def _refuse_without_range(names: list[str]) -> None:
             f"{shown(sorted(names), 1000)}; calibrate, train or load_observer_params first, or "
             "pass allow_unobserved=True"
         )
+
+
+def _refuse_unusable(chosen: Mapping[str, FakeQuantize], target: FakeQuantState) -> None:
+    """Learned parameters that nothing can be quantized with, or that no start would reach."""
+    learned = {n: q for n, q in chosen.items() if isinstance(q, LearnedFakeQuantize)}
+    if target.value in QUANTIZE:
+        for quantizer in learned.values():
+            quantizer.check_finite()
+    if target.value in FOLLOW:
+        starting = {n: q for n, q in learned.items() if q.starts_from_data and q.sharded}
+        flags = has_range(starting)
+        if names := [n for n in starting if not flags[n]]:
+            raise RuntimeError(
+                f"{_WHO}: expected quantizers to have a range before fully_shard, got none for "
+                f"{shown(names)}: a first batch would set the scale of one rank's shard alone; "
+                "calibrate or load_observer_params first"
+            )
 
 
 def _idle_inputs(without: set[str], chosen: Mapping[str, FakeQuantize]) -> list[str]:

@@ -60,12 +60,16 @@ struct FakeQuantFunction : torch::autograd::Function<FakeQuantFunction> {
   }
 };
 
+// A forward-mode tangent counts too: it goes where it is refused, and would be dropped silently
+// below.
+bool differentiates(const at::Tensor& t) {
+  return (at::GradMode::is_enabled() && t.requires_grad()) || t._fw_grad(0).defined();
+}
+
 at::Tensor fake_quant(const at::Tensor& x, const at::Tensor& scale, const at::Tensor& zero_point,
                       int64_t quant_min, int64_t quant_max, int64_t ch_axis, c10::string_view mask,
                       c10::string_view rounding) {
-  // A forward-mode tangent goes the same way, where it is refused: it would be dropped silently
-  // below.
-  if ((at::GradMode::is_enabled() && x.requires_grad()) || x._fw_grad(0).defined())
+  if (differentiates(x))
     return FakeQuantFunction::apply(x, scale, zero_point, quant_min, quant_max, ch_axis,
                                     std::string(mask), std::string(rounding));
   return below_autograd(x, scale, zero_point, quant_min, quant_max, ch_axis, mask, rounding);
@@ -138,7 +142,7 @@ at::Tensor follow_fake_quant(const at::Tensor& x, const at::Tensor& range, const
                              bool power_of_two, at::ArrayRef<double> options, int64_t ch_axis,
                              int64_t mantissa_bits, int64_t octaves, c10::string_view mask,
                              c10::string_view rounding) {
-  if ((at::GradMode::is_enabled() && x.requires_grad()) || x._fw_grad(0).defined())
+  if (differentiates(x))
     return FollowFakeQuantFunction::apply(
         x, range, scale, zero_point, solved, averaging_constant, std::string(rule), quant_min,
         quant_max, symmetric, std::string(scale_rule), power_of_two, options.vec(), ch_axis,
@@ -148,130 +152,82 @@ at::Tensor follow_fake_quant(const at::Tensor& x, const at::Tensor& range, const
                                ch_axis, mantissa_bits, octaves, mask, rounding);
 }
 
-// Whether any of them takes part in differentiation. A forward-mode tangent does too: it would be
-// dropped silently below.
-bool differentiates(std::initializer_list<std::reference_wrapper<const at::Tensor>> tensors) {
-  for (const at::Tensor& t : tensors)
-    if ((at::GradMode::is_enabled() && t.requires_grad()) || t._fw_grad(0).defined()) return true;
-  return false;
-}
-
-at::Tensor lsq_below(const at::Tensor& x, const at::Tensor& scale, const at::Tensor& zero_point,
-                     int64_t quant_min, int64_t quant_max, int64_t ch_axis, bool use_grad_scaling,
-                     int64_t batch_axis) {
+at::Tensor learned_below(const at::Tensor& x, c10::string_view method, const at::Tensor& parameter,
+                         const std::optional<at::Tensor>& zero_point, int64_t quant_min,
+                         int64_t quant_max, int64_t ch_axis, bool use_grad_scaling,
+                         int64_t batch_axis) {
   static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("torch_ext::lsq", "")
-                             .typed<decltype(lsq_below)>();
+                             .findSchemaOrThrow("torch_ext::learned_fake_quant", "")
+                             .typed<decltype(learned_below)>();
   const at::AutoDispatchBelowADInplaceOrView below;
-  return op.call(x, scale, zero_point, quant_min, quant_max, ch_axis, use_grad_scaling, batch_axis);
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor> lsq_backward_op(
-    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& scale,
-    const at::Tensor& zero_point, int64_t quant_min, int64_t quant_max, int64_t ch_axis,
-    bool use_grad_scaling, int64_t batch_axis) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("torch_ext::_lsq_backward", "")
-                             .typed<decltype(lsq_backward_op)>();
-  return op.call(grad, x, scale, zero_point, quant_min, quant_max, ch_axis, use_grad_scaling,
+  return op.call(x, method, parameter, zero_point, quant_min, quant_max, ch_axis, use_grad_scaling,
                  batch_axis);
 }
 
-struct LsqFunction : torch::autograd::Function<LsqFunction> {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> learned_backward_op(
+    const at::Tensor& grad, const at::Tensor& x, c10::string_view method,
+    const at::Tensor& parameter, const std::optional<at::Tensor>& zero_point, int64_t quant_min,
+    int64_t quant_max, int64_t ch_axis, bool use_grad_scaling, int64_t batch_axis) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("torch_ext::_learned_fake_quant_backward", "")
+                             .typed<decltype(learned_backward_op)>();
+  return op.call(grad, x, method, parameter, zero_point, quant_min, quant_max, ch_axis,
+                 use_grad_scaling, batch_axis);
+}
+
+struct LearnedFunction : torch::autograd::Function<LearnedFunction> {
   static constexpr bool is_traceable = true;
 
-  static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const at::Tensor& scale,
-                            const at::Tensor& zero_point, int64_t quant_min, int64_t quant_max,
-                            int64_t ch_axis, bool use_grad_scaling, int64_t batch_axis) {
-    context->save_for_backward({x, scale, zero_point});
+  static at::Tensor forward(AutogradContext* context, const at::Tensor& x,
+                            const std::string& method, const at::Tensor& parameter,
+                            const std::optional<at::Tensor>& zero_point, int64_t quant_min,
+                            int64_t quant_max, int64_t ch_axis, bool use_grad_scaling,
+                            int64_t batch_axis) {
+    context->save_for_backward({x, parameter, zero_point.value_or(at::Tensor())});
+    context->saved_data["method"] = method;
     context->saved_data["quant_min"] = quant_min;
     context->saved_data["quant_max"] = quant_max;
     context->saved_data["ch_axis"] = ch_axis;
     context->saved_data["use_grad_scaling"] = use_grad_scaling;
     context->saved_data["batch_axis"] = batch_axis;
-    return lsq_below(x, scale, zero_point, quant_min, quant_max, ch_axis, use_grad_scaling,
-                     batch_axis);
+    return learned_below(x, method, parameter, zero_point, quant_min, quant_max, ch_axis,
+                         use_grad_scaling, batch_axis);
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
-    variable_list gradients(8);
+    constexpr size_t kArguments = 9;
+    variable_list gradients(kArguments);
     if (!grads[0].defined()) return gradients;
     const variable_list saved = context->get_saved_variables();
+    const at::Tensor& zero_point = saved[2];
     auto& data = context->saved_data;
-    auto [dx, dscale, dzero_point] =
-        lsq_backward_op(grads[0], saved[0], saved[1], saved[2], data["quant_min"].toInt(),
-                        data["quant_max"].toInt(), data["ch_axis"].toInt(),
-                        data["use_grad_scaling"].toBool(), data["batch_axis"].toInt());
+    auto [dx, dparameter, dzero_point] = learned_backward_op(
+        grads[0], saved[0], data["method"].toStringView(), saved[1],
+        zero_point.defined() ? std::optional<at::Tensor>(zero_point) : std::nullopt,
+        data["quant_min"].toInt(), data["quant_max"].toInt(), data["ch_axis"].toInt(),
+        data["use_grad_scaling"].toBool(), data["batch_axis"].toInt());
     gradients[0] = dx;
-    gradients[1] = dscale;
-    if (saved[2].is_floating_point()) gradients[2] = dzero_point;
+    gradients[2] = dparameter;
+    if (zero_point.defined() && zero_point.is_floating_point()) gradients[3] = dzero_point;
     return gradients;
   }
 };
 
-at::Tensor lsq(const at::Tensor& x, const at::Tensor& scale, const at::Tensor& zero_point,
-               int64_t quant_min, int64_t quant_max, int64_t ch_axis, bool use_grad_scaling,
-               int64_t batch_axis) {
-  if (differentiates({x, scale, zero_point}))
-    return LsqFunction::apply(x, scale, zero_point, quant_min, quant_max, ch_axis, use_grad_scaling,
-                              batch_axis);
-  return lsq_below(x, scale, zero_point, quant_min, quant_max, ch_axis, use_grad_scaling,
-                   batch_axis);
-}
-
-at::Tensor pact_below(const at::Tensor& x, const at::Tensor& alpha, int64_t quant_min,
-                      int64_t quant_max) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("torch_ext::pact", "")
-                             .typed<decltype(pact_below)>();
-  const at::AutoDispatchBelowADInplaceOrView below;
-  return op.call(x, alpha, quant_min, quant_max);
-}
-
-std::tuple<at::Tensor, at::Tensor> pact_backward_op(const at::Tensor& grad, const at::Tensor& x,
-                                                    const at::Tensor& alpha, int64_t quant_min,
-                                                    int64_t quant_max) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("torch_ext::_pact_backward", "")
-                             .typed<decltype(pact_backward_op)>();
-  return op.call(grad, x, alpha, quant_min, quant_max);
-}
-
-struct PactFunction : torch::autograd::Function<PactFunction> {
-  static constexpr bool is_traceable = true;
-
-  static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const at::Tensor& alpha,
-                            int64_t quant_min, int64_t quant_max) {
-    context->save_for_backward({x, alpha});
-    context->saved_data["quant_min"] = quant_min;
-    context->saved_data["quant_max"] = quant_max;
-    return pact_below(x, alpha, quant_min, quant_max);
-  }
-
-  static variable_list backward(AutogradContext* context, const variable_list& grads) {
-    variable_list gradients(4);
-    if (!grads[0].defined()) return gradients;
-    const variable_list saved = context->get_saved_variables();
-    auto& data = context->saved_data;
-    auto [dx, dalpha] = pact_backward_op(grads[0], saved[0], saved[1], data["quant_min"].toInt(),
-                                         data["quant_max"].toInt());
-    gradients[0] = dx;
-    gradients[1] = dalpha;
-    return gradients;
-  }
-};
-
-at::Tensor pact(const at::Tensor& x, const at::Tensor& alpha, int64_t quant_min,
-                int64_t quant_max) {
-  if (differentiates({x, alpha})) return PactFunction::apply(x, alpha, quant_min, quant_max);
-  return pact_below(x, alpha, quant_min, quant_max);
+at::Tensor learned_fake_quant(const at::Tensor& x, c10::string_view method,
+                              const at::Tensor& parameter,
+                              const std::optional<at::Tensor>& zero_point, int64_t quant_min,
+                              int64_t quant_max, int64_t ch_axis, bool use_grad_scaling,
+                              int64_t batch_axis) {
+  if (differentiates(x) || differentiates(parameter) || (zero_point && differentiates(*zero_point)))
+    return LearnedFunction::apply(x, std::string(method), parameter, zero_point, quant_min,
+                                  quant_max, ch_axis, use_grad_scaling, batch_axis);
+  return learned_below(x, method, parameter, zero_point, quant_min, quant_max, ch_axis,
+                       use_grad_scaling, batch_axis);
 }
 
 TORCH_LIBRARY_IMPL(torch_ext, Autograd, m) {
-  m.impl("lsq", TORCH_FN(lsq));
-  m.impl("_lsq_backward", torch::autograd::autogradNotImplementedFallback());
-  m.impl("pact", TORCH_FN(pact));
-  m.impl("_pact_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("learned_fake_quant", TORCH_FN(learned_fake_quant));
+  m.impl("_learned_fake_quant_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("follow_fake_quant", TORCH_FN(follow_fake_quant));
   m.impl("_follow_fake_quant_forward", torch::autograd::autogradNotImplementedFallback());
   m.impl("fake_quant", TORCH_FN(fake_quant));

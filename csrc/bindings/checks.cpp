@@ -146,6 +146,17 @@ core::Rounding parse_rounding(const char* op, std::string_view name) {
   return core::Rounding::floor_half_up;
 }
 
+const FakeQuantRow& check_method(std::string_view name) {
+  std::string known;
+  for (const FakeQuantRow& row : fake_quants()) {
+    if (row.learned < 0) continue;
+    if (name == row.name) return row;
+    known += (known.empty() ? "" : ", ") + std::string(row.name);
+  }
+  expect(false, "learned_fake_quant", "method", "one of " + known, '"', name, '"');
+  return fake_quants()[0];
+}
+
 int32_t check_rule(const char* op, std::string_view name) {
   for (size_t i = 0; i < rules().size(); ++i)
     if (name == rules()[i].name) return static_cast<int32_t>(i);

@@ -9,9 +9,12 @@
 #include "core/grid.h"
 #include "core/job.h"
 #include "core/option.h"
+#include "rule_table.h"
 
 // The contracts of the ops, checked once, above the device split.
 namespace torch_ext::bindings {
+
+inline std::string_view text(c10::string_view s) { return {s.data(), s.size()}; }
 
 // A breach reads `op: expected ARG to be WANT, got HAVE`.
 template <class Want, class... Have>
@@ -52,6 +55,9 @@ core::Rounding parse_rounding(const char* op, std::string_view name);
 
 // Index of a rule in the registry. Unknown names list the known.
 int32_t check_rule(const char* op, std::string_view name);
+
+// The method of this name, which learns. Unknown names list the known.
+const FakeQuantRow& check_method(std::string_view name);
 
 // That the rule is defined on this grid and layout, with these option values.
 void check_rule_use(const char* op, int32_t rule, const core::Grid& grid,

@@ -13,8 +13,6 @@
 namespace torch_ext::bindings {
 namespace {
 
-std::string_view text(c10::string_view s) { return {s.data(), s.size()}; }
-
 // Checked arguments.
 struct Follow {
   Follow(const char* op, const at::Tensor& x, const at::Tensor& range, const at::Tensor& scale,

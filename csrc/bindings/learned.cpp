@@ -1,3 +1,4 @@
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/clamp.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/round.h>
@@ -11,12 +12,11 @@
 #include "bindings/backend.h"
 #include "bindings/checks.h"
 #include "registry.h"
+#include "rule_table.h"
 
 // Ops of fake-quants with a learned parameter.
 namespace torch_ext::bindings {
 namespace {
-
-constexpr int32_t kLsq = 0, kPact = 1;
 
 void check_grid_of(const char* op, int64_t quant_min, int64_t quant_max) {
   expect(quant_min >= -32768 && quant_min <= 0, op, "quant_min", "between -32768 and 0", quant_min);
@@ -31,16 +31,20 @@ void check_finite(const char* op, const char* argument, const at::Tensor& t) {
     expect(std::isfinite(values[c]), op, argument, "finite", values[c], " in channel ", c);
 }
 
-struct Learned {
+struct Checked {
   int32_t method;
   core::DType dtype;
-  at::Tensor parameter, zero_point;  // the zero point as integers
+  at::Tensor parameter, zero_point;  // the zero point as integers, undefined where all are 0
   bool learns_zero_point;
   int64_t ch_axis, quant_min, quant_max;
-  double elements;
+  double elements;  // for each parameter, in its gradient scale; 0: it is 1
+
+  const int32_t* zero_points() const {
+    return zero_point.defined() ? zero_point.const_data_ptr<int32_t>() : nullptr;
+  }
 };
 
-at::Tensor forward_of(const char* op, const Learned& l, const at::Tensor& x) {
+at::Tensor forward_of(const char* op, const Checked& l, const at::Tensor& x) {
   const c10::MaybeOwned<at::Tensor> data = x.expect_contiguous();
   at::Tensor out = at::empty(x.sizes(), x.options());
   core::FakeQuantJob job{data->const_data_ptr(),
@@ -48,7 +52,7 @@ at::Tensor forward_of(const char* op, const Learned& l, const at::Tensor& x) {
                          nullptr,
                          channel_layout(x, l.ch_axis),
                          l.parameter.const_data_ptr<float>(),
-                         l.zero_point.const_data_ptr<int32_t>(),
+                         l.zero_points(),
                          static_cast<int32_t>(l.quant_min),
                          static_cast<int32_t>(l.quant_max),
                          core::Rounding::half_even,
@@ -62,7 +66,7 @@ struct Gradients {
   at::Tensor dx, parameter, zero_point;
 };
 
-Gradients backward_of(const char* op, const Learned& l, const at::Tensor& grad,
+Gradients backward_of(const char* op, const Checked& l, const at::Tensor& grad,
                       const at::Tensor& x) {
   expect(grad.sizes() == x.sizes(), op, "grad", x.sizes(), grad.sizes());
   expect(grad.scalar_type() == x.scalar_type(), op, "grad", x.scalar_type(), grad.scalar_type());
@@ -80,7 +84,7 @@ Gradients backward_of(const char* op, const Learned& l, const at::Tensor& grad,
       found.dx.mutable_data_ptr(),
       channel_layout(x, l.ch_axis),
       l.parameter.const_data_ptr<float>(),
-      l.zero_point.const_data_ptr<int32_t>(),
+      l.zero_points(),
       static_cast<int32_t>(l.quant_min),
       static_cast<int32_t>(l.quant_max),
       l.elements,
@@ -90,87 +94,101 @@ Gradients backward_of(const char* op, const Learned& l, const at::Tensor& grad,
   return found;
 }
 
-Learned check_lsq(const at::Tensor& x, const at::Tensor& scale, const at::Tensor& zero_point,
-                  int64_t quant_min, int64_t quant_max, int64_t ch_axis, bool use_grad_scaling,
-                  int64_t batch_axis) {
-  constexpr const char* op = "lsq";
+Checked check(const FakeQuantRow& row, const at::Tensor& x, const at::Tensor& parameter,
+              const std::optional<at::Tensor>& given, int64_t quant_min, int64_t quant_max,
+              int64_t ch_axis, bool use_grad_scaling, int64_t batch_axis) {
+  const char* const op = row.name;
   const core::DType dtype = check_data(op, "x", x);
   const int64_t channels = check_axis(op, x, ch_axis);
-  check_per_channel(op, "scale", scale, at::kFloat, channels, x.device());
-  const bool learned = zero_point.scalar_type() == at::kFloat;
-  check_per_channel(op, "zero_point", zero_point, learned ? at::kFloat : at::kInt, channels,
-                    x.device());
+  expect(row.per_channel || ch_axis == -1, op, "ch_axis", "-1: it has one parameter", ch_axis);
+  check_per_channel(op, row.parameter, parameter, at::kFloat, channels, x.device());
+  const bool learned = given && given->scalar_type() == at::kFloat;
+  expect(row.per_channel || !given, op, "zero_point", "None: it has none", "a tensor");
+  if (given)
+    check_per_channel(op, "zero_point", *given, learned ? at::kFloat : at::kInt, channels,
+                      x.device());
   check_grid_of(op, quant_min, quant_max);
   expect(batch_axis >= -1 && batch_axis < std::max<int64_t>(x.dim(), 1), op, "batch_axis",
          "-1 or an axis of x", batch_axis);
   expect(batch_axis < 0 || batch_axis != ch_axis, op, "batch_axis", "another axis than ch_axis",
          batch_axis);
-  check_finite(op, "scale", scale);
-  if (learned) check_finite(op, "zero_point", zero_point);
+  check_finite(op, row.parameter, parameter);
+  if (learned) check_finite(op, "zero_point", *given);
   // Learned, it is used as the engines will: a whole number on the grid.
-  const at::Tensor whole =
-      learned ? zero_point.round().clamp_(quant_min, quant_max).to(at::kInt) : zero_point;
+  const at::Tensor whole = learned ? given->round().clamp_(quant_min, quant_max).to(at::kInt)
+                                   : given.value_or(at::Tensor());
   double elements = 0;
   if (use_grad_scaling && x.numel() > 0) {
     elements = static_cast<double>(x.numel() / channels);
     if (batch_axis >= 0 && x.dim() > 0) elements /= static_cast<double>(x.size(batch_axis));
   }
-  return {kLsq, dtype, scale, whole, learned, ch_axis, quant_min, quant_max, elements};
+  return {row.learned, dtype, parameter, whole, learned, ch_axis, quant_min, quant_max, elements};
 }
 
-at::Tensor lsq(const at::Tensor& x, const at::Tensor& scale, const at::Tensor& zero_point,
-               int64_t quant_min, int64_t quant_max, int64_t ch_axis, bool use_grad_scaling,
-               int64_t batch_axis) {
-  return forward_of(
-      "lsq",
-      check_lsq(x, scale, zero_point, quant_min, quant_max, ch_axis, use_grad_scaling, batch_axis),
-      x);
+at::Tensor learned_fake_quant(const at::Tensor& x, c10::string_view method,
+                              const at::Tensor& parameter,
+                              const std::optional<at::Tensor>& zero_point, int64_t quant_min,
+                              int64_t quant_max, int64_t ch_axis, bool use_grad_scaling,
+                              int64_t batch_axis) {
+  const FakeQuantRow& row = check_method(text(method));
+  return forward_of(row.name,
+                    check(row, x, parameter, zero_point, quant_min, quant_max, ch_axis,
+                          use_grad_scaling, batch_axis),
+                    x);
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> lsq_backward(
-    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& scale,
-    const at::Tensor& zero_point, int64_t quant_min, int64_t quant_max, int64_t ch_axis,
-    bool use_grad_scaling, int64_t batch_axis) {
-  Gradients g = backward_of(
-      "lsq",
-      check_lsq(x, scale, zero_point, quant_min, quant_max, ch_axis, use_grad_scaling, batch_axis),
-      grad, x);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
+    const at::Tensor& grad, const at::Tensor& x, c10::string_view method,
+    const at::Tensor& parameter, const std::optional<at::Tensor>& zero_point, int64_t quant_min,
+    int64_t quant_max, int64_t ch_axis, bool use_grad_scaling, int64_t batch_axis) {
+  const FakeQuantRow& row = check_method(text(method));
+  Gradients g = backward_of(row.name,
+                            check(row, x, parameter, zero_point, quant_min, quant_max, ch_axis,
+                                  use_grad_scaling, batch_axis),
+                            grad, x);
   return {std::move(g.dx), std::move(g.parameter), std::move(g.zero_point)};
 }
 
-Learned check_pact(const at::Tensor& x, const at::Tensor& alpha, int64_t quant_min,
-                   int64_t quant_max) {
-  constexpr const char* op = "pact";
-  const core::DType dtype = check_data(op, "x", x);
-  check_per_channel(op, "alpha", alpha, at::kFloat, 1, x.device());
-  check_grid_of(op, quant_min, quant_max);
-  check_finite(op, "alpha", alpha);
-  const at::Tensor none = at::zeros({1}, alpha.options().dtype(at::kInt));
-  return {kPact, dtype, alpha, none, false, -1, quant_min, quant_max, 0};
-}
-
-at::Tensor pact(const at::Tensor& x, const at::Tensor& alpha, int64_t quant_min,
-                int64_t quant_max) {
-  return forward_of("pact", check_pact(x, alpha, quant_min, quant_max), x);
-}
-
-std::tuple<at::Tensor, at::Tensor> pact_backward(const at::Tensor& grad, const at::Tensor& x,
-                                                 const at::Tensor& alpha, int64_t quant_min,
-                                                 int64_t quant_max) {
-  Gradients g = backward_of("pact", check_pact(x, alpha, quant_min, quant_max), grad, x);
-  return {std::move(g.dx), std::move(g.parameter)};
-}
-
 void register_ops(torch::Library& m) {
-  m.impl("lsq", TORCH_FN(lsq));
-  m.impl("_lsq_backward", TORCH_FN(lsq_backward));
-  m.impl("pact", TORCH_FN(pact));
-  m.impl("_pact_backward", TORCH_FN(pact_backward));
+  m.impl("learned_fake_quant", TORCH_FN(learned_fake_quant));
+  m.impl("_learned_fake_quant_backward", TORCH_FN(backward));
+}
+
+at::Tensor call(const char* method, const at::Tensor& x, const at::Tensor& parameter,
+                const std::optional<at::Tensor>& zero_point, int64_t quant_min, int64_t quant_max,
+                int64_t ch_axis, bool use_grad_scaling, int64_t batch_axis) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("torch_ext::learned_fake_quant", "")
+                             .typed<decltype(learned_fake_quant)>();
+  return op.call(x, method, parameter, zero_point, quant_min, quant_max, ch_axis, use_grad_scaling,
+                 batch_axis);
+}
+
+// The op of one method, by its own name.
+template <class F>
+at::Tensor per_channel(const at::Tensor& x, const at::Tensor& parameter,
+                       const at::Tensor& zero_point, int64_t quant_min, int64_t quant_max,
+                       int64_t ch_axis, bool use_grad_scaling, int64_t batch_axis) {
+  return call(F::name, x, parameter, zero_point, quant_min, quant_max, ch_axis, use_grad_scaling,
+              batch_axis);
+}
+template <class F>
+at::Tensor per_tensor(const at::Tensor& x, const at::Tensor& parameter, int64_t quant_min,
+                      int64_t quant_max) {
+  return call(F::name, x, parameter, std::nullopt, quant_min, quant_max, -1, true, -1);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(torch_ext, CPU, m) { register_ops(m); }
 TORCH_LIBRARY_IMPL(torch_ext, CUDA, m) { register_ops(m); }
+TORCH_LIBRARY_IMPL(torch_ext, CompositeImplicitAutograd, m) {
+  LearnedFakeQuants::for_each_on_host([&]<class F>(int32_t) {
+    if constexpr (F::per_channel)
+      m.impl(F::name, TORCH_FN(per_channel<F>));
+    else
+      m.impl(F::name, TORCH_FN(per_tensor<F>));
+  });
+}
 
 }  // namespace torch_ext::bindings

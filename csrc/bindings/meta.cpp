@@ -46,9 +46,12 @@ at::Tensor backward(const at::Tensor& grad, const at::Tensor& mask) {
   return like(grad);
 }
 
-at::Tensor lsq(const at::Tensor& x, const at::Tensor& scale, const at::Tensor& zero_point, int64_t,
-               int64_t, int64_t, bool, int64_t) {
-  expect_meta("lsq", {{"x", x}, {"scale", scale}, {"zero_point", zero_point}});
+at::Tensor learned_fake_quant(const at::Tensor& x, Text method, const at::Tensor& parameter,
+                              const std::optional<at::Tensor>& zero_point, int64_t, int64_t,
+                              int64_t, bool, int64_t) {
+  const FakeQuantRow& row = check_method(text(method));
+  expect_meta(row.name, {{"x", x}, {row.parameter, parameter}});
+  if (zero_point) expect_meta(row.name, {{"zero_point", *zero_point}});
   return like(x);
 }
 
@@ -56,24 +59,13 @@ at::Tensor like_parameter(const at::Tensor& p) {
   return at::empty_symint(p.sym_sizes(), p.options().dtype(at::kFloat));
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> lsq_backward(const at::Tensor& grad,
-                                                            const at::Tensor& x,
-                                                            const at::Tensor& scale,
-                                                            const at::Tensor& zero_point, int64_t,
-                                                            int64_t, int64_t, bool, int64_t) {
-  expect_meta("lsq", {{"grad", grad}, {"x", x}, {"scale", scale}, {"zero_point", zero_point}});
-  return {like(x), like_parameter(scale), like_parameter(scale)};
-}
-
-at::Tensor pact(const at::Tensor& x, const at::Tensor& alpha, int64_t, int64_t) {
-  expect_meta("pact", {{"x", x}, {"alpha", alpha}});
-  return like(x);
-}
-
-std::tuple<at::Tensor, at::Tensor> pact_backward(const at::Tensor& grad, const at::Tensor& x,
-                                                 const at::Tensor& alpha, int64_t, int64_t) {
-  expect_meta("pact", {{"grad", grad}, {"x", x}, {"alpha", alpha}});
-  return {like(x), like_parameter(alpha)};
+std::tuple<at::Tensor, at::Tensor, at::Tensor> learned_fake_quant_backward(
+    const at::Tensor& grad, const at::Tensor& x, Text method, const at::Tensor& parameter,
+    const std::optional<at::Tensor>& zero_point, int64_t, int64_t, int64_t, bool, int64_t) {
+  const FakeQuantRow& row = check_method(text(method));
+  expect_meta(row.name, {{"grad", grad}, {"x", x}, {row.parameter, parameter}});
+  if (zero_point) expect_meta(row.name, {{"zero_point", *zero_point}});
+  return {like(x), like_parameter(parameter), like_parameter(parameter)};
 }
 
 void observe_(const at::Tensor& x, const at::Tensor& extrema, const at::Tensor& tally,
@@ -188,10 +180,8 @@ TORCH_LIBRARY_IMPL(torch_ext, Meta, m) {
   m.impl("fake_quant", TORCH_FN(fake_quant));
   m.impl("_fake_quant_forward", TORCH_FN(forward));
   m.impl("_fake_quant_backward", TORCH_FN(backward));
-  m.impl("lsq", TORCH_FN(lsq));
-  m.impl("_lsq_backward", TORCH_FN(lsq_backward));
-  m.impl("pact", TORCH_FN(pact));
-  m.impl("_pact_backward", TORCH_FN(pact_backward));
+  m.impl("learned_fake_quant", TORCH_FN(learned_fake_quant));
+  m.impl("_learned_fake_quant_backward", TORCH_FN(learned_fake_quant_backward));
   m.impl("observe_", TORCH_FN(observe_));
   m.impl("merge_", TORCH_FN(merge_));
   m.impl("follow_", TORCH_FN(follow_));

@@ -2,10 +2,12 @@
 #include <pybind11/stl.h>
 
 #include <string>
+#include <vector>
 
 #include "core/state.h"
 #include "cpu/kernels.h"
 #include "cuda/driver.h"
+#include "registry.h"
 #include "rule_table.h"
 
 // What an op cannot carry: names and option tables of the registry, the state table, facts of the
@@ -37,9 +39,26 @@ py::tuple observer_names() {
 }
 
 py::tuple method_names() {
-  py::tuple names(fake_quant_names().size());
-  for (size_t i = 0; i < fake_quant_names().size(); ++i) names[i] = fake_quant_names()[i];
+  py::tuple names(fake_quants().size());
+  for (size_t i = 0; i < fake_quants().size(); ++i) names[i] = fake_quants()[i].name;
   return names;
+}
+
+py::dict fake_quant_info(const std::string& name) {
+  std::string known;
+  for (const FakeQuantRow& method : fake_quants()) {
+    if (name != method.name) {
+      known += (known.empty() ? "" : ", ") + std::string(method.name);
+      continue;
+    }
+    py::dict row;
+    row["learned"] = method.learned >= 0;
+    row["parameter"] = method.parameter;
+    row["per_channel"] = method.learned < 0 || method.per_channel;
+    row["start"] = method.start;
+    return row;
+  }
+  throw py::value_error("unknown fake-quant \"" + name + "\"; known: " + known);
 }
 
 py::dict observer_info(const std::string& name) {
@@ -61,6 +80,18 @@ py::dict observer_info(const std::string& name) {
     return row;
   }
   throw py::value_error("unknown observer \"" + name + "\"; known: " + known);
+}
+
+// What the values of a method's parameter quantize with.
+std::vector<float> learned_scales(const std::string& name, const std::vector<float>& parameter,
+                                  int32_t quant_min, int32_t quant_max) {
+  std::vector<float> scales;
+  LearnedFakeQuants::for_each_on_host([&]<class F>(int32_t) {
+    if (name != F::name) return;
+    for (const float value : parameter)
+      scales.push_back(F::template affine<float>(value, 0, quant_min, quant_max).scale);
+  });
+  return scales;
 }
 
 py::dict state_table() {
@@ -97,6 +128,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("observers", &observer_names);
   m.def("fake_quants", &method_names);
   m.def("observer_info", &observer_info, py::arg("name"));
+  m.def("fake_quant_info", &fake_quant_info, py::arg("name"));
+  m.def("learned_scales", &learned_scales, py::arg("name"), py::arg("parameter"),
+        py::arg("quant_min"), py::arg("quant_max"));
   m.def("state_table", &state_table);
   m.def("default_layout", &default_layout, py::arg("per_channel"));
   m.def("build_info", &build_info);

@@ -25,6 +25,15 @@ std::string one_shot_schema(const torch_ext::RuleRow& rule) {
   return schema + ") -> Tensor";
 }
 
+// The op of a method with a learned parameter, which has the method's name for it.
+std::string method_schema(const torch_ext::FakeQuantRow& method) {
+  const bool per_channel = method.per_channel;
+  return std::string(method.name) + "(Tensor x, Tensor " + method.parameter +
+         (per_channel ? ", Tensor zero_point" : "") + ", int quant_min, int quant_max" +
+         (per_channel ? ", int ch_axis=-1, bool use_grad_scaling=True, int batch_axis=-1" : "") +
+         ") -> Tensor";
+}
+
 }  // namespace
 
 TORCH_LIBRARY(torch_ext, m) {
@@ -44,21 +53,15 @@ TORCH_LIBRARY(torch_ext, m) {
       tags);
   m.def("_fake_quant_backward(Tensor grad, Tensor mask) -> Tensor", tags);
 
+  const std::string learned =
+      "Tensor x, str method, Tensor parameter, Tensor? zero_point, int quant_min, int quant_max, "
+      "int ch_axis=-1, bool use_grad_scaling=True, int batch_axis=-1) -> ";
+  m.def(("learned_fake_quant(" + learned + "Tensor").c_str(), tags);
   m.def(
-      "lsq(Tensor x, Tensor scale, Tensor zero_point, int quant_min, int quant_max, int "
-      "ch_axis=-1, "
-      "bool use_grad_scaling=True, int batch_axis=-1) -> Tensor",
+      ("_learned_fake_quant_backward(Tensor grad, " + learned + "(Tensor, Tensor, Tensor)").c_str(),
       tags);
-  m.def(
-      "_lsq_backward(Tensor grad, Tensor x, Tensor scale, Tensor zero_point, int quant_min, "
-      "int quant_max, int ch_axis=-1, bool use_grad_scaling=True, int batch_axis=-1) -> "
-      "(Tensor, Tensor, Tensor)",
-      tags);
-  m.def("pact(Tensor x, Tensor alpha, int quant_min, int quant_max) -> Tensor", tags);
-  m.def(
-      "_pact_backward(Tensor grad, Tensor x, Tensor alpha, int quant_min, int quant_max) -> "
-      "(Tensor, Tensor)",
-      tags);
+  for (const torch_ext::FakeQuantRow& method : torch_ext::fake_quants())
+    if (method.learned >= 0) m.def(method_schema(method).c_str(), tags);
 
   m.def(
       "observe_(Tensor x, Tensor(a!) extrema, Tensor(b!) tally, Tensor(c!) counts, int ch_axis=-1) "

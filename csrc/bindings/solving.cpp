@@ -29,8 +29,6 @@ void check_range(const char* op, const at::Tensor& range, int64_t channels,
 
 namespace {
 
-std::string_view text(c10::string_view s) { return {s.data(), s.size()}; }
-
 at::Tensor solve(c10::string_view name, const at::Tensor& extrema, const at::Tensor& tally,
                  const at::Tensor& counts, int64_t quant_min, int64_t quant_max, bool symmetric,
                  c10::string_view scale_rule, bool power_of_two, at::ArrayRef<double> options) {

@@ -63,7 +63,7 @@ struct FakeQuantJob {
   uint8_t* mask;  // [(numel + 7) / 8] or null; bit i % 8 of byte i / 8 is element i
   ChannelLayout layout;
   const float* scale;         // [channels]
-  const int32_t* zero_point;  // [channels]
+  const int32_t* zero_point;  // [channels], or null: all 0
   int32_t quant_min;
   int32_t quant_max;
   Rounding rounding;
@@ -80,12 +80,17 @@ struct LearnedJob {
   void* dx;
   ChannelLayout layout;
   const float* parameter;     // [channels]
-  const int32_t* zero_point;  // [channels]
+  const int32_t* zero_point;  // [channels], or null: all 0
   int32_t quant_min;
   int32_t quant_max;
   double elements;      // for each parameter, in its gradient scale; 0: it is 1
   float* d_parameter;   // [channels]
   float* d_zero_point;  // [channels] or null
 };
+
+template <class Job>
+TE_HD int32_t zero_point_of(const Job& job, int64_t channel) {
+  return job.zero_point == nullptr ? 0 : job.zero_point[channel];
+}
 
 }  // namespace torch_ext::core

@@ -21,6 +21,9 @@ struct Terms {
 template <class F>
 concept LearnedFakeQuant = requires(float parameter, int32_t n, double x) {
   { F::name } -> std::convertible_to<const char*>;
+  { F::parameter } -> std::convertible_to<const char*>;
+  { F::per_channel } -> std::convertible_to<bool>;  // else one parameter and no zero point
+  { F::start } -> std::convertible_to<double>;      // 0: from the data, by the rule mean_abs
   { F::effective(parameter) } -> std::same_as<float>;
   { F::sign(parameter) } -> std::same_as<double>;
   { F::gradient_scale(x, n) } -> std::same_as<double>;

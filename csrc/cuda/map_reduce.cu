@@ -96,8 +96,8 @@ struct LearnedBackward {
     double inverse;
   };
   TE_GPU Channel channel(int64_t c) const {
-    const core::Affine<C> affine =
-        F::template affine<C>(job.parameter[c], job.zero_point[c], job.quant_min, job.quant_max);
+    const core::Affine<C> affine = F::template affine<C>(
+        job.parameter[c], core::zero_point_of(job, c), job.quant_min, job.quant_max);
     return {affine, static_cast<C>(F::effective(job.parameter[c])),
             1.0 / static_cast<double>(affine.scale)};
   }

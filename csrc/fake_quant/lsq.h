@@ -13,6 +13,9 @@ namespace torch_ext::fake_quant {
 //   d out / d z = 0 inside, -s outside            (LSQ+, Bhalgat et al. 2020, whose beta is -z s)
 struct Lsq {
   static constexpr const char* name = "lsq";
+  static constexpr const char* parameter = "scale";
+  static constexpr bool per_channel = true;
+  static constexpr double start = 0;
 
   // The optimizer may drive s anywhere: what is used is max(|s|, 2^-126).
   TE_HD static float effective(float s) {

@@ -15,6 +15,9 @@ namespace torch_ext::fake_quant {
 // No L2 term is hidden here: it is the optimizer's weight decay.
 struct Pact {
   static constexpr const char* name = "pact";
+  static constexpr const char* parameter = "alpha";
+  static constexpr bool per_channel = false;
+  static constexpr double start = 6;
 
   TE_HD static float effective(float alpha) {
     const float magnitude = alpha < 0 ? -alpha : alpha;

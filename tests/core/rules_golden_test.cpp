@@ -119,6 +119,20 @@ TEST(ClipStd, IsMeanAndDeviationsWithinTheData) {
   expect_exact<C>({7.7f}, kInt8, 7.7f, 7.7f);
 }
 
+TEST(MeanAbs, IsTheRangeOfLearnedStepSizesFirstScale) {
+  using M = observers::MeanAbs;
+  constexpr Grid kInt3{-4, 4, true, core::ScaleRule::grid, false};
+  expect_exact<M>({-1, 2, 3, 0, -4}, kInt3, -8, 8);  // scale 2 * 2 / sqrt(4), width 8
+  constexpr Grid kFour{0, 4, true, core::ScaleRule::grid, false};
+  expect_exact<M>({-1, 2, 3, 0, -4}, kFour, 0, 8);
+  expect_exact<M>({-1, -3}, kFour, 0, 0);
+  constexpr Grid kFourAffine{0, 4, false, core::ScaleRule::grid, false};
+  expect_exact<M>({1, 3}, kFourAffine, 0, 8);
+  expect_exact<M>({-1, -3}, kFourAffine, -8, 0);
+  expect_exact<M>({-1, 3}, kFourAffine, -4, 4);
+  expect_exact<M>({-0x1.fffffep127f}, kInt8, -0x1.fffffep127f, 0x1.fffffep127f);
+}
+
 // Levels -T, 0, T. One threshold for 1, 1, 1, 2: 3 (T-1)^2 + (2-T)^2 is least at 5/4, a candidate.
 TEST(Mse, BalancesClippingAndRounding) {
   expect_exact<observers::Mse>({1, 1, 1, 2}, kTernary, 1, 1.25);

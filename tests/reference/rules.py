@@ -128,6 +128,17 @@ def _least_error(view: View, grid: Grid, ranges: list[Bounds]) -> Bounds:
     return min((r for r, t in zip(ranges, tied, strict=True) if t), key=lambda r: max(-r[0], r[1]))
 
 
+def mean_abs(view: View, grid: Grid) -> Bounds:
+    """Where the range has the scale 2 mean|x| / sqrt(quant_max), LSQ's first."""
+    scale = 2 * view.mean_distance(0.0) / math.sqrt(grid.quant_max)
+    width = scale * (grid.quant_max - grid.quant_min)
+    if grid.symmetric and grid.unsigned:
+        return (0.0, width if view.high > 0 else 0.0)
+    if grid.symmetric or not view.one_sided:
+        return (-width / 2, width / 2)
+    return (0.0, width) if view.low >= 0 else (-width, 0.0)
+
+
 RULES: dict[str, Callable[..., Bounds]] = {
     "min_max": min_max,
     "fixed_scale": fixed_scale,
@@ -138,4 +149,5 @@ RULES: dict[str, Callable[..., Bounds]] = {
     "mse": mse,
     "mix": mix,
     "aciq": aciq,
+    "mean_abs": mean_abs,
 }
