@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from data import Dataset, augment
+from torch_ext import quantization_parameters
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class Plan:
     steps: int
     batch: int = 64
     rate: float = 1e-3
+    range_rate: float = 1e-4  # of learned scales and clipping levels
     seed: int = 0
 
 
@@ -28,7 +30,12 @@ def train_quantized(model: nn.Module, data: Dataset, plan: Plan) -> list[float]:
     torch.manual_seed(plan.seed)  # dropout
     generator = torch.Generator().manual_seed(plan.seed)
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=plan.rate, weight_decay=1e-4)
+    # Adam's steps are of the size of the rate: too long for scales, which are small numbers.
+    groups = [
+        {"params": quantization_parameters(model), "lr": plan.range_rate, "weight_decay": 0.0},
+        {"params": quantization_parameters(model, complement=True)},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=plan.rate, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, plan.steps)
     loss_of = nn.CrossEntropyLoss()
     losses: list[float] = []

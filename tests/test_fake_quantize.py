@@ -214,7 +214,7 @@ def test_loading_a_range_ends_passing_through() -> None:
         ({"averaging_constant": float("nan")}, ValueError, "averaging_constant"),
         ({"averaging_constant": "fast"}, TypeError, "averaging_constant to be a number"),
         ({"optional": 1}, TypeError, "optional to be True or False"),
-        ({"bits": 8}, ValueError, 'unknown key "bits"; known: averaging_constant, optional, dtype'),
+        ({"bits": 8}, ValueError, 'unknown key "bits"; known: averaging_constant, optional, use'),
         ({"percentile": 99.0}, ValueError, 'unknown key "percentile"'),
     ],
 )

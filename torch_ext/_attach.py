@@ -83,6 +83,8 @@ def check_weight(who: str, name: str, module: nn.Module, parameter: str) -> None
 def attach_weight(module: nn.Module, parameter: str, quantizer: FakeQuantize) -> Undo:
     order = list(module._parameters)
     parametrize.register_parametrization(module, parameter, quantizer)
+    # The class is this module's own, which torch made.
+    type(module).__getstate__ = _refuse_pickling  # type: ignore[method-assign]
     chains = module.parametrizations
     assert isinstance(chains, nn.ModuleDict)
     chains.train(module.training)
@@ -98,6 +100,14 @@ def attach_weight(module: nn.Module, parameter: str, quantizer: FakeQuantize) ->
                 module._parameters[name] = module._parameters.pop(name)
 
     return undo
+
+
+def _refuse_pickling(module: nn.Module) -> None:
+    raise RuntimeError(
+        f"pickle: expected a model without parametrizations, got a {type(module).__name__} whose "
+        "weight is quantized by one; save state_dict() (torch.save or safetensors) and load it "
+        "into prepare_qat of a new float model, or keep the ranges with save_observer_params"
+    )
 
 
 def attach_output(module: nn.Module, quantizer: FakeQuantize) -> Undo:

@@ -50,6 +50,7 @@ class LearnedFakeQuantize(FakeQuantize):
         self._parameter = info["parameter"]
         self._per_channel = info["per_channel"]
         self._start_value = info["start"]
+        self._starting = False  # whether the next batch may have to set the parameter
         self._check_grid()
         if self._start_value:
             self._start_value = self._parse_start(alpha)
@@ -172,15 +173,18 @@ class LearnedFakeQuantize(FakeQuantize):
 
     def enter(self, state: FakeQuantState, *, pass_through: bool = False) -> None:
         super().enter(state, pass_through=pass_through)
-        if state.value in FOLLOW and not self.starts_from_data:
-            self.solved.fill_(1)  # it has had a range all along
+        if state.value in FOLLOW:
+            if not self.starts_from_data:
+                self.solved.fill_(1)  # it has had a range all along
+            self._starting = self.solved.is_meta or not bool(self.solved)
 
     def _quantize(self, x: Tensor, action: str) -> Tensor:
         observer = self.observer
         parameter = self._parameters[self._parameter]
         assert parameter is not None
-        if action in FOLLOW and not self._start_value:
-            # While `solved` is 0; moves nothing later.
+        learns = action in DIFFERENTIATE
+        if self._starting and action in FOLLOW:
+            # It works while `solved` is 0, and moves nothing later: no look at the device.
             ops.follow_(
                 x,
                 self.start_range,
@@ -197,7 +201,8 @@ class LearnedFakeQuantize(FakeQuantize):
                 mantissa_bits=observer.mantissa_bits,
                 octaves=observer.octaves,
             )
-        learns = action in DIFFERENTIATE
+            # What is kept for the backward pass must not be what was written to.
+            parameter = parameter.clone()
         zero_point = self.start_zero_point if self._per_channel else None
         if self.learn_zero_point:
             zero_point = self.start_zero_point + (self.offset if learns else self.offset.detach())
@@ -233,12 +238,17 @@ class LearnedFakeQuantize(FakeQuantize):
         if self.learn_zero_point:
             _write(self.offset, torch.zeros_like(value))
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self._starting = self.starts_from_data
+
     def shared_values(self) -> Tensor:
         return torch.cat([_whole(parameter) for parameter in self.learned.values()])
 
     @torch.no_grad()
     def take_shared_(self, values: Tensor) -> None:
-        parts = values.float().split(self.observer.channel_len)
+        parts = torch.split(values.float(), self.observer.channel_len)
         for parameter, value in zip(self.learned.values(), parts, strict=True):
             _write(parameter, value)
         self.solved.fill_(1)
