@@ -42,13 +42,13 @@ gpu-check:
 
 lint:
 	@tools/setup.sh --no-compile
-	@find csrc tests benchmarks \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.inc' \) -print0 | \
+	@find csrc tests benchmarks examples \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.inc' \) -print0 | \
 	    xargs -0 .venv/bin/clang-format --dry-run -Werror
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
 	@.venv/bin/mypy
 
 clean:
-	@rm -rf build dist *.egg-info torch_ext/*.so examples/output benchmarks/output
+	@rm -rf build dist *.egg-info torch_ext/*.so torch_ext/include torch_ext/share examples/output benchmarks/output
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .venv/.stamp-*
 	@find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -7,6 +7,7 @@ tools/toolchain.py).
 
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -48,6 +49,12 @@ class CMakeBuild(build_ext):
         toolchain.configure(build, torch, nvcc, architectures)
         package = Path(self.get_ext_fullpath("torch_ext._C")).resolve().parent
         toolchain.compile_into(package, build, parallel)
+
+    def copy_extensions_to_source(self) -> None:
+        super().copy_extensions_to_source()
+        built = Path(self.build_lib) / "torch_ext"
+        for folder in ("include", "share"):
+            shutil.copytree(built / folder, ROOT / "torch_ext" / folder, dirs_exist_ok=True)
 
 
 setup(

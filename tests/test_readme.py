@@ -74,7 +74,7 @@ def scratch() -> Path:
     if cmake is None or ninja is None or not (BUILD / "build.ninja").is_file():
         pytest.skip("needs the build tree of `make`, cmake and ninja")
     folder = ROOT / "build" / "toy_observer"
-    for name in ("csrc", "torch_ext"):
+    for name in ("cmake", "csrc", "torch_ext"):
         copy(ROOT / name, folder / name)
     write(folder / "CMakeLists.txt", (ROOT / "CMakeLists.txt").read_text())
     write(folder / "csrc/observers/shrink.h", block("cpp"))

@@ -1,6 +1,6 @@
 """Native observers and fake-quantization for PyTorch, and the workflow around them."""
 
-from torch_ext import ops
+from torch_ext import _library, ops
 from torch_ext._C import build_info, fake_quants, observers
 from torch_ext.calibrate import CalibrationSummary, calibrate
 from torch_ext.checkpoint import float_state_dict, load_float_state_dict
@@ -24,6 +24,8 @@ from torch_ext.state import (
 )
 
 __version__ = build_info()["version"]
+# For CMAKE_PREFIX_PATH, so that find_package(torch_ext) finds the package.
+cmake_prefix_path = str(_library.FOLDER / "share" / "cmake")
 
 __all__ = [
     "Add",
@@ -41,6 +43,7 @@ __all__ = [
     "QuantizationWarning",
     "build_info",
     "calibrate",
+    "cmake_prefix_path",
     "describe",
     "fake_quantize_states",
     "fake_quants",
