@@ -1,4 +1,5 @@
-"""C++ users: what the wheel carries; find_package(torch_ext) from it and from the build tree."""
+"""C++ users: what the wheel carries, find_package(torch_ext) from it and from the build tree, and
+examples/cpp, built, run and compared with Python."""
 
 from __future__ import annotations
 
@@ -12,11 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
 import torch_ext
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "current"
+TORCH = Path(torch.__file__).parent
 SEARCH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 TOOLS = {name: shutil.which(name, path=SEARCH) for name in ("cmake", "ninja", "ccache")}
 # A name that has to be quoted in a linker's arguments.
@@ -71,6 +75,40 @@ def installed(wheel: Path) -> Path:
     options = ["--no-deps", "--disable-pip-version-check", "--target", site]
     run(sys.executable, "-m", "pip", "install", "-q", *options, wheel)
     return site / "torch_ext"
+
+
+@pytest.fixture(scope="module")
+def made(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both programs and the package for the one of them, made side by side: the longest step."""
+    folders = [TORCH / "share/cmake", installed / "share/cmake"]
+    # Beside a CUDA build, TorchConfig.cmake wants a toolkit that need not be there.
+    which = {"TORCH_ROOT": TORCH} if torch.version.cuda else {}
+    configure(
+        ROOT / "examples/cpp",
+        WORK / "example",
+        CMAKE_PREFIX_PATH=";".join(map(str, folders)),
+        CMAKE_CXX_FLAGS_RELEASE="-O1",  # quicker to compile
+        **which,
+    )
+    configure(
+        ROOT / "tests/cpp/quantizer",
+        WORK / "quantizer",
+        CMAKE_PREFIX_PATH=BUILD,
+        TORCH_ROOT=TORCH,
+    )
+    # Of its own, because Inductor's cache does not see a change of the ops.
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path_factory.mktemp("inductor"))}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | cache
+    started = [
+        subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment)
+        for command in (
+            (TOOLS["cmake"], "--build", WORK / "example"),
+            (TOOLS["cmake"], "--build", WORK / "quantizer"),
+            (sys.executable, "examples/cpp/make_package.py", WORK / "package"),
+        )
+    ]
+    assert [process.wait(timeout=600) for process in started] == [0, 0, 0]
+    return WORK
 
 
 # ---- the package -------------------------------------------------------------------------------
@@ -185,3 +223,86 @@ def test_optional_component_may_be_missing(tmp_path: Path) -> None:
     )
     assert "defined core" in text
     assert "defined torch_ext" not in text
+
+
+# ---- the example -------------------------------------------------------------------------------
+
+
+def test_quantizer_does_what_the_states_say(made: Path) -> None:
+    """By hand: [-1, 3] on 255 steps is 2 * 3 / 255; -1 / scale = -42.5 rounds to even."""
+    said = dict(line.split(": ", 1) for line in run(made / "quantizer/program").splitlines())
+    numbers = {key: np.float32(text.split()) for key, text in said.items() if key in NUMBERS}
+    for key, want in NUMBERS.items():
+        np.testing.assert_allclose(numbers[key], np.float32(want), rtol=2e-7, err_msg=key)
+    assert said["float keeps"] == said["validation keeps"] == "1"
+    assert said["kept"] == "calibration 0"
+    assert said["after load"] == "float"
+    for case, want in REFUSALS.items():
+        assert want in said[case], case
+
+
+NUMBERS = {
+    "float": [-1, 0.3, 3, 0],
+    "calibration": [-1, 0.3, 3, 0],
+    "range": [-1, 3],
+    "scale": [6 / 255],
+    "tally": [4, 1, 0, 0, 0],
+    "validation": [-42, 13, 127, 0],
+    "qat range": [-1, 3.04],
+    "qat gradient": [1, 0],
+    "channel scales": [2, 0.4],
+}
+NO_RANGE = "to have a range for VALIDATION, got none for "
+NO_DATA = "to have seen data, got none for "
+REFUSALS = {
+    "no range": f"{NO_RANGE}0 1;",
+    "no data": f"{NO_DATA}1;",
+    "lone": f"{NO_RANGE}example::QuantizerImpl;",
+    "non-finite only": f"{NO_DATA}example::QuantizerImpl;",
+    "rule": 'unknown rule "histogram"; known: min_max, ',
+    "input": "observe_: expected extrema to be of shape [4, 2], got [3, 2]",
+    "loaded": NO_RANGE,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.load:DeprecationWarning")
+def test_example_runs(made: Path) -> None:
+    text = run(made / "example/calibrate", made / "package")
+    assert "package: quantized images are Python's bit for bit, logits within" in text
+    assert re.search(r"Quantizer: scale 0\.0\d+ is Python's bit for bit", text)
+    assert re.search(r"saved and read back +\d+\.\d\d %   the same bits", text)
+    found = {m[1].strip(): float(m[2]) for m in re.finditer(r"^(.+?) +(\d+\.\d\d) %", text, re.M)}
+    assert found["float"] > 90
+    assert found["INT8, calibrated"] > found["float"] - 3
+    assert found["INT4 weights, 40 steps of QAT"] > found["INT4 weights, calibrated"]
+
+    saved = torch.jit.load(made / "package/calibrated.pt").state_dict()
+    for layer in ("conv1", "conv2", "fc"):
+        weight, name = saved[f"{layer}.weight"], f"{layer}.weight_quantizer.scale"
+        want = 2 * weight.flatten(1).abs().amax(1).double() / 255
+        assert torch.equal(saved[name], want.float()), layer
+
+
+def test_example_refuses_bad_files(made: Path, tmp_path: Path) -> None:
+    program = made / "example/calibrate"
+    assert "usage: calibrate FOLDER" in run(program, fails=True)
+    text = run(program, tmp_path, fails=True)
+    assert f"calibrate: expected {tmp_path}/expected.pt to be a file" in text
+    for name in ("expected.pt", "model.pt2"):
+        shutil.copytree(made / "package", tmp_path, dirs_exist_ok=True)
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:1000])
+        assert run(program, tmp_path, fails=True).startswith("calibrate: "), name
+
+
+def test_package_runs_in_python(made: Path) -> None:
+    """The AOTInductor package for another batch size than the one it was made with."""
+    expected: dict[str, Tensor] = torch.load(made / "package/expected.pt", weights_only=True)
+    package = torch._inductor.aoti_load_package(str(made / "package/model.pt2"))
+    for images in (expected["images"], expected["images"][:3].clone()):
+        quantized, logits = package(images)
+        count = len(images)
+        assert torch.equal(quantized, expected["quantized"][:count])
+        torch.testing.assert_close(logits, expected["logits"][:count], rtol=0, atol=1e-5)
+    scale = expected["scale"].numpy()
+    steps = np.clip(np.rint(expected["images"].numpy() / scale), -128, 127)
+    assert np.array_equal(expected["quantized"].numpy(), steps * scale)

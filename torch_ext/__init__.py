@@ -24,7 +24,7 @@ from torch_ext.state import (
 )
 
 __version__ = build_info()["version"]
-# For CMAKE_PREFIX_PATH, so that find_package(torch_ext) finds the package.
+# For CMAKE_PREFIX_PATH, so that find_package(torch_ext) finds the package; see examples/cpp.
 cmake_prefix_path = str(_library.FOLDER / "share" / "cmake")
 
 __all__ = [
