@@ -39,7 +39,7 @@ struct Rows<List<R...>> {
 };
 template <class F>
 constexpr FakeQuantRow fake_quant_row() {
-  FakeQuantRow row{F::name, -1, "", false, 0};
+  FakeQuantRow row{F::name, -1, "", false, 0, nullptr};
   if constexpr (core::LearnedFakeQuant<F>) {
     LearnedFakeQuants::for_each([&]<class Other>(int32_t index) {
       if (std::is_same_v<F, Other>) row.learned = index;
@@ -47,6 +47,9 @@ constexpr FakeQuantRow fake_quant_row() {
     row.parameter = F::parameter;
     row.per_channel = F::per_channel;
     row.start = F::start;
+    row.scale = [](float parameter, int32_t quant_min, int32_t quant_max) {
+      return F::template affine<float>(parameter, 0, quant_min, quant_max).scale;
+    };
   }
   return row;
 }

@@ -81,7 +81,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", metavar="DIR", help="folder with the idx files of Fashion-MNIST")
     parser.add_argument(
-        "--steps", type=int, default=400, help="of training, for each method and seed"
+        "--steps", type=int, default=200, help="of training, for each method and seed"
     )
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()

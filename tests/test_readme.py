@@ -53,6 +53,36 @@ def test_map_names_every_folder() -> None:
     assert layers <= shown
 
 
+def test_table_has_every_method() -> None:
+    table = README[README.index("| method |") :].split("\n\n")[0].splitlines()[2:]
+    rows = {row.split("|")[1].strip(" `"): row for row in table}
+    assert tuple(rows) == torch_ext.fake_quants()
+    for method, row in rows.items():
+        assert f"`{torch_ext._C.fake_quant_info(method)['parameter']}`" in row or "nothing" in row
+
+
+# A method whose range is half its parameter; as the one of the papers, but for that.
+HALF = """#pragma once
+#include "core/learned.h"
+#include "core/qparams.h"
+#include "fake_quant/pact.h"
+
+namespace torch_ext::fake_quant {
+struct Half : Pact {
+  static constexpr const char* name = "half";
+  static constexpr const char* parameter = "width";
+  static constexpr double start = 8;
+  TE_HD static float effective(float width) { return Pact::effective(width / 2); }
+  template <typename T>
+  TE_HD static core::Affine<T> affine(float width, int32_t zero_point, int32_t low, int32_t high) {
+    return Pact::affine<T>(width / 2, zero_point, low, high);
+  }
+};
+static_assert(core::LearnedFakeQuant<Half>);
+}  // namespace torch_ext::fake_quant
+"""
+
+
 def copy(source: Path, target: Path) -> None:
     """Copies what changed, with its time, so that the build in the copy stays incremental."""
     ignore = shutil.ignore_patterns("*.so", "__pycache__", "registry.h")
@@ -66,7 +96,7 @@ def write(path: Path, text: str) -> None:
 
 @pytest.fixture(scope="module")
 def scratch() -> Path:
-    """A copy with the README's observer: its header, and its line in the registry.
+    """A copy with the README's observer and a fake-quant: headers, and lines in the registry.
 
     The bindings are not compiled again: they read a table, so their objects serve as they are.
     """
@@ -82,6 +112,12 @@ def scratch() -> Path:
     registry = registry.replace("#include", '#include "observers/shrink.h"\n#include', 1)
     registry, listed = re.subn(
         r"(Observers = List<[^;]*)>;", r"\1, observers::Shrink>;", registry, count=1
+    )
+    assert listed == 1
+    write(folder / "csrc/fake_quant/half.h", HALF)
+    registry = registry.replace("#include", '#include "fake_quant/half.h"\n#include', 1)
+    registry, listed = re.subn(
+        r"(using FakeQuants = List<[^;]*)>;", r"\1, fake_quant::Half>;", registry, count=1
     )
     assert listed == 1
     write(folder / "csrc/registry.h", registry)
@@ -132,6 +168,37 @@ assert any(torch.allclose(q.range, want) for q in quantizers)
 """
     script = scratch / "try_shrink.py"
     write(script, program.format(scratch=str(scratch), path=str(scratch / "params.safetensors")))
+    environment = os.environ | {"PYTHONPATH": str(scratch)}
+    subprocess.run(
+        [sys.executable, str(script)], cwd=scratch, env=environment, check=True, timeout=300
+    )
+
+
+def test_one_header_and_one_line_add_a_fake_quant(scratch: Path) -> None:
+    """Op, quantizer, qconfig and training have it, and nothing else was touched."""
+    program = """
+import torch, torch_ext
+assert torch_ext.__file__.startswith({scratch!r}), torch_ext.__file__
+assert torch_ext.fake_quants()[-1] == "half"
+x = torch.tensor([-9.0, -1.0, 0.5, 9.0], requires_grad=True)
+width = torch.tensor([8.0], requires_grad=True)
+out = torch.ops.torch_ext.half(x, width, -127, 127)
+out.sum().backward()
+assert torch.equal(out, torch_ext.ops.pact(x, torch.tensor([4.0]), -127, 127))
+assert x.grad.tolist() == [0, 1, 1, 0] and width.grad.tolist() == [0]
+model = torch.nn.Sequential(torch.nn.Linear(6, 2))
+model.qconfig = torch_ext.get_default_qconfig("half", "lsq")
+model = torch_ext.prepare_qat(model)
+torch_ext.set_fake_quantize(model, "qat")
+optimizer = torch.optim.SGD(torch_ext.quantization_parameters(model), lr=0.1)
+(model(torch.randn(3, 6) * 30)).square().sum().backward()
+optimizer.step()
+quantizer = model[0].input_quantizers.input
+assert quantizer.width.item() != 8 and quantizer.width.grad.item() != 0
+assert torch.allclose(quantizer.scale, quantizer.width / 255)
+"""
+    script = scratch / "try_half.py"
+    write(script, program.format(scratch=str(scratch)))
     environment = os.environ | {"PYTHONPATH": str(scratch)}
     subprocess.run(
         [sys.executable, str(script)], cwd=scratch, env=environment, check=True, timeout=300

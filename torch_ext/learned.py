@@ -180,7 +180,7 @@ class LearnedFakeQuantize(FakeQuantize):
 
     def _quantize(self, x: Tensor, action: str) -> Tensor:
         observer = self.observer
-        parameter = self._parameters[self._parameter]
+        parameter: Tensor | None = self._parameters[self._parameter]
         assert parameter is not None
         learns = action in DIFFERENTIATE
         if self._starting and action in FOLLOW:

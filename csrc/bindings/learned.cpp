@@ -11,7 +11,6 @@
 
 #include "bindings/backend.h"
 #include "bindings/checks.h"
-#include "registry.h"
 #include "rule_table.h"
 
 // Ops of fake-quants with a learned parameter.
@@ -164,18 +163,25 @@ at::Tensor call(const char* method, const at::Tensor& x, const at::Tensor& param
                  batch_axis);
 }
 
-// The op of one method, by its own name.
-template <class F>
-at::Tensor per_channel(const at::Tensor& x, const at::Tensor& parameter,
-                       const at::Tensor& zero_point, int64_t quant_min, int64_t quant_max,
-                       int64_t ch_axis, bool use_grad_scaling, int64_t batch_axis) {
-  return call(F::name, x, parameter, zero_point, quant_min, quant_max, ch_axis, use_grad_scaling,
-              batch_axis);
-}
-template <class F>
-at::Tensor per_tensor(const at::Tensor& x, const at::Tensor& parameter, int64_t quant_min,
-                      int64_t quant_max) {
-  return call(F::name, x, parameter, std::nullopt, quant_min, quant_max, -1, true, -1);
+// The op of one method, by its own name: its arguments are those of method_schema() in schema.cpp.
+void by_name(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  const std::string name = op.schema().name().substr(sizeof("torch_ext::") - 1);
+  const FakeQuantRow& row = check_method(name);
+  std::vector<c10::IValue> given = torch::jit::pop(*stack, op.schema().arguments().size());
+  auto next = given.begin();
+  const at::Tensor x = (next++)->toTensor(), parameter = (next++)->toTensor();
+  std::optional<at::Tensor> zero_point;
+  if (row.per_channel) zero_point = (next++)->toTensor();
+  const int64_t quant_min = (next++)->toInt(), quant_max = (next++)->toInt();
+  int64_t ch_axis = -1, batch_axis = -1;
+  bool use_grad_scaling = true;
+  if (row.per_channel) {
+    ch_axis = (next++)->toInt();
+    use_grad_scaling = (next++)->toBool();
+    batch_axis = (next++)->toInt();
+  }
+  torch::jit::push(*stack, call(row.name, x, parameter, zero_point, quant_min, quant_max, ch_axis,
+                                use_grad_scaling, batch_axis));
 }
 
 }  // namespace
@@ -183,12 +189,8 @@ at::Tensor per_tensor(const at::Tensor& x, const at::Tensor& parameter, int64_t 
 TORCH_LIBRARY_IMPL(torch_ext, CPU, m) { register_ops(m); }
 TORCH_LIBRARY_IMPL(torch_ext, CUDA, m) { register_ops(m); }
 TORCH_LIBRARY_IMPL(torch_ext, CompositeImplicitAutograd, m) {
-  LearnedFakeQuants::for_each_on_host([&]<class F>(int32_t) {
-    if constexpr (F::per_channel)
-      m.impl(F::name, TORCH_FN(per_channel<F>));
-    else
-      m.impl(F::name, TORCH_FN(per_tensor<F>));
-  });
+  for (const FakeQuantRow& row : fake_quants())
+    if (row.learned >= 0) m.impl(row.name, torch::CppFunction::makeFromBoxedFunction<&by_name>());
 }
 
 }  // namespace torch_ext::bindings

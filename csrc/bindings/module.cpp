@@ -7,7 +7,6 @@
 #include "core/state.h"
 #include "cpu/kernels.h"
 #include "cuda/driver.h"
-#include "registry.h"
 #include "rule_table.h"
 
 // What an op cannot carry: names and option tables of the registry, the state table, facts of the
@@ -86,11 +85,10 @@ py::dict observer_info(const std::string& name) {
 std::vector<float> learned_scales(const std::string& name, const std::vector<float>& parameter,
                                   int32_t quant_min, int32_t quant_max) {
   std::vector<float> scales;
-  LearnedFakeQuants::for_each_on_host([&]<class F>(int32_t) {
-    if (name != F::name) return;
-    for (const float value : parameter)
-      scales.push_back(F::template affine<float>(value, 0, quant_min, quant_max).scale);
-  });
+  for (const FakeQuantRow& method : fake_quants())
+    if (name == method.name && method.scale != nullptr)
+      for (const float value : parameter)
+        scales.push_back(method.scale(value, quant_min, quant_max));
   return scales;
 }
 

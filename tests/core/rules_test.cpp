@@ -107,8 +107,9 @@ TYPED_TEST(Rules, GivesAFiniteRangeInOrderAndItsQParams) {
         const double lo = solved.range[0], hi = solved.range[1];
         ASSERT_TRUE(std::isfinite(lo) && std::isfinite(hi) && lo <= hi) << lo << " to " << hi;
         // The first scale of learned step sizes is a multiple of the mean, and no bound.
-        if (this->observes && !std::is_same_v<TypeParam, observers::MeanAbs>)
+        if (this->observes && !std::is_same_v<TypeParam, observers::MeanAbs>) {
           ASSERT_TRUE(lo >= least && hi <= most) << lo << " to " << hi;
+        }
         ASSERT_TRUE(solved.scale[0] >= 0x1p-126f && std::isfinite(solved.scale[0]));
         if constexpr (!core::GivesQParams<TypeParam>) {
           const core::QParams q = core::qparams({lo, hi}, grid);
