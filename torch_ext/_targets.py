@@ -20,9 +20,9 @@ class Target(NamedTuple):
 
 
 OUTPUT_ONLY = Target((), 0, True)
-_WEIGHTED = Target(("weight",), 0, True)
+WEIGHTED = Target(("weight",), 0, True)
 # Weights are [in, out / groups, ...]: with groups, channel j of every group shares one scale.
-_TRANSPOSED = Target(("weight",), 1, True)
+TRANSPOSED = Target(("weight",), 1, True)
 _EMBEDDING = Target(("weight",), 0, False)
 # The output of its out_proj is the attention's own; see `skips_output`.
 _ATTENTION = Target(("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"), 0, True)
@@ -31,13 +31,13 @@ _ATTENTION = Target(("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj
 _NO_ACTIVATIONS = {"MultiheadAttention", "LogSoftmax"}
 
 _TABLE: dict[type[nn.Module], Target] = {
-    nn.Conv1d: _WEIGHTED,
-    nn.Conv2d: _WEIGHTED,
-    nn.Conv3d: _WEIGHTED,
-    nn.Linear: _WEIGHTED,
-    nn.ConvTranspose1d: _TRANSPOSED,
-    nn.ConvTranspose2d: _TRANSPOSED,
-    nn.ConvTranspose3d: _TRANSPOSED,
+    nn.Conv1d: WEIGHTED,
+    nn.Conv2d: WEIGHTED,
+    nn.Conv3d: WEIGHTED,
+    nn.Linear: WEIGHTED,
+    nn.ConvTranspose1d: TRANSPOSED,
+    nn.ConvTranspose2d: TRANSPOSED,
+    nn.ConvTranspose3d: TRANSPOSED,
     nn.Embedding: _EMBEDDING,
     nn.EmbeddingBag: _EMBEDDING,
     nn.MultiheadAttention: _ATTENTION,
@@ -62,10 +62,15 @@ def is_float_functional(module: nn.Module) -> bool:
     return kind is not None and isinstance(module, kind)
 
 
+def is_quant_stub(module: nn.Module) -> bool:
+    """Ours or torch.ao's, which asks for its output to be quantized."""
+    stub = _from_torch_ao("torch.ao.quantization.stubs", "QuantStub")
+    return isinstance(module, QuantStub) or (stub is not None and isinstance(module, stub))
+
+
 def target_of(module: nn.Module) -> Target | None:
     """What of a module is quantized; None for a kind that is not listed."""
-    stub = _from_torch_ao("torch.ao.quantization.stubs", "QuantStub")
-    if is_float_functional(module) or (stub is not None and isinstance(module, stub)):
+    if is_float_functional(module) or is_quant_stub(module):
         return OUTPUT_ONLY
     for kind in type(module).__mro__:
         if kind in _TABLE:
