@@ -7,6 +7,7 @@ torch's Transformer layers, which would not call the submodules, switched off.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,10 @@ from torch_ext._targets import is_float_functional
 from torch_ext.fake_quant import FakeQuantize
 
 OUTPUT = "activation_quantizer"
+SUFFIX = "_quantizer"  # of every quantizer that is a child, less a number
 _FUNCTIONAL_OUTPUT = "activation_post_process"
+
+_CHILD = re.compile(rf"{SUFFIX}(_\d+)?$")
 
 Undo = Callable[[], None]
 
@@ -28,6 +32,9 @@ def attached(module: nn.Module) -> str | None:
     """The name under which a module carries quantizers already."""
     for name in (INPUTS, OUTPUT, _FUNCTIONAL_OUTPUT):
         if isinstance(getattr(module, name, None), (FakeQuantize, InputQuantizers)):
+            return name
+    for name, child in module.named_children():
+        if isinstance(child, FakeQuantize) and _CHILD.search(name):
             return name
     if parametrize.is_parametrized(module):
         chains = module.parametrizations
@@ -108,6 +115,12 @@ def _refuse_pickling(module: nn.Module) -> None:
         "weight is quantized by one; save state_dict() (torch.save or safetensors) and load it "
         "into prepare_qat of a new float model, or keep the ranges with save_observer_params"
     )
+
+
+def attach_child(module: nn.Module, name: str, quantizer: FakeQuantize) -> Undo:
+    """Adds a quantizer that a captured forward calls."""
+    module.add_module(name, quantizer.train(module.training))
+    return lambda: delattr(module, name)
 
 
 def attach_output(module: nn.Module, quantizer: FakeQuantize) -> Undo:

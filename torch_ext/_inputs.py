@@ -30,7 +30,7 @@ class InputQuantizers(nn.ModuleDict):
         self.rest_argument = rest
 
     def key_of(self, argument: str) -> str | None:
-        key = _key(argument)
+        key = key_for(argument)
         return key if key in self else None
 
     def key_at(self, position: int) -> str | None:
@@ -39,7 +39,7 @@ class InputQuantizers(nn.ModuleDict):
         return self.key_of(self.rest_argument) if self.rest_argument else None
 
 
-def _key(argument: str) -> str:
+def key_for(argument: str) -> str:
     # A child cannot have the name of a method: `values`, `float`, ...
     return f"{argument}_" if hasattr(nn.ModuleDict, argument) else argument
 
@@ -82,6 +82,19 @@ def input_arguments(host: nn.Module) -> dict[str, inspect.Parameter]:
 
 def attach_inputs(host: nn.Module, quantizers: Mapping[str, FakeQuantize]) -> Callable[[], None]:
     """Adds the quantizers as a child and turns the class; returns what undoes it."""
+    remove = add_inputs(host, quantizers)
+    before = type(host)
+    host.__class__ = _quantized_class(before)  # type: ignore[arg-type]
+
+    def undo() -> None:
+        host.__class__ = before
+        remove()
+
+    return undo
+
+
+def add_inputs(host: nn.Module, quantizers: Mapping[str, FakeQuantize]) -> Callable[[], None]:
+    """Adds the quantizers as a child, for a forward that calls them; returns what undoes it."""
     parameters = inspect.signature(host.forward).parameters.values()
     positional = tuple(
         p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
@@ -89,17 +102,10 @@ def attach_inputs(host: nn.Module, quantizers: Mapping[str, FakeQuantize]) -> Ca
     rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
     inputs = InputQuantizers(positional, rest)
     for argument, quantizer in quantizers.items():
-        inputs[_key(argument)] = quantizer
+        inputs[key_for(argument)] = quantizer
     inputs.train(host.training)
     host.add_module(INPUTS, inputs)
-    before = type(host)
-    host.__class__ = _quantized_class(before)  # type: ignore[arg-type]
-
-    def undo() -> None:
-        host.__class__ = before
-        delattr(host, INPUTS)
-
-    return undo
+    return lambda: delattr(host, INPUTS)
 
 
 @functools.cache

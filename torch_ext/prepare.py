@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from torch_ext import _attach, _inputs
+from torch_ext import _attach, _inputs, _rewrite
+from torch_ext._capture import bound, capture
 from torch_ext._configs import Configs, Mapped
+from torch_ext._sites import Names, Placement, Site
 from torch_ext._targets import OUTPUT_ONLY, Target, skips_output, target_of
 from torch_ext._walk import check_model
 from torch_ext.describe import describe
@@ -34,6 +36,7 @@ def prepare_qat(
     mapping: Mapping[Mapped, QConfig | None] | None = None,
     input_qconfig: QConfig | _FromModel | None = _FROM_MODEL,
     verbose: bool = False,
+    example_inputs: Any = None,
 ) -> M:
     """Attaches quantizers to a float model; all are in FLOAT, so it computes what it did.
 
@@ -44,8 +47,18 @@ def prepare_qat(
     neighbours. To quantize only after the activation, give the layer a
     ``QConfig(activation=None, weight=...)``. Fold batch norms first, with ``fuse``.
 
+    With ``example_inputs`` the forward is captured, and the values that INT8 engines want quantized
+    are, those of functions such as ``x + y`` too: ``torch_ext/_placement.py`` is the table, shown
+    in the README. A value has one quantizer, however many operations read it; the first that asks
+    for it decides with which configuration. A function has that of the module whose forward calls
+    it. Control flow that depends on sizes is that of the example: a call that would go another way
+    is refused. Modules that have nothing to quantize by configuration are called as they are.
+
     Names: ``<module>.activation_quantizer``, ``<module>.parametrizations.<weight>.0`` and
     ``input_quantizers.<argument>`` (within the first layer, where the model is a Sequential).
+    Captured also ``<module>.add_quantizer`` for a function, ``<module>.<parameter>_quantizer`` for
+    a parameter, and for results of operands that share a scale that of their ``cat``; the second
+    such call in a forward is ``add_quantizer_1``, counted whether quantized or not.
 
     A module's configuration is the first of: its own attribute ``qconfig``; its name in
     ``mapping`` (exact, then patterns); its type in ``mapping``; that of its parent. ``None`` leaves
@@ -58,6 +71,9 @@ def prepare_qat(
         mapping: module names, patterns (``"layer1.*"``) or types to QConfig or None.
         input_qconfig: for the inputs of the model; None leaves them float.
         verbose: print the table of ``describe(model)``.
+        example_inputs: captures the forward: a tensor, a tuple of positional or a mapping of
+            keyword arguments. Only shapes, dtypes and what is no tensor matter. A forward that
+            cannot be captured is refused with its line and the ways out.
     """
     if check_model(_WHO, model) is not model:
         raise ValueError(
@@ -67,9 +83,12 @@ def prepare_qat(
     configs = Configs(_WHO, model, mapping)
     prepared = model if inplace else copy.deepcopy(model)
     plan = _Plan(prepared, configs)
-    plan.add_inputs(input_qconfig)
-    for name, module, parent in _modules(prepared):
-        plan.add_module(name, module, parent)
+    if example_inputs is not None:
+        plan.add_captured(input_qconfig, example_inputs)
+    else:
+        plan.add_inputs(input_qconfig)
+        for name, module, parent in _modules(prepared):
+            plan.add_module(name, module, parent)
     if not plan.steps:
         raise ValueError(f"{_WHO}: expected model to have modules to quantize, found none")
     plan.carry_out()
@@ -98,6 +117,12 @@ def _refuse_prepared(model: nn.Module) -> None:
             )
 
 
+def _checked(given: object) -> QConfig | None:
+    if given is not None and not isinstance(given, QConfig):
+        raise TypeError(f"{_WHO}: expected input_qconfig to be a QConfig or None, got {given!r}")
+    return given
+
+
 class _Plan:
     """The quantizers to attach, all built before the first is attached."""
 
@@ -106,6 +131,7 @@ class _Plan:
         self.configs = configs
         self.steps: list[Callable[[], _attach.Undo]] = []
         self.made: list[FakeQuantize] = []
+        self.inputs: dict[str, FakeQuantize] = {}  # of a captured forward
 
     def carry_out(self) -> None:
         done: list[_attach.Undo] = []
@@ -117,12 +143,62 @@ class _Plan:
                 undo()
             raise
 
+    def add_captured(self, given: QConfig | _FromModel | None, example_inputs: Any) -> None:
+        """Quantizers for what the forward computes, and the forward that calls them."""
+        example = bound(_WHO, self.root, example_inputs)
+        tracer = capture(_WHO, self.root, example, self._is_float)
+        config = None if isinstance(given, _FromModel) else _checked(given)
+        inputs = None if config is None else config.activation
+        placement = Placement(tracer, self.configs, given is _FROM_MODEL or inputs)
+        names = Names(tracer)
+        for weight in placement.weights.values():
+            module = self.root.get_submodule(weight.owner)
+            self._add_weight(weight.owner, module, *weight[1:])
+        for site in placement.sites:
+            target = self._add_site(site, names)
+            _rewrite.insert(tracer, site.readers, target)
+        if self.steps:
+            forward = _rewrite.compiled(tracer)
+            self.steps.append(lambda: _rewrite.turn(self.root, forward))
+
+    def _is_float(self, name: str) -> bool:
+        """Whether nothing in the module of that name is to be quantized."""
+        inside = self.root.get_submodule(name).named_modules(prefix=name)
+        return not any(self.configs.of(one) for one, _ in inside)
+
+    def _add_site(self, site: Site, names: Names) -> str:
+        """Plans a quantizer of values; returns the name under which the forward calls it."""
+        value = site.named_after or next(iter(site.readers))
+        if value.op == "placeholder":
+            return self._add_input(str(value.target), site.factory)
+        host_name, name = names.of(value)
+        host = self.root.get_submodule(host_name)
+        _attach.check_free(_WHO, host_name, host, name)
+        where, device = f"{host_name}.{name}".strip("."), self._device(host)
+        if site.weight is None:
+            quantizer = self._build(where, site.factory, device)
+        else:
+            # The forward computes it, so there is no parameter to read it from.
+            keys = self._weight_keys(where, site.factory, device, *site.weight)
+            keys["transient"] = False
+            quantizer = self._build(where, site.factory, device, **keys)
+        self.steps.append(lambda: _attach.attach_child(host, name, quantizer))
+        return where
+
+    def _add_input(self, argument: str, factory: Factory) -> str:
+        host_name, host = _inputs.input_host(_WHO, self.root)
+        if host is not self.root:  # its own argument, as it is without example_inputs
+            argument = next(iter(_inputs.input_arguments(host)), argument)
+        _attach.check_free(_WHO, host_name, host, _inputs.INPUTS)
+        key = _inputs.key_for(argument)
+        where = f"{host_name}.{_inputs.INPUTS}.{key}".strip(".")
+        if not self.inputs:
+            self.steps.append(lambda: _inputs.add_inputs(host, self.inputs))
+        self.inputs[argument] = self._build(where, factory, self._device(host))
+        return where
+
     def add_inputs(self, given: QConfig | _FromModel | None) -> None:
-        config = self.configs.of("") if isinstance(given, _FromModel) else given
-        if config is not None and not isinstance(config, QConfig):
-            raise TypeError(
-                f"{_WHO}: expected input_qconfig to be a QConfig or None, got {config!r}"
-            )
+        config = self.configs.of("") if isinstance(given, _FromModel) else _checked(given)
         if config is None or config.activation is None:
             return
         host_name, host = _inputs.input_host(_WHO, self.root)
@@ -160,17 +236,24 @@ class _Plan:
         _attach.check_weight(_WHO, name, module, parameter)
         weight = getattr(module, parameter)
         where = f"{name}.{parameter}".strip(".")
-        overrides: dict[str, object] = {"transient": True}
-        if (axis := self._build(where, factory, weight.device).observer.ch_axis) >= 0:
-            # Axis 0 of a qconfig means the output channels.
-            axis = target.ch_axis if axis == 0 else axis
-            if axis >= weight.dim():
-                raise ValueError(
-                    f"{_WHO}: {where}: expected ch_axis to be below {weight.dim()}, got {axis}"
-                )
-            overrides |= {"ch_axis": axis, "channel_len": weight.shape[axis]}
-        quantizer = self._build(where, factory, weight.device, **overrides)
+        keys = self._weight_keys(where, factory, weight.device, target.ch_axis, weight.shape)
+        quantizer = self._build(where, factory, weight.device, **keys)
         self.steps.append(lambda: _attach.attach_weight(module, parameter, quantizer))
+
+    def _weight_keys(
+        self, where: str, factory: Factory, device: torch.device, ch_axis: int, shape: torch.Size
+    ) -> dict[str, object]:
+        """What a factory is told about a weight whose output channels are on an axis."""
+        axis = self._build(where, factory, device).observer.ch_axis
+        if axis < 0:
+            return {"transient": True}
+        # Axis 0 of a qconfig means the output channels.
+        axis = ch_axis if axis == 0 else axis
+        if axis >= len(shape):
+            raise ValueError(
+                f"{_WHO}: {where}: expected ch_axis to be below {len(shape)}, got {axis}"
+            )
+        return {"transient": True, "ch_axis": axis, "channel_len": shape[axis]}
 
     def _device(self, module: nn.Module) -> torch.device:
         """That of the module's own tensors, or of the model's first."""
