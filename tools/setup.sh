@@ -116,8 +116,9 @@ build() {
         say "installing the Python packages and building for torch $torch" \
             "$([[ -z $nvcc ]] && echo without || echo with) CUDA kernels"
         .venv/bin/pip install -q "setuptools>=77"
-        CMAKE_ARGS="-DBUILD_TESTING=$tests ${CMAKE_ARGS:-}" MAX_JOBS=$jobs \
-            .venv/bin/pip install -q --no-build-isolation -e ".[workflow,test,lint]"
+        printf 'torch==%s\n' "$torch" >.venv/.torch # torchvision would bring a torch of its own
+        CMAKE_ARGS="-DBUILD_TESTING=$tests ${CMAKE_ARGS:-}" MAX_JOBS=$jobs .venv/bin/pip install \
+            -q --no-build-isolation -c .venv/.torch -e ".[workflow,test,lint]"
         ln -sfn "$folder" build/current
         printf '%s' "$key" >"$stamp"
     fi
