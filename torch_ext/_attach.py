@@ -87,7 +87,7 @@ def check_weight(who: str, name: str, module: nn.Module, parameter: str) -> None
         )
 
 
-def attach_weight(module: nn.Module, parameter: str, quantizer: FakeQuantize) -> Undo:
+def attach_weight(module: nn.Module, parameter: str, quantizer: nn.Module) -> Undo:
     order = list(module._parameters)
     parametrize.register_parametrization(module, parameter, quantizer)
     # The class is this module's own, which torch made.

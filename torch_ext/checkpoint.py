@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from torch_ext._fold import FoldedWeight
 from torch_ext._walk import check_model, named_quantizers, parametrizations
 from torch_ext.fake_quant import FakeQuantize
 
@@ -24,7 +25,7 @@ def float_keys(model: nn.Module) -> dict[str, str]:
     inside = tuple(f"{name}." for name in named_quantizers(model))
     renamed = {}
     for owner, parameter, chain in parametrizations(model):
-        if all(isinstance(one, FakeQuantize) for one in chain):
+        if all(isinstance(one, (FakeQuantize, FoldedWeight)) for one in chain):
             prefix = f"{owner}." if owner else ""
             renamed[f"{prefix}parametrizations.{parameter}.original"] = f"{prefix}{parameter}"
     keys = [key for key in model.state_dict() if not key.startswith(inside)]

@@ -161,6 +161,17 @@ def _pairs_by_graph(
     return pairs, left
 
 
+def foldable_norms(model: nn.Module, graph: fx.Graph) -> dict[str, _BatchNorm]:
+    """Layers of a captured forward whose batch norm can be folded into them, and that norm."""
+    modules = dict(model.named_modules())
+    pairs, _ = _pairs_by_graph(graph, modules)
+    found = {}
+    for layer, norm in pairs:
+        if not _problem(model, modules, layer, norm):
+            found[layer] = model.get_submodule(norm)
+    return found  # type: ignore[return-value]
+
+
 def _pairs_by_hooks(model: nn.Module, example_inputs: Any) -> list[Pair]:
     """Batch norms whose input is the very tensor that a layer gave, both being called once."""
     outputs: dict[int, str] = {}

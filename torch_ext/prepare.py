@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from torch_ext import _attach, _inputs, _rewrite
 from torch_ext._capture import bound, capture
 from torch_ext._configs import Configs, Mapped
+from torch_ext._fold import FoldedWeight
 from torch_ext._sites import Names, Placement, Site
 from torch_ext._targets import OUTPUT_ONLY, Target, skips_output, target_of
 from torch_ext._walk import check_model
 from torch_ext.describe import describe
 from torch_ext.fake_quant import FakeQuantize
+from torch_ext.fuse import foldable_norms
 from torch_ext.qconfig import Factory, QConfig
 
 _WHO = "prepare_qat"
@@ -37,6 +41,7 @@ def prepare_qat(
     input_qconfig: QConfig | _FromModel | None = _FROM_MODEL,
     verbose: bool = False,
     example_inputs: Any = None,
+    fold_batch_norms: bool = False,
 ) -> M:
     """Attaches quantizers to a float model; all are in FLOAT, so it computes what it did.
 
@@ -74,6 +79,11 @@ def prepare_qat(
         example_inputs: captures the forward: a tensor, a tuple of positional or a mapping of
             keyword arguments. Only shapes, dtypes and what is no tensor matter. A forward that
             cannot be captured is refused with its line and the ways out.
+        fold_batch_norms: with ``example_inputs``: where a batch norm follows a layer, both train
+            on as they are, and the layer's weight is quantized as it is once the norm is folded
+            into it (its quantizer is then ``parametrizations.weight.1``). By default the weight is
+            quantized as it is; per output channel that comes to the same, but for the scale's
+            value. To fold for good, before training: :func:`fuse`.
     """
     if check_model(_WHO, model) is not model:
         raise ValueError(
@@ -84,7 +94,9 @@ def prepare_qat(
     prepared = model if inplace else copy.deepcopy(model)
     plan = _Plan(prepared, configs)
     if example_inputs is not None:
-        plan.add_captured(input_qconfig, example_inputs)
+        plan.add_captured(input_qconfig, example_inputs, fold_batch_norms)
+    elif fold_batch_norms:
+        raise ValueError(f"{_WHO}: expected example_inputs with fold_batch_norms=True, got None")
     else:
         plan.add_inputs(input_qconfig)
         for name, module, parent in _modules(prepared):
@@ -143,7 +155,9 @@ class _Plan:
                 undo()
             raise
 
-    def add_captured(self, given: QConfig | _FromModel | None, example_inputs: Any) -> None:
+    def add_captured(
+        self, given: QConfig | _FromModel | None, example_inputs: Any, fold: bool
+    ) -> None:
         """Quantizers for what the forward computes, and the forward that calls them."""
         example = bound(_WHO, self.root, example_inputs)
         tracer = capture(_WHO, self.root, example, self._is_float)
@@ -151,9 +165,10 @@ class _Plan:
         inputs = None if config is None else config.activation
         placement = Placement(tracer, self.configs, given is _FROM_MODEL or inputs)
         names = Names(tracer)
+        norms = foldable_norms(self.root, tracer.graph) if fold else {}
         for weight in placement.weights.values():
             module = self.root.get_submodule(weight.owner)
-            self._add_weight(weight.owner, module, *weight[1:])
+            self._add_weight(weight.owner, module, *weight[1:], norm=norms.get(weight.owner))
         for site in placement.sites:
             target = self._add_site(site, names)
             _rewrite.insert(tracer, site.readers, target)
@@ -229,7 +244,13 @@ class _Plan:
             self.steps.append(lambda: _attach.attach_output(module, quantizer))
 
     def _add_weight(
-        self, name: str, module: nn.Module, parameter: str, target: Target, factory: Factory
+        self,
+        name: str,
+        module: nn.Module,
+        parameter: str,
+        target: Target,
+        factory: Factory,
+        norm: _BatchNorm | None = None,
     ) -> None:
         if getattr(module, parameter, None) is None:
             return
@@ -238,7 +259,12 @@ class _Plan:
         where = f"{name}.{parameter}".strip(".")
         keys = self._weight_keys(where, factory, weight.device, target.ch_axis, weight.shape)
         quantizer = self._build(where, factory, weight.device, **keys)
-        self.steps.append(lambda: _attach.attach_weight(module, parameter, quantizer))
+        chain: list[nn.Module] = [quantizer]
+        if norm is not None:
+            sides = [FoldedWeight(quantizer, norm, target.ch_axis, side) for side in (False, True)]
+            chain = [sides[0], quantizer, sides[1]]
+        for one in chain:
+            self.steps.append(functools.partial(_attach.attach_weight, module, parameter, one))
 
     def _weight_keys(
         self, where: str, factory: Factory, device: torch.device, ch_axis: int, shape: torch.Size
