@@ -175,6 +175,13 @@ class Plus(nn.Module):
         return x.exp() + x.sin()
 
 
+def test_a_forward_of_the_instance() -> None:
+    model = Plus()
+    model.forward = lambda x: x  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="got one that is an attribute of the instance"):
+        ready(model, example_inputs=x())
+
+
 def test_names_that_are_taken() -> None:
     model = Plus()
     model.qconfig = CONFIG  # type: ignore[assignment]

@@ -6,6 +6,8 @@ to a CPU build. Its models need none of them, so their schemas are declared here
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import importlib.util
 import re
 from collections.abc import Callable
@@ -19,15 +21,17 @@ _declared: list[torch.library.Library] = []
 
 
 def _declare_operators() -> None:
+    with contextlib.suppress(ImportError, RuntimeError):
+        importlib.import_module("torchvision")
+        return
     found = importlib.util.find_spec("torchvision")
     if found is None or found.origin is None:
         return
     source = Path(found.origin).with_name("_meta_registrations.py").read_text()
     names = {*re.findall(r"torchvision::(\w+)", source), *re.findall(r'_meta\("(\w+)"', source)}
-    library = torch.library.Library("torchvision", "FRAGMENT")
+    library = torch.library.Library("torchvision", "DEF")
     for name in sorted(names):
-        if not hasattr(torch.ops.torchvision, name):
-            library.define(f"{name}(Tensor x) -> Tensor")
+        library.define(f"{name}(Tensor x) -> Tensor")
     _declared.append(library)
 
 

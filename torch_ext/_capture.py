@@ -32,6 +32,11 @@ def by_mode(training: bool, in_training: Any, in_evaluation: Any) -> Any:
 
 def bound(who: str, model: nn.Module, example_inputs: Any) -> dict[str, Any]:
     """The example's values by argument of the forward."""
+    if "forward" in vars(model):
+        raise ValueError(
+            f"{who}: expected the model's class to define its forward, got one that is an "
+            f"attribute of the instance; {_OTHERWISE}"
+        )
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}
     if isinstance(example_inputs, Mapping):
