@@ -122,10 +122,16 @@ def main() -> int:
     import cases_fake_quant
     import cases_observe
     import cases_solve
+    import cases_training
     import native
     import tables
 
-    cases = [*cases_observe.CASES, *cases_fake_quant.CASES, *cases_solve.CASES]
+    cases = [
+        *cases_observe.CASES,
+        *cases_fake_quant.CASES,
+        *cases_solve.CASES,
+        *cases_training.CASES,
+    ]
     cases = choose(cases, chosen.only)
     if chosen.list:
         print("\n".join(case.name for case in cases))
