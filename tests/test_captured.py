@@ -337,6 +337,25 @@ def test_train_and_eval_at_run_time(masked: bool) -> None:
     assert changed is plain
 
 
+@torch.fx.wrap
+def marked(m: Net, x: Tensor) -> Tensor:
+    return m.conv(x) + x
+
+
+@torch.fx.wrap
+def marked_with_reason(x: Tensor) -> Tensor:
+    return x if x.sum() > 0 else -x
+
+
+def test_functions_marked_for_fx() -> None:
+    net = ready(Net(lambda m, x: marked(m, x)), example_inputs=images_4())
+    assert names(net) == PLACED["fan_out"][1]
+    plain = Net(lambda m, x: m.conv(marked_with_reason(x)))
+    net = ready(plain, example_inputs=images_4())
+    assert names(net) == {CONV, "marked_with_reason_quantizer"}
+    assert same_bits(net(images_4()).detach(), plain(images_4()).detach())
+
+
 def test_gradients_of_parameters_that_meet_no_input() -> None:
     plain = Net(lambda m, x: m.conv(x) * (m.gain.exp() + m.bn.running_var[:, None, None].sqrt()))
     net = ready(plain, example_inputs=images_4())

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from torch_ext._guards import eval_mode, forked_rng
+from torch_ext._proxies import unwrapped
 from torch_ext._targets import target_of
 from torch_ext._tracer import TORCHS_OWN, IsWhole, Tracer, Uncapturable, failing_line
 
@@ -60,7 +61,20 @@ def bound(who: str, model: nn.Module, example_inputs: Any) -> dict[str, Any]:
 
 
 def capture(who: str, model: nn.Module, example: Mapping[str, Any], float_only: IsWhole) -> Tracer:
-    """Traces the forward; modules that ``float_only`` names are not looked into."""
+    """Traces the forward; modules that ``float_only`` names are not looked into.
+
+    Functions that are marked by ``torch.fx.wrap`` are, unless something in them cannot be captured.
+    """
+    try:
+        with unwrapped():
+            return _captured(who, model, example, float_only)
+    except ValueError:
+        return _captured(who, model, example, float_only)
+
+
+def _captured(
+    who: str, model: nn.Module, example: Mapping[str, Any], float_only: IsWhole
+) -> Tracer:
     whole: set[str] = set()
     while True:
         made = [

@@ -93,6 +93,18 @@ def _has_proxy(value: Any) -> bool:
 
 
 @contextlib.contextmanager
+def unwrapped() -> Iterator[None]:
+    """Functions that are marked by ``torch.fx.wrap`` are traced, instead of being recorded."""
+    marked: dict[Any, Any] = getattr(fx._symbolic_trace, "_wrapped_fns_to_patch", {})
+    before = dict(marked)
+    marked.clear()
+    try:
+        yield
+    finally:
+        marked.update(before)
+
+
+@contextlib.contextmanager
 def _looked_into() -> Iterator[None]:
     """torch.nn.functional's own Python functions run on proxies, instead of being recorded."""
     home: Any = nn.functional

@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType, FunctionType, TracebackType
 from typing import Any
 
 import torch
@@ -197,13 +197,18 @@ class Tracer(fx.Tracer):
         if kind == "call_module":
             module = self.model.get_submodule(target)
             with eval_mode(module):  # a batch norm refuses to train on one value per channel
-                try:
-                    return module.forward(*args, **kwargs)
-                except DataDependentOutputException:
-                    return self._faked(_of_zeros(module, args, kwargs))
+                return self._run_whole(module.forward, args, kwargs)
         if kind == "call_method":
             return getattr(args[0], target)(*args[1:], **kwargs)
-        return target(*args, **kwargs)
+        marked = isinstance(target, FunctionType) and not target.__module__.startswith("torch.")
+        return self._run_whole(target, args, kwargs) if marked else target(*args, **kwargs)
+
+    def _run_whole(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """What the user's code gives; it may look at values."""
+        try:
+            return function(*args, **kwargs)
+        except DataDependentOutputException:
+            return self._faked(_of_zeros(function, args, kwargs))
 
     def _faked(self, value: Any) -> Any:
         return fx.node.map_aggregate(
@@ -243,8 +248,8 @@ class Tracer(fx.Tracer):
         return self.value(obj).keys()
 
 
-def _of_zeros(module: nn.Module, args: Any, kwargs: Any) -> Any:
-    """The result of a module that looks at values, for its shapes."""
+def _of_zeros(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """The result of what looks at values, for its shapes."""
     with unset_fake_temporarily():
         args, kwargs = fx.node.map_aggregate(
             (args, kwargs),
@@ -252,7 +257,7 @@ def _of_zeros(module: nn.Module, args: Any, kwargs: Any) -> Any:
                 torch.zeros(v.shape, dtype=v.dtype, device=v.device) if isinstance(v, Tensor) else v
             ),
         )
-        return module.forward(*args, **kwargs)
+        return function(*args, **kwargs)
 
 
 def _has_tensor(value: Any) -> bool:
