@@ -28,7 +28,7 @@ class OffGrid(TorchFunctionMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.scales = [q.scale for q in named_quantizers(model).values()]
+        self.scales = [q.calculate_qparams()[0] for q in named_quantizers(model).values()]
         self.seen: dict[str, int] = {}
         self.found: list[str] = []
 

@@ -82,6 +82,21 @@ def test_calibrate_resolve_describe_and_files(
     torch_ext.reset_statistics(net)
 
 
+@pytest.mark.parametrize("method", ["lsq", "pact"])
+def test_methods_that_learn(method: str) -> None:
+    net = captured(torch_ext.get_default_qconfig(method, "lsq"))
+    run_calibration(net, images())
+    torch_ext.set_fake_quantize(net, "qat")
+    learned = torch_ext.quantization_parameters(net)
+    before = [p.detach().clone() for p in learned]
+    optimizer = torch.optim.SGD(learned, lr=0.01)
+    net(images()).square().sum().backward()
+    optimizer.step()
+    assert not all(map(same_bits, before, learned))
+    torch_ext.set_fake_quantize(net, "validation")
+    assert off_grid(net, images())[0] == []
+
+
 def test_statistics_do_not_depend_on_the_batches() -> None:
     nets = [captured() for _ in range(2)]
     torch_ext.calibrate(nets[0], [images(8)], progress=False)

@@ -377,6 +377,17 @@ def test_ranges_travel_between_all_methods(
     assert torch.allclose(other(images(8)), one(images(8)), atol=1e-5)
 
 
+def test_what_ranks_share_is_every_channel_of_every_parameter():
+    keys = {"qscheme": "per_channel_affine", "ch_axis": 1, "channel_len": 3}
+    source, target = (FakeQuantize("lsq", learn_zero_point=True, **keys) for _ in range(2))
+    with torch.no_grad():
+        source.scale.copy_(torch.tensor([0.1, 0.2, 0.3]))
+        source.offset.copy_(torch.tensor([1.0, -2.0, 3.0]))
+    target.take_shared_(source.shared_values().detach().double())
+    assert target.scale.tolist() == source.scale.tolist()
+    assert target.offset.tolist() == [1.0, -2.0, 3.0]
+
+
 def test_the_start_can_be_given():
     quantizer = FakeQuantize("lsq", "fixed_scale", scale=0.25)
     assert quantizer.scale.item() == 0.25
