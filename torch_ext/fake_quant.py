@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -67,16 +68,19 @@ class FakeQuantize(nn.Module):
 
     _version = 1
 
+    # Set by the modules that import this one: the class of methods that learn, by `learned`, and
+    # what solves and checks before a state changes, by `state`.
+    learning: ClassVar[type[FakeQuantize]]
+    set_state: ClassVar[Callable[[nn.Module, FakeQuantState], None]]
+
     range: Tensor
     scale: Tensor
     zero_point: Tensor
     solved: Tensor
 
     def __new__(cls, method: str = "fake_quant", *args: Any, **keys: Any) -> FakeQuantize:
-        from torch_ext.learned import LearnedFakeQuantize  # it imports this module
-
         learned = cls is FakeQuantize and fake_quant_info(method)["learned"]
-        return super().__new__(LearnedFakeQuantize if learned else cls)
+        return super().__new__(cls.learning if learned else cls)
 
     def __init__(
         self,
@@ -128,9 +132,7 @@ class FakeQuantize(nn.Module):
 
     @state.setter
     def state(self, state: FakeQuantState | str) -> None:
-        from torch_ext.state import set_fake_quantize  # it imports this module
-
-        set_fake_quantize(self, parse_state("FakeQuantize.state", state))
+        type(self).set_state(self, parse_state("FakeQuantize.state", state))
 
     @property
     def transient(self) -> bool:

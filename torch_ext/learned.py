@@ -260,6 +260,9 @@ class LearnedFakeQuantize(FakeQuantize):
         return ", ".join(words)
 
 
+FakeQuantize.learning = LearnedFakeQuantize
+
+
 def _whole(parameter: Any) -> Tensor:
     """All channels, also where FSDP2 left this rank a shard of them (a DTensor)."""
     value: Tensor = parameter.detach()

@@ -73,6 +73,9 @@ def set_fake_quantize(
         warnings.warn("\n".join([f"{_WHO}:", *notes]), QuantizationWarning, stacklevel=2)
 
 
+FakeQuantize.set_state = staticmethod(set_fake_quantize)
+
+
 def fake_quantize_states(model: nn.Module) -> dict[str, FakeQuantState]:
     """The state of every quantizer, by name."""
     found = require_quantizers("fake_quantize_states", model)
