@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from torch_ext._guards import (
     restored_on_error,
     watched,
 )
+from torch_ext._progress import progress_bar
 from torch_ext._resume import Progress, read_progress, write_progress
 from torch_ext._states import FakeQuantState, parse_state
 from torch_ext._table import text_table
@@ -235,21 +235,12 @@ def _limited(loader: Iterable[Any], limit: int | None) -> Iterator[Any]:
 def _bar(
     batches: Iterator[Any], loader: Iterable[Any], limit: int | None, progress: bool | None
 ) -> Iterable[Any]:
-    if progress is None:
-        progress = sys.stderr.isatty()
-    if not progress:
-        return batches
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return batches
     total = None
     with contextlib.suppress(TypeError):
         total = len(loader)  # type: ignore[arg-type]
     if total is not None and limit is not None:
         total = min(total, limit)
-    bar: Iterable[Any] = tqdm(batches, total=limit if total is None else total, desc=_WHO)
-    return bar
+    return progress_bar(batches, limit if total is None else total, _WHO, progress)
 
 
 def _summaries(quantizers: Mapping[str, FakeQuantize]) -> dict[str, QuantizerSummary]:
