@@ -22,6 +22,7 @@ from torch_ext.state import (
     reset_statistics,
     set_fake_quantize,
 )
+from torch_ext.sweep import Sweep, sweep
 
 __version__ = build_info()["version"]
 # For CMAKE_PREFIX_PATH, so that find_package(torch_ext) finds the package; see examples/cpp.
@@ -41,6 +42,7 @@ __all__ = [
     "QConfig",
     "QuantStub",
     "QuantizationWarning",
+    "Sweep",
     "build_info",
     "calibrate",
     "cmake_prefix_path",
@@ -62,5 +64,6 @@ __all__ = [
     "resolve",
     "save_observer_params",
     "set_fake_quantize",
+    "sweep",
     "sync_observers",
 ]

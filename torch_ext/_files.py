@@ -122,6 +122,15 @@ def read_tensors(path: PathLike, kind: str, version: int) -> tuple[dict[str, Ten
     return tensors, extra
 
 
+def read_object(path: PathLike, limit: int = _MAX_HEADER) -> dict[str, Any]:
+    """A JSON file that holds an object, of at most `limit` bytes."""
+    with open(path, "rb") as file:
+        text = file.read(limit + 1)
+    if len(text) > limit:
+        raise FileError(path, f"expected at most {limit} bytes")
+    return _parse(path, "content", text)
+
+
 def _parse(path: PathLike, what: str, text: str | bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made: dict[str, Any] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,24 +17,46 @@ from torch_ext.fake_quant import FakeQuantize
 
 @contextlib.contextmanager
 def restored_on_error(quantizers: Mapping[str, FakeQuantize]) -> Iterator[None]:
-    """Puts buffers and states back when what runs inside fails."""
+    """Puts buffers, rules and states back when what runs inside fails."""
+    put_back = _keep(quantizers)
+    try:
+        yield
+    except BaseException:
+        put_back()
+        raise
+
+
+@contextlib.contextmanager
+def restored(quantizers: Mapping[str, FakeQuantize]) -> Iterator[None]:
+    """Puts buffers, rules and states back at the end, however it ends."""
+    put_back = _keep(quantizers)
+    try:
+        yield
+    finally:
+        put_back()
+
+
+def _keep(quantizers: Mapping[str, FakeQuantize]) -> Callable[[], None]:
     states = {
         name: (q.state, q.passes_through, q.observer.synced) for name, q in quantizers.items()
     }
+    rules = {name: (q.observer.name, q.observer.options) for name, q in quantizers.items()}
     kept = {
         name: {key: value.clone() for key, value in q.state_dict().items()}
         for name, q in quantizers.items()
     }
-    try:
-        yield
-    except BaseException:
+
+    def put_back() -> None:
         for name, quantizer in quantizers.items():
             state, passing, synced = states[name]
+            rule, options = rules[name]
             quantizer.enter(FakeQuantState.FLOAT)
+            quantizer.observer.set_rule(rule, **options)
             quantizer.load_state_dict(kept[name])
             quantizer.observer.synced = synced
             quantizer.enter(state, pass_through=passing)
-        raise
+
+    return put_back
 
 
 @contextlib.contextmanager

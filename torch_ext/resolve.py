@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -38,6 +38,25 @@ def resolve(
     those with a given scale (``fixed_scale``) in the qconfig, are left as they are.
     Refused: nothing changes.
     """
+    _apply(model, plan(model, activation_observer, weight_observer, pattern, **options))
+
+
+class Plan(NamedTuple):
+    """What a call of :func:`resolve` would do, checked; by name of the quantizer."""
+
+    chosen: dict[str, FakeQuantize]
+    rules: dict[str, str]
+    settings: dict[str, dict[str, Any]]
+
+
+def plan(
+    model: nn.Module,
+    activation_observer: str | None = None,
+    weight_observer: str | None = None,
+    pattern: Pattern | None = None,
+    **options: OptionValue,
+) -> Plan:
+    """Raises what :func:`resolve` would refuse; changes nothing."""
     found = select(_WHO, require_quantizers(_WHO, model), pattern)
     wanted = {False: activation_observer, True: weight_observer}
     if activation_observer is None and weight_observer is None:
@@ -58,7 +77,7 @@ def resolve(
                 f"known: {joined(known)}"
             )
     _check(chosen, rules, settings)
-    _apply(model, chosen, rules, settings)
+    return Plan(chosen, rules, settings)
 
 
 def _has_data(quantizer: FakeQuantize) -> bool:
@@ -101,19 +120,14 @@ def _check(
             raise type(error)(f"{_WHO}: {name}: {error}") from error
 
 
-def _apply(
-    model: nn.Module,
-    chosen: Mapping[str, FakeQuantize],
-    rules: Mapping[str, str],
-    settings: Mapping[str, Mapping[str, OptionValue]],
-) -> None:
+def _apply(model: nn.Module, made: Plan) -> None:
     before: dict[Observer, tuple[str, dict[str, OptionValue]]] = {
-        q.observer: (q.observer.name, q.observer.options) for q in chosen.values()
+        q.observer: (q.observer.name, q.observer.options) for q in made.chosen.values()
     }
     try:
-        for name, quantizer in chosen.items():
-            quantizer.observer.set_rule(rules[name], **settings[name])
-        solved = solve(model, chosen)
+        for name, quantizer in made.chosen.items():
+            quantizer.observer.set_rule(made.rules[name], **made.settings[name])
+        solved = solve(model, made.chosen)
         if solved.unobserved:
             names = shown([f"{name} ({why})" for name, why in solved.unobserved.items()])
             raise RuntimeError(f"{_WHO}: nothing to solve from: {names}")
