@@ -1,6 +1,6 @@
 """Native observers and fake-quantization for PyTorch, and the workflow around them."""
 
-from torch_ext import _library, ops
+from torch_ext import _library, export, ops
 from torch_ext._C import build_info, fake_quants, observers
 from torch_ext.calibrate import CalibrationSummary, calibrate
 from torch_ext.checkpoint import float_state_dict, load_float_state_dict
@@ -47,6 +47,7 @@ __all__ = [
     "calibrate",
     "cmake_prefix_path",
     "describe",
+    "export",
     "fake_quantize_states",
     "fake_quants",
     "float_state_dict",

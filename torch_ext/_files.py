@@ -58,7 +58,7 @@ def write_tensors(
     """
     library = _safetensors()
     for name, tensor in tensors.items():
-        if problem := _name_problem(name):
+        if problem := name_problem(name):
             raise FileError(path, f"expected names to be {problem}, got {name[:80]!r}")
         if tensor.dtype not in _DTYPES:
             raise FileError(path, f"{name}: unexpected dtype {tensor.dtype}")
@@ -174,7 +174,7 @@ def _check_entries(path: PathLike, header: dict[str, Any], size: int) -> None:
         raise FileError(path, f"expected at most {_MAX_ENTRIES} tensors, got {len(header)}")
     spans = []
     for name, entry in header.items():
-        if problem := _name_problem(name):
+        if problem := name_problem(name):
             raise FileError(path, f"expected names to be {problem}, got {name[:80]!r}")
         spans.append((*_span(path, name, entry), name))
     spans.sort()
@@ -211,7 +211,8 @@ def _span(path: PathLike, name: str, entry: Any) -> tuple[int, int]:
     return begin, end
 
 
-def _name_problem(name: str) -> str:
+def name_problem(name: str) -> str:
+    """What a name in a file is expected to be, where it is something else."""
     if not name or len(name.encode("utf-8", "replace")) > _MAX_NAME:
         return f"of 1 to {_MAX_NAME} bytes"
     return "" if name.isprintable() else "printable"

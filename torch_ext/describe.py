@@ -21,7 +21,7 @@ class QuantizerRow:
     """One quantizer."""
 
     name: str
-    of: str  # "input", "output" or "weight"
+    of: str  # see role_of
     method: str
     observer: str
     grid: str
@@ -64,15 +64,20 @@ def describe(model: nn.Module) -> Description:
     return Description(rows, tuple(left))
 
 
+def role_of(name: str, quantizer: FakeQuantize) -> str:
+    """What a quantizer is of: ``"input"`` of the model, ``"output"`` or ``"weight"``."""
+    if quantizer.transient:
+        return "weight"
+    return "input" if INPUTS in name.split(".") else "output"
+
+
 def _row(name: str, quantizer: FakeQuantize) -> QuantizerRow:
-    segments = name.split(".")
-    of = "weight" if quantizer.transient else "input" if INPUTS in segments else "output"
     observer = quantizer.observer
     options = ", ".join(f"{key}={value}" for key, value in observer.options.items())
     scheme = str(observer.qscheme).removeprefix("torch.").replace("_", " ")
     return QuantizerRow(
         name=name,
-        of=of,
+        of=role_of(name, quantizer),
         method=quantizer.method,
         observer=f"{observer.name}({options})" if options else observer.name,
         grid=f"{dtype_name(observer.dtype)} [{observer.quant_min}, {observer.quant_max}], {scheme}",

@@ -1,0 +1,21 @@
+"""Files for inference engines, each from a solved model in VALIDATION, and their readers.
+
+An export is complete and valid, or it is refused before anything is written, with the names of the
+quantizers that do not suit the format and the reason. Files appear complete or not at all. Each
+returns an :class:`ExportReport`: what is in the file, and what was left out and why.
+"""
+
+from torch_ext.export._entries import ExportReport
+from torch_ext.export.json import Calibration, QuantizerRecord, json, read_json
+from torch_ext.export.tensorrt import TensorrtCache, read_tensorrt_cache, tensorrt_cache
+
+__all__ = [
+    "Calibration",
+    "ExportReport",
+    "QuantizerRecord",
+    "TensorrtCache",
+    "json",
+    "read_json",
+    "read_tensorrt_cache",
+    "tensorrt_cache",
+]
