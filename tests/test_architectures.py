@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from architectures import ZOO, architecture
 from grids import off_grid
 from nets import same_bits
 from prepared import CONFIG, names, run_calibration
 from torch_ext import float_state_dict, prepare_qat, set_fake_quantize
-from zoo import ZOO, architecture
 
 # Convolutions, linear layers and products of two activations in one forward, counted by hand.
 CALLS = {

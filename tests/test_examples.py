@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import os
 import re
@@ -22,6 +23,7 @@ sys.path.insert(0, str(EXAMPLES))
 
 import data as example_data  # noqa: E402
 import fashion_mnist  # noqa: E402
+import low_bits  # noqa: E402
 import net  # noqa: E402
 import replay  # noqa: E402
 import report  # noqa: E402
@@ -279,7 +281,25 @@ def test_eleven_steps_on_a_small_slice() -> None:
     assert "trained in QAT" in done.stdout
 
 
-@pytest.mark.parametrize("script", ["fashion_mnist.py", "eleven_steps.py", "train_float.py"])
+@pytest.mark.parametrize("bits", low_bits.GRIDS)
+def test_few_bits_on_a_small_slice(bits: int, folder: Path) -> None:
+    data = example_data.load(folder)
+    data = dataclasses.replace(data, name="fashion_mnist")
+    found = low_bits.run(data, bits, steps=2, seeds=2, images=12)
+    assert {name: len(values) for name, values in found.items()} == {
+        "calibrated": 1,
+        **dict.fromkeys(torch_ext.fake_quants(), 2),
+    }
+    levels = 2**bits
+    model = low_bits.prepare(net.trained(data.name), bits, "lsq")
+    few = [q for q in model.modules() if isinstance(q, torch_ext.LearnedFakeQuantize)]
+    assert {q.observer.quant_max - q.observer.quant_min + 1 for q in few} == {levels}
+    assert len(few) == 10 + 9  # ReLUs, and weights between the first and the last
+
+
+@pytest.mark.parametrize(
+    "script", ["fashion_mnist.py", "eleven_steps.py", "train_float.py", "low_bits.py"]
+)
 def test_wrong_folder_ends_the_script_with_its_name(script: str, tmp_path: Path) -> None:
     done = run_example(f"examples/{script}", "--data", str(tmp_path / "nowhere"))
     assert done.returncode == 2

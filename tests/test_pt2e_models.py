@@ -12,8 +12,8 @@ from pt2e_graphs import WEIGHT, prepared, quantizations  # isort: skip
 from torchao.quantization.pt2e import disable_observer
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
+from architectures import architecture
 from torch_ext import pt2e
-from zoo import architecture
 
 Scales = tuple[set[float], set[tuple[float, ...]]]
 
