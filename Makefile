@@ -1,6 +1,7 @@
 # make example   the whole path on real images      make bench   speed, side by side with the peers
 # make test      GoogleTest and pytest              make lint    format, lint and types
 # make build     only set up and compile            make clean   everything but .venv
+# make docs      the guide, into build/docs
 # make cuda-check   compile the CUDA sources without torch, show what each kernel takes
 # make gpu-check    on a machine with a GPU: build for it, test, sanitize, benchmark
 #
@@ -18,7 +19,7 @@
 TORCH ?= 2.13.0
 export TORCH CUDA CUDA_ARCH PYTHON DATA JOBS
 
-.PHONY: build setup example test bench lint clean cuda-check gpu-check
+.PHONY: build setup example test bench lint docs clean cuda-check gpu-check
 build: setup
 
 setup:
@@ -47,6 +48,10 @@ lint:
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
 	@.venv/bin/mypy
+
+docs: setup
+	@.venv/bin/python -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo "build/docs/index.html"
 
 clean:
 	@rm -rf build dist *.egg-info torch_ext/*.so torch_ext/include torch_ext/share examples/output benchmarks/output

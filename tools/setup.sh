@@ -118,7 +118,7 @@ build() {
         .venv/bin/pip install -q "setuptools>=77"
         printf 'torch==%s\n' "$torch" >.venv/.torch # torchvision would bring a torch of its own
         CMAKE_ARGS="-DBUILD_TESTING=$tests ${CMAKE_ARGS:-}" MAX_JOBS=$jobs .venv/bin/pip install \
-            -q --no-build-isolation -c .venv/.torch -e ".[workflow,test,lint]"
+            -q --no-build-isolation -c .venv/.torch -e ".[workflow,test,lint,docs]"
         ln -sfn "$folder" build/current
         printf '%s' "$key" >"$stamp"
     fi
