@@ -15,6 +15,7 @@ from torch_ext.params import LoadReport, load_observer_params, save_observer_par
 from torch_ext.prepare import prepare_qat
 from torch_ext.qconfig import QConfig, get_default_calib_qconfig, get_default_qconfig
 from torch_ext.resolve import resolve
+from torch_ext.sensitivity import Sensitivity, sensitivity
 from torch_ext.state import (
     FakeQuantState,
     QuantizationWarning,
@@ -42,6 +43,7 @@ __all__ = [
     "QConfig",
     "QuantStub",
     "QuantizationWarning",
+    "Sensitivity",
     "Sweep",
     "build_info",
     "calibrate",
@@ -64,6 +66,7 @@ __all__ = [
     "reset_statistics",
     "resolve",
     "save_observer_params",
+    "sensitivity",
     "set_fake_quantize",
     "sweep",
     "sync_observers",

@@ -23,6 +23,14 @@ def default_forward(model: nn.Module, batch: Any) -> object:
     return model(batch)
 
 
+def model_device(model: nn.Module, device: torch.device | str | None) -> torch.device:
+    """Where batches go: what is asked for, else to the model's first parameter."""
+    if device is not None:
+        return torch.device(device)
+    first = next(iter((*model.parameters(), *model.buffers())))
+    return first.device
+
+
 def to_device(value: Any, device: torch.device) -> Any:
     """The same batch with its tensors on the device."""
     if isinstance(value, Tensor):

@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_ext._batches import Forward, default_forward, digest, sample_count, to_device
+from torch_ext._batches import (
+    Forward,
+    default_forward,
+    digest,
+    model_device,
+    sample_count,
+    to_device,
+)
 from torch_ext._files import PathLike
 from torch_ext._guards import (
     autocasting,
@@ -120,11 +127,11 @@ def calibrate(
         stack.enter_context(eval_mode(model))
         stack.enter_context(forked_rng(model))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(autocasting(autocast, _device(model, device)))
+        stack.enter_context(autocasting(autocast, model_device(model, device)))
         if fresh:
             for quantizer in quantizers.values():
                 quantizer.observer.reset_()
-        run = _Run(model, quantizers, forward or default_forward, _device(model, device))
+        run = _Run(model, quantizers, forward or default_forward, model_device(model, device))
         resumed = run.resume(checkpoint) if checkpoint is not None else 0
         for quantizer in quantizers.values():
             quantizer.enter(FakeQuantState.CALIBRATION)
@@ -216,13 +223,6 @@ def _check_count(name: str, value: int | None) -> None:
         raise TypeError(f"{_WHO}: expected {name} to be a number of batches, got {value!r}")
     if value < 1:
         raise ValueError(f"{_WHO}: expected {name} to be 1 or more, got {value}")
-
-
-def _device(model: nn.Module, device: torch.device | str | None) -> torch.device:
-    if device is not None:
-        return torch.device(device)
-    first = next(iter((*model.parameters(), *model.buffers())))
-    return first.device
 
 
 def _limited(loader: Iterable[Any], limit: int | None) -> Iterator[Any]:
