@@ -143,7 +143,10 @@ INVALID: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "unknown": (record(lambda r: r.update(evil=1)), f"{NAME}.evil: unknown"),
     "of": (record(lambda r: r.update(of="bias")), f"{NAME}.of: expected one of input, output"),
     "dtype": (record(lambda r: r.update(dtype="int99")), f"{NAME}.description: unknown dtype"),
-    "rule": (record(lambda r: r.update(scale_rule="x")), f"{NAME}.scale_rule, power_of_two: got"),
+    "rule": (
+        record(lambda r: r.update(scale_rule="x")),
+        "unknown scale_rule 'x'; known: grid, tvm",
+    ),
     "synced": (record(lambda r: r.update(synced=1)), f"{NAME}.synced: expected true or false"),
     "scale zero": (
         record(lambda r: r.update(scale=[0])),
@@ -175,7 +178,10 @@ CONTRADICTIONS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "off the grid": (record(lambda r: r.update(zero_point=[128])), f"{NAME}.zero_point: expected"),
     "zero point long": (record(lambda r: r.update(zero_point=[2**70])), f"{NAME}.zero_point: "),
     "ragged": (record(lambda r: r.update(range=[[1], [1, 2]])), f"{NAME}.range: "),
-    "observer": (record(lambda r: r.update(observer="evil")), f'{NAME}.unknown observer "evil"'),
+    "observer": (
+        record(lambda r: r.update(observer="evil")),
+        f'{NAME}.description: unknown observer "evil"',
+    ),
     "name": (
         lambda d: d["quantizers"].update({"a\nb": d["quantizers"].pop(NAME)}),
         "quantizers: expected names to be printable",

@@ -240,6 +240,10 @@ HOSTILE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "no utf-8": (lambda d: join(b"\xff{}", b""), "header: 'utf-8' codec"),
     "a list": (lambda d: join(b"[]", b""), "header: expected an object"),
     "deep": (lambda d: join(b'{"a":' * 50000 + b"1" + b"}" * 50000, b""), "header: "),
+    "nested": (
+        lambda d: join(b'{"a":' + b"[" * 900 + b"]" * 900 + b"}", b""),
+        "header: expected at most 8 levels of nesting",
+    ),
     "long number": (lambda d: join(b'{"a":' + b"9" * 5000 + b"}", b""), "header: Exceeds"),
     "nan": (lambda d: join(b'{"a": NaN}', b""), "header: NaN is no number"),
     "duplicate key": (twice, f'header: duplicate key "{SCALE}"'),
@@ -252,7 +256,7 @@ HOSTILE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "content list": (described(lambda c: c.update(content=[])), "quantizers: missing"),
     "spec text": (
         described(lambda c: c["content"]["quantizers"].__setitem__(SPEC, "x")),
-        f"{SPEC}.expected a description, got x",
+        f"{SPEC}.description: expected an object, got x",
     ),
     "spec missing": (
         described(lambda c: c["content"]["quantizers"].pop(SPEC)),
@@ -261,8 +265,11 @@ HOSTILE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "spec dtype": (spec("dtype", "int99"), f"{SPEC}.description: unknown dtype 'int99'"),
     "spec grid": (spec("quant_min", -1000), f"{SPEC}.description: expected quant_min to be"),
     "spec grid kind": (spec("quant_min", "x"), f"{SPEC}.description: expected quant_min to be an"),
-    "spec observer": (spec("observer", "evil"), f'{SPEC}.unknown observer "evil"'),
-    "spec scale rule": (spec("scale_rule", None), f"{SPEC}.scale_rule, power_of_two: got None"),
+    "spec observer": (spec("observer", "evil"), f'{SPEC}.description: unknown observer "evil"'),
+    "spec scale rule": (
+        spec("scale_rule", None),
+        f"{SPEC}.description: Observer(percentile): unknown scale_rule None",
+    ),
     "spec channels": (spec("channel_len", 3), f"{SPEC}.description: expected channel_len"),
     "missing": (entered(lambda h: rename(h, "zzz")), f"{SPEC}.scale: missing"),
     "bad name": (entered(lambda h: rename(h, "a\nb")), "expected names to be printable"),
@@ -282,7 +289,11 @@ HOSTILE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     ),
     "shape overflow": (
         entered(lambda h: h[SCALE].update(shape=[2**32, 2**32, 1])),
-        f"{SCALE}: 4 bytes do not hold",
+        f"{SCALE}.shape: expected at most",
+    ),
+    "shape of nothing": (
+        entered(lambda h: h[SCALE].update(shape=[0, 2**40, 2**40], data_offsets=[0, 0])),
+        f"{SCALE}.shape: expected at most",
     ),
     "shape negative": (entered(lambda h: h[SCALE].update(shape=[-1])), f"{SCALE}.shape"),
     "shape deep": (entered(lambda h: h[SCALE].update(shape=[1] * 9)), f"{SCALE}.shape"),

@@ -2,6 +2,7 @@
 
 A file's header is checked in full, against limits and against the file's size, before anything
 of a size that it names is allocated; names, types and values are checked by those who read them.
+Reading takes time linear in the file's size, and little more memory than the tensors take.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import json
 import math
 import os
 import secrets
+import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,22 +22,40 @@ from torch import Tensor
 PathLike = str | os.PathLike[str]
 
 _MAX_HEADER = 16 * 2**20
+_MAX_DATA = 4 * 2**30  # histograms of 16384 tensors, or of 174762 channels
 _MAX_ENTRIES = 10**6
 _MAX_NAME = 1024
 _MAX_RANK = 8
-_BYTES = {"U8": 1, "I32": 4, "F32": 4, "I64": 8}
-_DTYPES = {
-    torch.uint8: "U8", torch.int32: "I32", torch.float32: "F32", torch.int64: "I64"
-}  # fmt: skip
+_MAX_DEPTH = 8
+_MAX_MESSAGE = 400
+_DTYPES = {"U8": torch.uint8, "I32": torch.int32, "F32": torch.float32, "I64": torch.int64}
 _METADATA = "__metadata__"
 _KEY = "torch_ext"
+_PARTIAL = ".partial"
 
 
 class FileError(ValueError):
-    """A file that cannot be read; names the file, and the field where there is one."""
+    """A file that cannot be read or written: ``FILE: FIELD: what is wrong with it``.
+
+    What a hostile file holds may be part of the text: it is cut, and shown without anything that
+    a terminal would obey.
+    """
 
     def __init__(self, path: PathLike, what: str) -> None:
+        if len(what) > _MAX_MESSAGE:
+            what = what[:_MAX_MESSAGE] + "..."
+        what = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in what)
         super().__init__(f"{os.fspath(path)}: {what}")
+
+
+class _Entry(NamedTuple):
+    """Where a tensor's data lies, and as what."""
+
+    begin: int
+    end: int
+    name: str
+    dtype: torch.dtype
+    shape: list[int]
 
 
 def _safetensors() -> Any:
@@ -59,27 +79,41 @@ def write_tensors(
     library = _safetensors()
     for name, tensor in tensors.items():
         if problem := name_problem(name):
-            raise FileError(path, f"expected names to be {problem}, got {name[:80]!r}")
-        if tensor.dtype not in _DTYPES:
+            raise FileError(path, f"header: expected names to be {problem}, got {name[:80]!r}")
+        if tensor.dtype not in _DTYPES.values():
             raise FileError(path, f"{name}: unexpected dtype {tensor.dtype}")
+    _check_size(path, sum(tensor.numel() * tensor.itemsize for tensor in tensors.values()))
     content = {"kind": kind, "version": version, "content": extra}
     text = json.dumps(content, sort_keys=True, allow_nan=False)
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     data: bytes = library.save(plain, {_KEY: text})
     if int.from_bytes(data[:8], "little") > _MAX_HEADER:
-        raise FileError(path, f"expected at most {_MAX_HEADER} bytes of names and descriptions")
+        raise FileError(
+            path, f"header: expected at most {_MAX_HEADER} bytes of names and descriptions"
+        )
     write_atomically(path, data)
 
 
 def write_atomically(path: PathLike, data: bytes) -> None:
-    """A file of the same folder is written, synced, and takes the name at once."""
+    """A file of the same folder is written, synced, and takes the name at once.
+
+    Raises OSError naming ``path``, and leaves what was there, where that fails.
+    """
     target = Path(path)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"{target}: expected the folder {target.parent} to exist")
     if target.is_symlink() or target.is_dir():
         kind = "symbolic link" if target.is_symlink() else "folder"
         raise FileExistsError(f"{target}: expected a file or nothing there, got a {kind}")
-    partial = target.parent / f".{target.name}.{secrets.token_hex(8)}.partial"
+    try:
+        _replace(target, data)
+    except OSError as error:
+        # A full disk is reported without a name, a folder without permission by the partial's.
+        raise OSError(error.errno, error.strerror, os.fspath(target)) from error
+
+
+def _replace(target: Path, data: bytes) -> None:
+    partial = target.parent / f".{target.name}.{secrets.token_hex(8)}{_PARTIAL}"
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         with open(descriptor, "wb") as file:
@@ -97,29 +131,46 @@ def write_atomically(path: PathLike, data: bytes) -> None:
         os.close(folder)
 
 
+def discard_partials(path: PathLike) -> None:
+    """Removes what processes that were killed while they wrote this file have left beside it."""
+    target = Path(path)
+    if target.parent.is_dir():
+        for name in os.listdir(target.parent):
+            if name.startswith(f".{target.name}.") and name.endswith(_PARTIAL):
+                (target.parent / name).unlink(missing_ok=True)
+
+
 def read_tensors(path: PathLike, kind: str, version: int) -> tuple[dict[str, Tensor], Any]:
-    """The tensors and the rest of a file that :func:`write_tensors` wrote."""
-    library = _safetensors()
+    """The tensors and the rest of a file that :func:`write_tensors` wrote.
+
+    Raises FileError, which names the field, or OSError.
+    """
+    if stat.S_ISFIFO(os.stat(path).st_mode):  # opening it would wait for a writer
+        raise FileError(path, "header: expected a file, got a pipe")
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         start = file.read(8)
         length = int.from_bytes(start, "little")
         if len(start) < 8 or length > size - 8:
-            raise FileError(path, f"truncated, or no safetensors file ({size} bytes)")
+            raise FileError(path, f"header: truncated, or no safetensors file ({size} bytes)")
         if length > _MAX_HEADER:
-            raise FileError(path, f"expected a header of at most {_MAX_HEADER} bytes, got {length}")
+            raise FileError(
+                path, f"header: expected a header of at most {_MAX_HEADER} bytes, got {length}"
+            )
         header = _parse(path, "header", file.read(length))
         extra = _check_metadata(path, header, kind, version)
-        _check_entries(path, header, size - 8 - length)
-        file.seek(0)
-        data = file.read(size)
-    if len(data) != size:
-        raise FileError(path, "changed while it was read")
-    try:
-        tensors: dict[str, Tensor] = library.load(data)
-    except Exception as error:  # the library has an exception type of its own
-        raise FileError(path, f"not a safetensors file: {error}") from error
-    return tensors, extra
+        entries = _check_entries(path, header, size - 8 - length)
+        return {entry.name: _read_tensor(path, file, entry) for entry in entries}, extra
+
+
+def _read_tensor(path: PathLike, file: BinaryIO, entry: _Entry) -> Tensor:
+    """The next tensor; entries are in the order of their data."""
+    tensor = torch.empty(entry.shape, dtype=entry.dtype)
+    if tensor.numel():
+        have = file.readinto(tensor.numpy().reshape(-1).view("u1"))  # type: ignore[attr-defined]
+        if have != entry.end - entry.begin:
+            raise FileError(path, f"{entry.name}: the file became shorter while it was read")
+    return tensor
 
 
 def read_object(path: PathLike, limit: int = _MAX_HEADER) -> dict[str, Any]:
@@ -151,7 +202,17 @@ def _parse(path: PathLike, what: str, text: str | bytes) -> dict[str, Any]:
         raise FileError(path, f"{what}: {error}") from error
     if not isinstance(found, dict):
         raise FileError(path, f"{what}: expected an object")
+    if _deeper(found, _MAX_DEPTH):
+        raise FileError(path, f"{what}: expected at most {_MAX_DEPTH} levels of nesting")
     return found
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list):
+        return False
+    return levels == 0 or any(_deeper(one, levels - 1) for one in value)
 
 
 def _check_metadata(path: PathLike, header: dict[str, Any], kind: str, version: int) -> Any:
@@ -169,26 +230,34 @@ def _check_metadata(path: PathLike, header: dict[str, Any], kind: str, version: 
     return found.get("content")
 
 
-def _check_entries(path: PathLike, header: dict[str, Any], size: int) -> None:
+def _check_size(path: PathLike, size: int) -> None:
+    if size > _MAX_DATA:
+        raise FileError(path, f"data: expected at most {_MAX_DATA} bytes, got {size}")
+
+
+def _check_entries(path: PathLike, header: dict[str, Any], size: int) -> list[_Entry]:
+    """In the order of their data, which they have to cover without gaps."""
     if len(header) > _MAX_ENTRIES:
-        raise FileError(path, f"expected at most {_MAX_ENTRIES} tensors, got {len(header)}")
-    spans = []
+        raise FileError(path, f"header: expected at most {_MAX_ENTRIES} tensors, got {len(header)}")
+    _check_size(path, size)
+    entries = []
     for name, entry in header.items():
         if problem := name_problem(name):
-            raise FileError(path, f"expected names to be {problem}, got {name[:80]!r}")
-        spans.append((*_span(path, name, entry), name))
-    spans.sort()
+            raise FileError(path, f"header: expected names to be {problem}, got {name[:80]!r}")
+        entries.append(_entry(path, name, entry))
+    entries.sort(key=lambda entry: (entry.begin, entry.end, entry.name))
     end = 0
-    for begin, until, name in spans:
-        if begin != end:
-            raise FileError(path, f"{name}: expected data at offset {end}, got {begin}")
-        end = until
+    for entry in entries:
+        if entry.begin != end:
+            raise FileError(path, f"{entry.name}: expected data at offset {end}, got {entry.begin}")
+        end = entry.end
     if end != size:
-        raise FileError(path, f"truncated or too long: {end} bytes of data named, {size} there")
+        raise FileError(path, f"data: truncated or too long: {end} bytes named, {size} there")
+    return entries
 
 
-def _span(path: PathLike, name: str, entry: Any) -> tuple[int, int]:
-    """Where a tensor's data lies, once it agrees with its shape and dtype."""
+def _entry(path: PathLike, name: str, entry: Any) -> _Entry:
+    """A tensor's entry, once its place agrees with its shape and dtype."""
 
     def integers(field: str, count: int | None) -> list[int]:
         value = entry.get(field) if isinstance(entry, dict) else None
@@ -202,13 +271,16 @@ def _span(path: PathLike, name: str, entry: Any) -> tuple[int, int]:
         return value
 
     shape = integers("shape", None)
+    if math.prod(max(size, 1) for size in shape) > _MAX_DATA:  # also where one of them is 0
+        raise FileError(path, f"{name}.shape: expected at most {_MAX_DATA} values, got {shape}")
     begin, end = integers("data_offsets", 2)
-    dtype = entry.get("dtype")
-    if not isinstance(dtype, str) or dtype not in _BYTES:
-        raise FileError(path, f"{name}.dtype: unknown {str(dtype)[:80]!r}; known: {list(_BYTES)}")
-    if end - begin != math.prod(shape) * _BYTES[dtype]:
-        raise FileError(path, f"{name}: {end - begin} bytes do not hold {dtype} of shape {shape}")
-    return begin, end
+    label = entry.get("dtype")
+    if not isinstance(label, str) or label not in _DTYPES:
+        raise FileError(path, f"{name}.dtype: unknown {str(label)[:80]!r}; known: {list(_DTYPES)}")
+    dtype = _DTYPES[label]
+    if end - begin != math.prod(shape) * dtype.itemsize:
+        raise FileError(path, f"{name}: {end - begin} bytes do not hold {label} of shape {shape}")
+    return _Entry(begin, end, name, dtype, shape)
 
 
 def name_problem(name: str) -> str:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torch_ext._grid import dtype_name, parse_grid
-from torch_ext._options import observer_info
+from torch_ext._options import joined, observer_info
 from torch_ext.fake_quant import FakeQuantize
 from torch_ext.learned import LearnedFakeQuantize
 
@@ -42,6 +44,7 @@ class Params:
     ch_axis: int
     scale_rule: str
     power_of_two: bool
+    spec: Mapping[str, Any]  # all keys of the quantizer, as `spec_of` gives them
     synced: bool = False  # whether the statistic holds the data of all ranks
 
     def __getitem__(self, field: str) -> Tensor:
@@ -79,6 +82,7 @@ def params_of(quantizer: FakeQuantize) -> Params:
         ch_axis=observer.ch_axis,
         scale_rule=observer.scale_rule,
         power_of_two=observer.power_of_two,
+        spec=spec_of(quantizer),
         synced=observer.synced,
     )
 
@@ -113,37 +117,82 @@ def spec_of(quantizer: FakeQuantize) -> dict[str, Any]:
     }
 
 
-def params_from(tensors: Mapping[str, Tensor], spec: Any) -> Params:
-    """Of a file's tensors and spec; ValueError says which field is wrong, and how."""
+def params_from(tensors: Mapping[str, Tensor], spec: Any, histogram: bool = True) -> Params:
+    """Of a file's tensors and spec; ValueError says which field is wrong, and how.
+
+    Args:
+        histogram: False where the file keeps no histograms, whatever the quantizers did.
+    """
     if not isinstance(spec, dict):
-        raise ValueError(f"expected a description, got {str(spec)[:80]}")
-    keys = ("dtype", "qscheme", "ch_axis", "channel_len", "quant_min", "quant_max")
-    try:
-        grid = parse_grid("description", *(spec.get(key) for key in keys))
-        observer_info(spec.get("observer", ""))
-    except TypeError as error:
-        raise ValueError(str(error)) from error
-    scale_rule, power_of_two = spec.get("scale_rule"), spec.get("power_of_two")
-    if scale_rule not in ("grid", "tvm") or not isinstance(power_of_two, bool):
-        raise ValueError(f"scale_rule, power_of_two: got {scale_rule!r}, {power_of_two!r}")
-    synced = spec.get("synced", False)
+        raise ValueError(f"description: expected an object, got {str(spec)[:80]}")
+    own = dict(spec)
+    synced = own.pop("synced", False)
     if not isinstance(synced, bool):
         raise ValueError(f"synced: expected true or false, got {str(synced)[:80]}")
-    check_shapes(tensors, FIELDS, grid.channel_len)
+    keys = ("dtype", "qscheme", "ch_axis", "channel_len", "quant_min", "quant_max")
+    try:
+        grid = parse_grid("description", *(own.get(key) for key in keys))
+        check_shapes(tensors, FIELDS, grid.channel_len)
+        bins = _histogram_of(json.dumps(own))
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+    have = tuple(tensors["observer.counts"].shape[2:])
+    if histogram and have != bins:
+        raise ValueError(f"observer.counts: expected a histogram {list(bins)}, got {list(have)}")
     params = Params(
         tensors=tensors,
-        observer=spec["observer"],
+        observer=own["observer"],
         quant_min=grid.quant_min,
         quant_max=grid.quant_max,
         symmetric=grid.symmetric,
         ch_axis=grid.ch_axis,
-        scale_rule=scale_rule,
-        power_of_two=power_of_two,
+        scale_rule=own["scale_rule"],
+        power_of_two=own["power_of_two"],
+        spec=own,
         synced=synced,
     )
     check_parameters(params)
     check_statistic(tensors)
     return params
+
+
+@lru_cache(maxsize=256)  # a model's quantizers share few
+def _histogram_of(text: str) -> tuple[int, int]:
+    """Octaves and bins of the histogram that a quantizer with this spec, as JSON, keeps.
+
+    Raises where there is no such quantizer, or not all of its keys are given.
+    """
+    spec = json.loads(text)
+    try:
+        with torch.device("meta"):  # whatever number of channels it names
+            quantizer = _quantizer(spec)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"description: {error}") from error
+    for key, value in spec_of(quantizer).items():
+        if key not in spec or spec[key] != value:
+            raise ValueError(f"{key}: expected {value!r}, got {str(spec.get(key))[:80]}")
+    octaves, bins = quantizer.observer.counts.shape[2:]
+    return octaves, bins
+
+
+def _quantizer(spec: Mapping[str, Any]) -> FakeQuantize:
+    keys = dict(spec)
+    options = keys.pop("options", None)
+    rule = keys.pop("observer", "")
+    known = [row["name"] for row in observer_info(rule)["options"]]
+    if not isinstance(options, dict) or set(options) != set(known):
+        raise ValueError(f"expected options to be of {joined(known)}, got {str(options)[:80]}")
+    return FakeQuantize(keys.pop("method", ""), rule, **keys, **options)
+
+
+@torch.no_grad()
+def quantizer_of(params: Params) -> FakeQuantize:
+    """A quantizer with the keys and the statistic, without the range."""
+    quantizer = _quantizer(params.spec)
+    for field in STATISTIC:
+        quantizer.get_buffer(field).copy_(params[field])
+    quantizer.observer.synced = params.synced
+    return quantizer
 
 
 def check_shapes(

@@ -20,7 +20,7 @@ from torch_ext._batches import (
     sample_count,
     to_device,
 )
-from torch_ext._files import PathLike
+from torch_ext._files import PathLike, discard_partials
 from torch_ext._guards import (
     autocasting,
     eval_mode,
@@ -113,7 +113,7 @@ def calibrate(
             exists, calibration goes on from it: the batches that it holds are skipped, and the
             result is bit for bit that of an uninterrupted run. The loader has to give the same
             batches again; torch's random state is restored for it, and the last batch skipped
-            is compared. Deleted at the end.
+            is compared. Deleted at the end. It belongs to one process: each rank needs its own.
         state: the state to leave in.
         allow_unobserved: as in ``set_fake_quantize``.
     """
@@ -179,6 +179,7 @@ class _Run:
         self.rng_state = torch.get_rng_state()
 
     def resume(self, path: PathLike) -> int:
+        discard_partials(path)
         self.held = read_progress(path, self.observed)
         if self.held is None:
             return 0

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_ext import ops
-from torch_ext._files import FileError, PathLike, read_tensors, write_tensors
+from torch_ext._files import FileError, PathLike, name_problem, read_tensors, write_tensors
 from torch_ext._params import (
     FIELDS,
     STATISTIC,
@@ -20,8 +20,6 @@ from torch_ext._params import (
     check_statistic,
     params_from,
     params_of,
-    spec_of,
-    tensors_of,
 )
 from torch_ext._walk import check_model, require_quantizers
 from torch_ext.checkpoint import float_state_dict, load_float_state_dict
@@ -240,23 +238,31 @@ def save_observer_params(model: nn.Module, path: PathLike) -> None:
     """
     who = "save_observer_params"
     check_model(who, model)
+    found = require_quantizers(who, model)
+    write_params(who, {name: params_of(quantizer) for name, quantizer in found.items()}, path)
+
+
+def write_params(who: str, found: Mapping[str, Params], path: PathLike) -> None:
+    """Writes what :func:`read_observer_params` reads."""
     tensors: dict[str, Tensor] = {}
     specs = {}
-    for name, quantizer in require_quantizers(who, model).items():
-        label = name or "model"
-        own = {key: value.detach().cpu() for key, value in tensors_of(quantizer).items()}
+    for name, params in found.items():
+        own = {key: value.detach().cpu() for key, value in params.tensors.items()}
         try:
-            check_parameters(params_of(quantizer))
+            check_parameters(params)
             check_statistic(own)
         except ValueError as error:
-            raise ValueError(f"{who}: {label}.{error}") from error
-        specs[name] = {**spec_of(quantizer), "synced": quantizer.observer.synced}
+            raise ValueError(f"{who}: {name or 'model'}.{error}") from error
+        specs[name] = {**params.spec, "synced": params.synced}
         tensors |= {f"{name}.{key}".strip("."): value for key, value in own.items()}
     write_tensors(path, tensors, _KIND, _VERSION, {"quantizers": specs})
 
 
 def read_observer_params(path: PathLike) -> dict[str, Params]:
-    """The contents of a file of :func:`save_observer_params`, checked value by value."""
+    """The contents of a file of :func:`save_observer_params`, checked value by value.
+
+    Raises a ValueError ``FILE: FIELD: what is wrong with it``, or OSError.
+    """
     tensors, extra = read_tensors(Path(path), _KIND, _VERSION)
     specs = extra.get("quantizers") if isinstance(extra, dict) else None
     if not isinstance(specs, dict):
@@ -264,6 +270,8 @@ def read_observer_params(path: PathLike) -> dict[str, Params]:
     found: dict[str, Params] = {}
     used = 0
     for name, spec in specs.items():
+        if name and (problem := name_problem(name)):
+            raise FileError(path, f"quantizers: expected names to be {problem}, got {name[:80]!r}")
         keys = {key: f"{name}.{key}".strip(".") for key in FIELDS}
         own = {key: tensors[full] for key, full in keys.items() if full in tensors}
         used += len(own)
@@ -273,6 +281,6 @@ def read_observer_params(path: PathLike) -> dict[str, Params]:
             raise FileError(path, f"{name or 'model'}.{error}") from error
     if used != len(tensors):
         known = {f"{name}.{key}".strip(".") for name in specs for key in FIELDS}
-        stranger = next(key for key in tensors if key not in known)
+        stranger = next((key for key in tensors if key not in known), "quantizers")
         raise FileError(path, f"{stranger}: belongs to no quantizer of the description")
     return found

@@ -188,7 +188,7 @@ def _parse_record(record: Any) -> QuantizerRecord:
     channels = len(tensors["scale"])
     tensors["observer.counts"] = torch.empty(channels, 2, 0, 0, dtype=torch.int64)
     spec = {key: record[key] for key in (*_SPEC, *_LEARNED) if key in record}
-    params: Params = params_from(tensors, spec)
+    params: Params = params_from(tensors, spec, histogram=False)
     return QuantizerRecord(
         of=record["of"],
         spec=spec,
