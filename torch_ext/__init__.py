@@ -15,6 +15,7 @@ from torch_ext.params import LoadReport, load_observer_params, save_observer_par
 from torch_ext.prepare import prepare_qat
 from torch_ext.qconfig import QConfig, get_default_calib_qconfig, get_default_qconfig
 from torch_ext.resolve import resolve
+from torch_ext.saved import MergeReport, SavedQuantizers, merge_observer_params, read_quantizers
 from torch_ext.sensitivity import Sensitivity, sensitivity
 from torch_ext.state import (
     FakeQuantState,
@@ -38,11 +39,13 @@ __all__ = [
     "LearnedFakeQuantize",
     "LoadReport",
     "MatMul",
+    "MergeReport",
     "Mul",
     "Observer",
     "QConfig",
     "QuantStub",
     "QuantizationWarning",
+    "SavedQuantizers",
     "Sensitivity",
     "Sweep",
     "build_info",
@@ -59,10 +62,12 @@ __all__ = [
     "keep_statistics_local",
     "load_float_state_dict",
     "load_observer_params",
+    "merge_observer_params",
     "observers",
     "ops",
     "prepare_qat",
     "quantization_parameters",
+    "read_quantizers",
     "reset_statistics",
     "resolve",
     "save_observer_params",
