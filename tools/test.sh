@@ -9,7 +9,8 @@ failed=0
 .venv/bin/python tools/cuda_check.py --if-nvcc 2>&1 | tee build/cuda_check.log || failed=1
 ctest --test-dir build/current --output-on-failure --no-tests=error -j "${JOBS:-$(nproc)}" 2>&1 |
     tee build/ctest.log || failed=1
-.venv/bin/python -m pytest -q 2>&1 | tee build/pytest.log || failed=1
+# A file stays in one process, as its fixtures are made once.
+.venv/bin/python -m pytest -q -n "${JOBS:-$(nproc)}" --dist loadfile 2>&1 | tee build/pytest.log || failed=1
 
 {
     tail -n 1 build/cuda_check.log
