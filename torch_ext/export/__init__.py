@@ -7,7 +7,9 @@ returns an :class:`ExportReport`: what is in the file, and what was left out and
 
 from torch_ext.export._entries import ExportReport
 from torch_ext.export.json import Calibration, QuantizerRecord, json, read_json
+from torch_ext.export.onnx import onnx, read_onnx_metadata
 from torch_ext.export.tensorrt import TensorrtCache, read_tensorrt_cache, tensorrt_cache
+from torch_ext.export.tensorrt_onnx import tensorrt_violations
 
 __all__ = [
     "Calibration",
@@ -15,7 +17,10 @@ __all__ = [
     "QuantizerRecord",
     "TensorrtCache",
     "json",
+    "onnx",
     "read_json",
+    "read_onnx_metadata",
     "read_tensorrt_cache",
     "tensorrt_cache",
+    "tensorrt_violations",
 ]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 
-from torch_ext._files import name_problem
+from torch_ext._files import PathLike, name_problem
 from torch_ext._walk import shown
 from torch_ext.export._entries import refuse
 
-Names = Mapping[str, str | Sequence[str]] | None
+Names = Mapping[str, str | Sequence[str]] | PathLike | None
 
 
 def resolve(who: str, names: Names, wanted: Iterable[str]) -> dict[str, tuple[str, ...]]:
@@ -24,8 +25,12 @@ def resolve(who: str, names: Names, wanted: Iterable[str]) -> dict[str, tuple[st
         given = names
         if unknown := [str(name) for name in given if name not in wanted]:
             raise ValueError(f"{who}: names: unknown {shown(unknown)}; known: {shown(wanted)}")
+    elif isinstance(names, (str, os.PathLike)):
+        from torch_ext.export.onnx import read_onnx_names  # it imports this package
+
+        given = read_onnx_names(names)
     else:
-        raise TypeError(f"{who}: expected names to be a mapping, got {names!r}")
+        raise TypeError(f"{who}: expected names to be a mapping or an ONNX file, got {names!r}")
     found: dict[str, tuple[str, ...]] = {}
     problems: dict[str, str] = {}
     owners: dict[str, str] = {}
