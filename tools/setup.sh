@@ -40,6 +40,7 @@ missing_packages() {
         "-I$("$interpreter" -c 'import sysconfig; print(sysconfig.get_path("include"))')" ||
         echo python3-dev
     [[ -n ${DATA:-} || -d /usr/share/datasets/fashion-mnist ]] || echo dataset-fashion-mnist
+    command -v chromium >/dev/null || command -v google-chrome >/dev/null || echo chromium
 }
 
 # What apt-get cannot bring is tried once, not at every start.
@@ -63,6 +64,7 @@ install_system_packages() {
         case $package in
         dataset-fashion-mnist)
             say "no $package package: \`make example\` takes scikit-learn's digits, or give DATA=" ;;
+        chromium) say "no $package package: the test that looks at a report in a browser is skipped" ;;
         libgtest-dev)
             [[ $mode != --tests ]] || die "the C++ tests need GoogleTest: install $package"
             say "no $package package: building without the C++ tests" ;;

@@ -14,6 +14,7 @@ from torch_ext.observer import Observer
 from torch_ext.params import LoadReport, load_observer_params, save_observer_params
 from torch_ext.prepare import prepare_qat
 from torch_ext.qconfig import QConfig, get_default_calib_qconfig, get_default_qconfig
+from torch_ext.report import ReportSummary, report
 from torch_ext.resolve import resolve
 from torch_ext.saved import MergeReport, SavedQuantizers, merge_observer_params, read_quantizers
 from torch_ext.sensitivity import Sensitivity, sensitivity
@@ -45,6 +46,7 @@ __all__ = [
     "QConfig",
     "QuantStub",
     "QuantizationWarning",
+    "ReportSummary",
     "SavedQuantizers",
     "Sensitivity",
     "Sweep",
@@ -68,6 +70,7 @@ __all__ = [
     "prepare_qat",
     "quantization_parameters",
     "read_quantizers",
+    "report",
     "reset_statistics",
     "resolve",
     "save_observer_params",

@@ -30,9 +30,9 @@ def findings(solved: Mapping[str, Found]) -> list[str]:
         if tally[3] or tally[4]:
             notes.append(f"  {label}: {tally[3]} infinite and {tally[4]} NaN values were left out")
         one_sided = observer.symmetric and observer.quant_min >= 0
-        dead = _dead_channels(range_.cpu(), one_sided)
+        dead = dead_channels(range_.cpu(), one_sided)
         if dead:
-            where = "" if len(range_) == 1 else f" in {_listed(dead)} of {len(range_)} channels"
+            where = "" if len(range_) == 1 else f" in {listed(dead)} of {len(range_)} channels"
             notes.append(f"  {label}: nothing to scale{where}, scale 1")
         if one_sided and bool((extrema[:, 0] < 0).any()):
             least = float(extrema[:, 0].min())
@@ -40,12 +40,12 @@ def findings(solved: Mapping[str, Found]) -> list[str]:
     return notes
 
 
-def _dead_channels(range_: Tensor, one_sided: bool) -> list[int]:
+def dead_channels(range_: Tensor, one_sided: bool) -> list[int]:
     alive = range_[:, 1] > 0 if one_sided else (range_ != 0).any(1)
     dead: list[int] = torch.nonzero(~alive).flatten().tolist()
     return dead
 
 
-def _listed(channels: list[int]) -> str:
+def listed(channels: list[int]) -> str:
     more = ", ..." if len(channels) > _SHOWN else ""
     return "[" + ", ".join(map(str, channels[:_SHOWN])) + more + "]"
