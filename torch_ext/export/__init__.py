@@ -6,6 +6,7 @@ returns an :class:`ExportReport`: what is in the file, and what was left out and
 """
 
 from torch_ext.export._entries import ExportReport
+from torch_ext.export.calibrator import TensorrtCalibrator, tensorrt_calibrator
 from torch_ext.export.json import Calibration, QuantizerRecord, json, read_json
 from torch_ext.export.ncnn import NcnnTable, ncnn_table, read_ncnn_table
 from torch_ext.export.onnx import onnx, read_onnx_metadata
@@ -18,6 +19,7 @@ __all__ = [
     "NcnnTable",
     "QuantizerRecord",
     "TensorrtCache",
+    "TensorrtCalibrator",
     "json",
     "ncnn_table",
     "onnx",
@@ -26,5 +28,6 @@ __all__ = [
     "read_onnx_metadata",
     "read_tensorrt_cache",
     "tensorrt_cache",
+    "tensorrt_calibrator",
     "tensorrt_violations",
 ]

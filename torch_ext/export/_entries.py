@@ -130,7 +130,11 @@ def check_path(who: str, path: PathLike, suffix: str | None) -> Path:
 def read_lines(path: PathLike, limit: int) -> list[str]:
     """The lines of a text file in UTF-8, whether they end in LF or in CR LF."""
     with open(path, "rb") as file:
-        data = file.read(limit + 1)
+        return split_lines(path, file.read(limit + 1), limit)
+
+
+def split_lines(path: PathLike, data: bytes, limit: int) -> list[str]:
+    """The same of a file's bytes; `limit` and one more have to be read."""
     if len(data) > limit:
         raise FileError(path, f"expected at most {limit} bytes")
     try:

@@ -25,8 +25,8 @@ from torch_ext.export._entries import (
     ExportReport,
     check_path,
     entries,
-    read_lines,
     refuse,
+    split_lines,
 )
 from torch_ext.export._names import Names, resolve
 
@@ -160,7 +160,13 @@ def read_tensorrt_cache(path: PathLike) -> TensorrtCache:
     Names may hold colons and spaces; a scale may lack leading zeros. Raises FileError (a
     ValueError) with the file and the line that is wrong.
     """
-    lines = read_lines(path, _LIMIT)
+    with open(path, "rb") as file:
+        return parse_cache(path, file.read(_LIMIT + 1))
+
+
+def parse_cache(path: PathLike, data: bytes) -> TensorrtCache:
+    """The same of a file's bytes."""
+    lines = split_lines(path, data, _LIMIT)
     header = _HEADER.fullmatch(lines[0]) if lines else None
     if not header:
         have = repr(lines[0][:80]) if lines else "an empty file"
