@@ -12,6 +12,7 @@ from torch_ext.export.ncnn import NcnnTable, ncnn_table, read_ncnn_table
 from torch_ext.export.onnx import onnx, read_onnx_metadata
 from torch_ext.export.tensorrt import TensorrtCache, read_tensorrt_cache, tensorrt_cache
 from torch_ext.export.tensorrt_onnx import tensorrt_violations
+from torch_ext.export.tvm import TvmScale, TvmScales, read_tvm_scales, tvm_scales
 
 __all__ = [
     "Calibration",
@@ -20,6 +21,8 @@ __all__ = [
     "QuantizerRecord",
     "TensorrtCache",
     "TensorrtCalibrator",
+    "TvmScale",
+    "TvmScales",
     "json",
     "ncnn_table",
     "onnx",
@@ -27,7 +30,9 @@ __all__ = [
     "read_ncnn_table",
     "read_onnx_metadata",
     "read_tensorrt_cache",
+    "read_tvm_scales",
     "tensorrt_cache",
     "tensorrt_calibrator",
     "tensorrt_violations",
+    "tvm_scales",
 ]

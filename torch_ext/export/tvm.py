@@ -1,0 +1,182 @@
+"""Scales as TVM's relay quantization has them: a threshold, and that over a power of two.
+
+For a threshold t and b bits a value is clip(round(x / d), -m, m) * d with d = t / 2^(b-1) and
+m = 2^(b-1) - 1. TVM takes weights per tensor, by default with t a power of two, and by default one
+t for all activations, ``global_scale`` 8.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from json import dumps
+from typing import Any
+
+from torch import nn
+
+from torch_ext._files import FileError, PathLike, name_problem, read_object, write_atomically
+from torch_ext._grid import dtype_name
+from torch_ext.export._entries import (
+    TO_FLOAT,
+    Entry,
+    ExportReport,
+    check_path,
+    entries,
+    refuse,
+)
+
+_FORMAT = "torch_ext.tvm"
+_VERSION = 1
+_LIMIT = 64 * 2**20
+_WEIGHT_SCALES = ("power2", "max")
+_ROLES = ("input", "output", "weight")
+_FIELDS = {"of", "threshold", "dom_scale", "clip_min", "clip_max"}
+
+
+@dataclass(frozen=True)
+class TvmScale:
+    """One tensor's."""
+
+    of: str  # "input", "output" or "weight"
+    threshold: float
+    dom_scale: float
+    clip_min: int
+    clip_max: int
+
+
+@dataclass(frozen=True)
+class TvmScales:
+    """The contents of a file of :func:`tvm_scales`."""
+
+    weight_scale: str
+    global_scale: float | None
+    quantizers: Mapping[str, TvmScale]
+
+
+def tvm_scales(
+    model: nn.Module,
+    path: PathLike,
+    weight_scale: str = "power2",
+    global_scale: float | None = None,
+) -> ExportReport:
+    """Writes a model's scales as TVM has them, as JSON; the model in VALIDATION.
+
+    They are those of VALIDATION, so the model has to quantize as TVM does: per tensor, on
+    [-127, 127], with weights of a power of two::
+
+        tvm = {"qscheme": "per_tensor_symmetric", "quant_min": -127, "scale_rule": "tvm"}
+        get_default_qconfig(activation_qkwargs=tvm, weight_qkwargs={**tvm, "power_of_two": True})
+
+    Args:
+        path: ends in ``.json``; appears complete or not at all.
+        weight_scale: ``"power2"``, or ``"max"`` for weights of any threshold.
+        global_scale: the one threshold that all activations have to have
+            (``activation_observer="fixed_scale"`` with ``scale=global_scale / 128``); None: each
+            has its own.
+
+    Raises:
+        ValueError: quantizers that TVM does not have, by name.
+    """
+    who = "export.tvm_scales"
+    target = check_path(who, path, ".json")
+    if weight_scale not in _WEIGHT_SCALES:
+        known = ", ".join(_WEIGHT_SCALES)
+        raise ValueError(f"{who}: unknown weight_scale {weight_scale!r}; known: {known}")
+    if global_scale is not None and not _positive(global_scale):
+        raise ValueError(f"{who}: expected global_scale to be above 0, got {global_scale!r}")
+    chosen, left_out = entries(who, model)
+    problems = {
+        name: why for name, e in chosen.items() if (why := _problem(e, weight_scale, global_scale))
+    }
+    refuse(who, problems, f"see help(torch_ext.export.tvm_scales); or {TO_FLOAT}")
+    document = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "weight_scale": weight_scale,
+        "global_scale": None if global_scale is None else float(global_scale),
+        "quantizers": {name: _record(entry) for name, entry in chosen.items()},
+    }
+    text = dumps(document, indent=1, allow_nan=False, ensure_ascii=False)
+    write_atomically(target, (text + "\n").encode())
+    return ExportReport(str(target), "TVM scales", tuple(chosen), left_out)
+
+
+def _positive(value: object) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and 0 < float(value) < math.inf  # type: ignore[arg-type]
+
+
+def _largest(entry: Entry) -> int:
+    bits = int(dtype_name(entry.quantizer.observer.dtype).partition("int")[2])
+    return int(2 ** (bits - 1)) - 1
+
+
+def _record(entry: Entry) -> dict[str, Any]:
+    scale, largest = float(entry.scale), _largest(entry)
+    return {
+        "of": entry.role,
+        "threshold": scale * (largest + 1),
+        "dom_scale": scale,
+        "clip_min": -largest,
+        "clip_max": largest,
+    }
+
+
+def _problem(entry: Entry, weight_scale: str, global_scale: float | None) -> str:
+    grid, largest = entry.params, _largest(entry)
+    if len(entry.scale) > 1 or grid.ch_axis >= 0:
+        return f"it is per channel (axis {grid.ch_axis})"
+    if (grid.quant_min, grid.quant_max) != (-largest, largest):
+        return f"its grid is [{grid.quant_min}, {grid.quant_max}], not [{-largest}, {largest}]"
+    if bool(entry.zero_point.any()):
+        return "its zero point is not 0"
+    threshold = float(entry.scale) * (largest + 1)
+    if entry.is_weight and weight_scale == "power2" and math.frexp(threshold)[0] != 0.5:
+        return f"its threshold {threshold:g} is no power of two"
+    if not entry.is_weight and global_scale not in (None, threshold):
+        return f"its threshold is {threshold:g}, not the global_scale {global_scale:g}"
+    return ""
+
+
+def read_tvm_scales(path: PathLike) -> TvmScales:
+    """The contents of a file of :func:`tvm_scales`.
+
+    Raises FileError (a ValueError) with the file and the field that is wrong.
+    """
+    document = read_object(path, _LIMIT)
+    if (document.get("format"), document.get("version")) != (_FORMAT, _VERSION):
+        have = f"{document.get('format')!r:.80} {document.get('version')!r:.80}"
+        raise FileError(path, f"format, version: expected {_FORMAT!r} {_VERSION}, got {have}")
+    weight_scale, global_scale = document.get("weight_scale"), document.get("global_scale")
+    if weight_scale not in _WEIGHT_SCALES:
+        raise FileError(path, f"weight_scale: got {weight_scale!r:.80}")
+    if global_scale is not None and not _positive(global_scale):
+        raise FileError(path, f"global_scale: got {global_scale!r:.80}")
+    records = document.get("quantizers")
+    if not isinstance(records, dict) or not records:
+        raise FileError(path, "quantizers: expected an object with at least one")
+    found = {}
+    for name, record in records.items():
+        if name and (problem := name_problem(name)):
+            raise FileError(path, f"quantizers: expected names to be {problem}, got {name[:80]!r}")
+        found[name] = _parse(path, name, record)
+    return TvmScales(weight_scale, global_scale, found)
+
+
+def _parse(path: PathLike, name: str, record: Any) -> TvmScale:
+    if not isinstance(record, dict) or record.keys() != _FIELDS or record["of"] not in _ROLES:
+        raise FileError(path, f"{name or 'model'}: expected of and {sorted(_FIELDS - {'of'})}")
+    made = TvmScale(**record)
+    whole = all(
+        isinstance(n, int) and not isinstance(n, bool) for n in (made.clip_min, made.clip_max)
+    )
+    if not (
+        whole
+        and _positive(made.threshold)
+        and _positive(made.dom_scale)
+        and made.clip_min == -made.clip_max < 0
+        and made.dom_scale * (made.clip_max + 1) == made.threshold
+    ):
+        raise FileError(path, f"{name or 'model'}: its numbers contradict each other")
+    return made
