@@ -195,6 +195,18 @@ class TestSolve:
         save_observer_params(net, "want")
         assert Path("new").read_bytes() == Path("want").read_bytes()
 
+    def test_names_are_no_patterns(self, folder: Path, run: Run) -> None:
+        net = nn.ModuleDict({name: FakeQuantize(observer="kl") for name in ("a[b]", "ab", "*")})
+        torch_ext.set_fake_quantize(net, "calibration")
+        for quantizer in net.values():
+            quantizer(torch.randn(100))
+        torch_ext.set_fake_quantize(net, "validation")
+        save_observer_params(net, "odd")
+        code, _, err = run("solve", "odd", "--observer", "mse", "--pattern", "a[[]*", "-o", "new")
+        assert (code, err) == (0, "")
+        found = read_observer_params("new")
+        assert {n: p.observer for n, p in found.items()} == {"a[b]": "mse", "ab": "kl", "*": "kl"}
+
     def test_nothing_is_written_unless_asked_for(self, folder: Path, run: Run) -> None:
         files = set(os.listdir())
         _, out, _ = run("solve", "net.safetensors", "--observer", "min_max", "--json")
