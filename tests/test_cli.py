@@ -142,6 +142,8 @@ class TestShow:
         lines = re.sub(r"\x1b\[[\d;]*m", "", out).splitlines()
         assert max(map(len, lines)) <= 90
         assert any("─" in line for line in lines)
+        save_observer_params(nn.ModuleDict({"a[red]": FakeQuantize()}), "markup")
+        assert "a[red]" in run("show", "markup")[1]
 
     def test_without_rich_the_table_is_plain(
         self, folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch
