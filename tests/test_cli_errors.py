@@ -102,7 +102,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     ),
     "json's options": (
         ["convert", "net.safetensors", "--to", "json", "--version", "8.6.1", "-o", "out.json"],
-        "expected --version with --to tensorrt-cache alone",
+        "unknown option --version of json; known: none",
     ),
     "names": ([*TENSORRT, "--names", "text.json"], 'text.json: content: duplicate key "a"'),
     "names of others": ([*TENSORRT, "--names", "other.json"], "names: unknown x"),

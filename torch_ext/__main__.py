@@ -183,6 +183,12 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="JSON: the network's tensor, or a list of them, for each quantizer",
     )
+    parser.add_argument_group("for ncnn").add_argument(
+        "--layers",
+        metavar="FILE",
+        help='JSON: for each layer of the network {"weight": QUANTIZER, "input": QUANTIZER}, and '
+        '"groups" of a convolution if there are several',
+    )
 
 
 def _count(text: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import glob
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,13 @@ from torch_ext.saved import SavedQuantizers, merge_observer_params, read_quantiz
 from torch_ext.state import select, set_fake_quantize
 
 OPTION = "option_"  # before the names of rules' options, among the arguments
-FORMATS = ("json", "tensorrt-cache")
+# What writes a format, and the options that it takes.
+FORMATS: Mapping[str, tuple[Callable[..., export.ExportReport], tuple[str, ...]]] = {
+    "json": (export.json, ()),
+    "ncnn": (export.ncnn_table_of, ("layers",)),
+    "tensorrt-cache": (export.tensorrt_cache, ("version", "algorithm", "names")),
+}
+_CONVERT_OPTIONS = tuple(dict.fromkeys(key for _, own in FORMATS.values() for key in own))
 _SUFFIXES = ("", ".safetensors")
 _ROOT = "(the model itself)"
 
@@ -93,23 +99,23 @@ def merge(arguments: argparse.Namespace) -> int:
 
 def convert(arguments: argparse.Namespace) -> int:
     """Writes a file for an engine."""
+    write, own = FORMATS[arguments.to]
     given = {
         key: getattr(arguments, key)
-        for key in ("version", "algorithm", "names")
+        for key in _CONVERT_OPTIONS
         if getattr(arguments, key) is not None
     }
+    if strange := [f"--{key}" for key in given if key not in own]:
+        known = ", ".join(f"--{key}" for key in own) or "none"
+        raise ValueError(f"unknown option {', '.join(strange)} of {arguments.to}; known: {known}")
+    for key in {"names", "layers"} & given.keys():
+        given[key] = read_object(given[key])
+    if arguments.to == "ncnn" and "layers" not in given:
+        raise ValueError("expected --layers, as a file does not say which layer reads what")
     model = read_quantizers(arguments.file)
     if arguments.without:
         set_fake_quantize(model, "float", pattern=arguments.without)
-    if arguments.to == "tensorrt-cache":
-        if "names" in given:
-            given["names"] = read_object(given["names"])
-        report = export.tensorrt_cache(model, arguments.output, **given)
-    elif given:
-        options = ", ".join(f"--{key}" for key in given)
-        raise ValueError(f"convert: expected {options} with --to tensorrt-cache alone")
-    else:
-        report = export.json(model, arguments.output)
+    report = write(model, path=arguments.output, **given)
     if arguments.json:
         print_json(asdict(report))
     else:

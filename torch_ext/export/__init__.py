@@ -8,7 +8,7 @@ returns an :class:`ExportReport`: what is in the file, and what was left out and
 from torch_ext.export._entries import ExportReport
 from torch_ext.export.calibrator import TensorrtCalibrator, tensorrt_calibrator
 from torch_ext.export.json import Calibration, QuantizerRecord, json, read_json
-from torch_ext.export.ncnn import NcnnTable, ncnn_table, read_ncnn_table
+from torch_ext.export.ncnn import NcnnTable, ncnn_table, ncnn_table_of, read_ncnn_table
 from torch_ext.export.onnx import onnx, read_onnx_metadata
 from torch_ext.export.tensorrt import TensorrtCache, read_tensorrt_cache, tensorrt_cache
 from torch_ext.export.tensorrt_onnx import tensorrt_violations
@@ -25,6 +25,7 @@ __all__ = [
     "TvmScales",
     "json",
     "ncnn_table",
+    "ncnn_table_of",
     "onnx",
     "read_json",
     "read_ncnn_table",

@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
 from torch_ext._files import FileError, PathLike, name_problem, write_atomically
-from torch_ext._walk import check_model, weight_sources
+from torch_ext._walk import check_model, shown, weight_sources
 from torch_ext.export._entries import (
     TO_FLOAT,
     Entry,
@@ -38,6 +39,7 @@ _LONGEST_KEY = 255
 _GREATEST = float(np.finfo(np.float32).max)
 _LIMIT = 256 * 2**20
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,4})?")
+_LAYER_KEYS = {"weight", "input", "groups", "channels"}
 _UNREAD = "no Convolution, ConvolutionDepthWise or InnerProduct of ncnn reads it"
 
 
@@ -81,33 +83,107 @@ def ncnn_table(
     sources = weight_sources(check_model(who, model))
     owners = {name: sources[e.quantizer].owner for name, e in chosen.items() if e.is_weight}
     layers, problems = layers_of(program, owners)
-    read = {layer.input for layer in layers.values()}
+    _check_quantizers(who, chosen, layers.items(), problems, left_out)
+    if not layers:
+        raise ValueError(f"{who}: expected model to have a quantized Conv2d or Linear, got none")
+    keys = resolve(who, names, [owners[name] for name in layers])
+    _check_keys(who, keys)
+    rows = [(key, name, layers[name]) for name in layers for key in keys[owners[name]]]
+    return _write(who, target, chosen, left_out, rows)
+
+
+def ncnn_table_of(
+    model: nn.Module, layers: Mapping[str, Mapping[str, str | int]], path: PathLike
+) -> ExportReport:
+    """Writes the table of layers named by hand: for :func:`read_quantizers`, without the model.
+
+    Args:
+        layers: by ncnn's name of the layer: ``weight`` and ``input``, the names of quantizers;
+            ``groups`` of a convolution (1); ``channels`` of its output, where its weight has one
+            scale for all::
+
+                {"conv1": {"weight": "conv1.parametrizations.weight.0", "input": "x_quantizer"}}
+
+        path: ends in ``.table``; appears complete or not at all.
+
+    Raises:
+        ValueError: what :func:`ncnn_table` refuses; layers that name no such quantizers, and
+            quantized weights that no layer names.
+    """
+    who = "export.ncnn_table_of"
+    target = check_path(who, path, ".table")
+    if not isinstance(layers, Mapping) or not layers:
+        raise ValueError(f"{who}: expected layers to be a mapping of layers, got {layers!r:.80}")
+    chosen, left_out = entries(who, model)
+    rows = [(key, *_named(f"{who}: {key}", layer, chosen)) for key, layer in layers.items()]
+    _check_quantizers(who, chosen, [row[1:] for row in rows], {}, left_out)
+    _check_keys(who, resolve(who, None, layers))
+    return _write(who, target, chosen, left_out, rows)
+
+
+def _named(who: str, layer: Any, chosen: Mapping[str, Entry]) -> tuple[str, Layer]:
+    """The weight's quantizer and the layer, of what :func:`ncnn_table_of` is given."""
+    if not isinstance(layer, Mapping) or not {"weight", "input"} <= layer.keys() <= _LAYER_KEYS:
+        want = "weight and input, and perhaps groups and channels"
+        raise ValueError(f"{who}: expected a mapping of {want}, got {layer!r:.80}")
+    for role in ("weight", "input"):
+        known = [name for name, e in chosen.items() if e.is_weight == (role == "weight")]
+        if layer[role] not in known:
+            have = f"{layer[role]!r:.80}"
+            raise ValueError(f"{who}: unknown {role} {have}; known: {shown(known)}")
+    scales = len(chosen[layer["weight"]].scale)
+    groups, channels = layer.get("groups", 1), layer.get("channels", scales)
+    for key, value in (("groups", groups), ("channels", channels)):
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
+            raise ValueError(f"{who}: expected {key} to be a number of them, got {value!r:.80}")
+    if scales == 1 and "channels" not in layer:
+        raise ValueError(f"{who}: expected channels, as its weight has one scale for all")
+    if channels % groups or scales not in (1, channels):
+        raise ValueError(
+            f"{who}: expected channels to be those of the weight in whole groups, got {channels} "
+            f"in {groups} groups with {scales} scales"
+        )
+    return layer["weight"], Layer(layer["input"], channels, groups)
+
+
+def _check_quantizers(
+    who: str,
+    chosen: Mapping[str, Entry],
+    layers: Iterable[tuple[str, Layer]],
+    problems: dict[str, str],
+    left_out: dict[str, str],
+) -> None:
+    """Leaves out what no layer reads, and refuses what suits no table; layers by weight."""
+    pairs = list(layers)
+    weights, read = {weight for weight, _ in pairs}, {layer.input for _, layer in pairs}
     for name, entry in chosen.items():
-        if entry.is_weight and name not in layers and name not in problems:
+        if entry.is_weight and name not in weights and name not in problems:
             problems[name] = f"it is of a layer that has no row: {_UNREAD}"
         if not entry.is_weight and name not in read:
             left_out[name] = _UNREAD
         elif problem := _grid_problem(entry):
             problems.setdefault(name, problem)
     refuse(who, problems, f"take symmetric qschemes with quant_min=-127; or {TO_FLOAT}")
-    if not layers:
-        raise ValueError(f"{who}: expected model to have a quantized Conv2d or Linear, got none")
 
-    keys = resolve(who, names, [owners[name] for name in layers])
-    _check_keys(who, keys)
-    rows = [
-        f"{key}{_WEIGHT}0 {_numbers(_weight_scales(who, chosen[name], layer))}"
-        for name, layer in layers.items()
-        for key in keys[owners[name]]
+
+def _write(
+    who: str,
+    target: Path,
+    chosen: Mapping[str, Entry],
+    left_out: Mapping[str, str],
+    rows: list[tuple[str, str, Layer]],
+) -> ExportReport:
+    """Rows are key, weight's quantizer and layer."""
+    lines = [
+        f"{key}{_WEIGHT}0 {_numbers(_weight_scales(who, chosen[weight], layer))}"
+        for key, weight, layer in rows
     ]
-    rows += [
-        f"{key} {_numbers(chosen[layer.input].scale)}"
-        for name, layer in layers.items()
-        for key in keys[owners[name]]
-    ]
-    write_atomically(target, "\n".join([*rows, ""]).encode())
-    used = tuple(name for name in chosen if name in layers or name in read)
-    return ExportReport(str(target), "ncnn table", used, left_out)
+    lines += [f"{key} {_numbers(chosen[layer.input].scale)}" for key, _, layer in rows]
+    write_atomically(target, "\n".join([*lines, ""]).encode())
+    used = {name for _, weight, layer in rows for name in (weight, layer.input)}
+    return ExportReport(
+        str(target), "ncnn table", tuple(name for name in chosen if name in used), left_out
+    )
 
 
 def _grid_problem(entry: Entry) -> str:
