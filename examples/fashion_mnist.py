@@ -35,11 +35,13 @@ class Sizes:
     test: int = 10_000
     calibration: int = 512
     replayed: int = 256  # images
+    looked_at: int = 64  # images, by sensitivity and report
+    swept: int = 1_000  # test images, for each pair of rules
     qat_steps: int = 120
     seeds: int = 3
 
 
-QUICK = Sizes(test=500, calibration=64, replayed=21, qat_steps=4, seeds=2)
+QUICK = Sizes(500, calibration=64, replayed=21, looked_at=2, swept=50, qat_steps=4, seeds=2)
 
 
 def main() -> int:
@@ -81,6 +83,7 @@ def run(data: Dataset, sizes: Sizes, output: Path) -> None:
     calibrated = calibrate_int8(float_model, data, sizes)
     options = rule_options(calibrated)
     int8 = int8_accuracies(calibrated, data, options, floating)
+    look_closer(calibrated, data, sizes, output)
     show_replay(float_model, data, sizes, options)
     int4 = int4_accuracies(float_model, data, sizes, output)
     show_summary(floating, int8, int4)
@@ -143,6 +146,27 @@ def int8_accuracies(
         rows,
     )
     return found
+
+
+def look_closer(calibrated: nn.Module, data: Dataset, sizes: Sizes, output: Path) -> None:
+    """Which pair of rules is best, which quantizers cost most, and a page about all of them."""
+    test = data.test_images[: sizes.swept], data.test_labels[: sizes.swept]
+    found = torch_ext.sweep(
+        calibrated,
+        lambda model: accuracy(model, *test),
+        activation_observers={"percentile": {"percentile": [99.9, 99.99, 99.999]}, "mix": {}},
+        weight_observers=["min_max", "mse"],
+        progress=True,
+    )
+    found.apply(calibrated)
+    print(f"\nAccuracy of {len(test[1])} test images, rules of activations and of weights")
+    print(found)
+    batches = data.train_images[: sizes.looked_at].split(64)
+    costs = torch_ext.sensitivity(calibrated, batches, progress=True)
+    print("\nThe costliest quantizers")
+    print("\n".join(str(costs).splitlines()[:11]))
+    costs.save_picture(output / "sensitivity.svg")
+    print(torch_ext.report(calibrated, output / "report.html", batches, progress=True))
 
 
 def show_replay(

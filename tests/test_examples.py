@@ -244,12 +244,16 @@ def test_main_job_on_a_small_slice(tmp_path: Path) -> None:
     assert "bit for bit the same" in done.stdout
     for rule in torch_ext.observers():
         assert re.search(rf"\b{rule}\b.*\d\d\.\d\d", done.stdout)
+    assert re.search(r"mix +mse +\d\d", done.stdout)
+    assert "report.html: 35 quantizers" in done.stdout
+    assert (tmp_path / "sensitivity.svg").read_text().startswith("<svg")
+    assert (tmp_path / "report.html").stat().st_size > 100_000
     picture = (tmp_path / "int4_qat_loss.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
 
 
 def test_main_job_on_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = fashion_mnist.Sizes(test=60, calibration=32, replayed=8, qat_steps=1, seeds=1)
+    sizes = fashion_mnist.Sizes(60, 32, replayed=8, looked_at=2, swept=20, qat_steps=1, seeds=1)
     fashion_mnist.run(example_data.digits(), sizes, tmp_path)
     out = capsys.readouterr().out
     assert out.startswith("NOTE: no Fashion-MNIST here")
