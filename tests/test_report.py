@@ -271,6 +271,20 @@ def test_advice_about_outliers_is_true(tmp_path: Path) -> None:
     )
 
 
+def test_advice_names_one_quantizer(tmp_path: Path) -> None:
+    """Also where the name looks like a pattern."""
+    net = nn.Module()
+    quantizer = lone(outlier(5000), "min_max", histogram=True)
+    net.add_module('a*[1]"', quantizer)
+    net.add_module('ab1"', lone(gauss(), "min_max", histogram=True))
+    (said,) = warned(net, tmp_path)[0]
+    told = re.search(r"(resolve\(.*\)) would", said)
+    assert told
+    exec(told[1], {"resolve": resolve, "model": net})
+    assert quantizer.observer.name == "mse"
+    assert net.get_submodule('ab1"').observer.name == "min_max"  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize(
     ("shape", "channel"),
     [((100, 8, 5, 5), "5 (axis 1)"), ((100, 25, 8), "5 (axis 2)"), ((2500, 8), "5 (axis 1)")],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import json
 from typing import NamedTuple
 
 import torch
@@ -151,7 +153,8 @@ def _call(subject: Subject, line: RuleLine) -> str:
     assert line.choice is not None
     side = "weight_observer" if subject.of == "weight" else "activation_observer"
     options = "".join(f", {key}={value!r}" for key, value in line.choice.options.items())
-    return f'resolve(model, {side}="{line.choice.rule}"{options}, pattern="{subject.name}")'
+    pattern = json.dumps(glob.escape(subject.name))
+    return f'resolve(model, {side}="{line.choice.rule}"{options}, pattern={pattern})'
 
 
 def _reach(subject: Subject, line: RuleLine) -> str:
