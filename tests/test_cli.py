@@ -23,7 +23,7 @@ from torch_ext._walk import named_quantizers
 from torch_ext.params import read_observer_params
 
 RULES = torch_ext.observers()
-COMMANDS = ("info", "show", "solve", "compare", "merge", "convert")
+COMMANDS = ("info", "show", "solve", "compare", "merge", "convert", "report")
 
 
 @pytest.fixture(autouse=True)
@@ -270,3 +270,17 @@ class TestConvert:
         )
         found, want = (sorted(Path(p).read_text().split("\n")) for p in ("net.cache", "want.cache"))
         assert found == want
+
+
+class TestReport:
+    def test_it_is_the_page_of_report(self, folder: Path, run: Run) -> None:
+        code, out, err = run("report", "net.safetensors", "-o", "page.html")
+        assert (code, err) == (0, "")
+        summary = torch_ext.report("net.safetensors", "want.html")
+        assert out == str(summary).replace("want.html", "page.html") + "\n"
+        assert Path("page.html").read_bytes() == Path("want.html").read_bytes()
+
+    def test_quiet(self, folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(type(sys.stderr), "isatty", lambda _: True)
+        assert re.search(r"it/s|s/it", run("report", "a.safetensors", "-o", "page.html")[2])
+        assert run("report", "a.safetensors", "-o", "page.html", "-q")[2] == ""

@@ -104,6 +104,11 @@ BAD: dict[str, tuple[list[str], str]] = {
         ["convert", "net.safetensors", "--to", "json", "--version", "8.6.1", "-o", "out.json"],
         "unknown option --version of json; known: none",
     ),
+    "report's suffix": (
+        ["report", "net.safetensors", "-o", "out.safetensors"],
+        "expected --output to end in .html or .htm, got '.safetensors'",
+    ),
+    "report's folder": (["report", "net.safetensors", "-o", "no/x.html"], "folder no to exist"),
     "names": ([*TENSORRT, "--names", "text.json"], 'text.json: content: duplicate key "a"'),
     "names of others": ([*TENSORRT, "--names", "other.json"], "names: unknown x"),
 }
@@ -162,6 +167,7 @@ def test_a_full_disk(folder: Path, run: Run) -> None:
         ["compare", "x", "y", "--tolerance", "nan"],
         ["compare", "x", "y", "--top", "0"],
         ["merge", "x", "y"],
+        ["report", "x"],
         ["convert", "x", "--to", "gif", "-o", "y"],
     ],
     ids=str,

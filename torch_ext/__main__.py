@@ -103,6 +103,14 @@ def _parser() -> argparse.ArgumentParser:
             "convert net.safetensors --to tensorrt-cache --version 8.6.1 -o net.cache",
         )
     )
+    _add_report(
+        add(
+            "report",
+            _commands.write_report,
+            "writes an HTML page about every quantizer, with pictures and findings",
+            "report net.safetensors -o report.html",
+        )
+    )
     return parser
 
 
@@ -113,6 +121,10 @@ def _add_pattern(parser: argparse.ArgumentParser) -> None:
         metavar="NAMES",
         help='only quantizers of these names, such as "layer1.*"; may be repeated',
     )
+
+
+def _add_quiet(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
 
 
 def _add_show(parser: argparse.ArgumentParser) -> None:
@@ -162,7 +174,7 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
 def _add_merge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", metavar="FILE")
     parser.add_argument("-o", "--output", required=True, metavar="FILE")
-    parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+    _add_quiet(parser)
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
@@ -189,6 +201,12 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         help='JSON: for each layer of the network {"weight": QUANTIZER, "input": QUANTIZER}, and '
         '"groups" of a convolution if there are several',
     )
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE")
+    parser.add_argument("-o", "--output", required=True, metavar="FILE")
+    _add_quiet(parser)
 
 
 def _count(text: str) -> int:

@@ -21,6 +21,7 @@ from torch_ext._walk import named_quantizers
 from torch_ext.describe import describe, role_of
 from torch_ext.fake_quant import FakeQuantize
 from torch_ext.params import read_observer_params, save_observer_params
+from torch_ext.report import report
 from torch_ext.resolve import resolve
 from torch_ext.saved import SavedQuantizers, merge_observer_params, read_quantizers
 from torch_ext.state import select, set_fake_quantize
@@ -34,6 +35,7 @@ FORMATS: Mapping[str, tuple[Callable[..., export.ExportReport], tuple[str, ...]]
 }
 _CONVERT_OPTIONS = tuple(dict.fromkeys(key for _, own in FORMATS.values() for key in own))
 _SUFFIXES = ("", ".safetensors")
+_PAGES = (".html", ".htm")
 _ROOT = "(the model itself)"
 
 
@@ -89,11 +91,11 @@ def solve(arguments: argparse.Namespace) -> int:
 def merge(arguments: argparse.Namespace) -> int:
     """Joins the files of several machines."""
     _check_output(arguments.output)
-    report = merge_observer_params(arguments.files, arguments.output, _progress(arguments))
+    done = merge_observer_params(arguments.files, arguments.output, _progress(arguments))
     if arguments.json:
-        print_json(asdict(report))
+        print_json(asdict(done))
     else:
-        print(report)
+        print(done)
     return 0
 
 
@@ -115,11 +117,25 @@ def convert(arguments: argparse.Namespace) -> int:
     model = read_quantizers(arguments.file)
     if arguments.without:
         set_fake_quantize(model, "float", pattern=arguments.without)
-    report = write(model, path=arguments.output, **given)
+    done = write(model, path=arguments.output, **given)
     if arguments.json:
-        print_json(asdict(report))
+        print_json(asdict(done))
     else:
-        print(report)
+        print(done)
+    return 0
+
+
+def write_report(arguments: argparse.Namespace) -> int:
+    """Writes an HTML page about every quantizer."""
+    if (suffix := Path(arguments.output).suffix.lower()) not in _PAGES:
+        raise ValueError(
+            f"expected --output to end in {' or '.join(_PAGES)}, got {suffix or 'no suffix'!r}"
+        )
+    summary = report(arguments.file, arguments.output, progress=_progress(arguments))
+    if arguments.json:
+        print_json(asdict(summary))
+    else:
+        print(summary)
     return 0
 
 
