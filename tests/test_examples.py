@@ -285,6 +285,14 @@ def test_eleven_steps_on_a_small_slice() -> None:
     assert "trained in QAT" in done.stdout
 
 
+def test_export_on_a_small_slice() -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    done = run_example("examples/export_onnx.py", "--quick")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"int8\W+no\W+\d+\W+[\d.]+\W+100\.00", done.stdout)
+
+
 @pytest.mark.parametrize("bits", low_bits.GRIDS)
 def test_few_bits_on_a_small_slice(bits: int, folder: Path) -> None:
     data = example_data.load(folder)
@@ -302,7 +310,8 @@ def test_few_bits_on_a_small_slice(bits: int, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "script", ["fashion_mnist.py", "eleven_steps.py", "train_float.py", "low_bits.py"]
+    "script",
+    ["fashion_mnist.py", "eleven_steps.py", "train_float.py", "low_bits.py", "export_onnx.py"],
 )
 def test_wrong_folder_ends_the_script_with_its_name(script: str, tmp_path: Path) -> None:
     done = run_example(f"examples/{script}", "--data", str(tmp_path / "nowhere"))
