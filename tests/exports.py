@@ -51,11 +51,14 @@ def quantizer(model: nn.Module, name: str) -> FakeQuantize:
 
 
 def check_failing_writes(
-    write: Callable[[Path], object], path: Path, monkeypatch: pytest.MonkeyPatch
+    write: Callable[[Path], object],
+    path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    moments: tuple[str, ...] = ("fsync", "replace"),
 ) -> None:
     """A full disk, a folder without permission or that is missing: an error, and nothing there."""
     path.write_bytes(b"before")
-    for moment in ("fsync", "replace"):
+    for moment in moments:
 
         def full(*_: Any) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")

@@ -114,13 +114,18 @@ def test_every_grid(case: str, tmp_path: Path) -> None:
         assert onnx_runs.check_pairs(bank, path, x.clamp(-1e4, 1e4)) == len(grids)
 
 
-METHODS = [("fake_quant", "fake_quant"), ("lsq", "lsq"), ("pact", "lsq")]
+X = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
+METHODS = {
+    "stored in float": (("fake_quant", "fake_quant"), False),
+    "stored as int8": (("lsq", "lsq"), True),
+    "learned": (("pact", "lsq"), False),
+}
 
 
-@pytest.mark.parametrize("quantized_weights", [False, True])
-@pytest.mark.parametrize("methods", METHODS)
-def test_a_net(methods: tuple[str, str], quantized_weights: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", METHODS)
+def test_a_net(case: str, tmp_path: Path) -> None:
     """Every pair bit for bit; the rest computes what torch does, up to the order of sums."""
+    methods, quantized_weights = METHODS[case]
     weight = {"quant_min": -100, "quant_max": 90}  # narrower than the data: something clips
     net = exports.solved(*methods, weight=weight)
     if "lsq" in methods:
@@ -145,16 +150,21 @@ def test_a_net(methods: tuple[str, str], quantized_weights: bool, tmp_path: Path
     assert ("conv1.weight" in kinds) != quantized_weights
 
 
-@pytest.mark.parametrize("dtype", ["int4", "uint8", "int16"])
-def test_quantized_weights_of_every_size(dtype: str, tmp_path: Path) -> None:
+def test_quantized_weights_of_every_size(tmp_path: Path) -> None:
     """An odd number of values too, where two share a byte."""
-    scheme = "per_channel_affine" if dtype.startswith("u") else "per_channel_symmetric"
-    net = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 3, bias=False)).eval()
-    net.qconfig = get_default_qconfig(weight_qkwargs={"dtype": dtype, "qscheme": scheme})
-    net = exports.run(prepare_qat(net), torch.randn(8, 5))
+    net = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 3, bias=False), nn.Linear(3, 2)).eval()
+    keys = [
+        {"dtype": "int4"},
+        {"dtype": "uint8", "qscheme": "per_channel_affine"},
+        {"dtype": "int16"},
+    ]
+    mapping = {str(i): get_default_qconfig(weight_qkwargs=one) for i, one in enumerate(keys)}
+    net = exports.run(prepare_qat(net, mapping={"": get_default_qconfig(), **mapping}), X)
     path = tmp_path / "net.onnx"
-    export.onnx(net, torch.randn(2, 5), path, quantized_weights=True)
-    assert onnx_runs.check_pairs(net, path, torch.randn(4, 5)) == 5
+    export.onnx(net, X[:2], path, quantized_weights=True)
+    assert onnx_runs.check_pairs(net, path, X) == 7
+    names = {one.name for one in onnx.load(path).graph.initializer}
+    assert {"0.weight/int4", "1.weight/uint8", "2.weight/int16"} <= names
 
 
 def test_quantized_weights_take_a_quarter(tmp_path: Path) -> None:
@@ -180,6 +190,8 @@ def test_metadata_names_every_quantizer(tmp_path: Path) -> None:
     path = tmp_path / "net.onnx"
     report = export.onnx(net, images(), path)
     content = export.read_onnx_metadata(path)
+    (text,) = (one.value for one in onnx.load(path).metadata_props if one.key == "torch_ext")
+    assert json.loads(text) == content
     assert set(content["quantizers"]) | {"mean_quantizer"} == set(named_quantizers(net))
     assert content["left_out"] == report.left_out == {"mean_quantizer": "it is in FLOAT"}
     assert content["quantizers"]["conv1.parametrizations.weight.0"] == {
@@ -308,10 +320,3 @@ def test_a_file_of_another_profile_has_names_for_other_tensors(tmp_path: Path) -
         export.read_onnx_metadata(path)
     with pytest.raises(FileNotFoundError):
         export.read_onnx_metadata(tmp_path / "none.onnx")
-
-
-def test_metadata_is_json_of_plain_values(tmp_path: Path) -> None:
-    path = tmp_path / "net.onnx"
-    export.onnx(exports.captured(), images(), path)
-    (text,) = (one.value for one in onnx.load(path).metadata_props if one.key == "torch_ext")
-    assert json.loads(text) == export.read_onnx_metadata(path)

@@ -158,7 +158,7 @@ def test_bad_places(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"expected path to end in \.onnx, got"):
         export.onnx(net, torch.randn(2, 2), path.with_suffix(".pt"))
     exports.check_failing_writes(
-        lambda target: export.onnx(net, torch.randn(2, 2), target), path, monkeypatch
+        lambda target: export.onnx(net, torch.randn(2, 2), target), path, monkeypatch, ("replace",)
     )
 
 
