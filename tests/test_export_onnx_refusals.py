@@ -85,7 +85,12 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, Any], str]] = {
         "expected opset to be between 21, which the grids need",
     ),
     "example": (exports.solved, 3, {}, "expected example_inputs to be a tensor, a tuple"),
-    "arguments": (exports.solved, (images(), 1), {}, "to be the arguments of the model's forward"),
+    "arguments": (
+        exports.solved,
+        (images(), 1),
+        {},
+        "to be the arguments of QuantizedTinyNet.forward",
+    ),
     "shape": (exports.solved, torch.randn(4, 3, 8, 8), {}, "torch.export does not take the model"),
     "double": (double, images().double(), {}, "input_quantizers.x: it quantizes float64"),
     "nan": (not_finite, images(), {}, "expected fc.weight to be finite"),

@@ -8,14 +8,14 @@ stochastic depth) is called as a whole.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from torch_ext._guards import eval_mode, forked_rng
+from torch_ext._inputs import bound_arguments
 from torch_ext._proxies import unwrapped
 from torch_ext._targets import target_of
 from torch_ext._tracer import TORCHS_OWN, IsWhole, Tracer, Uncapturable, failing_line
@@ -38,26 +38,7 @@ def bound(who: str, model: nn.Module, example_inputs: Any) -> dict[str, Any]:
             f"{who}: expected the model's class to define its forward, got one that is an "
             f"attribute of the instance; {_OTHERWISE}"
         )
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = {}
-    if isinstance(example_inputs, Mapping):
-        kwargs = dict(example_inputs)
-    elif isinstance(example_inputs, (tuple, list)):
-        args = tuple(example_inputs)
-    elif isinstance(example_inputs, Tensor):
-        args = (example_inputs,)
-    else:
-        raise TypeError(
-            f"{who}: expected example_inputs to be a tensor, a tuple of arguments or a mapping of "
-            f"keyword arguments, got {example_inputs!r}"
-        )
-    try:
-        return inspect.signature(model.forward).bind(*args, **kwargs).arguments
-    except TypeError as error:
-        raise TypeError(
-            f"{who}: expected example_inputs to be the arguments of "
-            f"{type(model).__name__}.forward, got others: {error}"
-        ) from error
+    return bound_arguments(who, model, example_inputs)
 
 
 def capture(who: str, model: nn.Module, example: Mapping[str, Any], float_only: IsWhole) -> Tracer:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from torch_ext._guards import eval_mode
+from torch_ext._inputs import bound_arguments
 from torch_ext._walk import unwrap
 from torch_ext.fake_quant import FakeQuantize
 
@@ -27,30 +28,6 @@ class Seen:
 
     dtypes: set[torch.dtype] = field(default_factory=set)
     rank: int = 0
-
-
-def arguments(who: str, model: nn.Module, example_inputs: Any) -> dict[str, Any]:
-    """The example's values by argument of the forward."""
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = {}
-    if isinstance(example_inputs, Mapping):
-        kwargs = dict(example_inputs)
-    elif isinstance(example_inputs, (tuple, list)):
-        args = tuple(example_inputs)
-    elif isinstance(example_inputs, Tensor):
-        args = (example_inputs,)
-    else:
-        raise TypeError(
-            f"{who}: expected example_inputs to be a tensor, a tuple of arguments or a mapping of "
-            f"keyword arguments, got {example_inputs!r}"
-        )
-    try:
-        bound = inspect.signature(unwrap(model).forward).bind(*args, **kwargs)
-    except TypeError as error:
-        raise TypeError(
-            f"{who}: expected example_inputs to be the arguments of the model's forward: {error}"
-        ) from error
-    return dict(bound.arguments)
 
 
 @contextmanager
@@ -80,7 +57,7 @@ def trace(who: str, model: nn.Module, example_inputs: Any, dynamic_batch: bool) 
     Raises ValueError where torch.export cannot take the model, with its reason.
     """
     root = unwrap(model)
-    given = arguments(who, root, example_inputs)
+    given = bound_arguments(who, unwrap(root), example_inputs)
     shapes = _dynamic_shapes(who, given) if dynamic_batch else None
     bound = inspect.signature(root.forward).bind_partial()
     bound.arguments.update(given)
