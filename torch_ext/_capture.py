@@ -14,11 +14,11 @@ from typing import Any
 
 from torch import fx, nn
 
-from torch_ext._guards import eval_mode, forked_rng
-from torch_ext._inputs import bound_arguments
 from torch_ext._proxies import unwrapped
 from torch_ext._targets import target_of
 from torch_ext._tracer import TORCHS_OWN, IsWhole, Tracer, Uncapturable, failing_line
+from torch_ext.utils.arguments import bound_arguments
+from torch_ext.utils.modes import eval_mode, forked_rng
 
 _OTHERWISE = (
     "call prepare_qat without example_inputs, with torch_ext.Add, Mul, MatMul and Cat modules or a "

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from torch_ext.utils.arguments import parse_integer
+
 _NAME = re.compile(r"(?:torch\.)?q?(u?)int(\d+)")
 _MIN_BITS, _MAX_BITS = 2, 16
 _KNOWN_DTYPES = "int4, uint4, int8, uint8, int16, uint16 and others of 2 to 16 bits"
@@ -51,14 +53,6 @@ def parse_qscheme(who: str, qscheme: object) -> torch.qscheme:
         known = ", ".join(n.removeprefix("torch.") for n in _SCHEMES)
         raise ValueError(f"{who}: unknown qscheme {qscheme!r}; known: {known}")
     return _SCHEMES[name]
-
-
-def parse_integer(who: str, name: str, value: object, low: int, high: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{who}: expected {name} to be an integer, got {value!r}")
-    if not low <= value <= high:
-        raise ValueError(f"{who}: expected {name} to be between {low} and {high}, got {value}")
-    return value
 
 
 @dataclass(frozen=True)

@@ -80,30 +80,6 @@ def input_arguments(host: nn.Module) -> dict[str, inspect.Parameter]:
     }
 
 
-def bound_arguments(who: str, model: nn.Module, example_inputs: Any) -> dict[str, Any]:
-    """The values of an example by argument of the model's forward."""
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = {}
-    if isinstance(example_inputs, Mapping):
-        kwargs = dict(example_inputs)
-    elif isinstance(example_inputs, (tuple, list)):
-        args = tuple(example_inputs)
-    elif isinstance(example_inputs, Tensor):
-        args = (example_inputs,)
-    else:
-        raise TypeError(
-            f"{who}: expected example_inputs to be a tensor, a tuple of arguments or a mapping of "
-            f"keyword arguments, got {example_inputs!r}"
-        )
-    try:
-        return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
-    except TypeError as error:
-        raise TypeError(
-            f"{who}: expected example_inputs to be the arguments of "
-            f"{type(model).__name__}.forward, got others: {error}"
-        ) from error
-
-
 def attach_inputs(host: nn.Module, quantizers: Mapping[str, FakeQuantize]) -> Callable[[], None]:
     """Adds the quantizers as a child and turns the class; returns what undoes it."""
     remove = add_inputs(host, quantizers)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from torch_ext import _C
+from torch_ext.utils.text import joined
 
 OptionValue = float | str
 Options = Mapping[str, OptionValue] | Sequence[float]
-
-
-def joined(names: Iterable[str]) -> str:
-    """The tail of an error about an unknown name."""
-    return ", ".join(names) or "none"
 
 
 def observer_info(rule: str) -> _C.ObserverInfo:

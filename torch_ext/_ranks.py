@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torch_ext._walk import shown
+from torch_ext.utils.text import shown
 
 Facts = Mapping[str, Mapping[str, Any]]
 

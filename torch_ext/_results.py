@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import nn
 
-from torch_ext._batches import digest
 from torch_ext._files import FileError, PathLike, read_object, write_atomically
 from torch_ext._params import spec_of
 from torch_ext._walk import unwrap
 from torch_ext.fake_quant import FakeQuantize
+from torch_ext.utils.batches import digest
 
 _VERSION = 1
 _SAME = 1e-6  # relative; a sum may be taken in another order

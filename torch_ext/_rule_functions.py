@@ -8,7 +8,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from torch_ext._options import OptionValue, encode_options, joined, observer_info
+from torch_ext._options import OptionValue, encode_options, observer_info
+from torch_ext.utils.text import joined
 
 
 class RuleFunction(Protocol):

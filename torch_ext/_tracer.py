@@ -26,9 +26,9 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.nn.utils import parametrize
 
-from torch_ext._guards import eval_mode
 from torch_ext._proxies import Factories, Value
 from torch_ext._targets import is_quant_stub
+from torch_ext.utils.modes import eval_mode
 
 # Whether a module, by name, is called as a whole.
 IsWhole = Callable[[str], bool]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -105,10 +105,3 @@ def weight_sources(model: nn.Module) -> dict[FakeQuantize, WeightSource]:
         for i, module in enumerate(chain)
         if isinstance(module, FakeQuantize)
     }
-
-
-def shown(names: Mapping[str, object] | list[str], limit: int = 20) -> str:
-    """Names for an error message; quantizers at the root have an empty one."""
-    listed = [name or "(the model itself)" for name in names]
-    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
-    return ", ".join(listed[:limit]) + more

@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_ext._batches import (
+from torch_ext._files import PathLike, discard_partials
+from torch_ext._guards import restored_on_error, watched
+from torch_ext._resume import Progress, read_progress, write_progress
+from torch_ext._states import FakeQuantState, parse_state
+from torch_ext._walk import require_quantizers
+from torch_ext.fake_quant import FakeQuantize
+from torch_ext.state import set_fake_quantize
+from torch_ext.utils.batches import (
     Forward,
     default_forward,
     digest,
@@ -20,21 +27,9 @@ from torch_ext._batches import (
     sample_count,
     to_device,
 )
-from torch_ext._files import PathLike, discard_partials
-from torch_ext._guards import (
-    autocasting,
-    eval_mode,
-    forked_rng,
-    restored_on_error,
-    watched,
-)
-from torch_ext._progress import progress_bar
-from torch_ext._resume import Progress, read_progress, write_progress
-from torch_ext._states import FakeQuantState, parse_state
-from torch_ext._table import text_table
-from torch_ext._walk import require_quantizers, shown
-from torch_ext.fake_quant import FakeQuantize
-from torch_ext.state import set_fake_quantize
+from torch_ext.utils.modes import autocasting, eval_mode, forked_rng
+from torch_ext.utils.progress import progress_bar
+from torch_ext.utils.text import shown, text_table
 
 _WHO = "calibrate"
 

@@ -9,9 +9,9 @@ from torch import nn
 from torch_ext._attach import attached
 from torch_ext._grid import dtype_name
 from torch_ext._inputs import INPUTS
-from torch_ext._table import text_table
 from torch_ext._walk import named_quantizers, unwrap
 from torch_ext.fake_quant import FakeQuantize
+from torch_ext.utils.text import text_table
 
 _HEADER = ("quantizer", "of", "method", "observer", "grid", "state", "scale")
 

@@ -14,9 +14,10 @@ from torch_ext import ops
 from torch_ext._params import spec_of
 from torch_ext._ranks import Ranks
 from torch_ext._states import ACCUMULATE, FOLLOW
-from torch_ext._walk import require_quantizers, shown
+from torch_ext._walk import require_quantizers
 from torch_ext.fake_quant import FakeQuantize
 from torch_ext.observer import Observer
+from torch_ext.utils.text import shown
 
 _WHO = "sync_observers"
 M = TypeVar("M", bound=nn.Module)

@@ -13,7 +13,7 @@ from torch_ext._options import fake_quant_info
 from torch_ext._states import DIFFERENTIATE, FOLLOW, FakeQuantState
 from torch_ext._walk import require_quantizers
 from torch_ext.fake_quant import FakeQuantize, Solution
-from torch_ext.observer import parse_flag
+from torch_ext.utils.arguments import parse_flag
 
 # The rule whose scale an uncalibrated method starts from.
 _START = "mean_abs"

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from torch_ext import ops
-from torch_ext._grid import DType, Grid, dtype_name, parse_grid, parse_integer
-from torch_ext._options import OptionValue, encode_options, joined, observer_info
+from torch_ext._grid import DType, Grid, dtype_name, parse_grid
+from torch_ext._options import OptionValue, encode_options, observer_info
+from torch_ext.utils.arguments import parse_flag, parse_integer
+from torch_ext.utils.text import joined
 
 # Mantissa bits and octaves of the histogram: one quantizer's 256 KiB, or 24 KiB per channel.
 _LAYOUT_PER_TENSOR = (10, 16)
@@ -35,12 +37,6 @@ def keep_dtype(fn: TensorMap) -> TensorMap:
         return out if out.dtype == tensor.dtype else tensor.to(out.device)
 
     return moved
-
-
-def parse_flag(who: str, name: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{who}: expected {name} to be True or False, got {value!r}")
-    return value
 
 
 def check_keys(who: str, given: Iterable[str], rule: str, known: Iterable[str]) -> None:

@@ -13,11 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_ext._batches import Forward, default_forward, model_device, to_device
 from torch_ext._files import PathLike, write_atomically
-from torch_ext._guards import eval_mode, forked_rng, restored
+from torch_ext._guards import restored
 from torch_ext._params import Params, params_of
-from torch_ext._progress import progress_bar
 from torch_ext._report_page import page
 from torch_ext._report_subject import Seen, measured
 from torch_ext._report_words import notes
@@ -27,6 +25,9 @@ from torch_ext.describe import role_of
 from torch_ext.fake_quant import FakeQuantize
 from torch_ext.saved import SavedQuantizers, read_quantizers
 from torch_ext.state import QuantizationWarning, set_fake_quantize
+from torch_ext.utils.batches import Forward, default_forward, model_device, to_device
+from torch_ext.utils.modes import eval_mode, forked_rng
+from torch_ext.utils.progress import progress_bar
 
 _WHO = "report"
 

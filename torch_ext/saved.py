@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from torch_ext._files import FileError, PathLike
 from torch_ext._params import STATISTIC, Params, quantizer_of, spec_of, tensors_of
-from torch_ext._progress import progress_bar
 from torch_ext._states import FakeQuantState
 from torch_ext._walk import named_quantizers
 from torch_ext.fake_quant import FakeQuantize, Solution
 from torch_ext.params import read_observer_params, save_observer_params
 from torch_ext.state import solve_observers
+from torch_ext.utils.progress import progress_bar
 
 _WHO = "merge_observer_params"
 

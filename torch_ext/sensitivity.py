@@ -12,19 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_ext._batches import Forward, default_forward, model_device, tensors_in, to_device
 from torch_ext._files import PathLike, write_atomically
-from torch_ext._guards import eval_mode, forked_rng, restored
-from torch_ext._progress import progress_bar
+from torch_ext._guards import restored
 from torch_ext._results import Results, fingerprint
 from torch_ext._states import FakeQuantState
 from torch_ext._svg import bar_picture
-from torch_ext._table import text_table
 from torch_ext._walk import require_quantizers
 from torch_ext.describe import role_of
 from torch_ext.fake_quant import FakeQuantize
-from torch_ext.observer import parse_flag
 from torch_ext.state import Pattern, select, set_fake_quantize
+from torch_ext.utils.arguments import parse_flag
+from torch_ext.utils.batches import Forward, default_forward, model_device, tensors_in, to_device
+from torch_ext.utils.modes import eval_mode, forked_rng
+from torch_ext.utils.progress import progress_bar
+from torch_ext.utils.text import text_table
 
 _WHO = "sensitivity"
 _WAYS = ("on", "off")

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch_ext import ops
 from torch_ext._findings import Found, findings
 from torch_ext._states import FOLLOW, QUANTIZE, FakeQuantState, parse_state
-from torch_ext._walk import require_quantizers, shown, weight_sources
+from torch_ext._walk import require_quantizers, weight_sources
 from torch_ext.fake_quant import FakeQuantize, Solution, WeightSolution
 from torch_ext.learned import LearnedFakeQuantize
+from torch_ext.utils.text import shown
 
 __all__ = ["FakeQuantState", "fake_quantize_states", "reset_statistics", "set_fake_quantize"]
 

@@ -17,17 +17,18 @@ from torch_ext._candidates import (
     usual_candidates,
 )
 from torch_ext._files import PathLike, write_atomically
-from torch_ext._guards import eval_mode, forked_rng, restored
-from torch_ext._progress import progress_bar
+from torch_ext._guards import restored
 from torch_ext._results import Results, fingerprint
 from torch_ext._states import FakeQuantState
 from torch_ext._svg import bar_picture
-from torch_ext._table import text_table
 from torch_ext._walk import require_quantizers
 from torch_ext.fake_quant import FakeQuantize
-from torch_ext.observer import parse_flag
 from torch_ext.resolve import plan, resolve
 from torch_ext.state import Pattern, select, set_fake_quantize
+from torch_ext.utils.arguments import parse_flag
+from torch_ext.utils.modes import eval_mode, forked_rng
+from torch_ext.utils.progress import progress_bar
+from torch_ext.utils.text import text_table
 
 _WHO = "sweep"
 _FLOAT, _AS_IT_IS = "the float model", "the model as it is"

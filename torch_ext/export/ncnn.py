@@ -20,7 +20,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from torch_ext._files import FileError, PathLike, name_problem, write_atomically
-from torch_ext._walk import check_model, shown, weight_sources
+from torch_ext._walk import check_model, weight_sources
 from torch_ext.export._entries import (
     TO_FLOAT,
     Entry,
@@ -33,6 +33,7 @@ from torch_ext.export._entries import (
 from torch_ext.export._layers import Layer, layers_of
 from torch_ext.export._names import resolve
 from torch_ext.export._trace import trace
+from torch_ext.utils.text import shown
 
 _WEIGHT = "_param_"
 _LONGEST_KEY = 255

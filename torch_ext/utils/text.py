@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -14,3 +14,15 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines
     )
+
+
+def joined(names: Iterable[str]) -> str:
+    """The tail of an error about an unknown name."""
+    return ", ".join(names) or "none"
+
+
+def shown(names: Mapping[str, object] | list[str], limit: int = 20) -> str:
+    """Names for an error message; quantizers at the root have an empty one."""
+    listed = [name or "(the model itself)" for name in names]
+    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
+    return ", ".join(listed[:limit]) + more
