@@ -1,6 +1,7 @@
 """Native observers and fake-quantization for PyTorch, and the workflow around them."""
 
-from torch_ext import _library, export, ops
+from torch_ext.ops import loader  # isort: skip # First: it says what is wrong with the build.
+from torch_ext import export, ops
 from torch_ext._C import build_info, fake_quants, observers
 from torch_ext.calibrate import CalibrationSummary, calibrate
 from torch_ext.checkpoint import float_state_dict, load_float_state_dict
@@ -29,7 +30,7 @@ from torch_ext.sweep import Sweep, sweep
 
 __version__ = build_info()["version"]
 # For CMAKE_PREFIX_PATH, so that find_package(torch_ext) finds the package; see examples/cpp.
-cmake_prefix_path = str(_library.FOLDER / "share" / "cmake")
+cmake_prefix_path = str(loader.FOLDER / "share" / "cmake")
 
 __all__ = [
     "Add",

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from torch_ext import ops
-from torch_ext._options import fake_quant_info, observer_info
 from torch_ext._states import ACCUMULATE, CHANGES, FOLLOW, QUANTIZE, FakeQuantState, parse_state
 from torch_ext.observer import KEYS as OBSERVER_KEYS
 from torch_ext.observer import Observer, TensorMap, check_keys, keep_dtype
+from torch_ext.ops.registry import fake_quant_info, observer_info
 from torch_ext.utils.arguments import parse_flag
 
 

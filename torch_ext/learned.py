@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from torch_ext import _C, ops
-from torch_ext._options import fake_quant_info
 from torch_ext._states import DIFFERENTIATE, FOLLOW, FakeQuantState
 from torch_ext._walk import require_quantizers
 from torch_ext.fake_quant import FakeQuantize, Solution
+from torch_ext.ops.registry import fake_quant_info
 from torch_ext.utils.arguments import parse_flag
 
 # The rule whose scale an uncalibrated method starts from.

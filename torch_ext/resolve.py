@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from torch_ext._options import OptionValue, observer_info
 from torch_ext._walk import require_quantizers
 from torch_ext.fake_quant import FakeQuantize
 from torch_ext.observer import Observer
+from torch_ext.ops.registry import OptionValue, observer_info
 from torch_ext.state import Pattern, select, solve
 from torch_ext.utils.text import joined, shown
 

@@ -1,32 +1,13 @@
-"""The registered ops as typed functions; the only module that names ``torch.ops``.
-
-``ch_axis=-1`` means per tensor. A statistic is three tensors: ``extrema`` float32 [C,2],
-``tally`` int64 [C,5] (finite, zeros, tiny, inf, nan) and ``counts`` int64 [C,2,W,2^m], or
-[C,2,0,0] for a rule that reads no histogram.
-
-Every rule of the registry is also a function of one tensor, by its own name::
-
-    ops.percentile(x, quant_min=-128, quant_max=127, symmetric=True, ch_axis=-1, percentile=99.9)
-
-A violated contract raises ``RuntimeError`` reading ``op: expected ARG to be WANT, got HAVE``.
-"""
+"""The ops with names, types and defaults: thin functions over what the native library registers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
-from torch_ext import _library
-
-_library.load(torch.ops)
-
-from torch_ext import _C  # noqa: E402
-from torch_ext._options import Options, OptionValue, encode_options  # noqa: E402
-from torch_ext._rule_functions import RuleFunction, make_rule  # noqa: E402
-
-_native = torch.ops.torch_ext
+from torch_ext.ops.loader import NATIVE
+from torch_ext.ops.registry import Options, OptionValue, encode_options
 
 
 def fake_quant(
@@ -49,7 +30,7 @@ def fake_quant(
 
     x any floating shape; scale float32 and zero_point int32, [1] or [C] with C = x.size(ch_axis).
     """
-    out: Tensor = _native.fake_quant(
+    out: Tensor = NATIVE.fake_quant(
         x, scale, zero_point, quant_min, quant_max, ch_axis, mask, rounding
     )
     return out
@@ -84,7 +65,7 @@ def lsq(
         RuntimeError: a breach of the above, naming argument and value. On a CUDA device values are
             not looked at: a scale that is not finite gives NaN.
     """
-    return _native.lsq(  # type: ignore[no-any-return]
+    return NATIVE.lsq(  # type: ignore[no-any-return]
         x, scale, zero_point, quant_min, quant_max, ch_axis, use_grad_scaling, batch_axis
     )
 
@@ -97,7 +78,7 @@ def pact(x: Tensor, alpha: Tensor, quant_min: int, quant_max: int) -> Tensor:
     upstream gradients where ``x >= alpha`` less those where ``x <= -alpha``. ``alpha`` float32 [1];
     what is used is ``max(|alpha|, 2^-110)``. There is no hidden weight decay.
     """
-    return _native.pact(x, alpha, quant_min, quant_max)  # type: ignore[no-any-return]
+    return NATIVE.pact(x, alpha, quant_min, quant_max)  # type: ignore[no-any-return]
 
 
 def learned_fake_quant(
@@ -115,7 +96,7 @@ def learned_fake_quant(
 
     A method with one parameter (``pact``) takes ``zero_point`` None and ``ch_axis`` -1.
     """
-    return _native.learned_fake_quant(  # type: ignore[no-any-return]
+    return NATIVE.learned_fake_quant(  # type: ignore[no-any-return]
         x,
         method,
         parameter,
@@ -135,7 +116,7 @@ def observe_(x: Tensor, extrema: Tensor, tally: Tensor, counts: Tensor, ch_axis:
     same bits. Non-finite values are counted in ``tally`` and excluded from the rest.
     Does nothing while a backward pass runs, so activation checkpointing does not count twice.
     """
-    _native.observe_(x, extrema, tally, counts, ch_axis)
+    NATIVE.observe_(x, extrema, tally, counts, ch_axis)
 
 
 def merge_(
@@ -147,7 +128,7 @@ def merge_(
     other_counts: Tensor,
 ) -> None:
     """Adds another statistic of the same shapes, in place: the statistic of both data sets."""
-    _native.merge_(extrema, tally, counts, other_extrema, other_tally, other_counts)
+    NATIVE.merge_(extrema, tally, counts, other_extrema, other_tally, other_counts)
 
 
 def solve(
@@ -164,7 +145,7 @@ def solve(
 ) -> Tensor:
     """The range [C,2] float32 that ``rule`` finds in a statistic; (0,0) where nothing was seen."""
     values = encode_options(rule, options)
-    found: Tensor = _native.solve(
+    found: Tensor = NATIVE.solve(
         rule,
         extrema,
         tally,
@@ -193,15 +174,15 @@ def solve_many(
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Solves a whole list of quantizers in one call, in parallel: ranges, scales, zero points.
 
-    ``options`` holds, per quantizer, a mapping of names to values or the numbers of
-    :func:`encode_options`; without it every rule has its defaults.
+    ``options`` holds, per quantizer, a mapping of names to values, or the values as numbers in the
+    order of the rule's table (a choice as its index); without it every rule has its defaults.
     """
     count = len(rules)
     chosen: Sequence[Options] = [{}] * count if options is None else options
     if len(chosen) != count:
         raise ValueError(f"solve_many: expected options to be {count} entries, got {len(chosen)}")
     flat = [v for r, o in zip(rules, chosen, strict=True) for v in encode_options(r, o)]
-    ranges, scales, zero_points = _native.solve_many(
+    ranges, scales, zero_points = NATIVE.solve_many(
         list(rules),
         list(extrema),
         list(tally),
@@ -231,7 +212,7 @@ def qparams(
     by the width of the grid. ``scale_rule="tvm"`` divides by 2^(bits-1); ``power_of_two`` rounds
     the scale up to 2^k. The range (0,0) gives scale 1. Computed in float64, rounded once.
     """
-    scale, zero_point = _native.qparams(
+    scale, zero_point = NATIVE.qparams(
         range, quant_min, quant_max, symmetric, scale_rule, power_of_two
     )
     return scale, zero_point
@@ -260,11 +241,11 @@ def follow_(
     ``range += averaging_constant * (range of x by the rule - range)``; the range of x itself where
     ``solved`` is still 0, which then becomes 1. Channels without a finite value keep theirs.
     ``averaging_constant=0`` on a solved range does nothing. No synchronisation with the host.
-    ``options``: names and values, or the numbers of :func:`encode_options` (not checked again).
+    ``options``: names and values, or numbers in the order of the rule's table (not checked again).
     """
     if options is None or isinstance(options, Mapping):
         options = encode_options(rule, options or {})
-    _native.follow_(
+    NATIVE.follow_(
         x,
         range,
         scale,
@@ -311,7 +292,7 @@ def follow_fake_quant(
     """
     if options is None or isinstance(options, Mapping):
         options = encode_options(rule, options or {})
-    return _native.follow_fake_quant(  # type: ignore[no-any-return]
+    return NATIVE.follow_fake_quant(  # type: ignore[no-any-return]
         x,
         range,
         scale,
@@ -343,16 +324,5 @@ def kl_threshold(
     ``onnxruntime`` or ``horizon``; ``tvm`` and ``onnxruntime`` take a signed histogram centred
     on 0, where the index counts the bins on one side of the centre.
     """
-    index, threshold = _native.kl_threshold(counts, bin_width, levels, variant)
+    index, threshold = NATIVE.kl_threshold(counts, bin_width, levels, variant)
     return index, threshold
-
-
-def __getattr__(name: str) -> RuleFunction:
-    if name in _C.observers():
-        made = globals()[name] = make_rule(name, getattr(_native, name))
-        return made
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_C.observers()})

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
 
-from torch_ext._options import OptionValue, encode_options, observer_info
+from torch_ext.ops.loader import NATIVE
+from torch_ext.ops.registry import OptionValue, encode_options, observer_info
 from torch_ext.utils.text import joined
 
 
@@ -28,9 +30,11 @@ class RuleFunction(Protocol):
     ) -> Tensor: ...
 
 
-def make_rule(rule: str, op: Callable[..., Tensor]) -> RuleFunction:
-    """The function of a rule, which ``op`` computes, with its options in its signature."""
+@functools.cache
+def rule_function(rule: str) -> RuleFunction:
+    """The function of a rule, with its options in its signature; the same at each call."""
     info = observer_info(rule)
+    op: Callable[..., Tensor] = getattr(NATIVE, rule)
 
     def function(
         x: Tensor,

@@ -11,6 +11,11 @@ OptionValue = float | str
 Options = Mapping[str, OptionValue] | Sequence[float]
 
 
+def rule_names() -> tuple[str, ...]:
+    """The rules, in the registry's order."""
+    return _C.observers()
+
+
 def observer_info(rule: str) -> _C.ObserverInfo:
     """The registry's entry of a rule: kind, statistic, widest grid, options."""
     if not isinstance(rule, str) or rule not in _C.observers():

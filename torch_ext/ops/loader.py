@@ -1,6 +1,7 @@
-"""Finds and loads the two native libraries, once, and explains what is wrong when that fails.
+"""Loads the two native libraries, once, and explains what is wrong when that fails.
 
-Importing this module does it; the package imports it before anything else.
+Importing this module does it; the package imports it before anything else. No other module names
+``torch.ops``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-FOLDER = Path(__file__).resolve().parent
+FOLDER = Path(__file__).resolve().parents[1]  # the package's
 OP_LIBRARY = FOLDER / "libtorch_ext.so"
 _BUILD = "pip install -e . --no-build-isolation"
 
@@ -42,14 +43,15 @@ def _fail(what: str, cause: BaseException | None = None) -> ImportError:
     return ImportError("\n".join(lines))
 
 
-def _registered(registry: Any) -> bool:
-    return hasattr(registry.torch_ext, "observe_")
+def _registered() -> bool:
+    return hasattr(torch.ops.torch_ext, "observe_")
 
 
-def load(registry: Any) -> None:
-    """Imports ``torch_ext._C`` and registers the ops, unless they are registered already.
+def load() -> Any:
+    """Imports ``torch_ext._C``, registers the ops and returns their namespace in ``torch.ops``.
 
-    ``registry`` is Torch's registry of ops, which only ``ops.py`` names.
+    Raises ImportError with versions, places and likely causes where a library is missing, cannot be
+    loaded or was built for another release of torch.
 
     A second copy of the op library would abort the process, so a process that has the ops (an
     application that linked the library) keeps the ones it has.
@@ -63,13 +65,17 @@ def load(registry: Any) -> None:
     if _release(built_for) != _release(torch.__version__):
         raise _fail(f"built for torch {built_for}, but torch {torch.__version__} is running")
 
-    if _registered(registry):
-        return
+    if _registered():
+        return torch.ops.torch_ext
     if not OP_LIBRARY.is_file():
         raise _fail(f"the op library {OP_LIBRARY.name} is missing")
     try:
-        registry.load_library(str(OP_LIBRARY))
+        torch.ops.load_library(str(OP_LIBRARY))  # type: ignore[no-untyped-call]
     except OSError as error:
         raise _fail(f"the op library {OP_LIBRARY.name} cannot be loaded", error) from error
-    if not _registered(registry):
+    if not _registered():
         raise _fail(f"the op library {OP_LIBRARY.name} registered no ops")
+    return torch.ops.torch_ext
+
+
+NATIVE = load()
