@@ -20,11 +20,11 @@ from torch_ext import (
     get_default_qconfig,
     keep_statistics_local,
     load_observer_params,
+    named_quantizers,
     quantization_parameters,
     set_fake_quantize,
     sync_observers,
 )
-from torch_ext._walk import named_quantizers
 
 RATE = 0.25  # averaging constant
 STEPS = 3

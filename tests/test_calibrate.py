@@ -23,9 +23,9 @@ from torch_ext import (
     fake_quantize_states,
     get_default_calib_qconfig,
     get_default_qconfig,
+    named_quantizers,
     set_fake_quantize,
 )
-from torch_ext._walk import named_quantizers
 
 
 @pytest.fixture(autouse=True)

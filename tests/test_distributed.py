@@ -16,8 +16,7 @@ import rank_training as training
 import ranks
 import torch_ext
 from nets import ACTIVATIONS, images, prepared
-from torch_ext import distributed, set_fake_quantize, sync_observers
-from torch_ext._walk import named_quantizers
+from torch_ext import distributed, named_quantizers, set_fake_quantize, sync_observers
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ from torch_ext import FakeQuantize, QuantizationWarning, save_observer_params, s
 from torch_ext._params import FIELDS, Params, quantizer_of, spec_of
 from torch_ext._resume import Progress, read_progress, write_progress
 from torch_ext.params import read_observer_params
-from torch_ext.state import solve_observers
+from torch_ext.quantizers.solve import solve_observers
 
 PARAMS, CHECKPOINTS = 7000, 3000
 GENERAL = {

@@ -26,9 +26,9 @@ from torch_ext import (
     FakeQuantize,
     get_default_qconfig,
     load_observer_params,
+    named_quantizers,
     save_observer_params,
 )
-from torch_ext._walk import named_quantizers
 
 
 @pytest.fixture(autouse=True)

@@ -180,7 +180,7 @@ def test_data_is_measured_as_it_passes(tmp_path: Path) -> None:
     net = calibrated(get_default_qconfig(activation_qkwargs={"dtype": "int4"}))
     batches = [images(3, seed=5), images(2, seed=6)]
     passed: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in ACTIVATIONS}
-    quantizers = torch_ext._walk.named_quantizers(net)
+    quantizers = torch_ext.quantizers.find.named_quantizers(net)
     handles = [
         quantizers[name].register_forward_hook(
             lambda module, args, out, name=name: passed[name].append((args[0], out))

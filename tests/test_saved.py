@@ -20,12 +20,12 @@ from torch_ext import (
     get_default_qconfig,
     load_observer_params,
     merge_observer_params,
+    named_quantizers,
     read_quantizers,
     resolve,
     save_observer_params,
     set_fake_quantize,
 )
-from torch_ext._walk import named_quantizers
 
 RULES = torch_ext.observers()
 METHODS = torch_ext.fake_quants()

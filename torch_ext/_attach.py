@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
-from torch_ext._inputs import INPUTS, InputQuantizers
+from torch_ext._inputs import InputQuantizers
 from torch_ext._targets import is_float_functional
-from torch_ext.fake_quant import FakeQuantize
+from torch_ext.quantizers.fake_quantize import FakeQuantize
+from torch_ext.quantizers.find import INPUTS
 
 OUTPUT = "activation_quantizer"
 SUFFIX = "_quantizer"  # of every quantizer that is a child, less a number

@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torch_ext.fake_quant import FakeQuantize
+from torch_ext.quantizers.fake_quantize import FakeQuantize
+from torch_ext.quantizers.find import INPUTS
 
-INPUTS = "input_quantizers"
 _NOT_TENSORS = (int, float, bool, str, "int", "float", "bool", "str")
 
 

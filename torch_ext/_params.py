@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_ext._grid import dtype_name, parse_grid
-from torch_ext.fake_quant import FakeQuantize
-from torch_ext.learned import LearnedFakeQuantize
 from torch_ext.ops.registry import observer_info
+from torch_ext.quantizers.fake_quantize import FakeQuantize
+from torch_ext.quantizers.grid import dtype_name, parse_grid
+from torch_ext.quantizers.learned import LearnedFakeQuantize
 from torch_ext.utils.text import joined
 
 # Field -> dtype and shape; C is the number of channels, None any size.

@@ -27,8 +27,8 @@ from torch_ext._report_measure import (
     rule_lines,
     weight_sample,
 )
-from torch_ext.fake_quant import FakeQuantize
-from torch_ext.observer import Observer
+from torch_ext.quantizers.fake_quantize import FakeQuantize
+from torch_ext.quantizers.observer import Observer
 
 # Rules are compared, and errors drawn, on at most so many channels, evenly spread.
 _CHANNELS = 16

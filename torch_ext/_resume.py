@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torch_ext._files import FileError, PathLike, read_tensors, write_tensors
 from torch_ext._params import FIELDS, STATISTIC, check_shapes, check_statistic, spec_of
-from torch_ext.fake_quant import FakeQuantize
+from torch_ext.quantizers.fake_quantize import FakeQuantize
 
 _KIND = "calibration"
 _VERSION = 1

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from torch_ext._files import PathLike, discard_partials
-from torch_ext._guards import restored_on_error, watched
 from torch_ext._resume import Progress, read_progress, write_progress
-from torch_ext._states import FakeQuantState, parse_state
-from torch_ext._walk import require_quantizers
-from torch_ext.fake_quant import FakeQuantize
-from torch_ext.state import set_fake_quantize
+from torch_ext.quantizers.fake_quantize import FakeQuantize
+from torch_ext.quantizers.find import PreparedModel
+from torch_ext.quantizers.restore import restored_on_error, watched
+from torch_ext.quantizers.set_state import change_states
+from torch_ext.quantizers.state_table import FakeQuantState, parse_state
 from torch_ext.utils.batches import (
     Forward,
     default_forward,
@@ -112,7 +112,7 @@ def calibrate(
         state: the state to leave in.
         allow_unobserved: as in ``set_fake_quantize``.
     """
-    quantizers = require_quantizers(_WHO, model)
+    quantizers = PreparedModel(_WHO, model).quantizers
     target = parse_state(_WHO, state)
     _check_count("limit", limit)
     _check_count("every", every)
@@ -137,7 +137,7 @@ def calibrate(
                     run.save(checkpoint, batch)
         run.finish()
         if target is not FakeQuantState.CALIBRATION:
-            set_fake_quantize(model, target, allow_unobserved=allow_unobserved)
+            change_states(_WHO, model, target, allow_unobserved=allow_unobserved)
     if checkpoint is not None:
         Path(checkpoint).unlink(missing_ok=True)
     summary = _summaries(quantizers)

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from torch_ext._attach import attached
-from torch_ext._grid import dtype_name
-from torch_ext._inputs import INPUTS
-from torch_ext._walk import named_quantizers, unwrap
-from torch_ext.fake_quant import FakeQuantize
+from torch_ext.quantizers.fake_quantize import FakeQuantize
+from torch_ext.quantizers.find import named_quantizers, role_of, unwrap
+from torch_ext.quantizers.grid import dtype_name
 from torch_ext.utils.text import text_table
 
 _HEADER = ("quantizer", "of", "method", "observer", "grid", "state", "scale")
@@ -62,13 +61,6 @@ def describe(model: nn.Module) -> Description:
         left.append((name, type(module).__name__))
     rows = tuple(_row(name, quantizer) for name, quantizer in quantizers.items())
     return Description(rows, tuple(left))
-
-
-def role_of(name: str, quantizer: FakeQuantize) -> str:
-    """What a quantizer is of: ``"input"`` of the model, ``"output"`` or ``"weight"``."""
-    if quantizer.transient:
-        return "weight"
-    return "input" if INPUTS in name.split(".") else "output"
 
 
 def _row(name: str, quantizer: FakeQuantize) -> QuantizerRow:

@@ -13,10 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch_ext import ops
 from torch_ext._params import spec_of
 from torch_ext._ranks import Ranks
-from torch_ext._states import ACCUMULATE, FOLLOW
-from torch_ext._walk import require_quantizers
-from torch_ext.fake_quant import FakeQuantize
-from torch_ext.observer import Observer
+from torch_ext.quantizers.fake_quantize import FakeQuantize
+from torch_ext.quantizers.find import PreparedModel
+from torch_ext.quantizers.observer import Observer
+from torch_ext.quantizers.state_table import ACCUMULATE, FOLLOW
 from torch_ext.utils.text import shown
 
 _WHO = "sync_observers"
@@ -63,7 +63,7 @@ def sync_observers(model: nn.Module, group: dist.ProcessGroup | None = None) -> 
     facts: dict[str, dict[str, Any]] = {}
     problem = None
     try:
-        found = _with_data_of_this_rank(require_quantizers(_WHO, model))
+        found = _with_data_of_this_rank(PreparedModel(_WHO, model).quantizers)
         facts = {name: _facts(ranks, quantizer) for name, quantizer in found.items()}
         _check(model, found)
     except Exception as error:  # the others wait: they are told before it is raised
@@ -93,7 +93,7 @@ def keep_statistics_local(model: M) -> M:
     Ranges, scales and all that is no statistic are broadcast as before. Returns the model.
     """
     who = "keep_statistics_local"
-    require_quantizers(who, model)
+    PreparedModel(who, model)  # raises for a model without quantizers
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise ValueError(
             f"{who}: expected a model that is not wrapped yet, got one inside "

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
-from torch_ext._walk import check_model, named_quantizers
+from torch_ext.quantizers.find import check_model, named_quantizers
 from torch_ext.utils.modes import eval_mode, forked_rng
 
 _WHO = "fuse"

@@ -21,9 +21,11 @@ from torch_ext._params import (
     params_from,
     params_of,
 )
-from torch_ext._walk import check_model, require_quantizers
-from torch_ext.checkpoint import float_state_dict, load_float_state_dict
-from torch_ext.fake_quant import FakeQuantize, Solution
+from torch_ext.quantizers.fake_quantize import FakeQuantize
+from torch_ext.quantizers.find import PreparedModel
+from torch_ext.quantizers.float_state_dict import float_state_dict, load_float_state_dict
+from torch_ext.quantizers.solve import Solution
+from torch_ext.utils.arguments import bounded
 
 _WHO = "load_observer_params"
 _KIND = "observer_params"
@@ -100,17 +102,19 @@ def load_observer_params(
         strict: refuse missing, unexpected and mismatched quantizers; nothing is changed then.
         verbose: print the loaded names as well.
     """
-    target = require_quantizers(_WHO, to_model)
+    target = PreparedModel(_WHO, to_model, "to_model").quantizers
     if isinstance(from_model, nn.Module):
         label = type(from_model).__name__
-        found = require_quantizers(_WHO, from_model)
-        source = {name: params_of(quantizer) for name, quantizer in found.items()}
+        quantizers = PreparedModel(_WHO, from_model, "from_model").quantizers
+        source = {name: params_of(quantizer) for name, quantizer in quantizers.items()}
     elif isinstance(from_model, (str, os.PathLike)):
         label, source = os.fspath(from_model), read_observer_params(from_model)
         if weights:
             raise ValueError(f"{_WHO}: expected weights=False with a file, which holds none")
     else:
-        raise TypeError(f"{_WHO}: expected from_model to be a model or a file, got {from_model!r}")
+        raise TypeError(
+            f"{_WHO}: expected from_model to be a model or a file, got {bounded(from_model)}"
+        )
     if not any(params.solved for params in source.values()):
         raise ValueError(
             f"{_WHO}: {label} has no ranges to load; if it is in CALIBRATION, leave that first"
@@ -237,9 +241,8 @@ def save_observer_params(model: nn.Module, path: PathLike) -> None:
     say) are refused.
     """
     who = "save_observer_params"
-    check_model(who, model)
-    found = require_quantizers(who, model)
-    write_params(who, {name: params_of(quantizer) for name, quantizer in found.items()}, path)
+    quantizers = PreparedModel(who, model).quantizers
+    write_params(who, {name: params_of(quantizer) for name, quantizer in quantizers.items()}, path)
 
 
 def write_params(who: str, found: Mapping[str, Params], path: PathLike) -> None:

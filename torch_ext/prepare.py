@@ -14,14 +14,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch_ext import _attach, _inputs, _rewrite
 from torch_ext._capture import bound, capture
 from torch_ext._configs import Configs, Mapped
-from torch_ext._fold import FoldedWeight
 from torch_ext._sites import Names, Placement, Site
 from torch_ext._targets import OUTPUT_ONLY, Target, skips_output, target_of
-from torch_ext._walk import check_model
 from torch_ext.describe import describe
-from torch_ext.fake_quant import FakeQuantize
 from torch_ext.fuse import foldable_norms
 from torch_ext.qconfig import Factory, QConfig
+from torch_ext.quantizers.fake_quantize import FakeQuantize
+from torch_ext.quantizers.find import INPUTS, check_model
+from torch_ext.quantizers.folded_weight import FoldedWeight
 
 _WHO = "prepare_qat"
 M = TypeVar("M", bound=nn.Module)
@@ -204,9 +204,9 @@ class _Plan:
         host_name, host = _inputs.input_host(_WHO, self.root)
         if host is not self.root:  # its own argument, as it is without example_inputs
             argument = next(iter(_inputs.input_arguments(host)), argument)
-        _attach.check_free(_WHO, host_name, host, _inputs.INPUTS)
+        _attach.check_free(_WHO, host_name, host, INPUTS)
         key = _inputs.key_for(argument)
-        where = f"{host_name}.{_inputs.INPUTS}.{key}".strip(".")
+        where = f"{host_name}.{INPUTS}.{key}".strip(".")
         if not self.inputs:
             self.steps.append(lambda: _inputs.add_inputs(host, self.inputs))
         self.inputs[argument] = self._build(where, factory, self._device(host))
@@ -217,11 +217,11 @@ class _Plan:
         if config is None or config.activation is None:
             return
         host_name, host = _inputs.input_host(_WHO, self.root)
-        _attach.check_free(_WHO, host_name, host, _inputs.INPUTS)
+        _attach.check_free(_WHO, host_name, host, INPUTS)
         device = self._device(host)
         quantizers = {}
         for argument in _inputs.input_arguments(host):
-            where = f"{host_name}.{_inputs.INPUTS}.{argument}".strip(".")
+            where = f"{host_name}.{INPUTS}.{argument}".strip(".")
             quantizers[argument] = self._build(where, config.activation, device)
             quantizers[argument].optional = True
         if quantizers:

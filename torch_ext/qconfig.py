@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from torch_ext.fake_quant import KEYS, FakeQuantize
-from torch_ext.observer import check_keys
 from torch_ext.ops.registry import fake_quant_info, observer_info
+from torch_ext.quantizers.fake_quantize import KEYS, FakeQuantize
+from torch_ext.quantizers.observer import check_keys
 
 Factory = Callable[..., FakeQuantize]
 

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from torch_ext._walk import require_quantizers
-from torch_ext.fake_quant import FakeQuantize
-from torch_ext.observer import Observer
 from torch_ext.ops.registry import OptionValue, observer_info
-from torch_ext.state import Pattern, select, solve
+from torch_ext.quantizers.fake_quantize import FakeQuantize
+from torch_ext.quantizers.find import Pattern, PreparedModel
+from torch_ext.quantizers.observer import Observer
+from torch_ext.quantizers.solve import solve_quantizers
 from torch_ext.utils.text import joined, shown
 
 _WHO = "resolve"
@@ -39,10 +39,13 @@ def resolve(
     those with a given scale (``fixed_scale``) in the qconfig, are left as they are.
     Refused: nothing changes.
     """
-    _apply(model, plan(model, activation_observer, weight_observer, pattern, **options))
+    prepared = PreparedModel(_WHO, model)
+    _apply(
+        prepared, plan_resolve(prepared, activation_observer, weight_observer, pattern, **options)
+    )
 
 
-class Plan(NamedTuple):
+class ResolvePlan(NamedTuple):
     """What a call of :func:`resolve` would do, checked; by name of the quantizer."""
 
     chosen: dict[str, FakeQuantize]
@@ -50,21 +53,21 @@ class Plan(NamedTuple):
     settings: dict[str, dict[str, Any]]
 
 
-def plan(
-    model: nn.Module,
+def plan_resolve(
+    prepared: PreparedModel,
     activation_observer: str | None = None,
     weight_observer: str | None = None,
     pattern: Pattern | None = None,
     **options: OptionValue,
-) -> Plan:
+) -> ResolvePlan:
     """Raises what :func:`resolve` would refuse; changes nothing."""
-    found = select(_WHO, require_quantizers(_WHO, model), pattern)
+    selected = prepared.select(pattern)
     wanted = {False: activation_observer, True: weight_observer}
     if activation_observer is None and weight_observer is None:
         sides = {False, True}
     else:
         sides = {side for side, rule in wanted.items() if rule is not None}
-    chosen = {name: q for name, q in found.items() if q.transient in sides and _has_data(q)}
+    chosen = {name: q for name, q in selected.items() if q.transient in sides and _has_data(q)}
     if not chosen:
         raise ValueError(f"{_WHO}: expected quantizers that saw data, found none; calibrate first")
 
@@ -78,7 +81,7 @@ def plan(
                 f"known: {joined(known)}"
             )
     _check(chosen, rules, settings)
-    return Plan(chosen, rules, settings)
+    return ResolvePlan(chosen, rules, settings)
 
 
 def _has_data(quantizer: FakeQuantize) -> bool:
@@ -121,20 +124,20 @@ def _check(
             raise type(error)(f"{_WHO}: {name}: {error}") from error
 
 
-def _apply(model: nn.Module, made: Plan) -> None:
+def _apply(prepared: PreparedModel, plan: ResolvePlan) -> None:
     before: dict[Observer, tuple[str, dict[str, OptionValue]]] = {
-        q.observer: (q.observer.name, q.observer.options) for q in made.chosen.values()
+        q.observer: (q.observer.name, q.observer.options) for q in plan.chosen.values()
     }
     try:
-        for name, quantizer in made.chosen.items():
-            quantizer.observer.set_rule(made.rules[name], **made.settings[name])
-        solved = solve(model, made.chosen)
-        if solved.unobserved:
-            names = shown([f"{name} ({why})" for name, why in solved.unobserved.items()])
+        for name, quantizer in plan.chosen.items():
+            quantizer.observer.set_rule(plan.rules[name], **plan.settings[name])
+        solutions = solve_quantizers(plan.chosen, prepared.read_weight)
+        if solutions.unobserved:
+            names = shown([f"{name} ({why})" for name, why in solutions.unobserved.items()])
             raise RuntimeError(f"{_WHO}: nothing to solve from: {names}")
     except BaseException:
         for observer, (rule, options) in before.items():
             observer.set_rule(rule, **options)
         raise
     with torch.no_grad():
-        solved.commit()
+        solutions.commit()

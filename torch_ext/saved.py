@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from torch_ext._files import FileError, PathLike
 from torch_ext._params import STATISTIC, Params, quantizer_of, spec_of, tensors_of
-from torch_ext._states import FakeQuantState
-from torch_ext._walk import named_quantizers
-from torch_ext.fake_quant import FakeQuantize, Solution
 from torch_ext.params import read_observer_params, save_observer_params
-from torch_ext.state import solve_observers
+from torch_ext.quantizers.fake_quantize import FakeQuantize
+from torch_ext.quantizers.find import named_quantizers
+from torch_ext.quantizers.solve import Solution, solve_observers
+from torch_ext.quantizers.state_table import FakeQuantState
 from torch_ext.utils.progress import progress_bar
 
 _WHO = "merge_observer_params"
@@ -148,7 +148,8 @@ def _saw_data(quantizer: FakeQuantize) -> bool:
 
 @torch.no_grad()
 def _solve(chosen: Mapping[str, FakeQuantize]) -> None:
-    for name, solution in solve_observers(chosen).items():
+    observers = {name: quantizer.observer for name, quantizer in chosen.items()}
+    for name, solution in solve_observers(observers).items():
         chosen[name].take_(solution)
 
 

@@ -8,16 +8,28 @@ from typing import Any
 
 from torch import Tensor, nn
 
+_MOST = 200  # characters of a value in a message
+
+
+def bounded(value: object) -> str:
+    """A value for a message: its ``repr``, cut; of tensors and modules the kind alone."""
+    if isinstance(value, Tensor):
+        return f"a tensor {value.dtype} of shape {list(value.shape)}"
+    if isinstance(value, nn.Module):
+        return f"a {type(value).__name__}"
+    text = repr(value)
+    return text if len(text) <= _MOST else f"{text[:_MOST]}... ({type(value).__name__})"
+
 
 def parse_flag(who: str, name: str, value: object) -> bool:
     if not isinstance(value, bool):
-        raise TypeError(f"{who}: expected {name} to be True or False, got {value!r}")
+        raise TypeError(f"{who}: expected {name} to be True or False, got {bounded(value)}")
     return value
 
 
 def parse_integer(who: str, name: str, value: object, low: int, high: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{who}: expected {name} to be an integer, got {value!r}")
+        raise TypeError(f"{who}: expected {name} to be an integer, got {bounded(value)}")
     if not low <= value <= high:
         raise ValueError(f"{who}: expected {name} to be between {low} and {high}, got {value}")
     return value
@@ -36,7 +48,7 @@ def bound_arguments(who: str, model: nn.Module, example_inputs: Any) -> dict[str
     else:
         raise TypeError(
             f"{who}: expected example_inputs to be a tensor, a tuple of arguments or a mapping of "
-            f"keyword arguments, got {example_inputs!r}"
+            f"keyword arguments, got {bounded(example_inputs)}"
         )
     try:
         return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)

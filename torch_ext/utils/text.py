@@ -1,4 +1,4 @@
-"""Plain text tables."""
+"""Text for messages and tables."""
 
 from __future__ import annotations
 
@@ -21,8 +21,19 @@ def joined(names: Iterable[str]) -> str:
     return ", ".join(names) or "none"
 
 
-def shown(names: Mapping[str, object] | list[str], limit: int = 20) -> str:
-    """Names for an error message; quantizers at the root have an empty one."""
-    listed = [name or "(the model itself)" for name in names]
+def label_of(name: str) -> str:
+    """A module's name for a message; that of the root is empty."""
+    return name or "(the model itself)"
+
+
+def span(values: Sequence[float]) -> str:
+    """One number, or the least and the greatest."""
+    low, high = min(values), max(values)
+    return f"{low:.6g}" if low == high else f"{low:.6g} to {high:.6g}"
+
+
+def shown(names: Mapping[str, object] | Sequence[str], limit: int = 20) -> str:
+    """Names for a message, the first ``limit`` of them."""
+    listed = [label_of(name) for name in names]
     more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
     return ", ".join(listed[:limit]) + more

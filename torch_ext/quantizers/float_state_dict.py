@@ -1,4 +1,4 @@
-"""Float checkpoints and prepared models.
+"""Float state dicts and prepared models.
 
 A prepared model keeps the float weight ``conv.weight`` as ``conv.parametrizations.weight.original``
 and has quantizers that a float checkpoint knows nothing of. These functions speak the float
@@ -14,9 +14,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from torch_ext._fold import FoldedWeight
-from torch_ext._walk import check_model, named_quantizers, parametrizations
-from torch_ext.fake_quant import FakeQuantize
+from torch_ext.quantizers.fake_quantize import FakeQuantize
+from torch_ext.quantizers.find import check_model, named_quantizers, parametrizations
+from torch_ext.quantizers.folded_weight import FoldedWeight
 
 
 def float_keys(model: nn.Module) -> dict[str, str]:

@@ -9,17 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from torch_ext import _C, ops
-from torch_ext._states import DIFFERENTIATE, FOLLOW, FakeQuantState
-from torch_ext._walk import require_quantizers
-from torch_ext.fake_quant import FakeQuantize, Solution
 from torch_ext.ops.registry import fake_quant_info
+from torch_ext.quantizers.fake_quantize import FakeQuantize
+from torch_ext.quantizers.find import PreparedModel
+from torch_ext.quantizers.solve import Solution
+from torch_ext.quantizers.state_table import DIFFERENTIATE, FOLLOW, QUANTIZE, FakeQuantState
 from torch_ext.utils.arguments import parse_flag
+from torch_ext.utils.text import joined, label_of
 
 # The rule whose scale an uncalibrated method starts from.
 _START = "mean_abs"
 
 
-class LearnedFakeQuantize(FakeQuantize):
+class LearnedFakeQuantize(FakeQuantize, learns=True):
     """A :class:`FakeQuantize` whose range is learned by gradient; ``FakeQuantize("lsq")`` is one.
 
     ============  ==================================================================================
@@ -47,6 +49,12 @@ class LearnedFakeQuantize(FakeQuantize):
         self.use_grad_scaling = parse_flag(self._who, "use_grad_scaling", use_grad_scaling)
         self.learn_zero_point = parse_flag(self._who, "learn_zero_point", learn_zero_point)
         info = fake_quant_info(self.method)
+        if not info["learned"]:
+            known = [method for method in _C.fake_quants() if fake_quant_info(method)["learned"]]
+            raise ValueError(
+                f"{type(self).__name__}: expected method to be one of {joined(known)}, got "
+                f'"{self.method}", which learns no range'
+            )
         self._parameter = info["parameter"]
         self._per_channel = info["per_channel"]
         self._start_value = info["start"]
@@ -112,11 +120,6 @@ class LearnedFakeQuantize(FakeQuantize):
         """Whether the first batch in QAT sets the parameter, unless a calibration has."""
         return not self._start_value
 
-    @property
-    def sharded(self) -> bool:
-        """Whether FSDP2 left this rank a part of the parameter."""
-        return hasattr(self._parameters[self._parameter], "full_tensor")
-
     # Read, the same names say for every method what it quantizes with.
     @property
     def scale(self) -> Tensor:  # type: ignore[override]
@@ -170,6 +173,21 @@ class LearnedFakeQuantize(FakeQuantize):
                     f"channel {bad}: the optimizer left the range of float32; lower the learning "
                     "rate of quantization_parameters, or clip gradients"
                 )
+
+    def check_enters(self, who: str, name: str, state: FakeQuantState) -> None:
+        if state.value in QUANTIZE:
+            self.check_finite()
+        if state.value in FOLLOW and self._would_start_on_a_shard():
+            raise RuntimeError(
+                f"{who}: expected quantizers to have a range before fully_shard, got none for "
+                f"{label_of(name)}: a first batch would set the scale of one rank's shard alone; "
+                "calibrate or load_observer_params first"
+            )
+
+    def _would_start_on_a_shard(self) -> bool:
+        """Whether FSDP2 left this rank a part of the parameter that the next batch would set."""
+        sharded = hasattr(self._parameters[self._parameter], "full_tensor")
+        return self.starts_from_data and sharded and not bool(self.solved)
 
     def enter(self, state: FakeQuantState, *, pass_through: bool = False) -> None:
         super().enter(state, pass_through=pass_through)
@@ -260,9 +278,6 @@ class LearnedFakeQuantize(FakeQuantize):
         return ", ".join(words)
 
 
-FakeQuantize.learning = LearnedFakeQuantize
-
-
 def _whole(parameter: Any) -> Tensor:
     """All channels, also where FSDP2 left this rank a shard of them (a DTensor)."""
     value: Tensor = parameter.detach()
@@ -277,26 +292,34 @@ def _write(parameter: Any, value: Tensor) -> None:
     parameter.detach().copy_(value)
 
 
-def quantization_parameters(model: nn.Module, complement: bool = False) -> list[nn.Parameter]:
-    """The learned parameters of the model's quantizers, or all others, each once.
+def quantization_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """What the model's quantizers learn, each parameter once: scales, offsets, clipping levels.
 
     Scales want another learning rate than weights, and no weight decay, which would shrink the
     range of what is quantized::
 
         torch.optim.SGD([
             {"params": quantization_parameters(model), "lr": 1e-3, "weight_decay": 0.0},
-            {"params": quantization_parameters(model, complement=True)},
+            {"params": float_parameters(model)},
         ], lr=1e-2, weight_decay=1e-4)
 
-    Args:
-        complement: give the parameters that are not of quantizers.
+    With methods that learn nothing (``fake_quant``) the list is empty.
 
-    Raises ValueError where the model has no quantizers. With methods that learn nothing
-    (``fake_quant``) the list is empty.
+    Raises TypeError for what is no module, ValueError where the model has no quantizers.
     """
-    found = require_quantizers("quantization_parameters", model)
-    own = [p for q in found.values() if isinstance(q, LearnedFakeQuantize) for p in q.parameters()]
-    if not complement:
-        return own
-    inside = {id(p) for p in own}
-    return [p for p in model.parameters() if id(p) not in inside]
+    return _learned_parameters("quantization_parameters", model)
+
+
+def float_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """All parameters but those of :func:`quantization_parameters`, each once.
+
+    Raises TypeError for what is no module, ValueError where the model has no quantizers.
+    """
+    learned = {id(parameter) for parameter in _learned_parameters("float_parameters", model)}
+    return [parameter for parameter in model.parameters() if id(parameter) not in learned]
+
+
+def _learned_parameters(who: str, model: nn.Module) -> list[nn.Parameter]:
+    quantizers = PreparedModel(who, model).quantizers.values()
+    learned = (q for q in quantizers if isinstance(q, LearnedFakeQuantize))
+    return [parameter for quantizer in learned for parameter in quantizer.parameters()]

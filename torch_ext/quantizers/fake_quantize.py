@@ -2,45 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from torch_ext import ops
-from torch_ext._states import ACCUMULATE, CHANGES, FOLLOW, QUANTIZE, FakeQuantState, parse_state
-from torch_ext.observer import KEYS as OBSERVER_KEYS
-from torch_ext.observer import Observer, TensorMap, check_keys, keep_dtype
 from torch_ext.ops.registry import fake_quant_info, observer_info
+from torch_ext.quantizers.observer import KEYS as OBSERVER_KEYS
+from torch_ext.quantizers.observer import Observer, TensorMap, check_keys, keep_dtype
+from torch_ext.quantizers.solve import Solution, WeightSolution
+from torch_ext.quantizers.state_table import (
+    ACCUMULATE,
+    CHANGES,
+    FOLLOW,
+    QUANTIZE,
+    FakeQuantState,
+    parse_state,
+)
+from torch_ext.quantizers.transition import change_state
 from torch_ext.utils.arguments import parse_flag
+from torch_ext.utils.text import span
 
-
-class Solution(NamedTuple):
-    """A range [C,2] with the parameters that quantize to it, not yet in a quantizer."""
-
-    range: Tensor
-    scale: Tensor
-    zero_point: Tensor
-
-    @classmethod
-    def nothing(cls, channels: int, device: torch.device) -> Solution:
-        """Of data that is all zero: the range (0,0), scale 1."""
-        return cls(
-            torch.zeros(channels, 2, dtype=torch.float32, device=device),
-            torch.ones(channels, dtype=torch.float32, device=device),
-            torch.zeros(channels, dtype=torch.int32, device=device),
-        )
-
-
-class WeightSolution(NamedTuple):
-    """What a weight gives, and its statistic; ``solution`` is None without a finite value."""
-
-    solution: Solution | None
-    extrema: Tensor
-    tally: Tensor
+# The class to make, by whether the method learns its range, where it is not FakeQuantize itself.
+_CLASSES: dict[bool, type[FakeQuantize]] = {}
 
 
 class FakeQuantize(nn.Module):
@@ -69,19 +58,21 @@ class FakeQuantize(nn.Module):
 
     _version = 1
 
-    # Set by the modules that import this one: the class of methods that learn, by `learned`, and
-    # what solves and checks before a state changes, by `state`.
-    learning: ClassVar[type[FakeQuantize]]
-    set_state: ClassVar[Callable[[nn.Module, FakeQuantState], None]]
-
     range: Tensor
     scale: Tensor
     zero_point: Tensor
     solved: Tensor
 
+    def __init_subclass__(cls, learns: bool = False, **keys: Any) -> None:
+        """A subclass with ``learns=True`` is made for the methods that learn their range."""
+        super().__init_subclass__(**keys)
+        if learns:
+            _CLASSES[True] = cls
+
     def __new__(cls, method: str = "fake_quant", *args: Any, **keys: Any) -> FakeQuantize:
-        learned = cls is FakeQuantize and fake_quant_info(method)["learned"]
-        return super().__new__(cls.learning if learned else cls)
+        if cls is FakeQuantize:
+            return super().__new__(_CLASSES.get(fake_quant_info(method)["learned"], cls))
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -116,6 +107,11 @@ class FakeQuantize(nn.Module):
     ) -> None:
         """Registers what holds the range and its parameters."""
         who = f"FakeQuantize({self.method})"
+        if fake_quant_info(self.method)["learned"]:
+            raise ValueError(
+                f"{type(self).__name__}: expected method to be one that learns no range, got "
+                f'"{self.method}"; derive the class from LearnedFakeQuantize'
+            )
         if not parse_flag(who, "use_grad_scaling", use_grad_scaling):
             raise ValueError(f"{who}: expected use_grad_scaling to be True, got False: no gradient")
         if parse_flag(who, "learn_zero_point", learn_zero_point):
@@ -133,7 +129,9 @@ class FakeQuantize(nn.Module):
 
     @state.setter
     def state(self, state: FakeQuantState | str) -> None:
-        type(self).set_state(self, parse_state("FakeQuantize.state", state))
+        who = "FakeQuantize.state"
+        # As set_fake_quantize does for a model. The weight of a model is out of sight here.
+        change_state(who, {self.label: self}, parse_state(who, state), lambda _: None)
 
     @property
     def transient(self) -> bool:
@@ -141,9 +139,17 @@ class FakeQuantize(nn.Module):
         return self.observer.transient
 
     @property
+    def quantizes(self) -> bool:
+        """Whether it quantizes what passes through it now."""
+        return self._action in QUANTIZE
+
+    @property
     def passes_through(self) -> bool:
         """Whether it lets values pass in VALIDATION, for want of a range."""
         return self._state is FakeQuantState.VALIDATION and self._action != self._state.value
+
+    def check_enters(self, who: str, name: str, state: FakeQuantState) -> None:
+        """Raises what makes a state impossible, whatever was observed; ``name``: in the model."""
 
     def enter(self, state: FakeQuantState, *, pass_through: bool = False) -> None:
         """Sets the state without solving or checking; ``set_fake_quantize`` does both first."""
@@ -165,6 +171,15 @@ class FakeQuantize(nn.Module):
         if action not in QUANTIZE:
             return x
         return self._quantize(x, action)
+
+    @contextlib.contextmanager
+    def replaced(self, quantize: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Within, ``quantize`` takes the place of quantizing: what an export traces."""
+        self.__dict__["_quantize"] = lambda x, action: quantize(x)
+        try:
+            yield
+        finally:
+            del self.__dict__["_quantize"]
 
     def _quantize(self, x: Tensor, action: str) -> Tensor:
         observer = self.observer
@@ -285,7 +300,22 @@ class FakeQuantize(nn.Module):
         words.append(f"averaging_constant={self.averaging_constant}")
         words += ["optional"] if self.optional else []
         words += ["passes through"] if self.passes_through else []
+        words += [self.range_text()]
         return ", ".join(words)
+
+    def range_text(self) -> str:
+        """The range and the scale in words; over channels the ends of all."""
+        with contextlib.suppress(RuntimeError):  # on a device or in a trace without values
+            if not bool(self.solved):
+                return "not solved"
+            try:
+                low, high = self.range.unbind(1)
+                scale = self.calculate_qparams()[0].tolist()
+            except ValueError:  # an optimizer left the numbers
+                return "range not finite"
+            channels = f" ({len(scale)} channels)" if len(scale) > 1 else ""
+            return f"range=[{low.min():.6g}, {high.max():.6g}], scale={span(scale)}{channels}"
+        return "no values"
 
 
 def _parse_constant(value: object) -> float:

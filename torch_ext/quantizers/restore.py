@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Mapping
 
 from torch import nn
 
-from torch_ext._states import FakeQuantState
-from torch_ext._walk import named_quantizers
-from torch_ext.fake_quant import FakeQuantize
+from torch_ext.quantizers.fake_quantize import FakeQuantize
+from torch_ext.quantizers.find import named_quantizers
+from torch_ext.quantizers.state_table import FakeQuantState
 from torch_ext.utils.text import shown
 
 

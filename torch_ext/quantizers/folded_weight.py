@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from torch_ext._states import QUANTIZE
-from torch_ext.fake_quant import FakeQuantize
+from torch_ext.quantizers.fake_quantize import FakeQuantize
 
 
 class FoldedWeight(nn.Module):
@@ -29,7 +28,7 @@ class FoldedWeight(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         # Where nothing is quantized, the weight stays the same to the last bit.
-        return self.scaled(weight) if self._links[0]._action in QUANTIZE else weight
+        return self.scaled(weight) if self._links[0].quantizes else weight
 
     def scaled(self, weight: Tensor) -> Tensor:
         norm = self._links[1]
