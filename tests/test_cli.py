@@ -19,7 +19,7 @@ from cli import BATCHES, Run, calibrated, rows, runner, write_files
 from nets import ACTIVATIONS, WEIGHTS
 from torch_ext import _C, FakeQuantize, named_quantizers, resolve, save_observer_params
 from torch_ext.__main__ import main
-from torch_ext.params import read_observer_params
+from torch_ext.files.observer_params import read_observer_params
 
 RULES = torch_ext.observers()
 COMMANDS = ("info", "show", "solve", "compare", "merge", "convert", "report")

@@ -109,7 +109,7 @@ class TestFiles:
                     made.close()
                 return made
 
-            monkeypatch.setattr("torch_ext._files.open", broken, raising=False)
+            monkeypatch.setattr("torch_ext.files.storage.open", broken, raising=False)
         else:
             monkeypatch.setattr(os, moment, fail)
         with pytest.raises((OSError, ValueError)):

@@ -6,9 +6,12 @@ from torch_ext._C import build_info, fake_quants, observers
 from torch_ext.calibrate import CalibrationSummary, calibrate
 from torch_ext.describe import describe
 from torch_ext.distributed import keep_statistics_local, sync_observers
+from torch_ext.files.load_observer_params import LoadReport, load_observer_params
+from torch_ext.files.merge import MergeReport, merge_observer_params
+from torch_ext.files.observer_params import save_observer_params
+from torch_ext.files.saved_quantizers import SavedQuantizers, read_quantizers
 from torch_ext.fuse import fuse
 from torch_ext.modules import Add, Cat, MatMul, Mul, QuantStub
-from torch_ext.params import LoadReport, load_observer_params, save_observer_params
 from torch_ext.prepare import prepare_qat
 from torch_ext.qconfig import QConfig, get_default_calib_qconfig, get_default_qconfig
 from torch_ext.quantizers.fake_quantize import FakeQuantize
@@ -29,7 +32,6 @@ from torch_ext.quantizers.state_table import FakeQuantState
 from torch_ext.quantizers.transition import QuantizationWarning
 from torch_ext.report import ReportSummary, report
 from torch_ext.resolve import resolve
-from torch_ext.saved import MergeReport, SavedQuantizers, merge_observer_params, read_quantizers
 from torch_ext.sensitivity import Sensitivity, sensitivity
 from torch_ext.sweep import Sweep, sweep
 

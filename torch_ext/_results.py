@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch_ext._files import FileError, PathLike, read_object, write_atomically
-from torch_ext._params import spec_of
+from torch_ext.files.quantizer_params import spec_of
+from torch_ext.files.storage import FileError, PathLike, read_object, write_atomically
 from torch_ext.quantizers.find import PreparedModel
 from torch_ext.utils.batches import digest
 

@@ -10,8 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_ext._files import FileError, PathLike, read_tensors, write_tensors
-from torch_ext._params import FIELDS, STATISTIC, check_shapes, check_statistic, spec_of
+from torch_ext.files.quantizer_params import (
+    FIELDS,
+    STATISTIC,
+    check_shapes,
+    check_statistic,
+    spec_of,
+)
+from torch_ext.files.storage import FileError, PathLike, read_tensors, write_tensors
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 
 _KIND = "calibration"

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from torch_ext import ops
-from torch_ext._params import spec_of
 from torch_ext._ranks import Ranks
+from torch_ext.files.quantizer_params import spec_of
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import PreparedModel
 from torch_ext.quantizers.observer import Observer
@@ -113,11 +113,7 @@ def keep_statistics_local(model: M) -> M:
 
 def _with_data_of_this_rank(quantizers: Quantizers) -> Quantizers:
     """Those that see data: weights are the same on every rank, and given scales see nothing."""
-    return {
-        name: quantizer
-        for name, quantizer in quantizers.items()
-        if not quantizer.transient and quantizer.observer.statistic != "none"
-    }
+    return {name: quantizer for name, quantizer in quantizers.items() if quantizer.accumulates_data}
 
 
 def _facts(ranks: Ranks, quantizer: FakeQuantize) -> dict[str, Any]:

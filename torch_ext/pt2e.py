@@ -291,7 +291,7 @@ def _refuse_dynamic(who: str, is_dynamic: bool) -> None:
 
 
 def _refuse_unobserved(observer: Observer) -> None:
-    if observer.statistic != "none" and not bool((observer.tally[:, 0] > 0).any()):
+    if observer.statistic != "none" and not observer.saw_data:
         raise RuntimeError(
             f"convert_pt2e: expected every observer to have seen data, got none in {observer}; "
             "run data through the prepared model first"

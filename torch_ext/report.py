@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_ext._files import PathLike, write_atomically
-from torch_ext._params import Params, params_of
 from torch_ext._report_page import page
 from torch_ext._report_subject import Seen, measured
 from torch_ext._report_words import notes
+from torch_ext.files.quantizer_params import Params, params_of
+from torch_ext.files.saved_quantizers import SavedQuantizers, read_quantizers
+from torch_ext.files.storage import PathLike, write_atomically
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import PreparedModel, role_of
 from torch_ext.quantizers.restore import restored
 from torch_ext.quantizers.set_state import change_states
 from torch_ext.quantizers.state_table import FakeQuantState
 from torch_ext.quantizers.transition import QuantizationWarning
-from torch_ext.saved import SavedQuantizers, read_quantizers
 from torch_ext.utils.batches import Forward, default_forward, model_device, to_device
 from torch_ext.utils.modes import eval_mode, forked_rng
 from torch_ext.utils.progress import progress_bar

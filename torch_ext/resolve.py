@@ -85,7 +85,7 @@ def plan_resolve(
 
 
 def _has_data(quantizer: FakeQuantize) -> bool:
-    return quantizer.transient or bool((quantizer.observer.tally[:, 0] > 0).any())
+    return quantizer.transient or quantizer.observer.saw_data
 
 
 def _known(rule: str) -> list[str]:

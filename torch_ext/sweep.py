@@ -16,9 +16,9 @@ from torch_ext._candidates import (
     parse_candidates,
     usual_candidates,
 )
-from torch_ext._files import PathLike, write_atomically
 from torch_ext._results import Results, fingerprint
 from torch_ext._svg import bar_picture
+from torch_ext.files.storage import PathLike, write_atomically
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import Pattern, PreparedModel
 from torch_ext.quantizers.restore import restored

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from torch_ext._files import FileError, PathLike
-from torch_ext._params import Params, check_parameters, params_of
+from torch_ext.files.quantizer_params import Params, check_parameters, params_of
+from torch_ext.files.storage import FileError, PathLike
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import PreparedModel, role_of
 from torch_ext.quantizers.state_table import FakeQuantState

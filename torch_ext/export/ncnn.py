@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from torch_ext._files import FileError, PathLike, name_problem, write_atomically
 from torch_ext.export._entries import (
     TO_FLOAT,
     Entry,
@@ -32,6 +31,7 @@ from torch_ext.export._entries import (
 from torch_ext.export._layers import Layer, layers_of
 from torch_ext.export._names import resolve
 from torch_ext.export._trace import trace
+from torch_ext.files.storage import FileError, PathLike, name_problem, write_atomically
 from torch_ext.quantizers.find import PreparedModel
 from torch_ext.utils.text import shown
 

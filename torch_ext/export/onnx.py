@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from torch_ext._C import build_info
-from torch_ext._files import FileError, PathLike, write_atomically
 from torch_ext.export._entries import (
     TO_FLOAT,
     Entry,
@@ -25,6 +24,7 @@ from torch_ext.export._packages import onnx_packages
 from torch_ext.export._qdq import PLAIN_OPSET, Grid, Rewriter
 from torch_ext.export._trace import Seen, symbols, trace
 from torch_ext.export.tensorrt_onnx import grid_problem, violations
+from torch_ext.files.storage import FileError, PathLike, write_atomically
 from torch_ext.quantizers.find import PreparedModel
 
 PROFILES = (None, "tensorrt", "float")

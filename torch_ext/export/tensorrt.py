@@ -18,7 +18,6 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from torch_ext._files import FileError, PathLike, name_problem, write_atomically
 from torch_ext.export._entries import (
     TO_FLOAT,
     Entry,
@@ -29,6 +28,7 @@ from torch_ext.export._entries import (
     split_lines,
 )
 from torch_ext.export._names import Names, resolve
+from torch_ext.files.storage import FileError, PathLike, name_problem, write_atomically
 from torch_ext.quantizers.find import PreparedModel
 
 ALGORITHMS = ("EntropyCalibration2", "MinMaxCalibration")

@@ -15,7 +15,6 @@ from typing import Any
 
 from torch import nn
 
-from torch_ext._files import FileError, PathLike, name_problem, read_object, write_atomically
 from torch_ext.export._entries import (
     TO_FLOAT,
     Entry,
@@ -24,6 +23,7 @@ from torch_ext.export._entries import (
     entries,
     refuse,
 )
+from torch_ext.files.storage import FileError, PathLike, name_problem, read_object, write_atomically
 from torch_ext.quantizers.find import PreparedModel
 from torch_ext.quantizers.grid import dtype_name
 

@@ -139,6 +139,11 @@ class FakeQuantize(nn.Module):
         return self.observer.transient
 
     @property
+    def accumulates_data(self) -> bool:
+        """Whether its statistic grows with the data: weights are read, given scales need none."""
+        return not self.transient and self.observer.statistic != "none"
+
+    @property
     def quantizes(self) -> bool:
         """Whether it quantizes what passes through it now."""
         return self._action in QUANTIZE

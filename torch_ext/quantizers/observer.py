@@ -153,6 +153,11 @@ class Observer(nn.Module):
         return self.counts.shape[2] > 0
 
     @property
+    def saw_data(self) -> bool:
+        """Whether the statistic holds a finite value."""
+        return bool((self.tally[:, 0] > 0).any())
+
+    @property
     def options(self) -> dict[str, OptionValue]:
         """The rule's options, defaults included; change them with :meth:`set_rule`."""
         return dict(self._options)
@@ -205,7 +210,7 @@ class Observer(nn.Module):
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """Scale [C] float32 and zero point [C] int32 of :meth:`range`."""
-        if self._statistic != "none" and not bool((self.tally[:, 0] > 0).any()):
+        if self._statistic != "none" and not self.saw_data:
             warnings.warn(
                 f"Observer({self.name}): no finite value was observed; scale 1, zero_point 0",
                 stacklevel=2,

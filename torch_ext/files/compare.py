@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torch_ext._params import Params
+from torch_ext.files.quantizer_params import Params
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Quantizers from a file, without the model that they were in; and several files as one."""
+"""Files of several machines as that of one run over all their data."""
 
 from __future__ import annotations
 
@@ -8,54 +8,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from torch_ext._files import FileError, PathLike
-from torch_ext._params import STATISTIC, Params, quantizer_of, spec_of, tensors_of
-from torch_ext.params import read_observer_params, save_observer_params
+from torch_ext.files.observer_params import save_observer_params
+from torch_ext.files.quantizer_params import STATISTIC, spec_of, tensors_of
+from torch_ext.files.saved_quantizers import read_quantizers
+from torch_ext.files.storage import FileError, PathLike
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import named_quantizers
-from torch_ext.quantizers.solve import Solution, solve_observers
-from torch_ext.quantizers.state_table import FakeQuantState
+from torch_ext.quantizers.solve import solve_observers
 from torch_ext.utils.progress import progress_bar
 
 _WHO = "merge_observer_params"
-
-
-class SavedQuantizers(nn.Module):
-    """The quantizers of a file under their names: a model to what looks at quantizers alone.
-
-    ``describe``, ``resolve`` (of activations: a file has no weights), ``export``,
-    ``save_observer_params`` and ``load_observer_params`` take it. Quantizers with a range are in
-    VALIDATION; without one, those that saw data, and weights, are in CALIBRATION, and the others
-    pass through.
-    """
-
-    def __init__(self, found: Mapping[str, Params]) -> None:
-        super().__init__()
-        for name, params in found.items():
-            # Not by add_module, which takes no dots: these are the names in the model.
-            self._modules[name] = _restored(params)
-
-
-def read_quantizers(path: PathLike) -> SavedQuantizers:
-    """The quantizers of a file of ``save_observer_params``, with ranges and statistics.
-
-    Raises a ValueError ``FILE: FIELD: what is wrong with it``, or OSError.
-    """
-    return SavedQuantizers(read_observer_params(path))
-
-
-def _restored(params: Params) -> FakeQuantize:
-    quantizer = quantizer_of(params)
-    if params.solved:
-        quantizer.take_(Solution(*(params[field] for field in ("range", "scale", "zero_point"))))
-        quantizer.enter(FakeQuantState.VALIDATION)
-    elif quantizer.transient or _saw_data(quantizer):
-        quantizer.enter(FakeQuantState.CALIBRATION)
-    else:
-        quantizer.enter(FakeQuantState.VALIDATION, pass_through=True)
-    return quantizer
 
 
 @dataclass(frozen=True)
@@ -123,7 +87,7 @@ def merge_observer_params(
             merged, result = found, model
         seen[data] = synced
         has_range |= {name for name, quantizer in found.items() if bool(quantizer.solved)}
-    _solve({name: q for name, q in merged.items() if name in has_range and _observes(q)})
+    _solve({name: q for name, q in merged.items() if name in has_range and q.accumulates_data})
     save_observer_params(result, path)
     unsolved = tuple(name for name in merged if name not in has_range)
     return MergeReport(os.fspath(path), tuple(files), tuple(again), len(merged), unsolved)
@@ -138,14 +102,6 @@ def _check_files(files: list[str]) -> None:
                 raise ValueError(f"{_WHO}: expected every file once, got {other} and {file}")
 
 
-def _observes(quantizer: FakeQuantize) -> bool:
-    return not quantizer.transient and quantizer.observer.statistic != "none"
-
-
-def _saw_data(quantizer: FakeQuantize) -> bool:
-    return bool((quantizer.observer.tally[:, 0] > 0).any())
-
-
 @torch.no_grad()
 def _solve(chosen: Mapping[str, FakeQuantize]) -> None:
     observers = {name: quantizer.observer for name, quantizer in chosen.items()}
@@ -155,11 +111,11 @@ def _solve(chosen: Mapping[str, FakeQuantize]) -> None:
 
 def _check_ranges(file: str, found: Mapping[str, FakeQuantize]) -> None:
     """Refuses ranges that solving the statistics again would lose."""
-    chosen = {n: q for n, q in found.items() if _observes(q) and bool(q.solved)}
+    chosen = {n: q for n, q in found.items() if q.accumulates_data and bool(q.solved)}
     before = {name: _copies(quantizer) for name, quantizer in chosen.items()}
     _solve(chosen)
     for name, quantizer in chosen.items():
-        if not _saw_data(quantizer) or not _equal(before[name], _copies(quantizer)):
+        if not quantizer.observer.saw_data or not _equal(before[name], _copies(quantizer)):
             raise FileError(
                 file,
                 f"{name or 'model'}.range: expected what {quantizer.observer.name} gives of the "
@@ -199,7 +155,7 @@ def _check_same(
                 raise FileError(
                     file, f"{name}.{key}: expected {value!r} as in {first}, got {have!r}"
                 )
-        if not _observes(quantizer):
+        if not quantizer.accumulates_data:
             mine, own = tensors_of(merged[name]), tensors_of(quantizer)
             for field, value in mine.items():
                 if not torch.equal(value, own[field]):
@@ -212,5 +168,5 @@ def _check_same(
 
 def _add(merged: Mapping[str, FakeQuantize], found: Mapping[str, FakeQuantize]) -> None:
     for name, quantizer in found.items():
-        if _observes(quantizer):
+        if quantizer.accumulates_data:
             merged[name].observer.merge_(quantizer.observer)
