@@ -4,16 +4,16 @@ from torch_ext.ops import loader  # isort: skip # First: it says what is wrong w
 from torch_ext import export, ops
 from torch_ext._C import build_info, fake_quants, observers
 from torch_ext.calibrate import CalibrationSummary, calibrate
-from torch_ext.describe import describe
 from torch_ext.distributed import keep_statistics_local, sync_observers
 from torch_ext.files.load_observer_params import LoadReport, load_observer_params
 from torch_ext.files.merge import MergeReport, merge_observer_params
 from torch_ext.files.observer_params import save_observer_params
 from torch_ext.files.saved_quantizers import SavedQuantizers, read_quantizers
-from torch_ext.fuse import fuse
 from torch_ext.modules import Add, Cat, MatMul, Mul, QuantStub
-from torch_ext.prepare import prepare_qat
-from torch_ext.qconfig import QConfig, get_default_calib_qconfig, get_default_qconfig
+from torch_ext.prepare.describe import describe
+from torch_ext.prepare.fuse import fuse
+from torch_ext.prepare.prepare_qat import prepare_qat
+from torch_ext.prepare.qconfig import QConfig, get_default_calib_qconfig, get_default_qconfig
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import named_quantizers
 from torch_ext.quantizers.float_state_dict import float_state_dict, load_float_state_dict

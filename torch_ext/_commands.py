@@ -13,13 +13,13 @@ from typing import Any
 import torch_ext
 from torch_ext import _C, export
 from torch_ext._terminal import print_json, print_table
-from torch_ext.describe import describe
 from torch_ext.files.compare import Comparison, Difference, compare
 from torch_ext.files.merge import merge_observer_params
 from torch_ext.files.observer_params import read_observer_params, save_observer_params
 from torch_ext.files.quantizer_params import Params, params_of
 from torch_ext.files.saved_quantizers import SavedQuantizers, read_quantizers
 from torch_ext.files.storage import read_object
+from torch_ext.prepare.describe import describe
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import named_quantizers, role_of, select
 from torch_ext.quantizers.set_state import set_fake_quantize

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from torch_ext._targets import is_quant_stub
-from torch_ext._tracer import Tracer
+from torch_ext.prepare.insertion.tracer import Tracer
+from torch_ext.prepare.quantizable_modules import is_quant_stub
 
 
 class Kind(enum.Enum):

@@ -26,8 +26,8 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.nn.utils import parametrize
 
-from torch_ext._proxies import Factories, Value
-from torch_ext._targets import is_quant_stub
+from torch_ext.prepare.insertion.proxies import Factories, Value
+from torch_ext.prepare.quantizable_modules import is_quant_stub
 from torch_ext.utils.modes import eval_mode
 
 # Whether a module, by name, is called as a whole.

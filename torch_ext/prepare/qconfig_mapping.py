@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from torch_ext.qconfig import QConfig
+from torch_ext.prepare.qconfig import QConfig
 
 Mapped = str | type[nn.Module]
 _ATTRIBUTE = "qconfig"

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import fx, nn
 
-from torch_ext._attach import Undo
-from torch_ext._sites import Readers
-from torch_ext._tracer import Tracer
+from torch_ext.prepare.attach import Undo
+from torch_ext.prepare.insertion.placement import Readers
+from torch_ext.prepare.insertion.tracer import Tracer
 
 Forward = Callable[..., Any]
 _numbers = count()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from torch_ext._attach import attached
+from torch_ext.prepare.attach import attached
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import named_quantizers, role_of, unwrap
 from torch_ext.quantizers.grid import dtype_name

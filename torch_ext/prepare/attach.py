@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
-from torch_ext._inputs import InputQuantizers
-from torch_ext._targets import is_float_functional
+from torch_ext.prepare.input_quantizers import InputQuantizers
+from torch_ext.prepare.quantizable_modules import is_float_functional
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import INPUTS
 

@@ -14,9 +14,15 @@ from typing import Any
 
 from torch import fx, nn
 
-from torch_ext._proxies import unwrapped
-from torch_ext._targets import target_of
-from torch_ext._tracer import TORCHS_OWN, IsWhole, Tracer, Uncapturable, failing_line
+from torch_ext.prepare.insertion.proxies import unwrapped
+from torch_ext.prepare.insertion.tracer import (
+    TORCHS_OWN,
+    IsWhole,
+    Tracer,
+    Uncapturable,
+    failing_line,
+)
+from torch_ext.prepare.quantizable_modules import target_of
 from torch_ext.utils.arguments import bound_arguments
 from torch_ext.utils.modes import eval_mode, forked_rng
 

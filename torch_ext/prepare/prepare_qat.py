@@ -11,14 +11,15 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from torch_ext import _attach, _inputs, _rewrite
-from torch_ext._capture import bound, capture
-from torch_ext._configs import Configs, Mapped
-from torch_ext._sites import Names, Placement, Site
-from torch_ext._targets import OUTPUT_ONLY, Target, skips_output, target_of
-from torch_ext.describe import describe
-from torch_ext.fuse import foldable_norms
-from torch_ext.qconfig import Factory, QConfig
+from torch_ext.prepare import attach, input_quantizers
+from torch_ext.prepare.describe import describe
+from torch_ext.prepare.fuse import foldable_norms
+from torch_ext.prepare.insertion import rewrite
+from torch_ext.prepare.insertion.capture import bound, capture
+from torch_ext.prepare.insertion.placement import Names, Placement, Site
+from torch_ext.prepare.qconfig import Factory, QConfig
+from torch_ext.prepare.qconfig_mapping import Configs, Mapped
+from torch_ext.prepare.quantizable_modules import OUTPUT_ONLY, Target, skips_output, target_of
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import INPUTS, check_model
 from torch_ext.quantizers.folded_weight import FoldedWeight
@@ -53,8 +54,8 @@ def prepare_qat(
     ``QConfig(activation=None, weight=...)``. Fold batch norms first, with ``fuse``.
 
     With ``example_inputs`` the forward is captured, and the values that INT8 engines want quantized
-    are, those of functions such as ``x + y`` too: ``torch_ext/_placement.py`` is the table, shown
-    in the README. A value has one quantizer, however many operations read it; the first that asks
+    are, those of functions such as ``x + y`` too; ``prepare/insertion/operations.py`` has the
+    table. A value has one quantizer, however many operations read it; the first that asks
     for it decides with which configuration. A function has that of the module whose forward calls
     it. Control flow that depends on sizes is that of the example: a call that would go another way
     is refused. Modules that have nothing to quantize by configuration are called as they are.
@@ -122,7 +123,7 @@ def _refuse_prepared(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise TypeError(f'{_WHO}: expected a Python model, got a ScriptModule at "{name}"')
-        if found := _attach.attached(module):
+        if found := attach.attached(module):
             where = f"{name}.{found}".strip(".")
             raise ValueError(
                 f'{_WHO}: expected a float model, got one that is prepared already ("{where}")'
@@ -141,12 +142,12 @@ class _Plan:
     def __init__(self, root: nn.Module, configs: Configs) -> None:
         self.root = root
         self.configs = configs
-        self.steps: list[Callable[[], _attach.Undo]] = []
+        self.steps: list[Callable[[], attach.Undo]] = []
         self.made: list[FakeQuantize] = []
         self.inputs: dict[str, FakeQuantize] = {}  # of a captured forward
 
     def carry_out(self) -> None:
-        done: list[_attach.Undo] = []
+        done: list[attach.Undo] = []
         try:
             for step in self.steps:
                 done.append(step())
@@ -171,10 +172,10 @@ class _Plan:
             self._add_weight(weight.owner, module, *weight[1:], norm=norms.get(weight.owner))
         for site in placement.sites:
             target = self._add_site(site, names)
-            _rewrite.insert(tracer, site.readers, target)
+            rewrite.insert(tracer, site.readers, target)
         if self.steps:
-            forward = _rewrite.compiled(tracer)
-            self.steps.append(lambda: _rewrite.turn(self.root, forward))
+            forward = rewrite.compiled(tracer)
+            self.steps.append(lambda: rewrite.turn(self.root, forward))
 
     def _is_float(self, name: str) -> bool:
         """Whether nothing in the module of that name is to be quantized."""
@@ -188,7 +189,7 @@ class _Plan:
             return self._add_input(str(value.target), site.factory)
         host_name, name = names.of(value)
         host = self.root.get_submodule(host_name)
-        _attach.check_free(_WHO, host_name, host, name)
+        attach.check_free(_WHO, host_name, host, name)
         where, device = f"{host_name}.{name}".strip("."), self._device(host)
         if site.weight is None:
             quantizer = self._build(where, site.factory, device)
@@ -197,18 +198,18 @@ class _Plan:
             keys = self._weight_keys(where, site.factory, device, *site.weight)
             keys["transient"] = False
             quantizer = self._build(where, site.factory, device, **keys)
-        self.steps.append(lambda: _attach.attach_child(host, name, quantizer))
+        self.steps.append(lambda: attach.attach_child(host, name, quantizer))
         return where
 
     def _add_input(self, argument: str, factory: Factory) -> str:
-        host_name, host = _inputs.input_host(_WHO, self.root)
+        host_name, host = input_quantizers.input_host(_WHO, self.root)
         if host is not self.root:  # its own argument, as it is without example_inputs
-            argument = next(iter(_inputs.input_arguments(host)), argument)
-        _attach.check_free(_WHO, host_name, host, INPUTS)
-        key = _inputs.key_for(argument)
+            argument = next(iter(input_quantizers.input_arguments(host)), argument)
+        attach.check_free(_WHO, host_name, host, INPUTS)
+        key = input_quantizers.key_for(argument)
         where = f"{host_name}.{INPUTS}.{key}".strip(".")
         if not self.inputs:
-            self.steps.append(lambda: _inputs.add_inputs(host, self.inputs))
+            self.steps.append(lambda: input_quantizers.add_inputs(host, self.inputs))
         self.inputs[argument] = self._build(where, factory, self._device(host))
         return where
 
@@ -216,16 +217,16 @@ class _Plan:
         config = self.configs.of("") if isinstance(given, _FromModel) else _checked(given)
         if config is None or config.activation is None:
             return
-        host_name, host = _inputs.input_host(_WHO, self.root)
-        _attach.check_free(_WHO, host_name, host, INPUTS)
+        host_name, host = input_quantizers.input_host(_WHO, self.root)
+        attach.check_free(_WHO, host_name, host, INPUTS)
         device = self._device(host)
         quantizers = {}
-        for argument in _inputs.input_arguments(host):
+        for argument in input_quantizers.input_arguments(host):
             where = f"{host_name}.{INPUTS}.{argument}".strip(".")
             quantizers[argument] = self._build(where, config.activation, device)
             quantizers[argument].optional = True
         if quantizers:
-            self.steps.append(lambda: _inputs.attach_inputs(host, quantizers))
+            self.steps.append(lambda: input_quantizers.attach_inputs(host, quantizers))
 
     def add_module(self, name: str, module: nn.Module, parent: nn.Module | None) -> None:
         config = self.configs.of(name)
@@ -238,10 +239,10 @@ class _Plan:
             for parameter in target.weights:
                 self._add_weight(name, module, parameter, target, config.weight)
         if target.output and config.activation is not None and not skips_output(parent, module):
-            where = f"{name}.{_attach.output_name(module)}".strip(".")
-            _attach.check_free(_WHO, name, module, _attach.output_name(module))
+            where = f"{name}.{attach.output_name(module)}".strip(".")
+            attach.check_free(_WHO, name, module, attach.output_name(module))
             quantizer = self._build(where, config.activation, self._device(module))
-            self.steps.append(lambda: _attach.attach_output(module, quantizer))
+            self.steps.append(lambda: attach.attach_output(module, quantizer))
 
     def _add_weight(
         self,
@@ -254,7 +255,7 @@ class _Plan:
     ) -> None:
         if getattr(module, parameter, None) is None:
             return
-        _attach.check_weight(_WHO, name, module, parameter)
+        attach.check_weight(_WHO, name, module, parameter)
         weight = getattr(module, parameter)
         where = f"{name}.{parameter}".strip(".")
         keys = self._weight_keys(where, factory, weight.device, target.ch_axis, weight.shape)
@@ -264,7 +265,7 @@ class _Plan:
             sides = [FoldedWeight(quantizer, norm, target.ch_axis, side) for side in (False, True)]
             chain = [sides[0], quantizer, sides[1]]
         for one in chain:
-            self.steps.append(functools.partial(_attach.attach_weight, module, parameter, one))
+            self.steps.append(functools.partial(attach.attach_weight, module, parameter, one))
 
     def _weight_keys(
         self, where: str, factory: Factory, device: torch.device, ch_axis: int, shape: torch.Size

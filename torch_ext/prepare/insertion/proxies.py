@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 if TYPE_CHECKING:
-    from torch_ext._tracer import Tracer
+    from torch_ext.prepare.insertion.tracer import Tracer
 
 _ATTENTION = nn.functional.multi_head_attention_forward
 

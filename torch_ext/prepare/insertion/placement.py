@@ -8,9 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from torch_ext._attach import OUTPUT, SUFFIX
-from torch_ext._configs import Configs
-from torch_ext._placement import (
+from torch_ext.prepare.attach import OUTPUT, SUFFIX
+from torch_ext.prepare.insertion.operations import (
     Kind,
     inputs_of,
     kind_of,
@@ -18,9 +17,10 @@ from torch_ext._placement import (
     weight_of,
     weight_source,
 )
-from torch_ext._targets import TRANSPOSED, WEIGHTED, Target, target_of
-from torch_ext._tracer import Tracer
-from torch_ext.qconfig import Factory
+from torch_ext.prepare.insertion.tracer import Tracer
+from torch_ext.prepare.qconfig import Factory
+from torch_ext.prepare.qconfig_mapping import Configs
+from torch_ext.prepare.quantizable_modules import TRANSPOSED, WEIGHTED, Target, target_of
 
 # A value, and the nodes that are to read it quantized.
 Readers = dict[fx.Node, set[fx.Node]]
