@@ -16,7 +16,8 @@ import rank_training as training
 import ranks
 import torch_ext
 from nets import ACTIVATIONS, images, prepared
-from torch_ext import distributed, named_quantizers, set_fake_quantize, sync_observers
+from torch_ext import named_quantizers, set_fake_quantize, sync_observers
+from torch_ext.calibration import distributed
 
 
 @pytest.fixture(autouse=True)

@@ -3,8 +3,9 @@
 from torch_ext.ops import loader  # isort: skip # First: it says what is wrong with the build.
 from torch_ext import export, ops
 from torch_ext._C import build_info, fake_quants, observers
-from torch_ext.calibrate import CalibrationSummary, calibrate
-from torch_ext.distributed import keep_statistics_local, sync_observers
+from torch_ext.calibration.calibrate import CalibrationSummary, calibrate
+from torch_ext.calibration.distributed import keep_statistics_local, sync_observers
+from torch_ext.calibration.resolve import resolve
 from torch_ext.files.load_observer_params import LoadReport, load_observer_params
 from torch_ext.files.merge import MergeReport, merge_observer_params
 from torch_ext.files.observer_params import save_observer_params
@@ -31,7 +32,6 @@ from torch_ext.quantizers.set_state import (
 from torch_ext.quantizers.state_table import FakeQuantState
 from torch_ext.quantizers.transition import QuantizationWarning
 from torch_ext.report import ReportSummary, report
-from torch_ext.resolve import resolve
 from torch_ext.sensitivity import Sensitivity, sensitivity
 from torch_ext.sweep import Sweep, sweep
 

@@ -18,13 +18,13 @@ from torch_ext._candidates import (
 )
 from torch_ext._results import Results, fingerprint
 from torch_ext._svg import bar_picture
+from torch_ext.calibration.resolve import plan_resolve, resolve
 from torch_ext.files.storage import PathLike, write_atomically
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import Pattern, PreparedModel
 from torch_ext.quantizers.restore import restored
 from torch_ext.quantizers.set_state import change_states
 from torch_ext.quantizers.state_table import FakeQuantState
-from torch_ext.resolve import plan_resolve, resolve
 from torch_ext.utils.arguments import parse_flag
 from torch_ext.utils.modes import eval_mode, forked_rng
 from torch_ext.utils.progress import progress_bar

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_ext._resume import Progress, read_progress, write_progress
+from torch_ext.calibration.checkpoint import Progress, read_progress, write_progress
 from torch_ext.files.storage import PathLike, discard_partials
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import PreparedModel

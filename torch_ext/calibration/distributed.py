@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from torch_ext import ops
-from torch_ext._ranks import Ranks
+from torch_ext.calibration.process_group import Ranks
 from torch_ext.files.quantizer_params import spec_of
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import PreparedModel
