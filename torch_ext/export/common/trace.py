@@ -23,7 +23,7 @@ BATCH = "batch"
 
 
 @dataclass
-class Seen:
+class TracedInput:
     """What a quantizer met while the model was traced."""
 
     dtypes: set[torch.dtype] = field(default_factory=set)
@@ -31,9 +31,9 @@ class Seen:
 
 
 @contextmanager
-def symbols(quantizers: Mapping[str, FakeQuantize]) -> Iterator[dict[str, Seen]]:
+def symbols(quantizers: Mapping[str, FakeQuantize]) -> Iterator[dict[str, TracedInput]]:
     """Inside, each quantizer traces as one operator of ONNX that has nothing but its name."""
-    seen = {name: Seen() for name in quantizers}
+    seen = {name: TracedInput() for name in quantizers}
 
     def symbol(name: str, x: Tensor, action: str) -> Tensor:
         seen[name].dtypes.add(x.dtype)
