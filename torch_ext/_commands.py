@@ -13,6 +13,7 @@ from typing import Any
 import torch_ext
 from torch_ext import _C, export
 from torch_ext._terminal import print_json, print_table
+from torch_ext.analysis.report.report import report
 from torch_ext.calibration.resolve import resolve
 from torch_ext.files.compare import Comparison, Difference, compare
 from torch_ext.files.merge import merge_observer_params
@@ -25,7 +26,6 @@ from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import named_quantizers, role_of, select
 from torch_ext.quantizers.set_state import set_fake_quantize
 from torch_ext.quantizers.solve import findings
-from torch_ext.report import report
 
 OPTION = "option_"  # before the names of rules' options, among the arguments
 # What writes a format, and the options that it takes.
