@@ -18,7 +18,7 @@ from torch_ext.prepare.insertion import rewrite
 from torch_ext.prepare.insertion.capture import bound, capture
 from torch_ext.prepare.insertion.placement import Names, Placement, Site
 from torch_ext.prepare.qconfig import Factory, QConfig
-from torch_ext.prepare.qconfig_mapping import Configs, Mapped
+from torch_ext.prepare.qconfig_mapping import Mapped, QConfigMapping
 from torch_ext.prepare.quantizable_modules import OUTPUT_ONLY, Target, skips_output, target_of
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import INPUTS, check_model
@@ -91,9 +91,9 @@ def prepare_qat(
             f"{_WHO}: expected a plain model, got a {type(model).__name__}; prepare before wrapping"
         )
     _refuse_prepared(model)
-    configs = Configs(_WHO, model, mapping)
+    configs = QConfigMapping(_WHO, model, mapping)
     prepared = model if inplace else copy.deepcopy(model)
-    plan = _Plan(prepared, configs)
+    plan = _Attachments(prepared, configs)
     if example_inputs is not None:
         plan.add_captured(input_qconfig, example_inputs, fold_batch_norms)
     elif fold_batch_norms:
@@ -136,10 +136,10 @@ def _checked(given: object) -> QConfig | None:
     return given
 
 
-class _Plan:
+class _Attachments:
     """The quantizers to attach, all built before the first is attached."""
 
-    def __init__(self, root: nn.Module, configs: Configs) -> None:
+    def __init__(self, root: nn.Module, configs: QConfigMapping) -> None:
         self.root = root
         self.configs = configs
         self.steps: list[Callable[[], attach.Undo]] = []
