@@ -17,6 +17,7 @@ from torch_ext.prepare.fuse import foldable_norms
 from torch_ext.prepare.insertion import rewrite
 from torch_ext.prepare.insertion.capture import bound, capture
 from torch_ext.prepare.insertion.placement import Names, Placement, Site
+from torch_ext.prepare.module_classes import Undo
 from torch_ext.prepare.qconfig import Factory, QConfig
 from torch_ext.prepare.qconfig_mapping import Mapped, QConfigMapping
 from torch_ext.prepare.quantizable_modules import OUTPUT_ONLY, Target, skips_output, target_of
@@ -142,12 +143,12 @@ class _Attachments:
     def __init__(self, root: nn.Module, configs: QConfigMapping) -> None:
         self.root = root
         self.configs = configs
-        self.steps: list[Callable[[], attach.Undo]] = []
+        self.steps: list[Callable[[], Undo]] = []
         self.made: list[FakeQuantize] = []
         self.inputs: dict[str, FakeQuantize] = {}  # of a captured forward
 
     def carry_out(self) -> None:
-        done: list[attach.Undo] = []
+        done: list[Undo] = []
         try:
             for step in self.steps:
                 done.append(step())
@@ -175,7 +176,7 @@ class _Attachments:
             rewrite.insert(tracer, site.readers, target)
         if self.steps:
             forward = rewrite.compiled(tracer)
-            self.steps.append(lambda: rewrite.turn(self.root, forward))
+            self.steps.append(lambda: rewrite.replace_forward(self.root, forward))
 
     def _is_float(self, name: str) -> bool:
         """Whether nothing in the module of that name is to be quantized."""

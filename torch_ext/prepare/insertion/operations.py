@@ -11,10 +11,10 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from torch import Tensor, fx, nn
-from torch.nn.utils import parametrize
+from torch import Tensor, fx
 
 from torch_ext.prepare.insertion.tracer import Tracer
+from torch_ext.prepare.module_classes import own_type
 from torch_ext.prepare.quantizable_modules import is_quant_stub
 
 
@@ -116,11 +116,6 @@ _IN_PLACE = ("iadd", "imul", "imatmul")
 
 def _plain(name: str) -> str:
     return name.rstrip("_") if not name.startswith("_") else name
-
-
-def own_type(module: nn.Module) -> type[nn.Module]:
-    """The module's class, without the one that a parametrization puts before it."""
-    return next(kind for kind in type(module).__mro__ if kind.__module__ != parametrize.__name__)
 
 
 def kind_of(tracer: Tracer, node: fx.Node) -> Kind:
