@@ -1,15 +1,19 @@
-"""The guide: every page's snippets run, in order, its tables are those of the code, and it builds
-without a warning."""
+"""The guide: every page's snippets run, in order, its tables are those of the code, every public
+name is in the API reference, and it builds without a warning."""
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import inspect
 import os
 import re
 import socket
 import subprocess
 import sys
+import typing
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -158,6 +162,90 @@ def test_targets_and_variables_of_make() -> None:
     assert set(re.findall(r"\b([A-Z_]+)=", rows)) == documented
 
 
+def reference() -> dict[str, str]:
+    """Names in the API reference, with the text that follows those written by hand."""
+    names: dict[str, str] = {}
+    for match in re.finditer(
+        r"^\.\. (auto|py:)\w+:: ([\w.]+)(.*?)(?=^\S|\Z)",
+        text_of("reference/api"),
+        re.DOTALL | re.MULTILINE,
+    ):
+        names[match[2].removeprefix("torch_ext.")] = "" if match[1] == "auto" else match[3]
+    return names
+
+
+def public_names(module: ModuleType) -> list[str]:
+    """``__all__``, or else the functions that the module defines."""
+    if hasattr(module, "__all__"):
+        return list(module.__all__)
+    return [
+        name
+        for name, value in vars(module).items()
+        if inspect.isfunction(value) and value.__module__ == module.__name__ and name[0] != "_"
+    ]
+
+
+API = [
+    *((torch_ext, n) for n in torch_ext.__all__ if not inspect.ismodule(getattr(torch_ext, n))),
+    *((torch_ext.export, n) for n in torch_ext.export.__all__),
+    *((torch_ext.ops, n) for n in dict.fromkeys((*public_names(torch_ext.ops), *_C.observers()))),
+]
+
+
+def label(module: ModuleType, name: str) -> str:
+    return f"{module.__name__}.{name}".removeprefix("torch_ext.")
+
+
+@pytest.mark.parametrize(("module", "name"), API, ids=[label(*entry) for entry in API])
+def test_a_public_name_is_in_the_reference(module: ModuleType, name: str) -> None:
+    known = reference()
+    wanted = label(module, name)
+    assert wanted in known, f"docs/reference/api.md lacks torch_ext.{wanted}"
+    value = getattr(module, name)
+    if inspect.isclass(value) or inspect.isfunction(value):
+        assert value.__doc__, f"torch_ext.{wanted} has no docstring"
+        # A dataclass without a docstring gets its signature as one.
+        assert not value.__doc__.startswith(f"{name}("), f"torch_ext.{wanted} has no docstring"
+    else:  # a constant, or a function of the native module: described in the page
+        assert re.search(r"^   [A-Z]", known[wanted], re.MULTILINE), wanted
+
+
+def test_ops_has_public_functions() -> None:
+    assert {"fake_quant", "observe_", "solve_many"} <= set(public_names(torch_ext.ops))
+
+
+def test_pt2e_is_in_the_reference() -> None:
+    pytest.importorskip("torchao", reason="torch_ext.pt2e needs torchao")
+    pt2e = importlib.import_module("torch_ext.pt2e")
+    assert {f"pt2e.{name}" for name in pt2e.__all__} <= reference().keys()
+
+
+def row_type(result: type, field: str) -> type:
+    """The class of a result's entries: `field` is a collection of them."""
+    hint = typing.get_type_hints(result)[field]
+    kinds = [kind for kind in typing.get_args(hint) if dataclasses.is_dataclass(kind)]
+    assert len(kinds) == 1
+    return typing.cast(type, kinds[0])
+
+
+def test_fields_that_the_page_lists_by_hand() -> None:
+    """Results and rows that have no public name yet."""
+    description = typing.get_type_hints(torch_ext.describe)["return"]
+    kinds = {
+        "Description": description,
+        "QuantizerRow": row_type(description, "quantizers"),
+        "QuantizerSummary": row_type(torch_ext.CalibrationSummary, "quantizers"),
+        "SweepRow": row_type(torch_ext.Sweep, "rows"),
+        "SensitivityRow": row_type(torch_ext.Sensitivity, "rows"),
+    }
+    known = reference()
+    for name, kind in kinds.items():
+        assert kind.__name__ == name
+        if known[name]:  # else it is documented from the code
+            shown = re.findall(r"py:attribute:: (\w+)", known[name])
+            assert shown == [field.name for field in dataclasses.fields(kind)], name
+
+
 def test_it_builds_without_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("sphinx", reason="needs Sphinx: run `make`")
     build = [sys.executable, "-m", "sphinx", "-W", "-q", "-b", "html", DOCS, tmp_path]
@@ -173,3 +261,6 @@ def test_it_builds_without_a_warning(tmp_path: Path) -> None:
     page = (tmp_path / "reference" / "api.html").read_text()
     for name in ("FakeQuantize", "prepare_qat", "quantization_parameters", "fake_quant_spec"):
         assert f"{name}</span>" in page
+    # A docstring, a signature made from the registry, and a page's own text have arrived.
+    for text in ("Runs without gradients", "99.99", "The folder of the CMake package"):
+        assert text in page
