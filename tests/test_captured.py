@@ -17,7 +17,7 @@ from grids import off_grid
 from nets import images, same_bits, tiny_net
 from prepared import CONFIG, OTHER, names, ready, rule_of, run_calibration
 from torch_ext import get_default_qconfig, prepare_qat, set_fake_quantize
-from torch_ext._placement import placement_table
+from torch_ext.prepare.insertion.operations import placement_table
 
 CONV, LINEAR = "conv.parametrizations.weight.0", "fc.parametrizations.weight.0"
 Forward = Callable[["Net", Tensor], Any]

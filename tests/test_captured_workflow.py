@@ -17,7 +17,7 @@ from grids import off_grid
 from nets import same, same_bits, snapshot
 from prepared import CONFIG, OTHER, names, ready, run_calibration
 from ranks import run
-from torch_ext._walk import named_quantizers
+from torch_ext import named_quantizers
 
 HISTOGRAM = torch_ext.get_default_qconfig(activation_observer="percentile")
 

@@ -16,8 +16,8 @@ import rank_training as training
 import ranks
 import torch_ext
 from nets import ACTIVATIONS, images, prepared
-from torch_ext import distributed, set_fake_quantize, sync_observers
-from torch_ext._walk import named_quantizers
+from torch_ext import named_quantizers, set_fake_quantize, sync_observers
+from torch_ext.calibration import distributed
 
 
 @pytest.fixture(autouse=True)

@@ -16,8 +16,7 @@ import torch
 import exports
 import torch_ext
 from nets import same_bits
-from torch_ext import export
-from torch_ext._walk import named_quantizers
+from torch_ext import export, named_quantizers
 
 SCHEMA = json.loads(
     (Path(torch_ext.__file__).parent / "export/calibration.schema.json").read_text()

@@ -13,8 +13,14 @@ from torch import Tensor, nn
 import exports
 import ncnn_net
 from nets import images, tiny_net
-from torch_ext import QConfig, export, get_default_qconfig, prepare_qat, set_fake_quantize
-from torch_ext._walk import named_quantizers
+from torch_ext import (
+    QConfig,
+    export,
+    get_default_qconfig,
+    named_quantizers,
+    prepare_qat,
+    set_fake_quantize,
+)
 
 
 @pytest.fixture(autouse=True)

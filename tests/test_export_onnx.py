@@ -14,8 +14,14 @@ import exports
 import onnx_runs
 import torch_ext
 from nets import images, same, same_bits, snapshot, tiny_net
-from torch_ext import FakeQuantize, export, get_default_qconfig, prepare_qat, set_fake_quantize
-from torch_ext._walk import named_quantizers
+from torch_ext import (
+    FakeQuantize,
+    export,
+    get_default_qconfig,
+    named_quantizers,
+    prepare_qat,
+    set_fake_quantize,
+)
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")

@@ -13,8 +13,7 @@ import torch
 
 import exports
 import torch_ext
-from torch_ext import FakeQuantize, export
-from torch_ext._walk import named_quantizers
+from torch_ext import FakeQuantize, export, named_quantizers
 
 NAMES = {
     "conv1.activation_quantizer": "(Unnamed Layer* 64) [Shuffle]_output",

@@ -14,8 +14,7 @@ from torch import nn
 
 import exports
 from nets import TinyNet
-from torch_ext import FakeQuantize, export, set_fake_quantize
-from torch_ext._walk import named_quantizers
+from torch_ext import FakeQuantize, export, named_quantizers, set_fake_quantize
 
 TVM: dict[str, Any] = {
     "qscheme": "per_tensor_symmetric",

@@ -11,8 +11,13 @@ from torch import Tensor, nn
 import torch_ext
 from nets import images, same_bits, tiny_net
 from prepared import CONFIG, names, ready, run_calibration
-from torch_ext import FakeQuantize, get_default_qconfig, prepare_qat, set_fake_quantize
-from torch_ext._walk import named_quantizers
+from torch_ext import (
+    FakeQuantize,
+    get_default_qconfig,
+    named_quantizers,
+    prepare_qat,
+    set_fake_quantize,
+)
 
 WEIGHT = "parametrizations.weight.1"
 PER_TENSOR = get_default_qconfig(weight_qkwargs={"qscheme": "per_tensor_symmetric"})

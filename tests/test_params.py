@@ -25,11 +25,11 @@ from nets import (
 from torch_ext import (
     get_default_qconfig,
     load_observer_params,
+    named_quantizers,
     ops,
     save_observer_params,
     set_fake_quantize,
 )
-from torch_ext._walk import named_quantizers
 
 
 @pytest.fixture(autouse=True)

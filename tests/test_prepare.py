@@ -13,8 +13,13 @@ from torch import Tensor, nn
 import torch_ext
 from nets import ACTIVATIONS, WEIGHTS, TinyNet, images, same_bits, tiny_net
 from prepared import CONFIG, OTHER, names, ready, run_calibration
-from torch_ext import FakeQuantize, get_default_qconfig, prepare_qat, set_fake_quantize
-from torch_ext._walk import named_quantizers
+from torch_ext import (
+    FakeQuantize,
+    get_default_qconfig,
+    named_quantizers,
+    prepare_qat,
+    set_fake_quantize,
+)
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch_ext import _C
-from torch_ext._options import OptionValue, encode_options, observer_info
+from torch_ext.ops.registry import OptionValue, encode_options, observer_info
 
 Candidates = Sequence[str] | Mapping[str, Mapping[str, OptionValue | Sequence[OptionValue]]]
 

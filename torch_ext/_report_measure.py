@@ -16,8 +16,8 @@ from torch import Tensor
 
 from torch_ext import ops
 from torch_ext._candidates import Choice, choice, rules_that_look
-from torch_ext._options import observer_info
-from torch_ext._params import Params
+from torch_ext.files.quantizer_params import Params
+from torch_ext.ops.registry import observer_info
 
 # Thresholds of the error curve: so many, down to 2^-6 of the largest magnitude.
 _STEPS, _OCTAVES = 49, 6

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_ext._params import STATISTIC, Params, spec_of
 from torch_ext._report_measure import (
     Bins,
     Quality,
@@ -27,8 +26,9 @@ from torch_ext._report_measure import (
     rule_lines,
     weight_sample,
 )
-from torch_ext.fake_quant import FakeQuantize
-from torch_ext.observer import Observer
+from torch_ext.files.quantizer_params import STATISTIC, Params, spec_of
+from torch_ext.quantizers.fake_quantize import FakeQuantize
+from torch_ext.quantizers.observer import Observer
 
 # Rules are compared, and errors drawn, on at most so many channels, evenly spread.
 _CHANNELS = 16

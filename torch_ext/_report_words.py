@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import torch
 
-from torch_ext._findings import dead_channels, listed
 from torch_ext._report_measure import RuleLine
 from torch_ext._report_subject import Subject
+from torch_ext.quantizers.solve import dead_channels, listed
 
 # When something is worth a word.
 _FEW = 1000  # values of an activation

@@ -6,26 +6,23 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from torch_ext._batches import digest
-from torch_ext._files import FileError, PathLike, read_object, write_atomically
-from torch_ext._params import spec_of
-from torch_ext._walk import unwrap
-from torch_ext.fake_quant import FakeQuantize
+from torch_ext.files.quantizer_params import spec_of
+from torch_ext.files.storage import FileError, PathLike, read_object, write_atomically
+from torch_ext.quantizers.find import PreparedModel
+from torch_ext.utils.batches import digest
 
 _VERSION = 1
 _SAME = 1e-6  # relative; a sum may be taken in another order
 
 
-def fingerprint(model: nn.Module, quantizers: Mapping[str, FakeQuantize], *more: object) -> str:
+def fingerprint(prepared: PreparedModel, *more: object) -> str:
     """A name for the model's tensors, its quantizers' keys, and what else a run depends on."""
-    specs = {name: spec_of(quantizer) for name, quantizer in quantizers.items()}
-    text = json.dumps([digest(unwrap(model).state_dict()), specs, *more], sort_keys=True)
+    specs = {name: spec_of(quantizer) for name, quantizer in prepared.quantizers.items()}
+    text = json.dumps([digest(prepared.root.state_dict()), specs, *more], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,20 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_ext._batches import Forward, default_forward, model_device, to_device
-from torch_ext._files import PathLike, write_atomically
-from torch_ext._guards import eval_mode, forked_rng, restored
-from torch_ext._params import Params, params_of
-from torch_ext._progress import progress_bar
 from torch_ext._report_page import page
 from torch_ext._report_subject import Seen, measured
 from torch_ext._report_words import notes
-from torch_ext._states import FakeQuantState
-from torch_ext._walk import require_quantizers, unwrap, weight_sources
-from torch_ext.describe import role_of
-from torch_ext.fake_quant import FakeQuantize
-from torch_ext.saved import SavedQuantizers, read_quantizers
-from torch_ext.state import QuantizationWarning, set_fake_quantize
+from torch_ext.files.quantizer_params import Params, params_of
+from torch_ext.files.saved_quantizers import SavedQuantizers, read_quantizers
+from torch_ext.files.storage import PathLike, write_atomically
+from torch_ext.quantizers.fake_quantize import FakeQuantize
+from torch_ext.quantizers.find import PreparedModel, role_of
+from torch_ext.quantizers.restore import restored
+from torch_ext.quantizers.set_state import change_states
+from torch_ext.quantizers.state_table import FakeQuantState
+from torch_ext.quantizers.transition import QuantizationWarning
+from torch_ext.utils.batches import Forward, default_forward, model_device, to_device
+from torch_ext.utils.modes import eval_mode, forked_rng
+from torch_ext.utils.progress import progress_bar
 
 _WHO = "report"
 
@@ -84,8 +85,10 @@ def report(
         title = f"Quantizers in {os.fspath(model)}"
         model = read_quantizers(model)
     elif isinstance(model, nn.Module):
-        title = f"Quantizers of {type(unwrap(model)).__name__}"
-    quantizers = require_quantizers(_WHO, model)
+        title = ""
+    prepared = PreparedModel(_WHO, model)
+    quantizers = prepared.quantizers
+    title = title or f"Quantizers of {type(prepared.root).__name__}"
     if data is not None and isinstance(model, SavedQuantizers):
         raise ValueError(f"{_WHO}: expected data to be None with a file, which is no whole model")
     if data is not None and (isinstance(data, str) or not isinstance(data, Iterable)):
@@ -97,17 +100,16 @@ def report(
         if data is not None or calibrating:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", QuantizationWarning)  # the page has its own words
-                set_fake_quantize(model, FakeQuantState.VALIDATION, allow_unobserved=True)
+                change_states(_WHO, model, FakeQuantState.VALIDATION, allow_unobserved=True)
         seen: dict[str, Seen] = {}
         if data is not None:
             batches = progress_bar(data, _length(data), f"{_WHO}, data", progress)
             at = model_device(model, device)
-            seen = _watch(model, quantizers, batches, forward or default_forward, at)
-        sources = weight_sources(model)
+            seen = _watch(prepared, batches, forward or default_forward, at)
         subjects = []
         for name in progress_bar(quantizers, len(quantizers), _WHO, progress):
             quantizer = quantizers[name]
-            weight = sources[quantizer].read() if quantizer in sources else None
+            weight = prepared.read_weight(quantizer)
             role = role_of(name, quantizer)
             subject = measured(name, role, _on_cpu(quantizer), weight, seen.get(name))
             subjects.append((subject, notes(subject)))
@@ -131,8 +133,7 @@ def _length(data: Iterable[Any]) -> int | None:
 
 
 def _watch(
-    model: nn.Module,
-    quantizers: Mapping[str, FakeQuantize],
+    prepared: PreparedModel,
     batches: Iterable[Any],
     forward: Forward,
     device: torch.device,
@@ -140,16 +141,15 @@ def _watch(
     """Runs the batches; what passes through each activation's quantizer, by name."""
     seen: dict[str, Seen] = {}
     with contextlib.ExitStack() as stack:
-        stack.enter_context(eval_mode(model))
-        stack.enter_context(forked_rng(model))
-        for name, quantizer in quantizers.items():
+        stack.enter_context(eval_mode(prepared.root))
+        stack.enter_context(forked_rng(prepared.root))
+        for name, quantizer in prepared.quantizers.items():
             if not quantizer.transient and not quantizer.passes_through:
                 one = seen[name] = Seen(quantizer)
                 stack.callback(quantizer.register_forward_hook(_hook(one)).remove)
-        inner = unwrap(model)  # a compiled graph would not call the hooks
         empty = True
         for batch in batches:
-            forward(inner, to_device(batch, device))
+            forward(prepared.root, to_device(batch, device))  # a compiled one skips hooks
             empty = False
         if empty:
             raise ValueError(f"{_WHO}: expected data to give batches, got none")

@@ -12,19 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_ext._batches import Forward, default_forward, model_device, tensors_in, to_device
-from torch_ext._files import PathLike, write_atomically
-from torch_ext._guards import eval_mode, forked_rng, restored
-from torch_ext._progress import progress_bar
 from torch_ext._results import Results, fingerprint
-from torch_ext._states import FakeQuantState
 from torch_ext._svg import bar_picture
-from torch_ext._table import text_table
-from torch_ext._walk import require_quantizers
-from torch_ext.describe import role_of
-from torch_ext.fake_quant import FakeQuantize
-from torch_ext.observer import parse_flag
-from torch_ext.state import Pattern, select, set_fake_quantize
+from torch_ext.files.storage import PathLike, write_atomically
+from torch_ext.quantizers.fake_quantize import FakeQuantize
+from torch_ext.quantizers.find import Pattern, PreparedModel, role_of
+from torch_ext.quantizers.restore import restored
+from torch_ext.quantizers.set_state import change_states
+from torch_ext.quantizers.state_table import FakeQuantState
+from torch_ext.utils.arguments import parse_flag
+from torch_ext.utils.batches import Forward, default_forward, model_device, tensors_in, to_device
+from torch_ext.utils.modes import eval_mode, forked_rng
+from torch_ext.utils.progress import progress_bar
+from torch_ext.utils.text import text_table
 
 _WHO = "sensitivity"
 _WAYS = ("on", "off")
@@ -121,8 +121,8 @@ def sensitivity(
     Raises TypeError where the metric is no number or data cannot be run over again; RuntimeError
     where a quantizer has no range.
     """
-    quantizers = require_quantizers(_WHO, model)
-    chosen = select(_WHO, quantizers, pattern)
+    prepared = PreparedModel(_WHO, model)
+    quantizers, chosen = prepared.quantizers, prepared.select(pattern)
     chosen_ways = _parse_ways(ways)
     if metric is not None and not callable(metric):
         raise TypeError(f"{_WHO}: expected metric to be a function or None, got {metric!r}")
@@ -131,8 +131,8 @@ def sensitivity(
         stack.enter_context(restored(quantizers))
         stack.enter_context(eval_mode(model))
         stack.enter_context(torch.no_grad())
-        results = Results(_WHO, checkpoint, fingerprint(model, quantizers))
-        set_fake_quantize(model, FakeQuantState.VALIDATION)
+        results = Results(_WHO, checkpoint, fingerprint(prepared))
+        change_states(_WHO, model, FakeQuantState.VALIDATION)
         active = {name: q for name, q in quantizers.items() if not q.passes_through}
         run = _Run(model, active, data, results)
         run.begin(metric, forward or default_forward, model_device(model, device))

@@ -16,18 +16,19 @@ from torch_ext._candidates import (
     parse_candidates,
     usual_candidates,
 )
-from torch_ext._files import PathLike, write_atomically
-from torch_ext._guards import eval_mode, forked_rng, restored
-from torch_ext._progress import progress_bar
 from torch_ext._results import Results, fingerprint
-from torch_ext._states import FakeQuantState
 from torch_ext._svg import bar_picture
-from torch_ext._table import text_table
-from torch_ext._walk import require_quantizers
-from torch_ext.fake_quant import FakeQuantize
-from torch_ext.observer import parse_flag
-from torch_ext.resolve import plan, resolve
-from torch_ext.state import Pattern, select, set_fake_quantize
+from torch_ext.calibration.resolve import plan_resolve, resolve
+from torch_ext.files.storage import PathLike, write_atomically
+from torch_ext.quantizers.fake_quantize import FakeQuantize
+from torch_ext.quantizers.find import Pattern, PreparedModel
+from torch_ext.quantizers.restore import restored
+from torch_ext.quantizers.set_state import change_states
+from torch_ext.quantizers.state_table import FakeQuantState
+from torch_ext.utils.arguments import parse_flag
+from torch_ext.utils.modes import eval_mode, forked_rng
+from torch_ext.utils.progress import progress_bar
+from torch_ext.utils.text import text_table
 
 _WHO = "sweep"
 _FLOAT, _AS_IT_IS = "the float model", "the model as it is"
@@ -127,8 +128,8 @@ def sweep(
     Raises TypeError where a metric is no number, ValueError or RuntimeError for rules and options
     that cannot be solved here: before anything is measured.
     """
-    quantizers = require_quantizers(_WHO, model)
-    chosen = select(_WHO, quantizers, pattern)
+    prepared = PreparedModel(_WHO, model)
+    quantizers, chosen = prepared.quantizers, prepared.select(pattern)
     if not callable(evaluate):
         raise TypeError(f"{_WHO}: expected evaluate to be a function of a model, got {evaluate!r}")
     parse_flag(_WHO, "higher_is_better", higher_is_better)
@@ -136,9 +137,9 @@ def sweep(
         stack.enter_context(restored(quantizers))
         stack.enter_context(eval_mode(model))
         stack.enter_context(torch.no_grad())
-        about = fingerprint(model, quantizers, sorted(chosen))
-        set_fake_quantize(model, FakeQuantState.VALIDATION)
-        pairs = _pairs(model, activation_observers, weight_observers, pattern)
+        about = fingerprint(prepared, sorted(chosen))
+        change_states(_WHO, model, FakeQuantState.VALIDATION)
+        pairs = _pairs(prepared, activation_observers, weight_observers, pattern)
         run = _Run(model, quantizers, evaluate, Results(_WHO, checkpoint, about), pattern)
         labels = [_FLOAT, _AS_IT_IS, *pairs]
         measured = {
@@ -165,7 +166,7 @@ def _order(metric: float, higher_is_better: bool) -> tuple[bool, float]:
 
 
 def _pairs(
-    model: nn.Module,
+    prepared: PreparedModel,
     activation_observers: Candidates | None,
     weight_observers: Candidates | None,
     pattern: Pattern | None,
@@ -173,7 +174,7 @@ def _pairs(
     """The combinations by label; each is known to be solvable."""
 
     def check(side: str, one: Choice) -> None:
-        plan(model, **_arguments(side, one, pattern))
+        plan_resolve(prepared, **_arguments(side, one, pattern))
 
     lists: list[list[Choice | None]] = []
     for side, given in zip(_SIDES, (activation_observers, weight_observers), strict=True):
@@ -227,7 +228,7 @@ class _Run:
     def _compute(self, label: str, pair: _Pair | None) -> Any:
         if label == _FLOAT:
             with restored(self.quantizers):
-                set_fake_quantize(self.model, FakeQuantState.FLOAT)
+                change_states(_WHO, self.model, FakeQuantState.FLOAT)
                 return self._evaluate()
         if pair is not None:
             activations, weights = pair

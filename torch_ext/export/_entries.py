@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from torch_ext._files import FileError, PathLike
-from torch_ext._params import Params, check_parameters, params_of
-from torch_ext._states import FakeQuantState
-from torch_ext._walk import require_quantizers
-from torch_ext.describe import role_of
-from torch_ext.fake_quant import FakeQuantize
+from torch_ext.files.quantizer_params import Params, check_parameters, params_of
+from torch_ext.files.storage import FileError, PathLike
+from torch_ext.quantizers.fake_quantize import FakeQuantize
+from torch_ext.quantizers.find import PreparedModel, role_of
+from torch_ext.quantizers.state_table import FakeQuantState
 
 _SUFFIXES = {".onnx": "ONNX", ".json": "JSON", ".table": "ncnn", ".safetensors": "safetensors"}
 TO_FLOAT = 'set_fake_quantize(model, "float", pattern=[...]) leaves them out'
@@ -60,7 +59,7 @@ class ExportReport:
         return "\n".join(lines)
 
 
-def entries(who: str, model: nn.Module) -> tuple[dict[str, Entry], dict[str, str]]:
+def entries(prepared: PreparedModel) -> tuple[dict[str, Entry], dict[str, str]]:
     """The quantizers that quantize in VALIDATION, and those that let values pass, with the reason.
 
     Raises ValueError, by name, for those in another state, without a range or with numbers that
@@ -69,7 +68,7 @@ def entries(who: str, model: nn.Module) -> tuple[dict[str, Entry], dict[str, str
     chosen: dict[str, Entry] = {}
     left_out: dict[str, str] = {}
     problems: dict[str, str] = {}
-    for name, quantizer in require_quantizers(who, model).items():
+    for name, quantizer in prepared.quantizers.items():
         if quantizer.state is FakeQuantState.FLOAT:
             left_out[name] = "it is in FLOAT"
         elif quantizer.passes_through:
@@ -88,7 +87,7 @@ def entries(who: str, model: nn.Module) -> tuple[dict[str, Entry], dict[str, str
                 chosen[name] = Entry(name, quantizer, params)
     if not chosen and not problems:
         problems = left_out
-    refuse(who, problems, 'calibrate first, then set_fake_quantize(model, "validation")')
+    refuse(prepared.who, problems, 'calibrate first, then set_fake_quantize(model, "validation")')
     return chosen, left_out
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 
-from torch_ext._files import PathLike, name_problem
-from torch_ext._walk import shown
 from torch_ext.export._entries import refuse
+from torch_ext.files.storage import PathLike, name_problem
+from torch_ext.utils.text import shown
 
 Names = Mapping[str, str | Sequence[str]] | PathLike | None
 

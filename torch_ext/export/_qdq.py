@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torch_ext._grid import dtype_name, parse_dtype
-from torch_ext._walk import WeightSource
 from torch_ext.export._entries import Entry
 from torch_ext.export._trace import BATCH, SYMBOL, Seen
-from torch_ext.fake_quant import FakeQuantize
+from torch_ext.quantizers.fake_quantize import FakeQuantize
+from torch_ext.quantizers.find import WeightSource
+from torch_ext.quantizers.grid import dtype_name, parse_dtype
 
 PLAIN_OPSET = 18  # the least that torch.onnx makes
 _WIDE_OPSET = 21  # the first with 4 and 16 bits

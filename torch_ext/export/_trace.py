@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from torch_ext._guards import eval_mode
-from torch_ext._inputs import bound_arguments
-from torch_ext._walk import unwrap
-from torch_ext.fake_quant import FakeQuantize
+from torch_ext.quantizers.fake_quantize import FakeQuantize
+from torch_ext.quantizers.find import unwrap
+from torch_ext.utils.arguments import bound_arguments
+from torch_ext.utils.modes import eval_mode
 
 SYMBOL = ("torch_ext", "FakeQuant")
 BATCH = "batch"

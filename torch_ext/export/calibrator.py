@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from torch_ext._files import PathLike, write_atomically
 from torch_ext.export._entries import check_path
 from torch_ext.export._names import Names
 from torch_ext.export.tensorrt import cache_text, parse_cache, read_tensorrt_cache
+from torch_ext.files.storage import PathLike, write_atomically
 
 _WHO = "export.tensorrt_calibrator"
 

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from torch_ext._C import build_info
-from torch_ext._files import FileError, PathLike, name_problem, read_object, write_atomically
-from torch_ext._params import STATISTIC, Params, params_from, spec_of
 from torch_ext.export._entries import Entry, ExportReport, check_path, entries
+from torch_ext.files.quantizer_params import STATISTIC, Params, params_from, spec_of
+from torch_ext.files.storage import FileError, PathLike, name_problem, read_object, write_atomically
+from torch_ext.quantizers.find import PreparedModel
 
 _FORMAT = "torch_ext.calibration"
 _VERSION = 1
@@ -68,7 +69,7 @@ def json(model: nn.Module, path: PathLike) -> ExportReport:
     """
     who = "export.json"
     target = check_path(who, path, ".json")
-    chosen, left_out = entries(who, model)
+    chosen, left_out = entries(PreparedModel(who, model))
     document = {
         "format": _FORMAT,
         "version": _VERSION,

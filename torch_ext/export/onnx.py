@@ -12,8 +12,6 @@ import torch
 from torch import nn
 
 from torch_ext._C import build_info
-from torch_ext._files import FileError, PathLike, write_atomically
-from torch_ext._walk import check_model, weight_sources
 from torch_ext.export._entries import (
     TO_FLOAT,
     Entry,
@@ -26,6 +24,8 @@ from torch_ext.export._packages import onnx_packages
 from torch_ext.export._qdq import PLAIN_OPSET, Grid, Rewriter
 from torch_ext.export._trace import Seen, symbols, trace
 from torch_ext.export.tensorrt_onnx import grid_problem, violations
+from torch_ext.files.storage import FileError, PathLike, write_atomically
+from torch_ext.quantizers.find import PreparedModel
 
 PROFILES = (None, "tensorrt", "float")
 _KEY = "torch_ext"
@@ -76,7 +76,8 @@ def onnx(
     if profile == "float" and quantized_weights:
         raise ValueError(f'{who}: expected quantized_weights=False with profile="float", got True')
     packages = onnx_packages(who)
-    chosen, left_out = entries(who, model)
+    prepared = PreparedModel(who, model)
+    chosen, left_out = entries(prepared)
     quantizes = profile != "float"
     grids = {name: Grid.of(entry.quantizer) for name, entry in chosen.items()}
     if profile == "tensorrt":
@@ -89,8 +90,7 @@ def onnx(
         program = trace(who, model, example_inputs, dynamic_batch)
     refuse(who, _untraced(chosen, seen), "torch.export has to see every quantizer in float32")
     proto = _translate(who, program, opset)
-    sources = weight_sources(check_model(who, model))
-    rewriter = Rewriter(packages, proto, chosen, grids, sources, seen, quantized_weights)
+    rewriter = Rewriter(packages, proto, chosen, grids, prepared.weights, seen, quantized_weights)
     tensors = rewriter.quantize() if quantizes else rewriter.remove()
     used = tuple(name for name in chosen if name in tensors)
     _describe(proto, profile, opset, tensors, left_out)

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from torch_ext._files import FileError, PathLike, name_problem, write_atomically
 from torch_ext.export._entries import (
     TO_FLOAT,
     Entry,
@@ -29,6 +28,8 @@ from torch_ext.export._entries import (
     split_lines,
 )
 from torch_ext.export._names import Names, resolve
+from torch_ext.files.storage import FileError, PathLike, name_problem, write_atomically
+from torch_ext.quantizers.find import PreparedModel
 
 ALGORITHMS = ("EntropyCalibration2", "MinMaxCalibration")
 _LAST_MAJOR = 10  # 11 has no calibrators
@@ -87,7 +88,7 @@ def cache_text(
 ) -> tuple[str, tuple[tuple[str, ...], dict[str, str]]]:
     """A cache, the quantizers in it, and those left out with the reason."""
     header = f"TRT-{_encode_version(who, version)}-{_check_algorithm(who, algorithm)}"
-    chosen, left_out = entries(who, model)
+    chosen, left_out = entries(PreparedModel(who, model))
     activations = {name: entry for name, entry in chosen.items() if not entry.is_weight}
     left_out |= {name: WEIGHT_REASON for name, entry in chosen.items() if entry.is_weight}
     problems = {name: problem for name, e in activations.items() if (problem := _problem(e))}

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch_ext._files import FileError, PathLike
 from torch_ext.export._entries import Entry
 from torch_ext.export._packages import onnx_packages
 from torch_ext.export._qdq import Grid
+from torch_ext.files.storage import FileError, PathLike
 
 _PAIR = ("QuantizeLinear", "DequantizeLinear")
 _LEAST_OPSET = 13  # the first with an axis
