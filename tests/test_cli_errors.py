@@ -183,7 +183,7 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
     def interrupt(_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("torch_ext._commands.print_json", interrupt)
+    monkeypatch.setattr("torch_ext.cli.info.print_json", interrupt)
     assert run("info", "--json")[0] == 130
 
 

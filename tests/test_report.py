@@ -19,8 +19,9 @@ import torch_ext
 from nets import ACTIVATIONS, calibrated, images, prepared, same, snapshot, tiny_net
 from reference import Grid, fake_quant, qparams
 from support import GRIDS
-from torch_ext import FakeQuantize, get_default_qconfig, report, set_fake_quantize
-from torch_ext._report_subject import Subject, measured
+from torch_ext import FakeQuantize, get_default_qconfig, set_fake_quantize
+from torch_ext.analysis.report import report
+from torch_ext.analysis.report.quantizer_report import Subject, measured
 from torch_ext.calibration import resolve
 from torch_ext.files.quantizer_params import params_of
 

@@ -3,6 +3,9 @@
 from torch_ext.ops import loader  # isort: skip # First: it says what is wrong with the build.
 from torch_ext import export, ops
 from torch_ext._C import build_info, fake_quants, observers
+from torch_ext.analysis.report.report import ReportSummary, report
+from torch_ext.analysis.sensitivity import Sensitivity, sensitivity
+from torch_ext.analysis.sweep import Sweep, sweep
 from torch_ext.calibration.calibrate import CalibrationSummary, calibrate
 from torch_ext.calibration.distributed import keep_statistics_local, sync_observers
 from torch_ext.calibration.resolve import resolve
@@ -31,9 +34,6 @@ from torch_ext.quantizers.set_state import (
 )
 from torch_ext.quantizers.state_table import FakeQuantState
 from torch_ext.quantizers.transition import QuantizationWarning
-from torch_ext.report import ReportSummary, report
-from torch_ext.sensitivity import Sensitivity, sensitivity
-from torch_ext.sweep import Sweep, sweep
 
 __version__ = build_info()["version"]
 # For CMAKE_PREFIX_PATH, so that find_package(torch_ext) finds the package; see examples/cpp.

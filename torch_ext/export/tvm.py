@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from torch_ext.export._entries import (
+from torch_ext.export.common.entries import (
     TO_FLOAT,
     Entry,
     ExportReport,

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from torch_ext._C import build_info
-from torch_ext.export._entries import (
+from torch_ext.export.common.entries import (
     TO_FLOAT,
     Entry,
     ExportReport,
@@ -20,15 +20,15 @@ from torch_ext.export._entries import (
     entries,
     refuse,
 )
-from torch_ext.export._packages import onnx_packages
-from torch_ext.export._qdq import PLAIN_OPSET, Grid, Rewriter
-from torch_ext.export._trace import Seen, symbols, trace
-from torch_ext.export.tensorrt_onnx import grid_problem, violations
-from torch_ext.files.storage import FileError, PathLike, write_atomically
+from torch_ext.export.common.onnx_metadata import METADATA_KEY
+from torch_ext.export.common.packages import onnx_packages
+from torch_ext.export.common.trace import TracedInput, symbols, trace
+from torch_ext.export.onnx_qdq import PLAIN_OPSET, OnnxGrid, Rewriter
+from torch_ext.export.tensorrt.onnx_rules import grid_problem, violations
+from torch_ext.files.storage import PathLike, write_atomically
 from torch_ext.quantizers.find import PreparedModel
 
 PROFILES = (None, "tensorrt", "float")
-_KEY = "torch_ext"
 _LIMIT = 2**31 - 2**20  # protobuf holds no more in one message
 
 
@@ -79,7 +79,7 @@ def onnx(
     prepared = PreparedModel(who, model)
     chosen, left_out = entries(prepared)
     quantizes = profile != "float"
-    grids = {name: Grid.of(entry.quantizer) for name, entry in chosen.items()}
+    grids = {name: OnnxGrid.of(entry.quantizer) for name, entry in chosen.items()}
     if profile == "tensorrt":
         problems = {n: why for n, e in chosen.items() if (why := grid_problem(e, grids[n]))}
         refuse(who, problems, f'take dtype="int8" and a symmetric qscheme; or {TO_FLOAT}')
@@ -113,7 +113,7 @@ def _check_opset(who: str, opset: int | None, least: int, packages: Any) -> int:
     return opset
 
 
-def _untraced(chosen: Mapping[str, Entry], seen: Mapping[str, Seen]) -> dict[str, str]:
+def _untraced(chosen: Mapping[str, Entry], seen: Mapping[str, TracedInput]) -> dict[str, str]:
     """Those that ONNX has no type for, or that the example did not reach."""
     problems = {}
     for name in chosen:
@@ -160,7 +160,7 @@ def _describe(
         "quantizers": tensors,
         "left_out": left_out,
     }
-    proto.metadata_props.add(key=_KEY, value=json.dumps(content, ensure_ascii=False))
+    proto.metadata_props.add(key=METADATA_KEY, value=json.dumps(content, ensure_ascii=False))
     proto.producer_name, proto.producer_version = "torch_ext", version
     found = [one for one in proto.opset_import if one.domain == ""]
     if [one.version for one in found] != [opset]:
@@ -183,39 +183,3 @@ def _checked(who: str, packages: Any, proto: Any) -> bytes:
         raise ValueError(f"{who}: the result is not valid ONNX: {error}") from error
     data: bytes = proto.SerializeToString()
     return data
-
-
-def read_onnx_names(path: PathLike) -> dict[str, list[str]]:
-    """The tensors that each quantizer quantizes, of a file of :func:`onnx`.
-
-    Raises FileError (a ValueError) for other files.
-    """
-    content = read_onnx_metadata(path)
-    found: dict[str, list[str]] = {}
-    for name, entry in content["quantizers"].items():
-        tensors = entry.get("tensors") if isinstance(entry, dict) else None
-        if not isinstance(tensors, list) or not all(isinstance(one, str) for one in tensors):
-            raise FileError(path, f"metadata: {name[:80]}: expected names of tensors")
-        found[name] = tensors
-    return found
-
-
-def read_onnx_metadata(path: PathLike) -> dict[str, Any]:
-    """What a file of :func:`onnx` says of its quantizers."""
-    packages = onnx_packages("export.read_onnx_metadata")
-    try:
-        proto = packages.load(str(path), load_external_data=False)
-    except OSError:
-        raise
-    except Exception as error:  # protobuf has an exception of its own
-        raise FileError(path, f"not an ONNX file: {error}") from error
-    text = next((one.value for one in proto.metadata_props if one.key == _KEY), None)
-    try:
-        content = json.loads(text or "null")
-    except (ValueError, RecursionError) as error:
-        raise FileError(path, f"metadata: {error}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("quantizers"), dict):
-        raise FileError(path, "not a file of torch_ext.export.onnx: its metadata is missing")
-    if content.get("version") != 1:
-        raise FileError(path, f"metadata: this release reads version 1, got {content['version']!r}")
-    return content

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torch_ext.export._entries import Entry
-from torch_ext.export._trace import BATCH, SYMBOL, Seen
+from torch_ext.export.common.entries import Entry
+from torch_ext.export.common.trace import BATCH, SYMBOL, TracedInput
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import WeightSource
 from torch_ext.quantizers.grid import dtype_name, parse_dtype
@@ -22,7 +22,7 @@ _HALF = {torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16"}
 
 
 @dataclass(frozen=True)
-class Grid:
+class OnnxGrid:
     """A quantizer's grid, in the ONNX type that holds it."""
 
     type: str  # "int8", as in TensorProto less the capitals
@@ -33,7 +33,7 @@ class Grid:
     axis: int  # -1: per tensor
 
     @classmethod
-    def of(cls, quantizer: FakeQuantize) -> Grid:
+    def of(cls, quantizer: FakeQuantize) -> OnnxGrid:
         observer = quantizer.observer
         name = dtype_name(observer.dtype)
         bits = int(name.partition("int")[2])
@@ -59,9 +59,9 @@ class Rewriter:
         packages: Any,
         proto: Any,
         chosen: Mapping[str, Entry],
-        grids: Mapping[str, Grid],
+        grids: Mapping[str, OnnxGrid],
         sources: Mapping[FakeQuantize, WeightSource],
-        seen: Mapping[str, Seen],
+        seen: Mapping[str, TracedInput],
         quantized_weights: bool,
     ) -> None:
         self.onnx = packages

@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch_ext.export._entries import Entry
-from torch_ext.export._packages import onnx_packages
-from torch_ext.export._qdq import Grid
+from torch_ext.export.common.entries import Entry
+from torch_ext.export.common.packages import onnx_packages
+from torch_ext.export.onnx_qdq import OnnxGrid
 from torch_ext.files.storage import FileError, PathLike
 
 _PAIR = ("QuantizeLinear", "DequantizeLinear")
 _LEAST_OPSET = 13  # the first with an axis
 
 
-def grid_problem(entry: Entry, grid: Grid) -> str:
+def grid_problem(entry: Entry, grid: OnnxGrid) -> str:
     """Why TensorRT does not take a quantizer's grid, or nothing."""
     if grid.type != "int8":
         return f"its type is {grid.type}, not int8"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_ext._report_measure import (
+from torch_ext.analysis.report.quality import (
     Bins,
     Quality,
     RuleLine,

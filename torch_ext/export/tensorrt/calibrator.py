@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from torch_ext.export._entries import check_path
-from torch_ext.export._names import Names
-from torch_ext.export.tensorrt import cache_text, parse_cache, read_tensorrt_cache
+from torch_ext.export.common.entries import check_path
+from torch_ext.export.common.network_names import Names
+from torch_ext.export.tensorrt.cache import cache_text, parse_cache, read_tensorrt_cache
 from torch_ext.files.storage import PathLike, write_atomically
 
 _WHO = "export.tensorrt_calibrator"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from torch_ext import ops
-from torch_ext._candidates import Choice, choice, rules_that_look
+from torch_ext.analysis.rule_choices import Choice, choice, rules_that_look
 from torch_ext.files.quantizer_params import Params
 from torch_ext.ops.registry import observer_info
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from torch_ext.export._entries import (
+from torch_ext.export.common.entries import (
     TO_FLOAT,
     Entry,
     ExportReport,
@@ -27,7 +27,7 @@ from torch_ext.export._entries import (
     refuse,
     split_lines,
 )
-from torch_ext.export._names import Names, resolve
+from torch_ext.export.common.network_names import Names, network_names
 from torch_ext.files.storage import FileError, PathLike, name_problem, write_atomically
 from torch_ext.quantizers.find import PreparedModel
 
@@ -96,7 +96,7 @@ def cache_text(
     if not activations:
         raise ValueError(f"{who}: expected model to have activation quantizers, got none")
     lines = [header]
-    for name, tensors in resolve(who, names, activations).items():
+    for name, tensors in network_names(who, names, activations).items():
         scale = float(activations[name].scale)
         lines += [f"{tensor}: {encode_scale(scale)}" for tensor in tensors]
     return "\n".join([*lines, ""]), (tuple(activations), left_out)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_ext._C import build_info
-from torch_ext.export._entries import Entry, ExportReport, check_path, entries
+from torch_ext.export.common.entries import Entry, ExportReport, check_path, entries
 from torch_ext.files.quantizer_params import STATISTIC, Params, params_from, spec_of
 from torch_ext.files.storage import FileError, PathLike, name_problem, read_object, write_atomically
 from torch_ext.quantizers.find import PreparedModel

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from torch_ext._report_measure import RuleLine
-from torch_ext._report_subject import Subject
+from torch_ext.analysis.report.quality import RuleLine
+from torch_ext.analysis.report.quantizer_report import Subject
 from torch_ext.quantizers.solve import dead_channels, listed
 
 # When something is worth a word.

@@ -7,11 +7,11 @@ import math
 from collections.abc import Callable, Sequence
 
 from torch_ext import _C
-from torch_ext._candidates import choice
-from torch_ext._report_measure import RuleLine
-from torch_ext._report_picture import colour_of, picture
-from torch_ext._report_subject import Subject
-from torch_ext._report_words import Note
+from torch_ext.analysis.report.advice import Note
+from torch_ext.analysis.report.picture import colour_of, picture
+from torch_ext.analysis.report.quality import RuleLine
+from torch_ext.analysis.report.quantizer_report import Subject
+from torch_ext.analysis.rule_choices import choice
 
 _STYLE = """
 body{font:14px/1.45 sans-serif;color:#222;margin:24px;max-width:1500px}

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from torch_ext._candidates import rules_that_look
-from torch_ext._report_measure import Bins, RuleLine
-from torch_ext._report_subject import Subject
-from torch_ext._svg import COLOURS, GREY, Svg
+from torch_ext.analysis.report.quality import Bins, RuleLine
+from torch_ext.analysis.report.quantizer_report import Subject
+from torch_ext.analysis.rule_choices import rules_that_look
+from torch_ext.analysis.svg import COLOURS, GREY, Svg
 
 _LEFT, _WIDTH = 58.0, 640.0
 _TOP, _HIGH = 18.0, 170.0  # of the histogram

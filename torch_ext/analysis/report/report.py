@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_ext._report_page import page
-from torch_ext._report_subject import Seen, measured
-from torch_ext._report_words import notes
+from torch_ext.analysis.report.advice import notes
+from torch_ext.analysis.report.page import page
+from torch_ext.analysis.report.quantizer_report import Seen, measured
 from torch_ext.files.quantizer_params import Params, params_of
 from torch_ext.files.saved_quantizers import SavedQuantizers, read_quantizers
 from torch_ext.files.storage import PathLike, write_atomically

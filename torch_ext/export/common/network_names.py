@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 
-from torch_ext.export._entries import refuse
+from torch_ext.export.common.entries import refuse
 from torch_ext.files.storage import PathLike, name_problem
 from torch_ext.utils.text import shown
 
 Names = Mapping[str, str | Sequence[str]] | PathLike | None
 
 
-def resolve(who: str, names: Names, wanted: Iterable[str]) -> dict[str, tuple[str, ...]]:
+def network_names(who: str, names: Names, wanted: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """The names in the network for each of ours; without `names` they are the same.
 
     Raises ValueError where one of ours is not named or unknown, where two share a name, and for
@@ -26,7 +26,7 @@ def resolve(who: str, names: Names, wanted: Iterable[str]) -> dict[str, tuple[st
         if unknown := [str(name) for name in given if name not in wanted]:
             raise ValueError(f"{who}: names: unknown {shown(unknown)}; known: {shown(wanted)}")
     elif isinstance(names, (str, os.PathLike)):
-        from torch_ext.export.onnx import read_onnx_names  # it imports this package
+        from torch_ext.export.common.onnx_metadata import read_onnx_names
 
         given = read_onnx_names(names)
     else:
