@@ -11,8 +11,7 @@ import torch
 
 import torch_ext
 from nets import TinyNet, images, prepared
-from torch_ext import save_observer_params
-from torch_ext.calibration import calibrate
+from torch_ext import calibrate, save_observer_params
 from torch_ext.cli.main import main
 
 CONFIG = torch_ext.get_default_calib_qconfig()

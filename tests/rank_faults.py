@@ -16,13 +16,13 @@ from torch.nn.parallel import DistributedDataParallel
 from nets import TinyNet, images, prepared, same, snapshot
 from rank_jobs import CONFIG, Values, bank, batches, calibrated_on, plain
 from torch_ext import (
+    calibrate,
     get_default_calib_qconfig,
     reset_statistics,
     save_observer_params,
     set_fake_quantize,
     sync_observers,
 )
-from torch_ext.calibration import calibrate
 
 
 def observing(net: TinyNet, data: list[Tensor]) -> TinyNet:

@@ -13,12 +13,12 @@ import torch_ext
 from nets import TinyNet, images, prepared, same, snapshot
 from torch_ext import (
     FakeQuantize,
+    calibrate,
     get_default_calib_qconfig,
     reset_statistics,
     set_fake_quantize,
     sync_observers,
 )
-from torch_ext.calibration import calibrate
 
 CONFIG = get_default_calib_qconfig(weight_observer="percentile")
 BATCHES = 7

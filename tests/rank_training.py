@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nets import TinyNet, images, prepared, same, snapshot
 from rank_jobs import BATCHES, CONFIG, Values, batches, calibrated_on, plain
 from torch_ext import (
+    calibrate,
     fake_quantize_states,
     get_default_qconfig,
     keep_statistics_local,
@@ -24,7 +25,6 @@ from torch_ext import (
     set_fake_quantize,
     sync_observers,
 )
-from torch_ext.calibration import calibrate
 
 RATE = 0.25  # averaging constant
 STEPS = 3

@@ -19,13 +19,13 @@ import torch_ext
 from nets import ACTIVATIONS, WEIGHTS, TinyNet, calibrated, images, prepared, same, snapshot
 from torch_ext import (
     FakeQuantState,
+    calibrate,
     fake_quantize_states,
     get_default_calib_qconfig,
     get_default_qconfig,
     named_quantizers,
     set_fake_quantize,
 )
-from torch_ext.calibration import calibrate
 
 
 @pytest.fixture(autouse=True)

@@ -17,8 +17,7 @@ from torch import nn
 import torch_ext
 from cli import BATCHES, Run, calibrated, rows, runner, write_files
 from nets import ACTIVATIONS, WEIGHTS
-from torch_ext import _C, FakeQuantize, named_quantizers, save_observer_params
-from torch_ext.calibration import resolve
+from torch_ext import _C, FakeQuantize, named_quantizers, resolve, save_observer_params
 from torch_ext.cli.main import main
 from torch_ext.files.observer_params import read_observer_params
 

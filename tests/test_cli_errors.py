@@ -21,8 +21,7 @@ import torch
 import torch_ext
 from cli import BATCHES, CONFIG, Run, calibrated, runner, write_files
 from nets import prepared
-from torch_ext import save_observer_params
-from torch_ext.calibration import calibrate
+from torch_ext import calibrate, save_observer_params
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import torch_ext
 from nets import TinyNet, images, same, snapshot, tiny_net
-from torch_ext.prepare import fuse
+from torch_ext import fuse
 
 
 @pytest.fixture(autouse=True)

@@ -19,10 +19,8 @@ import torch_ext
 from nets import ACTIVATIONS, calibrated, images, prepared, same, snapshot, tiny_net
 from reference import Grid, fake_quant, qparams
 from support import GRIDS
-from torch_ext import FakeQuantize, get_default_qconfig, set_fake_quantize
-from torch_ext.analysis.report import report
+from torch_ext import FakeQuantize, get_default_qconfig, report, resolve, set_fake_quantize
 from torch_ext.analysis.report.quantizer_report import QuantizerReport, measured
-from torch_ext.calibration import resolve
 from torch_ext.files.quantizer_params import params_of
 
 CONFIG = get_default_qconfig(activation_observer="percentile")

@@ -21,8 +21,7 @@ from nets import (
     snapshot,
     tiny_net,
 )
-from torch_ext import get_default_qconfig, named_quantizers, set_fake_quantize
-from torch_ext.calibration import resolve
+from torch_ext import get_default_qconfig, named_quantizers, resolve, set_fake_quantize
 
 
 @pytest.fixture(autouse=True)

@@ -15,16 +15,17 @@ from torch import Tensor
 import torch_ext
 from nets import ACTIVATIONS, WEIGHTS, TinyNet, calibrated, images, prepared, same, snapshot
 from torch_ext import (
+    calibrate,
     get_default_calib_qconfig,
     get_default_qconfig,
     load_observer_params,
     merge_observer_params,
     named_quantizers,
     read_quantizers,
+    resolve,
     save_observer_params,
     set_fake_quantize,
 )
-from torch_ext.calibration import calibrate, resolve
 
 RULES = torch_ext.observers()
 METHODS = torch_ext.fake_quants()

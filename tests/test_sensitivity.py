@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 import torch_ext
 from nets import ACTIVATIONS, WEIGHTS, calibrated, images, prepared, same, snapshot, tiny_net
-from torch_ext import FakeQuantState, get_default_qconfig, set_fake_quantize
-from torch_ext.analysis import sensitivity
+from torch_ext import FakeQuantState, get_default_qconfig, sensitivity, set_fake_quantize
 
 ALL = [*ACTIVATIONS, *WEIGHTS]
 CONFIG = get_default_qconfig(

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 import torch_ext
 from nets import calibrated, images, prepared, same, same_bits, snapshot, tiny_net
-from torch_ext import get_default_qconfig, set_fake_quantize
-from torch_ext.analysis import sweep
+from torch_ext import get_default_qconfig, set_fake_quantize, sweep
 
 CANDIDATES = {
     "min_max": {},
