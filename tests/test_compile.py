@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -260,20 +259,3 @@ def test_functional_call_uses_the_tensors_it_is_given(method: str):
     assert same_bits(out, other(images()))
     assert not same_bits(out, net(images()))
     assert same(snapshot(net), before)
-
-
-def test_pickling_a_whole_model_says_what_to_do_instead(tmp_path: Path):
-    net = ready("lsq")
-    with pytest.raises(RuntimeError) as raised:
-        torch.save(net, tmp_path / "net.pt")
-    text = str(raised.value)
-    assert "save state_dict()" in text
-    assert "prepare_qat" in text
-    # What it says works.
-    torch.save(net.state_dict(), tmp_path / "net.pt")
-    other = ready("lsq", calibrated=False)
-    other.load_state_dict(torch.load(tmp_path / "net.pt", weights_only=True))
-    set_fake_quantize(net, "validation")
-    set_fake_quantize(other, "validation")
-    assert same_bits(other.eval()(images()), net.eval()(images()))
-    assert same_bits(copy.deepcopy(net)(images()), net(images()))

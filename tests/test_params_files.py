@@ -161,7 +161,7 @@ class TestFiles:
         assert not path.exists()
 
         for check in ("check_parameters", "check_statistic"):
-            monkeypatch.setattr(f"torch_ext.params.{check}", lambda _: None)
+            monkeypatch.setattr(f"torch_ext.files.observer_params.{check}", lambda _: None)
         save_observer_params(net, path)
         monkeypatch.undo()
         target = solved_net("min_max")

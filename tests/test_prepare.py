@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from typing import Any
 
 import pytest
@@ -199,15 +198,6 @@ def test_the_meta_device() -> None:
 
 def test_names_are_the_same_for_every_configuration() -> None:
     assert names(ready(tiny_net(), CONFIG)) == names(ready(tiny_net(), OTHER))
-
-
-def test_whole_models_and_pickle() -> None:
-    with pytest.raises(RuntimeError, match="save state_dict"):
-        pickle.dumps(ready(tiny_net()))
-    outputs = ready(tiny_net(), get_default_qconfig(weight_fake_quant=None)).eval()
-    loaded = pickle.loads(pickle.dumps(outputs))
-    run_calibration(loaded, images())
-    assert names(loaded) == set(ACTIVATIONS)
 
 
 def test_deep_copies_are_apart() -> None:

@@ -18,6 +18,7 @@ from torch_ext import (
     prepare_qat,
     set_fake_quantize,
 )
+from torch_ext.prepare import attach
 
 
 @pytest.fixture(autouse=True)
@@ -168,14 +169,13 @@ class TestRefusals:
     def test_a_failure_half_way_leaves_the_model_as_it_was(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from torch_ext.prepare import attach
+        attach_output = attach.attach_output
 
         def fail(module: nn.Module, quantizer: FakeQuantize) -> Any:
             if isinstance(module, nn.Linear):
                 raise MemoryError
-            return attach(module, quantizer)
+            return attach_output(module, quantizer)
 
-        attach = attach.attach_output
         monkeypatch.setattr(attach, "attach_output", fail)
         net = tiny_net()
         keys, kinds = list(net.state_dict()), [type(m) for m in net.modules()]

@@ -195,7 +195,7 @@ def test_data_is_measured_as_it_passes(tmp_path: Path) -> None:
     for handle in handles:
         handle.remove()
     seen: dict[str, QuantizerReport] = {}
-    module = sys.modules["torch_ext.report"]
+    module = sys.modules["torch_ext.analysis.report.report"]
     original = module.measured
 
     def spy(name: str, *arguments: Any) -> QuantizerReport:

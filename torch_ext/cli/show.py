@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch_ext.cli.arguments import Commands, add_command, add_file, add_pattern
-from torch_ext.cli.terminal import print_json, print_table, range_text, scale_text, zero_point_text
+from torch_ext.cli.terminal import print_json, print_table, range_text, zero_point_text
 from torch_ext.files.quantizer_params import params_of
 from torch_ext.files.saved_quantizers import SavedQuantizers, read_quantizers
 from torch_ext.prepare.describe import describe
@@ -51,7 +51,7 @@ def print_quantizers(
         rows.append(
             [
                 *(label_of(row.name), row.of, row.observer, row.grid),
-                *(range_text(params), scale_text(params), zero_point_text(params)),
+                *(range_text(params), row.scale, zero_point_text(params)),
                 *(str(finite), f"{infinite}, {nan}" if infinite or nan else ""),
             ]
         )

@@ -57,13 +57,15 @@ def class_with_forward(
     """
 
     def deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
-        # The base class copies in a way of its own (a GraphModule: what its graph calls).
+        # The base class may copy in a way of its own (a GraphModule: what its graph calls).
+        kind = type(self)
         _set_class(self, base)
         try:
             made = copy.deepcopy(self, memo)
         finally:
-            _set_class(self, swapped)
-        _set_class(made, make_class(type(made)))
+            _set_class(self, kind)
+        # One that torch derived from this one, for parametrizations, serves the copy as well.
+        _set_class(made, kind if type(made) is base else make_class(type(made)))
         return made
 
     members = {
