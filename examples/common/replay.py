@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import torch_ext
-from rivals import Rival
+from common.rivals import Rival
 from torch_ext import FakeQuantize, FakeQuantState, set_fake_quantize
 
 Feed = list[Tensor]  # the indices of the images of each batch, in the order of the batches

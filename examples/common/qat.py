@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from data import Dataset, augment
+from common.data import Dataset, augment
 from torch_ext import quantization_parameters
 
 

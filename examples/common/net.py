@@ -9,10 +9,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from data import CLASSES, DataError
+from common.data import CLASSES, DataError
 from torch_ext import Add
 
-WEIGHTS_FOLDER = Path(__file__).parent / "weights"
+WEIGHTS_FOLDER = Path(__file__).resolve().parents[1] / "weights"
 
 
 def conv_bn(
