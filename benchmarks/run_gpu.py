@@ -1,6 +1,6 @@
 """Times torch_ext's CUDA kernels side by side with what else does the same.
 
-python benchmarks/gpu.py --save [--out FOLDER]
+python benchmarks/run_gpu.py --save [--out FOLDER]
 """
 
 from __future__ import annotations
@@ -13,10 +13,6 @@ from pathlib import Path
 
 import torch
 
-import gpu_cases
-import gpu_native
-import gpu_solve
-import gpu_timing
 import native
 import options
 import run
@@ -24,6 +20,10 @@ import tables
 import timing
 import torch_ext
 from case import Job
+from gpu import cases as gpu_cases
+from gpu import native as gpu_native
+from gpu import solve as gpu_solve
+from gpu import timing as gpu_timing
 from timing import Sampler, Samples
 
 NO_GPU = 3  # the exit code where there is nothing to measure
@@ -43,7 +43,7 @@ def missing() -> str | None:
 
 def parse() -> argparse.Namespace:
     """sizes, only, rounds, quick, list, save, out; threads and seconds_per_sample with them."""
-    parser = argparse.ArgumentParser("gpu.py", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser("run_gpu.py", description=__doc__, allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="3 rounds, sizes 1Mi,64Mi")
     parser.add_argument(
         "--sizes", type=options.parse_sizes, help=f"in elements, default: {gpu_cases.SIZES}"
@@ -151,11 +151,11 @@ def main() -> int:
     chosen = parse()
     why = missing()
     if why is not None and not chosen.list:
-        print(f"gpu.py: {why}: nothing to measure", file=sys.stderr)
+        print(f"run_gpu.py: {why}: nothing to measure", file=sys.stderr)
         return NO_GPU
     device = torch.device("cuda" if why is None else "cpu")
     cases = [*gpu_cases.cases(device), *gpu_solve.cases(device)]
-    cases = run.choose(cases, chosen.only, "gpu.py")
+    cases = run.choose(cases, chosen.only, "run_gpu.py")
     if chosen.list:
         print("\n".join(case.name for case in cases))
         return 0

@@ -11,8 +11,8 @@ from torch import Tensor
 
 import distributions
 from case import MI, NONE, Ceiling, Goals, Run
-from cases_observe import MANTISSA_BITS, OCTAVES
-from gpu_native import rotating
+from cases.observe import MANTISSA_BITS, OCTAVES
+from gpu.native import rotating
 from torch_ext import ops
 
 ROTATED_BYTES = 128 * MI  # more than twice the largest second-level cache

@@ -13,8 +13,8 @@ from torch import Tensor
 import distributions
 import torch_ext
 from case import KI, NONE, Case, Goal, Goals, Job, Missing, Peer, Run, expect
-from gpu_cases import QUANT_MAX, QUANT_MIN
-from gpu_inputs import Statistic
+from gpu.cases import QUANT_MAX, QUANT_MIN
+from gpu.inputs import Statistic
 from torch_ext import ops
 
 QUANTIZERS = 100

@@ -14,7 +14,7 @@ import distributions
 import native
 import torch_ext
 from case import KI, MI, Case, Ceiling, Goal, Goals, Job, Missing, Peer, expect, goals
-from cases_observe import Statistic, ao_observer
+from cases.observe import Statistic, ao_observer
 from torch_ext import ops
 from torch_ext._options import encode_options
 

@@ -18,7 +18,7 @@ from case import Missing, Run
 
 Result = TypeVar("Result")
 
-SOURCE = "ceilings.cu"
+SOURCE = "gpu/ceilings.cu"
 WAYS = {"persistent blocks": 0, "a block per tile": 1, "a block per tile, streaming": 2}
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 TILE_BYTES = 1 << 16  # what a block moves at once; buffers are multiples of it

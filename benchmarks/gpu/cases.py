@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 import distributions
-import gpu_native
 import torch_ext
 from case import MI, NONE, Case, Goals, Job, Missing, Peer, Run, expect, goals
-from cases_observe import PEER_BINS, ao_observer
-from gpu_inputs import Statistic, inputs
+from cases.observe import PEER_BINS, ao_observer
+from gpu import native as gpu_native
+from gpu.inputs import Statistic, inputs
 
 SIZES = "64Ki,1Mi,64Mi,256Mi"
 LARGEST = 256 * MI
