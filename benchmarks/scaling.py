@@ -21,7 +21,8 @@ from torch import Tensor, nn
 import native
 import tables
 import torch_ext
-from torch_ext import FakeQuantize, calibrate, prepare_qat, set_fake_quantize, sync_observers
+from torch_ext import FakeQuantize, prepare_qat, set_fake_quantize, sync_observers
+from torch_ext.calibration import calibrate
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 

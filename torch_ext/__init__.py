@@ -1,35 +1,43 @@
 """Native observers and fake-quantization for PyTorch, and the workflow around them."""
 
-from torch_ext import _library, export, ops
+from torch_ext.ops import loader  # isort: skip # First: it says what is wrong with the build.
+from torch_ext import export, ops
 from torch_ext._C import build_info, fake_quants, observers
-from torch_ext.calibrate import CalibrationSummary, calibrate
-from torch_ext.checkpoint import float_state_dict, load_float_state_dict
-from torch_ext.describe import describe
-from torch_ext.distributed import keep_statistics_local, sync_observers
-from torch_ext.fake_quant import FakeQuantize
-from torch_ext.fuse import fuse
-from torch_ext.learned import LearnedFakeQuantize, quantization_parameters
+from torch_ext.analysis.report.report import ReportSummary, report
+from torch_ext.analysis.sensitivity import Sensitivity, sensitivity
+from torch_ext.analysis.sweep import Sweep, sweep
+from torch_ext.calibration.calibrate import CalibrationSummary, calibrate
+from torch_ext.calibration.distributed import keep_statistics_local, sync_observers
+from torch_ext.calibration.resolve import resolve
+from torch_ext.files.load_observer_params import LoadReport, load_observer_params
+from torch_ext.files.merge import MergeReport, merge_observer_params
+from torch_ext.files.observer_params import save_observer_params
+from torch_ext.files.saved_quantizers import SavedQuantizers, read_quantizers
 from torch_ext.modules import Add, Cat, MatMul, Mul, QuantStub
-from torch_ext.observer import Observer
-from torch_ext.params import LoadReport, load_observer_params, save_observer_params
-from torch_ext.prepare import prepare_qat
-from torch_ext.qconfig import QConfig, get_default_calib_qconfig, get_default_qconfig
-from torch_ext.report import ReportSummary, report
-from torch_ext.resolve import resolve
-from torch_ext.saved import MergeReport, SavedQuantizers, merge_observer_params, read_quantizers
-from torch_ext.sensitivity import Sensitivity, sensitivity
-from torch_ext.state import (
-    FakeQuantState,
-    QuantizationWarning,
+from torch_ext.prepare.describe import describe
+from torch_ext.prepare.fuse import fuse
+from torch_ext.prepare.prepare_qat import prepare_qat
+from torch_ext.prepare.qconfig import QConfig, get_default_calib_qconfig, get_default_qconfig
+from torch_ext.quantizers.fake_quantize import FakeQuantize
+from torch_ext.quantizers.find import named_quantizers
+from torch_ext.quantizers.float_state_dict import float_state_dict, load_float_state_dict
+from torch_ext.quantizers.learned import (
+    LearnedFakeQuantize,
+    float_parameters,
+    quantization_parameters,
+)
+from torch_ext.quantizers.observer import Observer
+from torch_ext.quantizers.set_state import (
     fake_quantize_states,
     reset_statistics,
     set_fake_quantize,
 )
-from torch_ext.sweep import Sweep, sweep
+from torch_ext.quantizers.state_table import FakeQuantState
+from torch_ext.quantizers.transition import QuantizationWarning
 
 __version__ = build_info()["version"]
 # For CMAKE_PREFIX_PATH, so that find_package(torch_ext) finds the package; see examples/cpp.
-cmake_prefix_path = str(_library.FOLDER / "share" / "cmake")
+cmake_prefix_path = str(loader.FOLDER / "share" / "cmake")
 
 __all__ = [
     "Add",
@@ -57,6 +65,7 @@ __all__ = [
     "export",
     "fake_quantize_states",
     "fake_quants",
+    "float_parameters",
     "float_state_dict",
     "fuse",
     "get_default_calib_qconfig",
@@ -65,6 +74,7 @@ __all__ = [
     "load_float_state_dict",
     "load_observer_params",
     "merge_observer_params",
+    "named_quantizers",
     "observers",
     "ops",
     "prepare_qat",

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch_ext
 from torch_ext import _C, _commands
-from torch_ext.export.tensorrt import ALGORITHMS
+from torch_ext.export.tensorrt.cache import ALGORITHMS
 
 _EXITS = """exit status:
   0  done

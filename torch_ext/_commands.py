@@ -12,19 +12,20 @@ from typing import Any
 
 import torch_ext
 from torch_ext import _C, export
-from torch_ext._compare import Comparison, Difference, compare
-from torch_ext._files import read_object
-from torch_ext._findings import Found, findings
-from torch_ext._params import Params, params_of
 from torch_ext._terminal import print_json, print_table
-from torch_ext._walk import named_quantizers
-from torch_ext.describe import describe, role_of
-from torch_ext.fake_quant import FakeQuantize
-from torch_ext.params import read_observer_params, save_observer_params
-from torch_ext.report import report
-from torch_ext.resolve import resolve
-from torch_ext.saved import SavedQuantizers, merge_observer_params, read_quantizers
-from torch_ext.state import select, set_fake_quantize
+from torch_ext.analysis.report.report import report
+from torch_ext.calibration.resolve import resolve
+from torch_ext.files.compare import Comparison, Difference, compare
+from torch_ext.files.merge import merge_observer_params
+from torch_ext.files.observer_params import read_observer_params, save_observer_params
+from torch_ext.files.quantizer_params import Params, params_of
+from torch_ext.files.saved_quantizers import SavedQuantizers, read_quantizers
+from torch_ext.files.storage import read_object
+from torch_ext.prepare.describe import describe
+from torch_ext.quantizers.fake_quantize import FakeQuantize
+from torch_ext.quantizers.find import named_quantizers, role_of, select
+from torch_ext.quantizers.set_state import set_fake_quantize
+from torch_ext.quantizers.solve import findings
 
 OPTION = "option_"  # before the names of rules' options, among the arguments
 # What writes a format, and the options that it takes.
@@ -174,7 +175,7 @@ def _progress(arguments: argparse.Namespace) -> bool | None:
 def _show(
     arguments: argparse.Namespace, model: SavedQuantizers, chosen: Mapping[str, FakeQuantize]
 ) -> None:
-    solved = {n: Found(q, q.range) for n, q in chosen.items() if bool(q.solved)}
+    solved = {n: (q.observer, q.range) for n, q in chosen.items() if bool(q.solved)}
     notes = [note.strip() for note in findings(solved)]
     if arguments.json:
         quantizers = {name: _record(name, quantizer) for name, quantizer in chosen.items()}

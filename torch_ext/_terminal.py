@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from torch_ext._table import text_table
+from torch_ext.utils.text import text_table
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_ext._grid import DType, parse_dtype
-from torch_ext._states import FakeQuantState
-from torch_ext.fake_quant import KEYS as FAKE_QUANT_KEYS
-from torch_ext.fake_quant import FakeQuantize
-from torch_ext.observer import KEYS as OBSERVER_KEYS
-from torch_ext.observer import Observer, check_keys
-from torch_ext.state import set_fake_quantize
+from torch_ext.quantizers.fake_quantize import KEYS as FAKE_QUANT_KEYS
+from torch_ext.quantizers.fake_quantize import FakeQuantize
+from torch_ext.quantizers.grid import DType, parse_dtype
+from torch_ext.quantizers.observer import KEYS as OBSERVER_KEYS
+from torch_ext.quantizers.observer import Observer, check_keys
+from torch_ext.quantizers.set_state import set_fake_quantize
+from torch_ext.quantizers.state_table import FakeQuantState
 
 try:
     from torchao.quantization.pt2e import FakeQuantizeBase, ObserverBase
@@ -291,7 +291,7 @@ def _refuse_dynamic(who: str, is_dynamic: bool) -> None:
 
 
 def _refuse_unobserved(observer: Observer) -> None:
-    if observer.statistic != "none" and not bool((observer.tally[:, 0] > 0).any()):
+    if observer.statistic != "none" and not observer.saw_data:
         raise RuntimeError(
             f"convert_pt2e: expected every observer to have seen data, got none in {observer}; "
             "run data through the prepared model first"

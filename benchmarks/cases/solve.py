@@ -16,7 +16,7 @@ import torch_ext
 from case import KI, MI, Case, Ceiling, Goal, Goals, Job, Missing, Peer, expect, goals
 from cases.observe import Statistic, ao_observer
 from torch_ext import ops
-from torch_ext._options import encode_options
+from torch_ext.ops.registry import encode_options
 
 PERCENTILE = 99.99
 QUANTIZERS = 100

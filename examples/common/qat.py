@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from common.data import Dataset, augment
-from torch_ext import quantization_parameters
+from torch_ext import float_parameters, quantization_parameters
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def train_quantized(model: nn.Module, data: Dataset, plan: Plan) -> list[float]:
     # Adam's steps are of the size of the rate: too long for scales, which are small numbers.
     groups = [
         {"params": quantization_parameters(model), "lr": plan.range_rate, "weight_decay": 0.0},
-        {"params": quantization_parameters(model, complement=True)},
+        {"params": float_parameters(model)},
     ]
     optimizer = torch.optim.AdamW(groups, lr=plan.rate, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, plan.steps)

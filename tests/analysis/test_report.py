@@ -20,9 +20,11 @@ from nets.tiny_net import ACTIVATIONS, calibrated, images, prepared, tiny_net
 from reference import Grid, fake_quant, qparams
 from sample_grids import GRIDS
 from snapshots import same, snapshot
-from torch_ext import FakeQuantize, get_default_qconfig, report, resolve, set_fake_quantize
-from torch_ext._params import params_of
-from torch_ext._report_subject import Subject, measured
+from torch_ext import FakeQuantize, get_default_qconfig, set_fake_quantize
+from torch_ext.analysis.report import report
+from torch_ext.analysis.report.quantizer_report import Subject, measured
+from torch_ext.calibration import resolve
+from torch_ext.files.quantizer_params import params_of
 
 CONFIG = get_default_qconfig(activation_observer="percentile")
 COUNT = 20_000
@@ -179,7 +181,7 @@ def test_data_is_measured_as_it_passes(tmp_path: Path) -> None:
     net = calibrated(get_default_qconfig(activation_qkwargs={"dtype": "int4"}))
     batches = [images(3, seed=5), images(2, seed=6)]
     passed: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in ACTIVATIONS}
-    quantizers = torch_ext._walk.named_quantizers(net)
+    quantizers = torch_ext.quantizers.find.named_quantizers(net)
     handles = [
         quantizers[name].register_forward_hook(
             lambda module, args, out, name=name: passed[name].append((args[0], out))

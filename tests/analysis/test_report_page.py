@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import torch_ext
 from browser import run_page
 from nets.tiny_net import ACTIVATIONS, WEIGHTS, calibrated, tiny_net
-from torch_ext import get_default_qconfig, prepare_qat, report, set_fake_quantize
+from torch_ext import get_default_qconfig, prepare_qat, set_fake_quantize
+from torch_ext.analysis.report import report
 
 LAYERS = 150
 
@@ -210,7 +211,7 @@ def test_cells_are_the_model_s(tmp_path: Path) -> None:
     report(net, tmp_path / "page.html")
     page = read(tmp_path / "page.html")
     keys = {row.keys[0]: dict(zip(page.head, row.keys, strict=True)) for row in page.rows}
-    for name, quantizer in torch_ext._walk.named_quantizers(net).items():
+    for name, quantizer in torch_ext.quantizers.find.named_quantizers(net).items():
         own = keys[name]
         assert float(own["low"]) == float(quantizer.range[:, 0].min())
         assert float(own["high"]) == float(quantizer.range[:, 1].max())

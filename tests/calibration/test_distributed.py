@@ -13,8 +13,8 @@ from torch import nn
 import torch_ext
 from nets.tiny_net import ACTIVATIONS, images, prepared
 from ranks import faults, jobs, processes, training
-from torch_ext import distributed, set_fake_quantize, sync_observers
-from torch_ext._walk import named_quantizers
+from torch_ext import named_quantizers, set_fake_quantize, sync_observers
+from torch_ext.calibration import distributed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from typing import Any
 
 import pytest
@@ -12,8 +11,8 @@ import torch
 import torch_ext
 from nets.tiny_net import ACTIVATIONS, WEIGHTS, TinyNet, calibrated, images, prepared, tiny_net
 from snapshots import same, same_bits, snapshot
-from torch_ext import get_default_qconfig, resolve, set_fake_quantize
-from torch_ext._walk import named_quantizers
+from torch_ext import get_default_qconfig, named_quantizers, set_fake_quantize
+from torch_ext.calibration import resolve
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -191,7 +190,7 @@ def test_a_failing_solve_puts_the_rules_back(monkeypatch: pytest.MonkeyPatch) ->
     def fail(*_: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(sys.modules["torch_ext.resolve"], "solve", fail)
+    monkeypatch.setattr("torch_ext.quantizers.solve.solve_observers", fail)
     with pytest.raises(MemoryError):
         resolve(net, activation_observer="mse", weight_observer="kl")
     assert same(snapshot(net), before)

@@ -17,10 +17,10 @@ from torch import nn
 import torch_ext
 from cli_runs import BATCHES, Run, calibrated, rows
 from nets.tiny_net import ACTIVATIONS, WEIGHTS
-from torch_ext import _C, FakeQuantize, resolve, save_observer_params
+from torch_ext import _C, FakeQuantize, named_quantizers, save_observer_params
 from torch_ext.__main__ import main
-from torch_ext._walk import named_quantizers
-from torch_ext.params import read_observer_params
+from torch_ext.calibration import resolve
+from torch_ext.files.observer_params import read_observer_params
 
 RULES = torch_ext.observers()
 COMMANDS = ("info", "show", "solve", "compare", "merge", "convert", "report")

@@ -21,7 +21,8 @@ import torch_ext
 from cli_runs import BATCHES, CONFIG, Run, calibrated
 from nets.tiny_net import prepared
 from paths import ROOT
-from torch_ext import calibrate, save_observer_params
+from torch_ext import save_observer_params
+from torch_ext.calibration import calibrate
 
 TENSORRT = [
     *("convert", "net.safetensors", "--to", "tensorrt-cache"),

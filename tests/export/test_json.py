@@ -17,8 +17,7 @@ import export_models
 import torch_ext
 from failing_writes import check_failing_writes
 from snapshots import same_bits
-from torch_ext import export
-from torch_ext._walk import named_quantizers
+from torch_ext import export, named_quantizers
 
 SCHEMA = json.loads(
     (Path(torch_ext.__file__).parent / "export/calibration.schema.json").read_text()

@@ -14,8 +14,14 @@ import export_models
 from failing_writes import check_failing_writes
 from nets import ncnn_net
 from nets.tiny_net import images, tiny_net
-from torch_ext import QConfig, export, get_default_qconfig, prepare_qat, set_fake_quantize
-from torch_ext._walk import named_quantizers
+from torch_ext import (
+    QConfig,
+    export,
+    get_default_qconfig,
+    named_quantizers,
+    prepare_qat,
+    set_fake_quantize,
+)
 
 
 @pytest.fixture

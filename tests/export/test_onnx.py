@@ -15,8 +15,14 @@ import onnx_runs
 import torch_ext
 from nets.tiny_net import images, tiny_net
 from snapshots import same, same_bits, snapshot
-from torch_ext import FakeQuantize, export, get_default_qconfig, prepare_qat, set_fake_quantize
-from torch_ext._walk import named_quantizers
+from torch_ext import (
+    FakeQuantize,
+    export,
+    get_default_qconfig,
+    named_quantizers,
+    prepare_qat,
+    set_fake_quantize,
+)
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")

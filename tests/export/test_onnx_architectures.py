@@ -11,8 +11,7 @@ import export_models
 import onnx_runs
 import torch_ext
 from nets.architectures import architecture
-from torch_ext import export, get_default_qconfig, prepare_qat
-from torch_ext._walk import named_quantizers
+from torch_ext import export, get_default_qconfig, named_quantizers, prepare_qat
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")

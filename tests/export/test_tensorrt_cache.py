@@ -14,8 +14,7 @@ import torch
 import export_models
 import torch_ext
 from failing_writes import check_failing_writes
-from torch_ext import FakeQuantize, export
-from torch_ext._walk import named_quantizers
+from torch_ext import FakeQuantize, export, named_quantizers
 
 NAMES = {
     "conv1.activation_quantizer": "(Unnamed Layer* 64) [Shuffle]_output",

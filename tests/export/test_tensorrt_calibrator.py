@@ -12,8 +12,7 @@ import torch
 
 import export_models
 from nets.tiny_net import TinyNet
-from torch_ext import export
-from torch_ext._walk import named_quantizers
+from torch_ext import export, named_quantizers
 
 
 @pytest.fixture

@@ -15,8 +15,7 @@ from torch import nn
 import export_models
 from failing_writes import check_failing_writes
 from nets.tiny_net import TinyNet
-from torch_ext import FakeQuantize, export, set_fake_quantize
-from torch_ext._walk import named_quantizers
+from torch_ext import FakeQuantize, export, named_quantizers, set_fake_quantize
 
 TVM: dict[str, Any] = {
     "qscheme": "per_tensor_symmetric",

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from nets.tiny_net import calibrated
 from torch_ext import FakeQuantize, get_default_calib_qconfig, save_observer_params
-from torch_ext._files import discard_partials, read_tensors, write_atomically, write_tensors
-from torch_ext.params import read_observer_params
+from torch_ext.files.observer_params import read_observer_params
+from torch_ext.files.storage import discard_partials, read_tensors, write_atomically, write_tensors
 
 
 def sparse(path: Path, entries: dict[str, object], size: int) -> None:

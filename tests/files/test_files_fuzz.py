@@ -17,10 +17,10 @@ from torch import nn
 
 from damaged_files import mutated
 from torch_ext import FakeQuantize, QuantizationWarning, save_observer_params, set_fake_quantize
-from torch_ext._params import FIELDS, Params, quantizer_of, spec_of
-from torch_ext._resume import Progress, read_progress, write_progress
-from torch_ext.params import read_observer_params
-from torch_ext.state import solve_observers
+from torch_ext.calibration.checkpoint import Progress, read_progress, write_progress
+from torch_ext.files.observer_params import read_observer_params
+from torch_ext.files.quantizer_params import FIELDS, Params, quantizer_of, spec_of
+from torch_ext.quantizers.solve import solve_observers
 
 PARAMS, CHECKPOINTS = 7000, 3000
 GENERAL = {

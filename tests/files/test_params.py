@@ -16,11 +16,11 @@ from snapshots import same, same_bits, snapshot
 from torch_ext import (
     get_default_qconfig,
     load_observer_params,
+    named_quantizers,
     ops,
     save_observer_params,
     set_fake_quantize,
 )
-from torch_ext._walk import named_quantizers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

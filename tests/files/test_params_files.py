@@ -20,9 +20,9 @@ from torch_ext import (
     FakeQuantize,
     get_default_qconfig,
     load_observer_params,
+    named_quantizers,
     save_observer_params,
 )
-from torch_ext._walk import named_quantizers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -99,7 +99,7 @@ class TestFiles:
                     made.close()
                 return made
 
-            monkeypatch.setattr("torch_ext._files.open", broken, raising=False)
+            monkeypatch.setattr("torch_ext.files.storage.open", broken, raising=False)
         else:
             monkeypatch.setattr(os, moment, fail)
         with pytest.raises((OSError, ValueError)):

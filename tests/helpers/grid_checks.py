@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from torch_ext._walk import named_quantizers
+from torch_ext import named_quantizers
 
 # Function name -> positions of the activations and of the weight.
 _READ = {

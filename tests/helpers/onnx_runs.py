@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from snapshots import same_bits
 from torch_ext import export
-from torch_ext._walk import named_quantizers, weight_sources
+from torch_ext.quantizers.find import PreparedModel, named_quantizers
 
 
 def session(model: Any, optimized: bool = False) -> Any:
@@ -59,7 +59,7 @@ def check_pairs(model: nn.Module, path: Path, *inputs: Tensor) -> int:
     those that the model computes with; how many there were."""
     noted = export.read_onnx_metadata(path)["quantizers"]
     own = named_quantizers(model)
-    sources = weight_sources(model)
+    sources = PreparedModel("weights", model).weights
     outputs: dict[str, tuple[str, str]] = {}  # of a pair: the quantizer, and what it reads
     for name, note in noted.items():
         for i, tensor in enumerate(note["tensors"]):

@@ -7,8 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from torch_ext import FakeQuantize, QConfig, get_default_qconfig, prepare_qat, set_fake_quantize
-from torch_ext._walk import named_quantizers
+from torch_ext import (
+    FakeQuantize,
+    QConfig,
+    get_default_qconfig,
+    named_quantizers,
+    prepare_qat,
+    set_fake_quantize,
+)
 
 CONFIG = get_default_qconfig()
 OTHER = get_default_qconfig(activation_observer="percentile", weight_qkwargs={"dtype": "int4"})

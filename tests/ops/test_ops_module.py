@@ -13,7 +13,9 @@ import pytest
 import torch
 
 import torch_ext
-from torch_ext import _C, _library, ops
+from torch_ext import _C, ops
+from torch_ext.ops import loader
+from torch_ext.ops.registry import encode_options
 
 PACKAGE = Path(torch_ext.__file__).parent
 FUNCTIONS = [
@@ -66,23 +68,23 @@ def test_other_names_are_missing_as_usual() -> None:
 
 
 def test_options_as_names_and_as_numbers() -> None:
-    assert ops.encode_options("clip", {"xmax": 2}) == [-1.0, 2.0]
-    assert ops.encode_options("clip", [-3.0, 2.0]) == [-3.0, 2.0]
-    assert ops.encode_options("clip", []) == [-1.0, 1.0]
+    assert encode_options("clip", {"xmax": 2}) == [-1.0, 2.0]
+    assert encode_options("clip", [-3.0, 2.0]) == [-3.0, 2.0]
+    assert encode_options("clip", []) == [-1.0, 1.0]
     variants = _C.observer_info("kl")["options"][0]["choices"]
     for index, name in enumerate(variants):
-        assert ops.encode_options("kl", {"variant": name}) == [index]
-        assert ops.encode_options("kl", [index]) == [index]
+        assert encode_options("kl", {"variant": name}) == [index]
+        assert encode_options("kl", [index]) == [index]
     with pytest.raises(ValueError, match="clip: expected options to be 2 numbers, got 1"):
-        ops.encode_options("clip", [1.0])
+        encode_options("clip", [1.0])
     with pytest.raises(ValueError, match="percentile: expected percentile to be between"):
-        ops.encode_options("percentile", [200.0])
+        encode_options("percentile", [200.0])
     with pytest.raises(ValueError, match="solve_many: expected options to be 1 entries, got 2"):
         ops.solve_many(["min_max"], [], [], [], [], [], [], options=[{}, {}])
 
 
 def test_loading_again_does_nothing() -> None:
-    _library.load(torch.ops)
+    assert loader.load() is loader.NATIVE
     assert torch.equal(ops.min_max(torch.tensor([1.0, 2.0])), torch.tensor([[1.0, 2.0]]))
 
 
@@ -97,9 +99,7 @@ def test_loading_again_does_nothing() -> None:
 )
 def test_a_package_that_cannot_work_says_why(missing: str, text: str, tmp_path: Path) -> None:
     copy = tmp_path / "torch_ext"
-    copy.mkdir()
-    for source in PACKAGE.glob("*.py"):
-        shutil.copy(source, copy)
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("*.so", "include", "share"))
     extension = next(PACKAGE.glob("_C.*.so"))
     if missing in ("ops", "damaged"):
         shutil.copy(extension, copy)

@@ -18,7 +18,7 @@ from paths import ROOT
 from prepare_steps import CONFIG, OTHER, names, ready, rule_of, run_calibration
 from snapshots import same_bits
 from torch_ext import get_default_qconfig, prepare_qat, set_fake_quantize
-from torch_ext._placement import placement_table
+from torch_ext.prepare.insertion.operations import placement_table
 
 CONV, LINEAR = "conv.parametrizations.weight.0", "fc.parametrizations.weight.0"
 Forward = Callable[["Net", Tensor], Any]

@@ -17,7 +17,7 @@ from grid_checks import off_grid
 from prepare_steps import CONFIG, OTHER, names, ready, run_calibration
 from ranks.processes import run
 from snapshots import same, same_bits, snapshot
-from torch_ext._walk import named_quantizers
+from torch_ext import named_quantizers
 
 HISTOGRAM = torch_ext.get_default_qconfig(activation_observer="percentile")
 

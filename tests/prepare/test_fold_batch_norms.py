@@ -12,8 +12,13 @@ import torch_ext
 from nets.tiny_net import images, tiny_net
 from prepare_steps import CONFIG, names, ready, run_calibration
 from snapshots import same_bits
-from torch_ext import FakeQuantize, get_default_qconfig, prepare_qat, set_fake_quantize
-from torch_ext._walk import named_quantizers
+from torch_ext import (
+    FakeQuantize,
+    get_default_qconfig,
+    named_quantizers,
+    prepare_qat,
+    set_fake_quantize,
+)
 
 WEIGHT = "parametrizations.weight.1"
 PER_TENSOR = get_default_qconfig(weight_qkwargs={"qscheme": "per_tensor_symmetric"})

@@ -14,8 +14,13 @@ import torch_ext
 from nets.tiny_net import ACTIVATIONS, WEIGHTS, TinyNet, images, tiny_net
 from prepare_steps import CONFIG, OTHER, names, ready, run_calibration
 from snapshots import same_bits
-from torch_ext import FakeQuantize, get_default_qconfig, prepare_qat, set_fake_quantize
-from torch_ext._walk import named_quantizers
+from torch_ext import (
+    FakeQuantize,
+    get_default_qconfig,
+    named_quantizers,
+    prepare_qat,
+    set_fake_quantize,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,8 +11,14 @@ from torch import nn
 
 from nets.tiny_net import ACTIVATIONS, WEIGHTS, tiny_net
 from prepare_steps import CONFIG, OTHER, names, ready, rule_of, run_calibration
-from torch_ext import FakeQuantize, QConfig, get_default_qconfig, prepare_qat, set_fake_quantize
-from torch_ext._walk import named_quantizers
+from torch_ext import (
+    FakeQuantize,
+    QConfig,
+    get_default_qconfig,
+    named_quantizers,
+    prepare_qat,
+    set_fake_quantize,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,8 +12,13 @@ from torch import Tensor, nn
 from nets.tiny_net import ACTIVATIONS, WEIGHTS, images, tiny_net
 from prepare_steps import CONFIG, names, ready, run_calibration
 from snapshots import same_bits
-from torch_ext import FakeQuantize, get_default_qconfig, prepare_qat, set_fake_quantize
-from torch_ext._walk import named_quantizers
+from torch_ext import (
+    FakeQuantize,
+    get_default_qconfig,
+    named_quantizers,
+    prepare_qat,
+    set_fake_quantize,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -161,15 +166,15 @@ class TestRefusals:
     def test_a_failure_half_way_leaves_the_model_as_it_was(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from torch_ext import _attach
+        from torch_ext.prepare import attach
 
         def fail(module: nn.Module, quantizer: FakeQuantize) -> Any:
             if isinstance(module, nn.Linear):
                 raise MemoryError
             return attach(module, quantizer)
 
-        attach = _attach.attach_output
-        monkeypatch.setattr(_attach, "attach_output", fail)
+        attach = attach.attach_output
+        monkeypatch.setattr(attach, "attach_output", fail)
         net = tiny_net()
         keys, kinds = list(net.state_dict()), [type(m) for m in net.modules()]
         with pytest.raises(MemoryError):

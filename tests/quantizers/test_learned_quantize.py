@@ -19,6 +19,7 @@ from torch_ext import (
     FakeQuantize,
     FakeQuantState,
     LearnedFakeQuantize,
+    float_parameters,
     load_observer_params,
     ops,
     quantization_parameters,
@@ -230,7 +231,7 @@ def test_a_net_trains_and_validation_repeats_after_a_round_trip(activation: str,
     set_fake_quantize(net, "qat")
     groups = [
         {"params": quantization_parameters(net), "lr": 1e-3, "weight_decay": 0.0},
-        {"params": quantization_parameters(net, complement=True), "weight_decay": 0.1},
+        {"params": float_parameters(net), "weight_decay": 0.1},
     ]
     optimizer = torch.optim.SGD(groups, lr=1e-2)
     net(images(8))
@@ -252,7 +253,7 @@ def test_a_net_trains_and_validation_repeats_after_a_round_trip(activation: str,
 
 def test_parameter_groups_are_all_parameters_once():
     net = prepared("lsq", "pact")
-    own, others = quantization_parameters(net), quantization_parameters(net, complement=True)
+    own, others = quantization_parameters(net), float_parameters(net)
     assert len(own) == 9  # six activations, three weights
     ids = [id(p) for p in (*own, *others)]
     assert sorted(ids) == sorted({id(p) for p in net.parameters()})

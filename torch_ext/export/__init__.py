@@ -5,13 +5,14 @@ quantizers that do not suit the format and the reason. Files appear complete or 
 returns an :class:`ExportReport`: what is in the file, and what was left out and why.
 """
 
-from torch_ext.export._entries import ExportReport
-from torch_ext.export.calibrator import TensorrtCalibrator, tensorrt_calibrator
-from torch_ext.export.json import Calibration, QuantizerRecord, json, read_json
+from torch_ext.export.common.entries import ExportReport
+from torch_ext.export.common.onnx_metadata import read_onnx_metadata
+from torch_ext.export.json_file import Calibration, QuantizerRecord, json, read_json
 from torch_ext.export.ncnn import NcnnTable, ncnn_table, ncnn_table_of, read_ncnn_table
-from torch_ext.export.onnx import onnx, read_onnx_metadata
-from torch_ext.export.tensorrt import TensorrtCache, read_tensorrt_cache, tensorrt_cache
-from torch_ext.export.tensorrt_onnx import tensorrt_violations
+from torch_ext.export.onnx_file import onnx
+from torch_ext.export.tensorrt.cache import TensorrtCache, read_tensorrt_cache, tensorrt_cache
+from torch_ext.export.tensorrt.calibrator import TensorrtCalibrator, tensorrt_calibrator
+from torch_ext.export.tensorrt.onnx_rules import tensorrt_violations
 from torch_ext.export.tvm import TvmScale, TvmScales, read_tvm_scales, tvm_scales
 
 __all__ = [

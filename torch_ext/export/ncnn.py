@@ -19,9 +19,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from torch_ext._files import FileError, PathLike, name_problem, write_atomically
-from torch_ext._walk import check_model, shown, weight_sources
-from torch_ext.export._entries import (
+from torch_ext.export.common.entries import (
     TO_FLOAT,
     Entry,
     ExportReport,
@@ -30,9 +28,12 @@ from torch_ext.export._entries import (
     read_lines,
     refuse,
 )
-from torch_ext.export._layers import Layer, layers_of
-from torch_ext.export._names import resolve
-from torch_ext.export._trace import trace
+from torch_ext.export.common.network_names import network_names
+from torch_ext.export.common.trace import trace
+from torch_ext.export.ncnn_layers import Layer, layers_of
+from torch_ext.files.storage import FileError, PathLike, name_problem, write_atomically
+from torch_ext.quantizers.find import PreparedModel
+from torch_ext.utils.text import shown
 
 _WEIGHT = "_param_"
 _LONGEST_KEY = 255
@@ -78,15 +79,19 @@ def ncnn_table(
     """
     who = "export.ncnn_table"
     target = check_path(who, path, ".table")
-    chosen, left_out = entries(who, model)
+    prepared = PreparedModel(who, model)
+    chosen, left_out = entries(prepared)
     program = trace(who, model, example_inputs, dynamic_batch=False)
-    sources = weight_sources(check_model(who, model))
-    owners = {name: sources[e.quantizer].owner for name, e in chosen.items() if e.is_weight}
+    owners = {
+        name: prepared.weights[entry.quantizer].owner
+        for name, entry in chosen.items()
+        if entry.is_weight
+    }
     layers, problems = layers_of(program, owners)
     _check_quantizers(who, chosen, layers.items(), problems, left_out)
     if not layers:
         raise ValueError(f"{who}: expected model to have a quantized Conv2d or Linear, got none")
-    keys = resolve(who, names, [owners[name] for name in layers])
+    keys = network_names(who, names, [owners[name] for name in layers])
     _check_keys(who, keys)
     rows = [(key, name, layers[name]) for name in layers for key in keys[owners[name]]]
     return _write(who, target, chosen, left_out, rows)
@@ -114,10 +119,10 @@ def ncnn_table_of(
     target = check_path(who, path, ".table")
     if not isinstance(layers, Mapping) or not layers:
         raise ValueError(f"{who}: expected layers to be a mapping of layers, got {layers!r:.80}")
-    chosen, left_out = entries(who, model)
+    chosen, left_out = entries(PreparedModel(who, model))
     rows = [(key, *_named(f"{who}: {key}", layer, chosen)) for key, layer in layers.items()]
     _check_quantizers(who, chosen, [row[1:] for row in rows], {}, left_out)
-    _check_keys(who, resolve(who, None, layers))
+    _check_keys(who, network_names(who, None, layers))
     return _write(who, target, chosen, left_out, rows)
 
 

@@ -15,9 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from torch_ext._files import FileError, PathLike, name_problem, read_object, write_atomically
-from torch_ext._grid import dtype_name
-from torch_ext.export._entries import (
+from torch_ext.export.common.entries import (
     TO_FLOAT,
     Entry,
     ExportReport,
@@ -25,6 +23,9 @@ from torch_ext.export._entries import (
     entries,
     refuse,
 )
+from torch_ext.files.storage import FileError, PathLike, name_problem, read_object, write_atomically
+from torch_ext.quantizers.find import PreparedModel
+from torch_ext.quantizers.grid import dtype_name
 
 _FORMAT = "torch_ext.tvm"
 _VERSION = 1
@@ -85,7 +86,7 @@ def tvm_scales(
         raise ValueError(f"{who}: unknown weight_scale {weight_scale!r}; known: {known}")
     if global_scale is not None and not _positive(global_scale):
         raise ValueError(f"{who}: expected global_scale to be above 0, got {global_scale!r}")
-    chosen, left_out = entries(who, model)
+    chosen, left_out = entries(PreparedModel(who, model))
     problems = {
         name: why for name, e in chosen.items() if (why := _problem(e, weight_scale, global_scale))
     }

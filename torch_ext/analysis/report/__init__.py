@@ -1,0 +1,1 @@
+"""One HTML page about every quantizer: measurements, pictures, advice."""

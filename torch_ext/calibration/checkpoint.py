@@ -1,0 +1,118 @@
+"""Checkpoints of a calibration: the statistics, how many batches they hold, and of which data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_ext.files.quantizer_params import (
+    FIELDS,
+    STATISTIC,
+    check_shapes,
+    check_statistic,
+    spec_of,
+)
+from torch_ext.files.storage import FileError, PathLike, read_tensors, write_tensors
+from torch_ext.quantizers.fake_quantize import FakeQuantize
+
+_KIND = "calibration"
+_VERSION = 1
+_RNG = "rng_state"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a calibration came."""
+
+    batches: int
+    samples: int
+    last_digest: str  # of the last batch's contents
+    rng_state: Tensor  # of torch, before the loader was asked for its first batch
+
+
+def write_progress(
+    path: PathLike, quantizers: Mapping[str, FakeQuantize], progress: Progress
+) -> None:
+    tensors: dict[str, Tensor] = {_RNG: progress.rng_state}
+    for name, quantizer in quantizers.items():
+        own = quantizer.state_dict()
+        tensors |= {f"{name}.{field}".strip("."): own[field] for field in STATISTIC}
+    content = {
+        "quantizers": {name: spec_of(quantizer) for name, quantizer in quantizers.items()},
+        "batches": progress.batches,
+        "samples": progress.samples,
+        "last_digest": progress.last_digest,
+    }
+    write_tensors(path, tensors, _KIND, _VERSION, content)
+
+
+def read_progress(path: PathLike, quantizers: Mapping[str, FakeQuantize]) -> Progress | None:
+    """Reads a checkpoint into the observers; None where there is no file.
+
+    The file has to be of the same quantizers with the same keys. Refused: nothing changes.
+    """
+    if not Path(path).exists():
+        return None
+    tensors, content = read_tensors(path, _KIND, _VERSION)
+    if not isinstance(content, dict):
+        raise FileError(path, "description: expected an object")
+    _check_specs(path, content.get("quantizers"), quantizers)
+    batches, samples = (_count(path, content, key) for key in ("batches", "samples"))
+    last = content.get("last_digest")
+    if not isinstance(last, str):
+        raise FileError(path, f"last_digest: expected text, got {last!r}")
+
+    loaded: list[tuple[Tensor, Tensor]] = []
+    for name, quantizer in quantizers.items():
+        loaded += _read_statistic(path, tensors, name, quantizer)
+    rng_state = tensors.get(_RNG)
+    current = torch.get_rng_state()
+    if rng_state is None or rng_state.shape != current.shape or rng_state.dtype != current.dtype:
+        raise FileError(path, f"{_RNG}: expected {list(current.shape)} bytes")
+    with torch.no_grad():
+        for buffer, value in loaded:
+            buffer.copy_(value)
+    return Progress(batches, samples, last, rng_state)
+
+
+def _count(path: PathLike, content: Mapping[str, Any], key: str) -> int:
+    value = content.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise FileError(path, f"{key}: expected a count, got {value!r}")
+    return value
+
+
+def _check_specs(path: PathLike, specs: Any, quantizers: Mapping[str, FakeQuantize]) -> None:
+    if not isinstance(specs, dict):
+        raise FileError(path, "quantizers: missing from the description")
+    if set(specs) != set(quantizers):
+        other = sorted(set(specs) ^ set(quantizers))
+        raise FileError(path, f"quantizers: of another model: differs in {', '.join(other[:10])}")
+    for name, quantizer in quantizers.items():
+        mine = spec_of(quantizer)
+        theirs = specs[name] if isinstance(specs[name], dict) else {}
+        for key, value in mine.items():
+            if theirs.get(key) != value:
+                raise FileError(path, f"{name}.{key}: expected {value!r}, got {theirs.get(key)!r}")
+
+
+def _read_statistic(
+    path: PathLike, tensors: Mapping[str, Tensor], name: str, quantizer: FakeQuantize
+) -> list[tuple[Tensor, Tensor]]:
+    own = {field: f"{name}.{field}".strip(".") for field in STATISTIC}
+    values = {field: tensors[key] for field, key in own.items() if key in tensors}
+    shapes = {field: FIELDS[field] for field in STATISTIC}
+    try:
+        check_shapes(values, shapes, quantizer.observer.channel_len)
+        check_statistic(values)
+        want, have = quantizer.observer.counts.shape, values["observer.counts"].shape
+        if want != have:
+            raise ValueError(f"observer.counts: expected {list(want)}, got {list(have)}")
+    except ValueError as error:
+        raise FileError(path, f"{name}.{error}") from error
+    return [(quantizer.get_buffer(field), value) for field, value in values.items()]

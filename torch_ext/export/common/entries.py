@@ -1,0 +1,144 @@
+"""What of a model is exported, and what every export refuses before it writes anything."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from torch_ext.files.quantizer_params import Params, check_parameters, params_of
+from torch_ext.files.storage import FileError, PathLike
+from torch_ext.quantizers.fake_quantize import FakeQuantize
+from torch_ext.quantizers.find import PreparedModel, role_of
+from torch_ext.quantizers.state_table import FakeQuantState
+
+_SUFFIXES = {".onnx": "ONNX", ".json": "JSON", ".table": "ncnn", ".safetensors": "safetensors"}
+TO_FLOAT = 'set_fake_quantize(model, "float", pattern=[...]) leaves them out'
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A quantizer that quantizes, with its tensors on the CPU."""
+
+    name: str
+    quantizer: FakeQuantize
+    params: Params
+
+    @property
+    def role(self) -> str:
+        return role_of(self.name, self.quantizer)
+
+    @property
+    def is_weight(self) -> bool:
+        return self.quantizer.transient
+
+    @property
+    def scale(self) -> Tensor:
+        return self.params["scale"]
+
+    @property
+    def zero_point(self) -> Tensor:
+        return self.params["zero_point"]
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export wrote; printed, its names."""
+
+    path: str
+    format: str
+    quantizers: tuple[str, ...]
+    left_out: Mapping[str, str]  # quantizers that are not in the file, and why
+
+    def __str__(self) -> str:
+        lines = [f"{self.path}: {self.format} of {len(self.quantizers)} quantizers"]
+        lines += [f"  left out: {name} ({why})" for name, why in self.left_out.items()]
+        return "\n".join(lines)
+
+
+def entries(prepared: PreparedModel) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The quantizers that quantize in VALIDATION, and those that let values pass, with the reason.
+
+    Raises ValueError, by name, for those in another state, without a range or with numbers that
+    nothing can be quantized with.
+    """
+    chosen: dict[str, Entry] = {}
+    left_out: dict[str, str] = {}
+    problems: dict[str, str] = {}
+    for name, quantizer in prepared.quantizers.items():
+        if quantizer.state is FakeQuantState.FLOAT:
+            left_out[name] = "it is in FLOAT"
+        elif quantizer.passes_through:
+            left_out[name] = "it saw no data and passes through"
+        elif quantizer.state is not FakeQuantState.VALIDATION:
+            problems[name] = f"it is in {quantizer.state.value.upper()}"
+        elif not bool(quantizer.solved):
+            problems[name] = "it has no range"
+        else:
+            try:
+                params = _on_cpu(params_of(quantizer))
+                check_parameters(params)
+            except ValueError as error:
+                problems[name] = str(error)
+            else:
+                chosen[name] = Entry(name, quantizer, params)
+    if not chosen and not problems:
+        problems = left_out
+    refuse(prepared.who, problems, 'calibrate first, then set_fake_quantize(model, "validation")')
+    return chosen, left_out
+
+
+def _on_cpu(params: Params) -> Params:
+    tensors = {key: value.detach().cpu() for key, value in params.tensors.items()}
+    return Params(**{**vars(params), "tensors": tensors})
+
+
+def refuse(who: str, problems: Mapping[str, str], advice: str) -> None:
+    """Raises ValueError with every offending quantizer and its reason, if there is one."""
+    if problems:
+        lines = [f"  {name or '(the model itself)'}: {why}" for name, why in problems.items()]
+        raise ValueError(
+            "\n".join(
+                [
+                    f"{who}: expected every quantizer to suit the format, got {len(problems)} that "
+                    f"do not; nothing was written ({advice})",
+                    *lines,
+                ]
+            )
+        )
+
+
+def check_path(who: str, path: PathLike, suffix: str | None) -> Path:
+    """Refuses the suffix of another format; None: the format has none of its own."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"{who}: expected path to be a file's path, got {path!r}")
+    target = Path(path)
+    if suffix is None:
+        if kind := _SUFFIXES.get(target.suffix.lower()):
+            raise ValueError(f"{who}: expected path to be no {kind} file, got {os.fspath(path)!r}")
+    elif target.suffix.lower() != suffix:
+        raise ValueError(f"{who}: expected path to end in {suffix}, got {os.fspath(path)!r}")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{target}: expected the folder {target.parent} to exist")
+    return target
+
+
+def read_lines(path: PathLike, limit: int) -> list[str]:
+    """The lines of a text file in UTF-8, whether they end in LF or in CR LF."""
+    with open(path, "rb") as file:
+        return split_lines(path, file.read(limit + 1), limit)
+
+
+def split_lines(path: PathLike, data: bytes, limit: int) -> list[str]:
+    """The same of a file's bytes; `limit` and one more have to be read."""
+    if len(data) > limit:
+        raise FileError(path, f"expected at most {limit} bytes")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FileError(path, f"expected text in UTF-8: {error}") from error
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    return lines[:-1] if lines[-1] == "" else lines

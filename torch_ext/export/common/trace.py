@@ -1,0 +1,93 @@
+"""A model's forward as torch.export sees it, and the quantizers in it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from torch_ext.quantizers.fake_quantize import FakeQuantize
+from torch_ext.quantizers.find import unwrap
+from torch_ext.utils.arguments import bound_arguments
+from torch_ext.utils.modes import eval_mode
+
+SYMBOL = ("torch_ext", "FakeQuant")
+BATCH = "batch"
+
+
+@dataclass
+class TracedInput:
+    """What a quantizer met while the model was traced."""
+
+    dtypes: set[torch.dtype] = field(default_factory=set)
+    rank: int = 0
+
+
+@contextmanager
+def symbols(quantizers: Mapping[str, FakeQuantize]) -> Iterator[dict[str, TracedInput]]:
+    """Inside, each quantizer traces as one operator of ONNX that has nothing but its name."""
+    seen = {name: TracedInput() for name in quantizers}
+
+    def symbol(name: str, x: Tensor, action: str) -> Tensor:
+        seen[name].dtypes.add(x.dtype)
+        seen[name].rank = x.dim()
+        return torch.onnx.ops.symbolic(
+            "::".join(SYMBOL), (x,), {"quantizer": name}, dtype=x.dtype, shape=x.shape, version=1
+        )
+
+    try:
+        for name, quantizer in quantizers.items():
+            quantizer.__dict__["_quantize"] = functools.partial(symbol, name)
+        yield seen
+    finally:
+        for quantizer in quantizers.values():
+            quantizer.__dict__.pop("_quantize", None)
+
+
+def trace(who: str, model: nn.Module, example_inputs: Any, dynamic_batch: bool) -> ExportedProgram:
+    """The forward in eval mode, without gradients; the model stays as it was.
+
+    Raises ValueError where torch.export cannot take the model, with its reason.
+    """
+    root = unwrap(model)
+    given = bound_arguments(who, unwrap(root), example_inputs)
+    shapes = _dynamic_shapes(who, given) if dynamic_batch else None
+    bound = inspect.signature(root.forward).bind_partial()
+    bound.arguments.update(given)
+    try:
+        with eval_mode(root), torch.no_grad():
+            return torch.export.export(root, bound.args, bound.kwargs, dynamic_shapes=shapes)
+    except Exception as error:  # torch.export runs the user's forward: anything may come
+        advice = "; dynamic_batch=False keeps the example's batch" if dynamic_batch else ""
+        raise ValueError(
+            f"{who}: torch.export does not take the model{advice}: "
+            f"{type(error).__name__}: {str(error).strip()[:2000]}"
+        ) from error
+
+
+def _dynamic_shapes(who: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The first axis of every tensor that is as long as that of the first one."""
+    leaves = [one for one in torch.utils._pytree.tree_leaves(dict(given)) if _has_axes(one)]
+    size = leaves[0].shape[0] if leaves else 0
+    if size < 2:
+        raise ValueError(
+            f"{who}: expected example_inputs to have a batch of 2 or more on axis 0, got {size}; "
+            "or pass dynamic_batch=False"
+        )
+    batch = Dim(BATCH)
+
+    def shape(one: Any) -> dict[int, Any] | None:
+        return {0: batch} if _has_axes(one) and one.shape[0] == size else None
+
+    return {name: torch.utils._pytree.tree_map(shape, one) for name, one in given.items()}
+
+
+def _has_axes(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0

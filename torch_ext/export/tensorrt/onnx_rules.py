@@ -1,0 +1,151 @@
+"""What TensorRT asks of ONNX files with QuantizeLinear and DequantizeLinear, and a check of it.
+
+From NVIDIA's documentation of explicit quantization: types int8 (here; also FP8 and INT4), zero
+points 0, scales constant, activations per tensor, weights per tensor or per output channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch_ext.export.common.entries import Entry
+from torch_ext.export.common.packages import onnx_packages
+from torch_ext.export.onnx_qdq import OnnxGrid
+from torch_ext.files.storage import FileError, PathLike
+
+_PAIR = ("QuantizeLinear", "DequantizeLinear")
+_LEAST_OPSET = 13  # the first with an axis
+
+
+def grid_problem(entry: Entry, grid: OnnxGrid) -> str:
+    """Why TensorRT does not take a quantizer's grid, or nothing."""
+    if grid.type != "int8":
+        return f"its type is {grid.type}, not int8"
+    if bool(entry.zero_point.any()):
+        return "its zero point is not 0"
+    if grid.axis >= 0 and not entry.is_weight:
+        return f"it quantizes an activation per channel (axis {grid.axis})"
+    return ""
+
+
+def tensorrt_violations(path: PathLike) -> dict[str, str]:
+    """The QuantizeLinear and DequantizeLinear nodes of an ONNX file that TensorRT would not take,
+    by name (by output where they have none), with the reason; empty for a file that suits it.
+
+    Raises FileError (a ValueError) for a file that is not ONNX.
+    """
+    packages = onnx_packages("export.tensorrt_violations")
+    try:
+        proto = packages.load(str(path))
+    except OSError:
+        raise
+    except Exception as error:  # protobuf has an exception of its own
+        raise FileError(path, f"not an ONNX file: {error}") from error
+    return violations(packages, proto)
+
+
+def violations(packages: Any, proto: Any) -> dict[str, str]:
+    checker = _Checker(packages, proto)
+    found = {}
+    for node in proto.graph.node:
+        if node.op_type in _PAIR and (why := checker.problem(node)):
+            found[node.name or node.output[0]] = why
+    return found
+
+
+class _Checker:
+    def __init__(self, packages: Any, proto: Any) -> None:
+        self.onnx = packages
+        self.opset = max((o.version for o in proto.opset_import if o.domain == ""), default=0)
+        self.constants = {one.name: one for one in proto.graph.initializer}
+        self.producers: dict[str, Any] = {}
+        self.readers: dict[str, list[tuple[Any, int]]] = {}
+        for node in proto.graph.node:
+            self.producers.update(dict.fromkeys(node.output, node))
+            for i, name in enumerate(node.input):
+                self.readers.setdefault(name, []).append((node, i))
+            if node.op_type == "Constant" and node.attribute and node.attribute[0].name == "value":
+                self.constants[node.output[0]] = node.attribute[0].t
+
+    def problem(self, node: Any) -> str:
+        checks: tuple[Callable[[Any], str], ...] = (
+            self._parameters, self._pairing, self._granularity
+        )  # fmt: skip
+        if self.opset < _LEAST_OPSET:
+            return f"the model is of opset {self.opset}, below {_LEAST_OPSET}"
+        return next((why for check in checks if (why := check(node))), "")
+
+    def _value(self, name: str) -> Any:
+        found = self.constants.get(name)
+        return None if found is None else self.onnx.numpy_helper.to_array(found)
+
+    def _parameters(self, node: Any) -> str:
+        scale = self._value(node.input[1])
+        if scale is None:
+            return "its scale is no constant"
+        if not ((scale > 0) & (scale < float("inf"))).all():
+            return "its scale is not positive and finite"
+        if len(node.input) < 3 or not node.input[2]:
+            return "it has no zero point, so its type is uint8" if node.op_type == _PAIR[0] else ""
+        zero_point = self.constants.get(node.input[2])
+        if zero_point is None:
+            return "its zero point is no constant"
+        if zero_point.data_type != self.onnx.TensorProto.INT8:
+            kind = self.onnx.TensorProto.DataType.Name(zero_point.data_type).lower()
+            return f"its type is {kind}, not int8"
+        return "its zero point is not 0" if self._value(node.input[2]).any() else ""
+
+    def _pairing(self, node: Any) -> str:
+        """A QuantizeLinear is followed by DequantizeLinear with the same scale, and only by that; a
+        DequantizeLinear reads one, or a constant."""
+        if node.op_type == "DequantizeLinear":
+            source = self.producers.get(node.input[0])
+            if node.input[0] in self.constants or (source and source.op_type == _PAIR[0]):
+                return ""
+            return "it reads neither a QuantizeLinear nor a constant"
+        readers = [reader for reader, _ in self.readers.get(node.output[0], [])]
+        others = [reader.op_type for reader in readers if reader.op_type != _PAIR[1]]
+        if others or not readers:
+            return f"it is read by {', '.join(others) or 'nothing'}, not by DequantizeLinear alone"
+        scale = self._value(node.input[1])
+        for reader in readers:
+            other = self._value(reader.input[1])
+            if other is None or other.shape != scale.shape or (other != scale).any():
+                return "its DequantizeLinear has another scale"
+        return ""
+
+    def _granularity(self, node: Any) -> str:
+        """Per tensor, or weights per output channel of the layer that reads them."""
+        if self._value(node.input[1]).ndim == 0:
+            return ""
+        tensor = node.input[0]
+        source = self.producers.get(tensor)
+        if node.op_type == _PAIR[1] and source is not None and source.op_type == _PAIR[0]:
+            tensor = source.input[0]
+        if tensor not in self.constants:
+            return "it quantizes an activation per channel"
+        axis = next((one.i for one in node.attribute if one.name == "axis"), 1)
+        rank = len(self.constants[tensor].dims)
+        quantizes = node.op_type == _PAIR[0]
+        ends = [r for r, _ in self.readers[node.output[0]]] if quantizes else [node]
+        for end in ends:
+            for reader, position in self.readers.get(end.output[0], []):
+                want = _output_axis(reader, position, rank)
+                if want is None:
+                    return f"it is per channel and read by {reader.op_type}, not by a layer"
+                if axis % rank != want:
+                    return f"its axis is {axis}, not the output channels' {want}"
+        return ""
+
+
+def _output_axis(layer: Any, position: int, rank: int) -> int | None:
+    """The axis of output channels in the weight of a layer."""
+    if position != 1:
+        return None
+    if layer.op_type in ("Conv", "ConvTranspose"):
+        return 0 if layer.op_type == "Conv" else 1
+    if layer.op_type == "Gemm":
+        transposed = any(one.name == "transB" and one.i for one in layer.attribute)
+        return 0 if transposed else 1
+    return rank - 1 if layer.op_type == "MatMul" else None

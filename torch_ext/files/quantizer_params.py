@@ -1,0 +1,252 @@
+"""What is saved and carried over of one quantizer, and whether its values can be true."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_ext.ops.registry import observer_info
+from torch_ext.quantizers.fake_quantize import FakeQuantize
+from torch_ext.quantizers.grid import dtype_name, parse_grid
+from torch_ext.quantizers.learned import LearnedFakeQuantize
+from torch_ext.utils.text import joined
+
+# Field -> dtype and shape; C is the number of channels, None any size.
+FIELDS: Mapping[str, tuple[torch.dtype, tuple[str | int | None, ...]]] = {
+    "range": (torch.float32, ("C", 2)),
+    "scale": (torch.float32, ("C",)),
+    "zero_point": (torch.int32, ("C",)),
+    "solved": (torch.uint8, (1,)),
+    "observer.extrema": (torch.float32, ("C", 2)),
+    "observer.tally": (torch.int64, ("C", 5)),
+    "observer.counts": (torch.int64, ("C", 2, None, None)),
+}
+STATISTIC = ("observer.extrema", "observer.tally", "observer.counts")
+
+# Past this a sum of counts could overflow.
+_MAX_COUNT = 2**62
+
+
+@dataclass(frozen=True)
+class Params:
+    """A quantizer's tensors and the grid they are for."""
+
+    tensors: Mapping[str, Tensor]
+    observer: str
+    quant_min: int
+    quant_max: int
+    symmetric: bool
+    ch_axis: int
+    scale_rule: str
+    power_of_two: bool
+    spec: Mapping[str, Any]  # all keys of the quantizer, as `spec_of` gives them
+    synced: bool = False  # whether the statistic holds the data of all ranks
+
+    def __getitem__(self, field: str) -> Tensor:
+        return self.tensors[field]
+
+    @property
+    def solved(self) -> bool:
+        return bool(self.tensors["solved"])
+
+    @property
+    def channels(self) -> int:
+        return self.tensors["range"].shape[0]
+
+    @property
+    def grid(self) -> tuple[int, int, bool, str, bool]:
+        return (
+            self.quant_min, self.quant_max, self.symmetric, self.scale_rule, self.power_of_two
+        )  # fmt: skip
+
+
+def tensors_of(quantizer: FakeQuantize) -> dict[str, Tensor]:
+    scale, zero_point = quantizer.calculate_qparams()
+    own = {"range": quantizer.range, "scale": scale, "zero_point": zero_point}
+    return {field: own[field] if field in own else quantizer.get_buffer(field) for field in FIELDS}
+
+
+def params_of(quantizer: FakeQuantize) -> Params:
+    observer = quantizer.observer
+    return Params(
+        tensors=tensors_of(quantizer),
+        observer=observer.name,
+        quant_min=observer.quant_min,
+        quant_max=observer.quant_max,
+        symmetric=observer.symmetric,
+        ch_axis=observer.ch_axis,
+        scale_rule=observer.scale_rule,
+        power_of_two=observer.power_of_two,
+        spec=spec_of(quantizer),
+        synced=observer.synced,
+    )
+
+
+def spec_of(quantizer: FakeQuantize) -> dict[str, Any]:
+    """The keys of a quantizer, as plain values for a file."""
+    observer = quantizer.observer
+    learned = {}
+    if isinstance(quantizer, LearnedFakeQuantize):
+        learned = {
+            "use_grad_scaling": quantizer.use_grad_scaling,
+            "learn_zero_point": quantizer.learn_zero_point,
+        }
+    return {
+        "method": quantizer.method,
+        **learned,
+        "averaging_constant": quantizer.averaging_constant,
+        "observer": observer.name,
+        "options": observer.options,
+        "dtype": dtype_name(observer.dtype),
+        "qscheme": str(observer.qscheme).removeprefix("torch."),
+        "ch_axis": observer.ch_axis,
+        "channel_len": observer.channel_len,
+        "quant_min": observer.quant_min,
+        "quant_max": observer.quant_max,
+        "scale_rule": observer.scale_rule,
+        "power_of_two": observer.power_of_two,
+        "mantissa_bits": observer.mantissa_bits,
+        "octaves": observer.octaves,
+        "histogram": observer.has_histogram,
+        "transient": observer.transient,
+    }
+
+
+def params_from(tensors: Mapping[str, Tensor], spec: Any, histogram: bool = True) -> Params:
+    """Of a file's tensors and spec; ValueError says which field is wrong, and how.
+
+    Args:
+        histogram: False where the file keeps no histograms, whatever the quantizers did.
+    """
+    if not isinstance(spec, dict):
+        raise ValueError(f"description: expected an object, got {str(spec)[:80]}")
+    own = dict(spec)
+    synced = own.pop("synced", False)
+    if not isinstance(synced, bool):
+        raise ValueError(f"synced: expected true or false, got {str(synced)[:80]}")
+    keys = ("dtype", "qscheme", "ch_axis", "channel_len", "quant_min", "quant_max")
+    try:
+        grid = parse_grid("description", *(own.get(key) for key in keys))
+        check_shapes(tensors, FIELDS, grid.channel_len)
+        bins = _histogram_of(json.dumps(own))
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+    have = tuple(tensors["observer.counts"].shape[2:])
+    if histogram and have != bins:
+        raise ValueError(f"observer.counts: expected a histogram {list(bins)}, got {list(have)}")
+    params = Params(
+        tensors=tensors,
+        observer=own["observer"],
+        quant_min=grid.quant_min,
+        quant_max=grid.quant_max,
+        symmetric=grid.symmetric,
+        ch_axis=grid.ch_axis,
+        scale_rule=own["scale_rule"],
+        power_of_two=own["power_of_two"],
+        spec=own,
+        synced=synced,
+    )
+    check_parameters(params)
+    check_statistic(tensors)
+    return params
+
+
+@lru_cache(maxsize=256)  # a model's quantizers share few
+def _histogram_of(text: str) -> tuple[int, int]:
+    """Octaves and bins of the histogram that a quantizer with this spec, as JSON, keeps.
+
+    Raises where there is no such quantizer, or not all of its keys are given.
+    """
+    spec = json.loads(text)
+    try:
+        with torch.device("meta"):  # whatever number of channels it names
+            quantizer = _quantizer(spec)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"description: {error}") from error
+    for key, value in spec_of(quantizer).items():
+        if key not in spec or spec[key] != value:
+            raise ValueError(f"{key}: expected {value!r}, got {str(spec.get(key))[:80]}")
+    octaves, bins = quantizer.observer.counts.shape[2:]
+    return octaves, bins
+
+
+def _quantizer(spec: Mapping[str, Any]) -> FakeQuantize:
+    keys = dict(spec)
+    options = keys.pop("options", None)
+    rule = keys.pop("observer", "")
+    known = [row["name"] for row in observer_info(rule)["options"]]
+    if not isinstance(options, dict) or set(options) != set(known):
+        raise ValueError(f"expected options to be of {joined(known)}, got {str(options)[:80]}")
+    return FakeQuantize(keys.pop("method", ""), rule, **keys, **options)
+
+
+@torch.no_grad()
+def quantizer_of(params: Params) -> FakeQuantize:
+    """A quantizer with the keys and the statistic, without the range."""
+    quantizer = _quantizer(params.spec)
+    for field in STATISTIC:
+        quantizer.get_buffer(field).copy_(params[field])
+    quantizer.observer.synced = params.synced
+    return quantizer
+
+
+def check_shapes(
+    tensors: Mapping[str, Tensor],
+    fields: Mapping[str, tuple[torch.dtype, tuple[str | int | None, ...]]],
+    channels: int,
+) -> None:
+    for field, (dtype, shape) in fields.items():
+        if field not in tensors:
+            raise ValueError(f"{field}: missing")
+        tensor = tensors[field]
+        want = [channels if size == "C" else size for size in shape]
+        fits = len(want) == tensor.dim() and all(
+            size in (None, have) for size, have in zip(want, tensor.shape, strict=True)
+        )
+        if tensor.dtype != dtype or not fits:
+            have = f"{tensor.dtype} {list(tensor.shape)}"
+            raise ValueError(f"{field}: expected {dtype} {want}, got {have}")
+
+
+def check_parameters(params: Params) -> None:
+    """Range, scale, zero point and the solved flag, as a solve could have made them."""
+    range_, scale, zero_point = params["range"], params["scale"], params["zero_point"]
+    ordered = range_.isfinite().all() & (range_[:, 0] <= range_[:, 1]).all()
+    _require("range", bool(ordered), "finite and lo <= hi", range_)
+    _require("scale", bool((scale.isfinite() & (scale > 0)).all()), "finite and above 0", scale)
+    inside = (zero_point >= params.quant_min) & (zero_point <= params.quant_max)
+    _require("zero_point", bool(inside.all()), "on the grid", zero_point)
+    _require("solved", int(params["solved"]) in (0, 1), "0 or 1", params["solved"])
+
+
+def check_statistic(tensors: Mapping[str, Tensor]) -> None:
+    """Extrema, tally and counts, as observing could have made them."""
+    extrema, tally, counts = (tensors[field] for field in STATISTIC)
+    in_bounds = bool(((tally >= 0) & (tally <= _MAX_COUNT)).all())
+    _require("observer.tally", in_bounds, "at least 0", tally)
+    finite, special = tally[:, 0], tally[:, 1] + tally[:, 2]
+    _require("observer.tally", bool((special <= finite).all()), "zeros + tiny <= finite", tally)
+    low, high = extrema[:, 0], extrema[:, 1]
+    empty = (low == torch.inf) & (high == -torch.inf)
+    filled = low.isfinite() & high.isfinite() & (low <= high)
+    agree = torch.where(finite > 0, filled, empty)
+    _require("observer.extrema", bool(agree.all()), "min <= max where values were seen", extrema)
+    if counts.numel():
+        _require("observer.counts", bool((counts >= 0).all()), "at least 0", counts)
+        rough = counts.double().sum((1, 2, 3))
+        _require("observer.counts", bool((rough <= _MAX_COUNT).all()), "countable", counts)
+        total = counts.sum((1, 2, 3)) + special
+        _require("observer.counts", bool((total == finite).all()), "as many as the tally", counts)
+
+
+def _require(field: str, fine: bool, want: str, have: Tensor) -> None:
+    if not fine:
+        values = ", ".join(f"{value:g}" for value in have.flatten()[:8].tolist())
+        more = ", ..." if have.numel() > 8 else ""
+        raise ValueError(f"{field}: expected values to be {want}, got {values}{more}")

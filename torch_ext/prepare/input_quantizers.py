@@ -1,0 +1,168 @@
+"""How quantizers hang on the inputs of a model.
+
+A subclass made for the purpose quantizes the arguments before it calls the model's own forward. A
+hook would do the same, but ``torch.compile`` runs the hooks of a compiled module outside of its
+graph and would make a second graph for the quantizers of each state.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from torch_ext.quantizers.fake_quantize import FakeQuantize
+from torch_ext.quantizers.find import INPUTS
+
+_NOT_TENSORS = (int, float, bool, str, "int", "float", "bool", "str")
+
+
+class InputQuantizers(nn.ModuleDict):
+    """The quantizers of a module's arguments, by argument."""
+
+    def __init__(self, positional: tuple[str, ...], rest: str | None) -> None:
+        super().__init__()
+        self.positional_arguments = positional
+        self.rest_argument = rest
+
+    def key_of(self, argument: str) -> str | None:
+        key = key_for(argument)
+        return key if key in self else None
+
+    def key_at(self, position: int) -> str | None:
+        if position < len(self.positional_arguments):
+            return self.key_of(self.positional_arguments[position])
+        return self.key_of(self.rest_argument) if self.rest_argument else None
+
+
+def key_for(argument: str) -> str:
+    # A child cannot have the name of a method: `values`, `float`, ...
+    return f"{argument}_" if hasattr(nn.ModuleDict, argument) else argument
+
+
+def input_host(who: str, root: nn.Module) -> tuple[str, nn.Module]:
+    """The module that carries the input quantizers: the root, or what a Sequential runs first.
+
+    A Sequential runs every child it has, so it cannot carry one that is not a step of its own.
+    """
+    name, host = "", root
+    while type(host).forward is nn.Sequential.forward and len(list(host.children())) > 0:
+        step, host = next(host.named_children())
+        name = f"{name}.{step}" if name else step
+    names = [n for n, m in root.named_modules(remove_duplicate=False) if m is host]
+    problem = ""
+    if "forward" in vars(host):
+        problem = "its forward is an attribute of the instance"
+    elif isinstance(host, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        problem = f'"{name}" is a container that may run each of its children'
+    elif len(names) > 1:
+        problem = f"its first step is used at several places: {', '.join(names)}"
+    if problem:
+        raise ValueError(
+            f"{who}: cannot quantize the inputs, as {problem}; pass input_qconfig=None "
+            "and put a torch_ext.QuantStub() first"
+        )
+    return name, host
+
+
+def input_arguments(host: nn.Module) -> dict[str, inspect.Parameter]:
+    """The arguments of a module's forward that a tensor is expected in: those without default."""
+    return {
+        name: parameter
+        for name, parameter in inspect.signature(host.forward).parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind is not parameter.VAR_KEYWORD
+        and parameter.annotation not in _NOT_TENSORS
+    }
+
+
+def attach_inputs(host: nn.Module, quantizers: Mapping[str, FakeQuantize]) -> Callable[[], None]:
+    """Adds the quantizers as a child and turns the class; returns what undoes it."""
+    remove = add_inputs(host, quantizers)
+    before = type(host)
+    host.__class__ = _quantized_class(before)  # type: ignore[arg-type]
+
+    def undo() -> None:
+        host.__class__ = before
+        remove()
+
+    return undo
+
+
+def add_inputs(host: nn.Module, quantizers: Mapping[str, FakeQuantize]) -> Callable[[], None]:
+    """Adds the quantizers as a child, for a forward that calls them; returns what undoes it."""
+    parameters = inspect.signature(host.forward).parameters.values()
+    positional = tuple(
+        p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    )
+    rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
+    inputs = InputQuantizers(positional, rest)
+    for argument, quantizer in quantizers.items():
+        inputs[key_for(argument)] = quantizer
+    inputs.train(host.training)
+    host.add_module(INPUTS, inputs)
+    return lambda: delattr(host, INPUTS)
+
+
+@functools.cache
+def _quantized_class(base: type[nn.Module]) -> type[nn.Module]:
+    @functools.wraps(base.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        new_args, new_kwargs = _quantize(self, args, kwargs)
+        return base.forward(self, *new_args, **new_kwargs)
+
+    def reduce_ex(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        # By the base class, which can be found by its name.
+        return _new_instance, (base,), self.__dict__.copy()
+
+    def deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+        # The base class copies in a way of its own (a GraphModule: what its graph calls).
+        self.__class__ = base
+        try:
+            made = copy.deepcopy(self, memo)
+        finally:
+            self.__class__ = turned
+        made.__class__ = _quantized_class(type(made))  # type: ignore[arg-type]
+        return made
+
+    members = {"forward": forward, "__reduce_ex__": reduce_ex, "__module__": base.__module__}
+    if hasattr(base, "__deepcopy__"):
+        members["__deepcopy__"] = deepcopy
+    turned = type(f"Quantized{base.__name__}", (base,), members)
+    return turned
+
+
+def _new_instance(base: type[nn.Module]) -> nn.Module:
+    made = _quantized_class(base)  # type: ignore[arg-type]
+    return made.__new__(made)
+
+
+def _quantize(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    inputs = module.input_quantizers
+    assert isinstance(inputs, InputQuantizers)
+    new_args = tuple(
+        value if (key := inputs.key_at(i)) is None else through(inputs[key], value)
+        for i, value in enumerate(args)
+    )
+    new_kwargs = {
+        name: value if (key := inputs.key_of(name)) is None else through(inputs[key], value)
+        for name, value in kwargs.items()
+    }
+    return new_args, new_kwargs
+
+
+def through(quantizer: Any, value: Any) -> Any:
+    """Quantizes the floating tensors in a value."""
+    if isinstance(value, Tensor):
+        return quantizer(value) if value.is_floating_point() else value
+    if type(value) in (list, tuple):
+        return type(value)(through(quantizer, one) for one in value)
+    if type(value) is dict:
+        return {key: through(quantizer, one) for key, one in value.items()}
+    return value

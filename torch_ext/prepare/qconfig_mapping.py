@@ -1,0 +1,106 @@
+"""Which QConfig each module of a model has."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Mapping
+
+from torch import nn
+
+from torch_ext.prepare.qconfig import QConfig
+
+Mapped = str | type[nn.Module]
+_ATTRIBUTE = "qconfig"
+
+
+class Configs:
+    """Resolves attribute > name > type > parent, for every module of a model."""
+
+    def __init__(
+        self, who: str, model: nn.Module, mapping: Mapping[Mapped, QConfig | None] | None
+    ) -> None:
+        self._who = who
+        self._names: dict[str, QConfig | None] = {}
+        self._types: dict[type[nn.Module], QConfig | None] = {}
+        self._found: dict[str, QConfig | None] = {}
+        self._chosen: set[str] = set()
+        self._read(model, mapping)
+        self._resolve(model, "", None)
+        if not any(self._found.values()):
+            raise ValueError(
+                f"{who}: expected a qconfig on the model, on a submodule or in mapping, found none"
+            )
+        self._refuse_conflicts(model)
+
+    def of(self, name: str) -> QConfig | None:
+        """The configuration of the module of that name; None leaves it float."""
+        return self._found[name]
+
+    def chosen(self, name: str) -> bool:
+        """Whether the mapping names this module, or its type, itself."""
+        return name in self._chosen
+
+    def _read(self, model: nn.Module, mapping: Mapping[Mapped, QConfig | None] | None) -> None:
+        if mapping is not None and not isinstance(mapping, Mapping):
+            raise TypeError(f"{self._who}: expected mapping to be a mapping, got {mapping!r}")
+        known = [name for name, _ in model.named_modules(remove_duplicate=False)]
+        for key, config in (mapping or {}).items():
+            self._check(f"mapping[{key!r}]", config)
+            if isinstance(key, str):
+                if not any(fnmatch.fnmatchcase(name, key) for name in known):
+                    near = difflib.get_close_matches(key, known, 3) or known[:20]
+                    raise ValueError(
+                        f'{self._who}: no module is named "{key}" as in mapping; '
+                        f"known: {', '.join(filter(None, near))}"
+                    )
+                self._names[key] = config
+            elif isinstance(key, type) and issubclass(key, nn.Module):
+                self._types[key] = config
+            else:
+                raise TypeError(
+                    f"{self._who}: expected keys of mapping to be names or module types, "
+                    f"got {key!r}"
+                )
+
+    def _check(self, where: str, config: object) -> None:
+        if config is not None and not isinstance(config, QConfig):
+            raise TypeError(
+                f"{self._who}: expected {where} to be a QConfig or None, got {config!r}"
+            )
+
+    def _resolve(self, module: nn.Module, name: str, inherited: QConfig | None) -> None:
+        config = self._own(module, name, inherited)
+        self._found[name] = config
+        for child_name, child in module._modules.items():  # shared ones under each of their names
+            if child is None:
+                continue
+            self._resolve(child, f"{name}.{child_name}" if name else child_name, config)
+
+    def _own(self, module: nn.Module, name: str, inherited: QConfig | None) -> QConfig | None:
+        if hasattr(module, _ATTRIBUTE):
+            config: QConfig | None = getattr(module, _ATTRIBUTE)
+            self._check(f"{name}.{_ATTRIBUTE}".strip("."), config)
+            return config
+        if name in self._names:
+            self._chosen.add(name)
+            return self._names[name]
+        for pattern, config in self._names.items():
+            if fnmatch.fnmatchcase(name, pattern):
+                return config
+        for kind in type(module).__mro__:
+            if kind in self._types:
+                self._chosen.add(name)
+                return self._types[kind]
+        return inherited
+
+    def _refuse_conflicts(self, model: nn.Module) -> None:
+        """A module that appears under several names cannot follow two configurations."""
+        first: dict[int, str] = {}
+        for name, module in model.named_modules(remove_duplicate=False):
+            earlier = first.setdefault(id(module), name)
+            if self._found[name] is not self._found[earlier]:
+                raise ValueError(
+                    f'{self._who}: "{earlier}" and "{name}" are one module, '
+                    "but have different qconfigs"
+                )

@@ -1,0 +1,349 @@
+"""The quantizer: an observer, the quantization parameters found with it, and their use."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from torch_ext import ops
+from torch_ext.ops.registry import fake_quant_info, observer_info
+from torch_ext.quantizers.observer import KEYS as OBSERVER_KEYS
+from torch_ext.quantizers.observer import Observer, TensorMap, check_keys, keep_dtype
+from torch_ext.quantizers.solve import Solution, WeightSolution
+from torch_ext.quantizers.state_table import (
+    ACCUMULATE,
+    CHANGES,
+    FOLLOW,
+    QUANTIZE,
+    FakeQuantState,
+    parse_state,
+)
+from torch_ext.quantizers.transition import change_state
+from torch_ext.utils.arguments import parse_flag
+from torch_ext.utils.text import span
+
+# The class to make, by whether the method learns its range, where it is not FakeQuantize itself.
+_CLASSES: dict[bool, type[FakeQuantize]] = {}
+
+
+class FakeQuantize(nn.Module):
+    """Observes, or quantizes and dequantizes, as its state says.
+
+    The state is one Python attribute, set for whole models by ``set_fake_quantize``; ``train()``
+    and ``eval()`` do not change it. A new quantizer is in FLOAT and passes everything through.
+
+    Args:
+        method: ``"fake_quant"``, straight through, its range following the batches; ``"lsq"`` and
+            ``"pact"`` learn theirs and give a :class:`LearnedFakeQuantize`.
+        observer: a rule, see :class:`Observer`, which takes the remaining keys.
+        averaging_constant: c in ``range += c * (range of the batch - range)`` in QAT, 0 to 1:
+            0 keeps the range fixed, 1 takes each batch's. For weights it is 1. A method that
+            learns its range does without.
+        optional: may see no data; then it passes through instead of being refused. The inputs
+            of a model are optional, because an argument need not be a floating tensor.
+        use_grad_scaling: lsq's ``1 / sqrt(N * quant_max)`` on the gradient of the scale.
+        learn_zero_point: lsq on an affine grid learns the zero point too (LSQ+).
+        alpha: pact's clipping level before training, unless a calibration gives it.
+
+    Buffers: ``range`` float32 [C,2], ``scale`` float32 [C], ``zero_point`` int32 [C] and
+    ``solved`` uint8 [1], which says whether there is a range; child ``observer``. ``label`` is its
+    name in the model, once ``set_fake_quantize`` has seen it there.
+    """
+
+    _version = 1
+
+    range: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    solved: Tensor
+
+    def __init_subclass__(cls, learns: bool = False, **keys: Any) -> None:
+        """A subclass with ``learns=True`` is made for the methods that learn their range."""
+        super().__init_subclass__(**keys)
+        if learns:
+            _CLASSES[True] = cls
+
+    def __new__(cls, method: str = "fake_quant", *args: Any, **keys: Any) -> FakeQuantize:
+        if cls is FakeQuantize:
+            return super().__new__(_CLASSES.get(fake_quant_info(method)["learned"], cls))
+        return super().__new__(cls)
+
+    def __init__(
+        self,
+        method: str = "fake_quant",
+        observer: str = "min_max",
+        averaging_constant: float = 0.01,
+        *,
+        optional: bool = False,
+        use_grad_scaling: bool = True,
+        learn_zero_point: bool = False,
+        alpha: float | None = None,
+        **keys: Any,
+    ) -> None:
+        super().__init__()
+        fake_quant_info(method)
+        observer_info(observer)
+        check_keys(f"FakeQuantize({observer})", keys, observer, KEYS)
+        self.method = method
+        self.averaging_constant = _parse_constant(averaging_constant)
+        self.optional = parse_flag("FakeQuantize", "optional", optional)
+        self.unobserved_allowed = False
+        self._state = FakeQuantState.FLOAT
+        self._action = FakeQuantState.FLOAT.value
+        self.label = ""
+        self.observer = Observer(observer, **keys)
+        self.register_buffer("solved", torch.empty(1, dtype=torch.uint8))
+        self._allocate(use_grad_scaling, learn_zero_point, alpha)
+        self.reset_parameters()
+
+    def _allocate(
+        self, use_grad_scaling: bool, learn_zero_point: bool, alpha: float | None
+    ) -> None:
+        """Registers what holds the range and its parameters."""
+        who = f"FakeQuantize({self.method})"
+        if fake_quant_info(self.method)["learned"]:
+            raise ValueError(
+                f"{type(self).__name__}: expected method to be one that learns no range, got "
+                f'"{self.method}"; derive the class from LearnedFakeQuantize'
+            )
+        if not parse_flag(who, "use_grad_scaling", use_grad_scaling):
+            raise ValueError(f"{who}: expected use_grad_scaling to be True, got False: no gradient")
+        if parse_flag(who, "learn_zero_point", learn_zero_point):
+            raise ValueError(f"{who}: expected learn_zero_point to be False, got True: take lsq")
+        if alpha is not None:
+            raise ValueError(f"{who}: expected alpha to be None, got {alpha!r}: pact has one")
+        channels = self.observer.channel_len
+        self.register_buffer("range", torch.empty(channels, 2, dtype=torch.float32))
+        self.register_buffer("scale", torch.empty(channels, dtype=torch.float32))
+        self.register_buffer("zero_point", torch.empty(channels, dtype=torch.int32))
+
+    @property
+    def state(self) -> FakeQuantState:
+        return self._state
+
+    @state.setter
+    def state(self, state: FakeQuantState | str) -> None:
+        who = "FakeQuantize.state"
+        # As set_fake_quantize does for a model. The weight of a model is out of sight here.
+        change_state(who, {self.label: self}, parse_state(who, state), lambda _: None)
+
+    @property
+    def transient(self) -> bool:
+        """Whether it quantizes a weight, which is read when a range is needed."""
+        return self.observer.transient
+
+    @property
+    def accumulates_data(self) -> bool:
+        """Whether its statistic grows with the data: weights are read, given scales need none."""
+        return not self.transient and self.observer.statistic != "none"
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether it quantizes what passes through it now."""
+        return self._action in QUANTIZE
+
+    @property
+    def passes_through(self) -> bool:
+        """Whether it lets values pass in VALIDATION, for want of a range."""
+        return self._state is FakeQuantState.VALIDATION and self._action != self._state.value
+
+    def check_enters(self, who: str, name: str, state: FakeQuantState) -> None:
+        """Raises what makes a state impossible, whatever was observed; ``name``: in the model."""
+
+    def enter(self, state: FakeQuantState, *, pass_through: bool = False) -> None:
+        """Sets the state without solving or checking; ``set_fake_quantize`` does both first."""
+        self._state = state
+        self._action = (FakeQuantState.FLOAT if pass_through else state).value
+
+    def forward(self, x: Tensor) -> Tensor:
+        # One attribute decides, so a compiled graph is guarded by it alone.
+        action = self._action
+        observer = self.observer
+        if action in CHANGES and torch.compiler.is_exporting():
+            raise RuntimeError(
+                f"torch.export: expected quantizers to be in VALIDATION or FLOAT, got {action}: "
+                "the program would go on changing its ranges; call "
+                'set_fake_quantize(model, "validation") first'
+            )
+        if action in ACCUMULATE and not observer.transient:
+            observer(x)
+        if action not in QUANTIZE:
+            return x
+        return self._quantize(x, action)
+
+    @contextlib.contextmanager
+    def replaced(self, quantize: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Within, ``quantize`` takes the place of quantizing: what an export traces."""
+        self.__dict__["_quantize"] = lambda x, action: quantize(x)
+        try:
+            yield
+        finally:
+            del self.__dict__["_quantize"]
+
+    def _quantize(self, x: Tensor, action: str) -> Tensor:
+        observer = self.observer
+        if action in FOLLOW and observer.statistic != "none":
+            own = (self.range, self.scale, self.zero_point, self.solved)
+            return ops.follow_fake_quant(x, *own, *self._follow_arguments())
+        return ops.fake_quant(
+            x, self.scale, self.zero_point, observer.quant_min, observer.quant_max, observer.ch_axis
+        )
+
+    def _follow_arguments(self) -> tuple[Any, ...]:
+        """What ``ops.follow_`` takes behind the range it moves."""
+        observer = self.observer
+        return (
+            self.averaging_constant,
+            observer.name,
+            observer.quant_min,
+            observer.quant_max,
+            observer.symmetric,
+            observer.scale_rule,
+            observer.power_of_two,
+            observer.encoded_options,
+            observer.ch_axis,
+            observer.mantissa_bits,
+            observer.octaves,
+        )
+
+    @torch.no_grad()
+    def solve_weight(self, weight: Tensor) -> WeightSolution:
+        """What the values of ``weight`` alone give; changes nothing here."""
+        observer = self.observer
+        fresh = Observer(
+            "min_max",
+            qscheme=observer.qscheme,
+            ch_axis=observer.ch_axis,
+            channel_len=observer.channel_len,
+        ).to(self.solved.device)
+        fresh(weight)
+        if observer.statistic == "none":
+            given = Solution(observer.range(), *observer.calculate_qparams())
+            return WeightSolution(given, fresh.extrema, fresh.tally)
+        # What a channel without a finite value keeps.
+        found = Solution.nothing(observer.channel_len, self.solved.device)
+        solved = torch.zeros_like(self.solved)  # so that the first batch, this one, is taken whole
+        ops.follow_(weight, *found, solved, *self._follow_arguments())
+        return WeightSolution(found if bool(solved) else None, fresh.extrema, fresh.tally)
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """What it quantizes with: scale [C] float32 and zero point [C] int32."""
+        return self.scale, self.zero_point
+
+    @torch.no_grad()
+    def take_(self, solution: Solution) -> Self:
+        """Takes a range and its parameters."""
+        self._set(solution)
+        self.solved.fill_(1)
+        if self.passes_through:
+            self.enter(self._state)
+        return self
+
+    def _set(self, solution: Solution) -> None:
+        self.range.copy_(solution.range)
+        self.scale.copy_(solution.scale)
+        self.zero_point.copy_(solution.zero_point)
+
+    def shared_values(self) -> Tensor:
+        """What ranks that train together have in common, one row [n]; see ``sync_observers``."""
+        return self.range.flatten()
+
+    @torch.no_grad()
+    def take_shared_(self, values: Tensor) -> None:
+        """Takes the mean of all ranks' ``shared_values``."""
+        observer, range_ = self.observer, values.view_as(self.range).float()
+        grid = (observer.quant_min, observer.quant_max, observer.symmetric)
+        found = ops.qparams(range_, *grid, observer.scale_rule, observer.power_of_two)
+        self.take_(Solution(range_, *found))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Forgets the range (a given scale is put back); also called after ``to_empty``."""
+        self.observer.reset_()
+        self._set(Solution.nothing(self.observer.channel_len, self.solved.device))
+        self.solved.zero_()
+        if self.observer.statistic == "none":
+            self.take_(Solution(self.observer.range(), *self.observer.calculate_qparams()))
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
+        if self._state is not FakeQuantState.VALIDATION:
+            return
+        has_range = bool(self.solved)
+        if not has_range and not (self.optional or self.unobserved_allowed):
+            error_msgs.append(f"{prefix[:-1]}: loaded without a range while in VALIDATION")
+        self.enter(self._state, pass_through=not has_range)
+
+    def _apply(self, fn: TensorMap, recurse: bool = True) -> Self:
+        return super()._apply(keep_dtype(fn), recurse)  # type: ignore[no-untyped-call,no-any-return]
+
+    def extra_repr(self) -> str:
+        words = [f"{self.method}, {self._state.value}"]
+        words.append(f"averaging_constant={self.averaging_constant}")
+        words += ["optional"] if self.optional else []
+        words += ["passes through"] if self.passes_through else []
+        words += [self.range_text()]
+        return ", ".join(words)
+
+    def range_text(self) -> str:
+        """The range and the scale in words; over channels the ends of all."""
+        with contextlib.suppress(RuntimeError):  # on a device or in a trace without values
+            if not bool(self.solved):
+                return "not solved"
+            try:
+                low, high = self.range.unbind(1)
+                scale = self.calculate_qparams()[0].tolist()
+            except ValueError:  # an optimizer left the numbers
+                return "range not finite"
+            channels = f" ({len(scale)} channels)" if len(scale) > 1 else ""
+            return f"range=[{low.min():.6g}, {high.max():.6g}], scale={span(scale)}{channels}"
+        return "no values"
+
+
+def _parse_constant(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"FakeQuantize: expected averaging_constant to be a number, got {value!r}")
+    if not 0 <= value <= 1:
+        raise ValueError(
+            f"FakeQuantize: expected averaging_constant to be between 0 and 1, got {value}"
+        )
+    return float(value)
+
+
+# What help() shows, in place of the signature of __new__, which only chooses the class.
+_OWN = list(inspect.signature(FakeQuantize.__init__).parameters.values())[1:]
+FakeQuantize.__signature__ = inspect.Signature(_OWN)  # type: ignore[attr-defined]
+
+# The keys of a quantizer beside the options of its rule.
+KEYS = (
+    *(
+        parameter.name
+        for parameter in _OWN
+        if parameter.kind is not parameter.VAR_KEYWORD
+        and parameter.name not in ("method", "observer")
+    ),
+    *OBSERVER_KEYS,
+)

@@ -1,0 +1,67 @@
+"""Float state dicts and prepared models.
+
+A prepared model keeps the float weight ``conv.weight`` as ``conv.parametrizations.weight.original``
+and has quantizers that a float checkpoint knows nothing of. These functions speak the float
+model's keys. (Whole prepared models cannot be pickled: torch's parametrizations say "Serialization
+of parametrized modules is only supported through state_dict()". Save ``state_dict()``, and prepare
+a new model to load it into.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from torch_ext.quantizers.fake_quantize import FakeQuantize
+from torch_ext.quantizers.find import check_model, named_quantizers, parametrizations
+from torch_ext.quantizers.folded_weight import FoldedWeight
+
+
+def float_keys(model: nn.Module) -> dict[str, str]:
+    """Key in the float model -> key in this model's ``state_dict``, without the quantizers."""
+    model = check_model("float_keys", model)
+    inside = tuple(f"{name}." for name in named_quantizers(model))
+    renamed = {}
+    for owner, parameter, chain in parametrizations(model):
+        if all(isinstance(one, (FakeQuantize, FoldedWeight)) for one in chain):
+            prefix = f"{owner}." if owner else ""
+            renamed[f"{prefix}parametrizations.{parameter}.original"] = f"{prefix}{parameter}"
+    keys = [key for key in model.state_dict() if not key.startswith(inside)]
+    return {renamed.get(key, key): key for key in keys}
+
+
+def float_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The float weights and buffers of a prepared model, under the float model's keys."""
+    state = check_model("float_state_dict", model).state_dict()
+    return {name: state[key] for name, key in float_keys(model).items()}
+
+
+def load_float_state_dict(
+    model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True
+) -> None:
+    """Loads a float model's ``state_dict`` into a prepared model; quantizers stay as they are.
+
+    A tensor of another shape, and with ``strict`` a missing or unexpected key, is refused before
+    anything is loaded.
+    """
+    who = "load_float_state_dict"
+    model = check_model(who, model)
+    keys = float_keys(model)
+    current = model.state_dict()
+    missing = [name for name in keys if name not in state_dict]
+    unexpected = [name for name in state_dict if name not in keys]
+    if strict and (missing or unexpected):
+        raise ValueError(
+            f"{who}: expected the float model's keys; missing: {', '.join(missing) or 'none'}; "
+            f"unexpected: {', '.join(unexpected) or 'none'}"
+        )
+    chosen = {keys[name]: value for name, value in state_dict.items() if name in keys}
+    for key, value in chosen.items():
+        want = list(current[key].shape)
+        if not isinstance(value, Tensor) or list(value.shape) != want:
+            have = list(value.shape) if isinstance(value, Tensor) else repr(value)
+            raise ValueError(f"{who}: expected {key} to be of shape {want}, got {have}")
+    with torch.no_grad():
+        model.load_state_dict(chosen, strict=False)

@@ -1,0 +1,298 @@
+"""An observer: a statistic that data is added to, and the rule that makes a range of it."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from torch_ext import ops
+from torch_ext.ops.registry import OptionValue, encode_options, observer_info
+from torch_ext.quantizers.grid import DType, Grid, dtype_name, parse_grid
+from torch_ext.utils.arguments import parse_flag, parse_integer
+from torch_ext.utils.text import joined
+
+# Mantissa bits and octaves of the histogram: one quantizer's 256 KiB, or 24 KiB per channel.
+_LAYOUT_PER_TENSOR = (10, 16)
+_LAYOUT_PER_CHANNEL = (7, 12)
+_SCALE_RULES = ("grid", "tvm")
+
+TensorMap = Callable[[Tensor], Tensor]
+
+
+def keep_dtype(fn: TensorMap) -> TensorMap:
+    """What ``Module._apply`` is given, less any change of dtype: only the device follows.
+
+    Statistics are int64 and float32 whatever the model computes in; a scale rounded to half
+    precision by ``model.half()`` would be another scale.
+    """
+
+    def moved(tensor: Tensor) -> Tensor:
+        out = fn(tensor)
+        return out if out.dtype == tensor.dtype else tensor.to(out.device)
+
+    return moved
+
+
+def check_keys(who: str, given: Iterable[str], rule: str, known: Iterable[str]) -> None:
+    """Raises for a key that is neither in `known` nor an option of the rule."""
+    names = [*known, *(row["name"] for row in observer_info(rule)["options"])]
+    for key in given:
+        if key not in names:
+            raise ValueError(f'{who}: unknown key "{key}"; known: {joined(names)}')
+
+
+class Observer(nn.Module):
+    """Accumulates a statistic of what it sees; a rule named ``name`` makes the range.
+
+    The statistic depends on the values alone, not on how they were split or ordered: batch size,
+    batch order, threads and device leave the same bits. ``torch_ext.observers()`` lists the rules;
+    ``**options`` are the rule's own (``percentile=99.9``).
+
+    Args:
+        name: a rule of the registry.
+        dtype: ``torch.int8``, ``"uint8"``, ``"int4"``, ``"qint8"``, ...
+        qscheme: ``torch.per_tensor_symmetric`` and its three siblings, or their names.
+        ch_axis: axis of the channels, with a per-channel scheme only.
+        channel_len: their number C.
+        quant_min, quant_max: a part of the dtype's grid; [-127,127] divides by 127.
+        scale_rule: ``"grid"``, or ``"tvm"`` to divide by 2^(bits-1).
+        power_of_two: round the scale up to 2^k.
+        mantissa_bits, octaves: layout of the histogram, 5..10 and 4..32.
+        histogram: keep a histogram although this rule reads none, so that other rules can be
+            solved later from the same pass.
+        transient: keep none although the rule reads one: for weights, which are there to be read.
+
+    Buffers: ``extrema`` float32 [C,2], ``tally`` int64 [C,5] (finite, zeros, tiny, inf, nan),
+    ``counts`` int64 [C,2,octaves,2^mantissa_bits], or [C,2,0,0] without a histogram.
+    ``synced``: whether the statistic holds the data of all ranks, see ``sync_observers``; files of
+    ``save_observer_params`` keep it, ``state_dict`` does not.
+    """
+
+    _version = 1
+
+    extrema: Tensor
+    tally: Tensor
+    counts: Tensor
+    synced: bool
+
+    def __init__(
+        self,
+        name: str,
+        dtype: DType = torch.int8,
+        qscheme: torch.qscheme | str = torch.per_tensor_symmetric,
+        ch_axis: int = -1,
+        channel_len: int = 1,
+        quant_min: int | None = None,
+        quant_max: int | None = None,
+        *,
+        scale_rule: str = "grid",
+        power_of_two: bool = False,
+        mantissa_bits: int | None = None,
+        octaves: int | None = None,
+        histogram: bool | None = None,
+        transient: bool = False,
+        **options: OptionValue,
+    ) -> None:
+        super().__init__()
+        who = f"Observer({name})"
+        info = observer_info(name)
+        check_keys(who, options, name, KEYS)
+        grid = parse_grid(who, dtype, qscheme, ch_axis, channel_len, quant_min, quant_max)
+        if scale_rule not in _SCALE_RULES:
+            known = joined(_SCALE_RULES)
+            raise ValueError(f"{who}: unknown scale_rule {scale_rule!r}; known: {known}")
+        wants = info["statistic"] == "histogram"
+        if histogram is not None:
+            wants = parse_flag(who, "histogram", histogram) or wants
+        if parse_flag(who, "transient", transient) and histogram:
+            raise ValueError(f"{who}: expected histogram to be False with transient, got True")
+
+        self.dtype, self.qscheme = grid.dtype, grid.qscheme
+        self.quant_min, self.quant_max = grid.quant_min, grid.quant_max
+        self.ch_axis = grid.ch_axis
+        self.scale_rule = scale_rule
+        self.power_of_two = parse_flag(who, "power_of_two", power_of_two)
+        default = _LAYOUT_PER_CHANNEL if grid.per_channel else _LAYOUT_PER_TENSOR
+        given = (mantissa_bits, octaves)
+        bits, window = (d if g is None else g for g, d in zip(given, default, strict=True))
+        self.mantissa_bits = parse_integer(who, "mantissa_bits", bits, 5, 10)
+        self.octaves = parse_integer(who, "octaves", window, 4, 32)
+        self.transient = transient
+        self.set_rule(name, **options)
+        self._allocate(grid, wants and not transient)
+
+    def _allocate(self, grid: Grid, histogram: bool) -> None:
+        channels = grid.channel_len
+        bins = (self.octaves, 2**self.mantissa_bits) if histogram else (0, 0)
+        self.register_buffer("extrema", torch.empty(channels, 2, dtype=torch.float32))
+        self.register_buffer("tally", torch.empty(channels, 5, dtype=torch.int64))
+        self.register_buffer("counts", torch.empty(channels, 2, *bins, dtype=torch.int64))
+        self.reset_()
+
+    @property
+    def symmetric(self) -> bool:
+        return self.qscheme in (torch.per_tensor_symmetric, torch.per_channel_symmetric)
+
+    @property
+    def channel_len(self) -> int:
+        return self.extrema.shape[0]
+
+    @property
+    def statistic(self) -> str:
+        """What the rule reads: ``"none"``, ``"extrema"`` or ``"histogram"``."""
+        return self._statistic
+
+    @property
+    def has_histogram(self) -> bool:
+        return self.counts.shape[2] > 0
+
+    @property
+    def saw_data(self) -> bool:
+        """Whether the statistic holds a finite value."""
+        return bool((self.tally[:, 0] > 0).any())
+
+    @property
+    def options(self) -> dict[str, OptionValue]:
+        """The rule's options, defaults included; change them with :meth:`set_rule`."""
+        return dict(self._options)
+
+    @property
+    def encoded_options(self) -> tuple[float, ...]:
+        """The same as the numbers that ops take."""
+        return self._encoded
+
+    def set_rule(self, name: str, **options: OptionValue) -> None:
+        """Takes another rule, or other options; the statistic stays. Refused: nothing changes."""
+        encoded = self.check_rule(name, **options)
+        info = observer_info(name)
+        self.name: str = name
+        self._statistic: str = info["statistic"]
+        self._options = {
+            row["name"]: options.get(row["name"], row["default"]) for row in info["options"]
+        }
+        self._encoded: tuple[float, ...] = tuple(encoded)
+
+    def check_rule(self, name: str, **options: OptionValue) -> list[float]:
+        """Raises unless the rule and its options hold together with this grid and layout."""
+        encoded = encode_options(name, options)
+        reads = observer_info(name)["statistic"] == "histogram"
+        bins = (self.octaves, 2**self.mantissa_bits) if reads else (0, 0)
+        # Solving an empty statistic makes every check that the rule has, and only those.
+        ops.solve_many(
+            [name],
+            [torch.tensor([[math.inf, -math.inf]], dtype=torch.float32, device="cpu")],
+            [torch.zeros(1, 5, dtype=torch.int64, device="cpu")],
+            [torch.zeros(1, 2, *bins, dtype=torch.int64, device="cpu")],
+            [self.quant_min],
+            [self.quant_max],
+            [self.symmetric],
+            [self.scale_rule],
+            [self.power_of_two],
+            [encoded],
+        )
+        return encoded
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Adds x to the statistic and returns it."""
+        if self._statistic != "none":
+            ops.observe_(x, self.extrema, self.tally, self.counts, self.ch_axis)
+        return x
+
+    def range(self) -> Tensor:
+        """The range [C,2] float32 of what was seen; (0,0) where nothing was."""
+        return self._solve()[0]
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """Scale [C] float32 and zero point [C] int32 of :meth:`range`."""
+        if self._statistic != "none" and not self.saw_data:
+            warnings.warn(
+                f"Observer({self.name}): no finite value was observed; scale 1, zero_point 0",
+                stacklevel=2,
+            )
+        return self._solve()[1:]
+
+    def _solve(self) -> tuple[Tensor, Tensor, Tensor]:
+        if self._statistic == "histogram" and not self.has_histogram:
+            raise RuntimeError(
+                f"Observer({self.name}): expected a histogram, got none, as transient=True says; "
+                "solve from the data with ops.follow_"
+            )
+        ranges, scales, zero_points = ops.solve_many(
+            [self.name],
+            [self.extrema],
+            [self.tally],
+            [self.counts],
+            [self.quant_min],
+            [self.quant_max],
+            [self.symmetric],
+            [self.scale_rule],
+            [self.power_of_two],
+            [self._encoded],
+        )
+        return ranges[0], scales[0], zero_points[0]
+
+    @torch.no_grad()
+    def merge_(self, other: Observer) -> Self:
+        """Adds another observer's statistic, of the same shapes: that of both data sets."""
+        if not isinstance(other, Observer):
+            kind = type(other).__name__
+            raise TypeError(f"merge_: expected other to be an Observer, got {kind}")
+        for field in ("extrema", "counts"):
+            mine, theirs = tuple(getattr(self, field).shape), tuple(getattr(other, field).shape)
+            if mine != theirs:
+                raise ValueError(f"merge_: expected other.{field} to be {mine}, got {theirs}")
+        if self.ch_axis != other.ch_axis:
+            raise ValueError(
+                f"merge_: expected other.ch_axis to be {self.ch_axis}, got {other.ch_axis}"
+            )
+        device = self.extrema.device
+        ops.merge_(
+            self.extrema,
+            self.tally,
+            self.counts,
+            other.extrema.to(device),
+            other.tally.to(device),
+            other.counts.to(device),
+        )
+        self.synced |= other.synced
+        return self
+
+    @torch.no_grad()
+    def reset_(self) -> Self:
+        """Forgets everything seen."""
+        self.extrema[:, 0] = math.inf
+        self.extrema[:, 1] = -math.inf
+        self.tally.zero_()
+        self.counts.zero_()
+        self.synced = False
+        return self
+
+    def reset_parameters(self) -> None:
+        """What deferred initialisation calls after ``to_empty``."""
+        self.reset_()
+
+    def _apply(self, fn: TensorMap, recurse: bool = True) -> Self:
+        return super()._apply(keep_dtype(fn), recurse)  # type: ignore[no-untyped-call,no-any-return]
+
+    def extra_repr(self) -> str:
+        words = [self.name, dtype_name(self.dtype), str(self.qscheme).removeprefix("torch.")]
+        words += [f"[{self.quant_min}, {self.quant_max}]"]
+        if self.ch_axis >= 0:
+            words.append(f"ch_axis={self.ch_axis}, channel_len={self.channel_len}")
+        words += [f"{name}={value}" for name, value in self._options.items()]
+        words += ["transient"] if self.transient else []
+        return ", ".join(words)
+
+
+# The keys that every observer takes beside its rule's options, in the order of the signature.
+KEYS = tuple(
+    name
+    for name, parameter in inspect.signature(Observer).parameters.items()
+    if parameter.kind is not parameter.VAR_KEYWORD and name != "name"
+)

@@ -1,0 +1,90 @@
+"""Changes of state: all that can be wrong with one is found before the first quantizer moves."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+from torch_ext.quantizers.solve import (
+    Q,
+    Quantizer,
+    ReadWeight,
+    Solutions,
+    has_range,
+    solve_quantizers,
+)
+from torch_ext.quantizers.state_table import FakeQuantState
+from torch_ext.utils.text import shown
+
+
+class QuantizationWarning(UserWarning):
+    """Quantizers whose data or range deserves a look, by name."""
+
+
+def change_state(
+    who: str,
+    chosen: Mapping[str, Q],
+    target: FakeQuantState,
+    read_weight: ReadWeight[Q],
+    allow_unobserved: bool = False,
+) -> None:
+    """Moves quantizers to another state; those that leave CALIBRATION are solved.
+
+    Raises RuntimeError, by name, where a quantizer saw no data or has no range for VALIDATION,
+    unless ``allow_unobserved``; ValueError where one has numbers that nothing can be quantized
+    with. Nothing has changed then. Warns, by name, of odd data.
+    """
+    for name, quantizer in chosen.items():
+        quantizer.check_enters(who, name, target)
+    leaving = {
+        name: quantizer
+        for name, quantizer in chosen.items()
+        if quantizer.state is FakeQuantState.CALIBRATION
+        and target is not FakeQuantState.CALIBRATION
+    }
+    solutions = solve_quantizers(leaving, read_weight)
+    if not allow_unobserved:
+        _refuse_unobserved(who, solutions.unobserved)
+    without = _without_range(chosen, solutions) if target is FakeQuantState.VALIDATION else []
+    if not allow_unobserved:
+        _refuse_without_range(who, [name for name in without if not _may_pass(chosen[name])])
+
+    solutions.commit()
+    for name, quantizer in chosen.items():
+        if allow_unobserved and (name in solutions.unobserved or name in without):
+            quantizer.unobserved_allowed = True
+        quantizer.enter(target, pass_through=name in without)
+    if notes := [*solutions.findings(), *_idle_inputs(without, chosen)]:
+        warnings.warn("\n".join([f"{who}:", *notes]), QuantizationWarning, stacklevel=4)
+
+
+def _without_range(chosen: Mapping[str, Quantizer], solutions: Solutions) -> list[str]:
+    flags = has_range(chosen)
+    return [name for name in chosen if not flags[name] and name not in solutions.solved]
+
+
+def _may_pass(quantizer: Quantizer) -> bool:
+    return quantizer.optional or quantizer.unobserved_allowed
+
+
+def _refuse_unobserved(who: str, unobserved: Mapping[str, str]) -> None:
+    if unobserved:
+        names = [f"{n} ({why})" if why else n for n, why in unobserved.items()]
+        raise RuntimeError(
+            f"{who}: expected every quantizer to have seen data, got none for "
+            f"{shown(names, 1000)}; run data through them, or pass allow_unobserved=True"
+        )
+
+
+def _refuse_without_range(who: str, names: list[str]) -> None:
+    if names:
+        raise RuntimeError(
+            f"{who}: expected every quantizer to have a range for VALIDATION, got none for "
+            f"{shown(sorted(names), 1000)}; calibrate, train or load_observer_params first, or "
+            "pass allow_unobserved=True"
+        )
+
+
+def _idle_inputs(without: list[str], chosen: Mapping[str, Quantizer]) -> list[str]:
+    idle = sorted(n for n in without if chosen[n].optional and not chosen[n].unobserved_allowed)
+    return [f"  inputs that saw no floating tensor pass through: {shown(idle)}"] if idle else []

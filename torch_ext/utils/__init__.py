@@ -1,0 +1,1 @@
+"""What knows nothing of quantization: arguments, text, batches, modes, progress bars."""

@@ -1,0 +1,59 @@
+"""Checks of arguments, and the arguments of a model's forward."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+_MOST = 200  # characters of a value in a message
+
+
+def bounded(value: object) -> str:
+    """A value for a message: its ``repr``, cut; of tensors and modules the kind alone."""
+    if isinstance(value, Tensor):
+        return f"a tensor {value.dtype} of shape {list(value.shape)}"
+    if isinstance(value, nn.Module):
+        return f"a {type(value).__name__}"
+    text = repr(value)
+    return text if len(text) <= _MOST else f"{text[:_MOST]}... ({type(value).__name__})"
+
+
+def parse_flag(who: str, name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{who}: expected {name} to be True or False, got {bounded(value)}")
+    return value
+
+
+def parse_integer(who: str, name: str, value: object, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{who}: expected {name} to be an integer, got {bounded(value)}")
+    if not low <= value <= high:
+        raise ValueError(f"{who}: expected {name} to be between {low} and {high}, got {value}")
+    return value
+
+
+def bound_arguments(who: str, model: nn.Module, example_inputs: Any) -> dict[str, Any]:
+    """The values of an example by argument of the model's forward."""
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    if isinstance(example_inputs, Mapping):
+        kwargs = dict(example_inputs)
+    elif isinstance(example_inputs, (tuple, list)):
+        args = tuple(example_inputs)
+    elif isinstance(example_inputs, Tensor):
+        args = (example_inputs,)
+    else:
+        raise TypeError(
+            f"{who}: expected example_inputs to be a tensor, a tuple of arguments or a mapping of "
+            f"keyword arguments, got {bounded(example_inputs)}"
+        )
+    try:
+        return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
+    except TypeError as error:
+        raise TypeError(
+            f"{who}: expected example_inputs to be the arguments of "
+            f"{type(model).__name__}.forward, got others: {error}"
+        ) from error
