@@ -21,8 +21,7 @@ from torch import Tensor, nn
 import native
 import tables
 import torch_ext
-from torch_ext import FakeQuantize, prepare_qat, set_fake_quantize, sync_observers
-from torch_ext.calibration import calibrate
+from torch_ext import FakeQuantize, calibrate, prepare_qat, set_fake_quantize, sync_observers
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 

@@ -15,9 +15,9 @@ from torch_ext import (
     get_default_qconfig,
     load_observer_params,
     prepare_qat,
+    resolve,
     set_fake_quantize,
 )
-from torch_ext.calibration import resolve
 from train_float import train
 
 

@@ -20,10 +20,8 @@ from nets.tiny_net import ACTIVATIONS, calibrated, images, prepared, tiny_net
 from reference import Grid, fake_quant, qparams
 from sample_grids import GRIDS
 from snapshots import same, snapshot
-from torch_ext import FakeQuantize, get_default_qconfig, set_fake_quantize
-from torch_ext.analysis.report import report
-from torch_ext.analysis.report.quantizer_report import Subject, measured
-from torch_ext.calibration import resolve
+from torch_ext import FakeQuantize, get_default_qconfig, report, resolve, set_fake_quantize
+from torch_ext.analysis.report.quantizer_report import QuantizerReport, measured
 from torch_ext.files.quantizer_params import params_of
 
 CONFIG = get_default_qconfig(activation_observer="percentile")
@@ -48,7 +46,9 @@ def lone(x: Tensor, observer: str = "percentile", **keys: Any) -> FakeQuantize:
     return quantizer
 
 
-def looked_at(quantizer: FakeQuantize, of: str = "output", weight: Tensor | None = None) -> Subject:
+def looked_at(
+    quantizer: FakeQuantize, of: str = "output", weight: Tensor | None = None
+) -> QuantizerReport:
     return measured("x", of, params_of(quantizer), weight)
 
 
@@ -193,11 +193,11 @@ def test_data_is_measured_as_it_passes(tmp_path: Path) -> None:
             net(batch)
     for handle in handles:
         handle.remove()
-    seen: dict[str, Subject] = {}
+    seen: dict[str, QuantizerReport] = {}
     module = sys.modules["torch_ext.report"]
     original = module.measured
 
-    def spy(name: str, *arguments: Any) -> Subject:
+    def spy(name: str, *arguments: Any) -> QuantizerReport:
         seen[name] = original(name, *arguments)
         return seen[name]
 

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 import torch_ext
 from browser import run_page
 from nets.tiny_net import ACTIVATIONS, WEIGHTS, calibrated, tiny_net
-from torch_ext import get_default_qconfig, prepare_qat, set_fake_quantize
-from torch_ext.analysis.report import report
+from torch_ext import get_default_qconfig, prepare_qat, report, set_fake_quantize
 
 LAYERS = 150
 

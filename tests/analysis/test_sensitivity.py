@@ -15,8 +15,7 @@ from torch import Tensor, nn
 import torch_ext
 from nets.tiny_net import ACTIVATIONS, WEIGHTS, calibrated, images, prepared, tiny_net
 from snapshots import same, snapshot
-from torch_ext import FakeQuantState, get_default_qconfig, set_fake_quantize
-from torch_ext.analysis import sensitivity
+from torch_ext import FakeQuantState, get_default_qconfig, sensitivity, set_fake_quantize
 
 ALL = [*ACTIVATIONS, *WEIGHTS]
 CONFIG = get_default_qconfig(

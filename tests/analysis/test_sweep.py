@@ -16,8 +16,7 @@ from torch import Tensor, nn
 import torch_ext
 from nets.tiny_net import calibrated, images, prepared, tiny_net
 from snapshots import same, same_bits, snapshot
-from torch_ext import get_default_qconfig, set_fake_quantize
-from torch_ext.analysis import sweep
+from torch_ext import get_default_qconfig, set_fake_quantize, sweep
 
 CANDIDATES = {
     "min_max": {},

@@ -20,13 +20,13 @@ from nets.tiny_net import ACTIVATIONS, WEIGHTS, TinyNet, calibrated, images, pre
 from snapshots import same, snapshot
 from torch_ext import (
     FakeQuantState,
+    calibrate,
     fake_quantize_states,
     get_default_calib_qconfig,
     get_default_qconfig,
     named_quantizers,
     set_fake_quantize,
 )
-from torch_ext.calibration import calibrate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

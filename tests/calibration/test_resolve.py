@@ -11,8 +11,7 @@ import torch
 import torch_ext
 from nets.tiny_net import ACTIVATIONS, WEIGHTS, TinyNet, calibrated, images, prepared, tiny_net
 from snapshots import same, same_bits, snapshot
-from torch_ext import get_default_qconfig, named_quantizers, set_fake_quantize
-from torch_ext.calibration import resolve
+from torch_ext import get_default_qconfig, named_quantizers, resolve, set_fake_quantize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

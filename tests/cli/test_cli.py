@@ -17,9 +17,8 @@ from torch import nn
 import torch_ext
 from cli_runs import BATCHES, Run, calibrated, rows
 from nets.tiny_net import ACTIVATIONS, WEIGHTS
-from torch_ext import _C, FakeQuantize, named_quantizers, save_observer_params
-from torch_ext.__main__ import main
-from torch_ext.calibration import resolve
+from torch_ext import _C, FakeQuantize, named_quantizers, resolve, save_observer_params
+from torch_ext.cli.main import main
 from torch_ext.files.observer_params import read_observer_params
 
 RULES = torch_ext.observers()

@@ -21,8 +21,7 @@ import torch_ext
 from cli_runs import BATCHES, CONFIG, Run, calibrated
 from nets.tiny_net import prepared
 from paths import ROOT
-from torch_ext import save_observer_params
-from torch_ext.calibration import calibrate
+from torch_ext import calibrate, save_observer_params
 
 TENSORRT = [
     *("convert", "net.safetensors", "--to", "tensorrt-cache"),
@@ -162,7 +161,7 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
     def interrupt(_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("torch_ext._commands.print_json", interrupt)
+    monkeypatch.setattr("torch_ext.cli.info.print_json", interrupt)
     assert run("info", "--json")[0] == 130
 
 

@@ -11,7 +11,7 @@ import pytest
 import export_models
 from nets import ncnn_net
 from torch_ext import export, read_quantizers, save_observer_params
-from torch_ext.__main__ import main
+from torch_ext.cli.main import main
 
 WEIGHT = "{}.parametrizations.weight.0"
 INPUTS = {

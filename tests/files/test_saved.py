@@ -16,16 +16,17 @@ import torch_ext
 from nets.tiny_net import ACTIVATIONS, WEIGHTS, TinyNet, calibrated, images, prepared
 from snapshots import same, snapshot
 from torch_ext import (
+    calibrate,
     get_default_calib_qconfig,
     get_default_qconfig,
     load_observer_params,
     merge_observer_params,
     named_quantizers,
     read_quantizers,
+    resolve,
     save_observer_params,
     set_fake_quantize,
 )
-from torch_ext.calibration import calibrate, resolve
 
 RULES = torch_ext.observers()
 METHODS = torch_ext.fake_quants()

@@ -11,9 +11,8 @@ import torch
 
 import torch_ext
 from nets.tiny_net import TinyNet, images, prepared
-from torch_ext import save_observer_params
-from torch_ext.__main__ import main
-from torch_ext.calibration import calibrate
+from torch_ext import calibrate, save_observer_params
+from torch_ext.cli.main import main
 
 CONFIG = torch_ext.get_default_calib_qconfig()
 BATCHES = [images(4, seed=i) * (i + 1) for i in range(4)]

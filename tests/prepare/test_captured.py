@@ -164,9 +164,9 @@ def _float(net: nn.Module, x: Tensor, batch: int) -> Tensor:
     return out.detach()
 
 
-def test_the_readme_shows_the_table() -> None:
-    readme = (ROOT / "README.md").read_text()
-    assert placement_table() in readme
+def test_the_guide_shows_the_table() -> None:
+    page = ROOT / "docs" / "guides" / "placement.md"
+    assert placement_table() in page.read_text()
 
 
 def test_every_operation_of_the_table_exists_in_torch() -> None:

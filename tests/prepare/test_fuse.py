@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import torch_ext
 from nets.tiny_net import TinyNet, images, tiny_net
 from snapshots import same, snapshot
-from torch_ext.prepare import fuse
+from torch_ext import fuse
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -171,9 +171,9 @@ class TestRefusals:
         def fail(module: nn.Module, quantizer: FakeQuantize) -> Any:
             if isinstance(module, nn.Linear):
                 raise MemoryError
-            return attach(module, quantizer)
+            return attach_output(module, quantizer)
 
-        attach = attach.attach_output
+        attach_output = attach.attach_output
         monkeypatch.setattr(attach, "attach_output", fail)
         net = tiny_net()
         keys, kinds = list(net.state_dict()), [type(m) for m in net.modules()]

@@ -17,12 +17,12 @@ from snapshots import same, snapshot
 from torch_ext import (
     FakeQuantize,
     FakeQuantState,
+    describe,
     load_observer_params,
     quantization_parameters,
     save_observer_params,
     set_fake_quantize,
 )
-from torch_ext.prepare import describe
 
 LEARNED = [m for m in torch_ext.fake_quants() if m != "fake_quant"]
 

@@ -16,9 +16,9 @@ from torch_ext import (
     get_default_qconfig,
     load_observer_params,
     prepare_qat,
+    resolve,
     set_fake_quantize,
 )
-from torch_ext.calibration import resolve
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

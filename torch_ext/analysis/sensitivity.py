@@ -134,7 +134,7 @@ def sensitivity(
         results = Results(_WHO, checkpoint, fingerprint(prepared))
         change_states(_WHO, model, FakeQuantState.VALIDATION)
         active = {name: q for name, q in quantizers.items() if not q.passes_through}
-        run = _Run(model, active, data, results)
+        run = _SensitivityRun(model, active, data, results)
         run.begin(metric, forward or default_forward, model_device(model, device))
         switches = [(n, way) for n in chosen if n in active for way in chosen_ways]
         for name, way in progress_bar(switches, len(switches), _WHO, progress):
@@ -147,7 +147,7 @@ def sensitivity(
     return Sensitivity(tuple(rows), run.floating, run.quantized, chosen_ways, title)
 
 
-class _Run:
+class _SensitivityRun:
     """The measurements of one run, in VALIDATION."""
 
     def __init__(

@@ -126,7 +126,9 @@ def calibrate(
         if fresh:
             for quantizer in quantizers.values():
                 quantizer.observer.reset_()
-        run = _Run(model, quantizers, forward or default_forward, model_device(model, device))
+        run = _CalibrationRun(
+            model, quantizers, forward or default_forward, model_device(model, device)
+        )
         resumed = run.resume(checkpoint) if checkpoint is not None else 0
         for quantizer in quantizers.values():
             quantizer.enter(FakeQuantState.CALIBRATION)
@@ -155,7 +157,7 @@ def calibrate(
     )
 
 
-class _Run:
+class _CalibrationRun:
     """The batches of one calibration, counted."""
 
     def __init__(

@@ -26,6 +26,7 @@ from torch_ext.export.common.entries import (
 from torch_ext.files.storage import FileError, PathLike, name_problem, read_object, write_atomically
 from torch_ext.quantizers.find import PreparedModel
 from torch_ext.quantizers.grid import dtype_name
+from torch_ext.utils.text import label_of
 
 _FORMAT = "torch_ext.tvm"
 _VERSION = 1
@@ -167,7 +168,7 @@ def read_tvm_scales(path: PathLike) -> TvmScales:
 
 def _parse(path: PathLike, name: str, record: Any) -> TvmScale:
     if not isinstance(record, dict) or record.keys() != _FIELDS or record["of"] not in _ROLES:
-        raise FileError(path, f"{name or 'model'}: expected of and {sorted(_FIELDS - {'of'})}")
+        raise FileError(path, f"{label_of(name)}: expected of and {sorted(_FIELDS - {'of'})}")
     made = TvmScale(**record)
     whole = all(
         isinstance(n, int) and not isinstance(n, bool) for n in (made.clip_min, made.clip_max)
@@ -179,5 +180,5 @@ def _parse(path: PathLike, name: str, record: Any) -> TvmScale:
         and made.clip_min == -made.clip_max < 0
         and made.dom_scale * (made.clip_max + 1) == made.threshold
     ):
-        raise FileError(path, f"{name or 'model'}: its numbers contradict each other")
+        raise FileError(path, f"{label_of(name)}: its numbers contradict each other")
     return made

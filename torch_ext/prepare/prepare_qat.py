@@ -17,8 +17,9 @@ from torch_ext.prepare.fuse import foldable_norms
 from torch_ext.prepare.insertion import rewrite
 from torch_ext.prepare.insertion.capture import bound, capture
 from torch_ext.prepare.insertion.placement import Names, Placement, Site
+from torch_ext.prepare.module_classes import Undo
 from torch_ext.prepare.qconfig import Factory, QConfig
-from torch_ext.prepare.qconfig_mapping import Configs, Mapped
+from torch_ext.prepare.qconfig_mapping import Mapped, QConfigMapping
 from torch_ext.prepare.quantizable_modules import OUTPUT_ONLY, Target, skips_output, target_of
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import INPUTS, check_model
@@ -91,9 +92,9 @@ def prepare_qat(
             f"{_WHO}: expected a plain model, got a {type(model).__name__}; prepare before wrapping"
         )
     _refuse_prepared(model)
-    configs = Configs(_WHO, model, mapping)
+    configs = QConfigMapping(_WHO, model, mapping)
     prepared = model if inplace else copy.deepcopy(model)
-    plan = _Plan(prepared, configs)
+    plan = _Attachments(prepared, configs)
     if example_inputs is not None:
         plan.add_captured(input_qconfig, example_inputs, fold_batch_norms)
     elif fold_batch_norms:
@@ -136,18 +137,18 @@ def _checked(given: object) -> QConfig | None:
     return given
 
 
-class _Plan:
+class _Attachments:
     """The quantizers to attach, all built before the first is attached."""
 
-    def __init__(self, root: nn.Module, configs: Configs) -> None:
+    def __init__(self, root: nn.Module, configs: QConfigMapping) -> None:
         self.root = root
         self.configs = configs
-        self.steps: list[Callable[[], attach.Undo]] = []
+        self.steps: list[Callable[[], Undo]] = []
         self.made: list[FakeQuantize] = []
         self.inputs: dict[str, FakeQuantize] = {}  # of a captured forward
 
     def carry_out(self) -> None:
-        done: list[attach.Undo] = []
+        done: list[Undo] = []
         try:
             for step in self.steps:
                 done.append(step())
@@ -175,7 +176,7 @@ class _Plan:
             rewrite.insert(tracer, site.readers, target)
         if self.steps:
             forward = rewrite.compiled(tracer)
-            self.steps.append(lambda: rewrite.turn(self.root, forward))
+            self.steps.append(lambda: rewrite.replace_forward(self.root, forward))
 
     def _is_float(self, name: str) -> bool:
         """Whether nothing in the module of that name is to be quantized."""

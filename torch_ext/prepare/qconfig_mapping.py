@@ -14,7 +14,7 @@ Mapped = str | type[nn.Module]
 _ATTRIBUTE = "qconfig"
 
 
-class Configs:
+class QConfigMapping:
     """Resolves attribute > name > type > parent, for every module of a model."""
 
     def __init__(
@@ -26,7 +26,7 @@ class Configs:
         self._found: dict[str, QConfig | None] = {}
         self._chosen: set[str] = set()
         self._read(model, mapping)
-        self._resolve(model, "", None)
+        self._assign(model, "", None)
         if not any(self._found.values()):
             raise ValueError(
                 f"{who}: expected a qconfig on the model, on a submodule or in mapping, found none"
@@ -69,13 +69,13 @@ class Configs:
                 f"{self._who}: expected {where} to be a QConfig or None, got {config!r}"
             )
 
-    def _resolve(self, module: nn.Module, name: str, inherited: QConfig | None) -> None:
+    def _assign(self, module: nn.Module, name: str, inherited: QConfig | None) -> None:
         config = self._own(module, name, inherited)
         self._found[name] = config
         for child_name, child in module._modules.items():  # shared ones under each of their names
             if child is None:
                 continue
-            self._resolve(child, f"{name}.{child_name}" if name else child_name, config)
+            self._assign(child, f"{name}.{child_name}" if name else child_name, config)
 
     def _own(self, module: nn.Module, name: str, inherited: QConfig | None) -> QConfig | None:
         if hasattr(module, _ATTRIBUTE):

@@ -17,13 +17,13 @@ from nets.tiny_net import TinyNet, images, prepared
 from ranks.jobs import CONFIG, Values, bank, batches, calibrated_on, plain
 from snapshots import same, snapshot
 from torch_ext import (
+    calibrate,
     get_default_calib_qconfig,
     reset_statistics,
     save_observer_params,
     set_fake_quantize,
     sync_observers,
 )
-from torch_ext.calibration import calibrate
 
 
 def observing(net: TinyNet, data: list[Tensor]) -> TinyNet:

@@ -14,12 +14,12 @@ from nets.tiny_net import TinyNet, images, prepared
 from snapshots import same, snapshot
 from torch_ext import (
     FakeQuantize,
+    calibrate,
     get_default_calib_qconfig,
     reset_statistics,
     set_fake_quantize,
     sync_observers,
 )
-from torch_ext.calibration import calibrate
 
 CONFIG = get_default_calib_qconfig(weight_observer="percentile")
 BATCHES = 7

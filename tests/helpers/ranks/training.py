@@ -16,6 +16,7 @@ from nets.tiny_net import TinyNet, images, prepared
 from ranks.jobs import BATCHES, CONFIG, Values, batches, calibrated_on, plain
 from snapshots import same, snapshot
 from torch_ext import (
+    calibrate,
     fake_quantize_states,
     get_default_qconfig,
     keep_statistics_local,
@@ -25,7 +26,6 @@ from torch_ext import (
     set_fake_quantize,
     sync_observers,
 )
-from torch_ext.calibration import calibrate
 
 RATE = 0.25  # averaging constant
 STEPS = 3

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from torch_ext.analysis.report.advice import notes
 from torch_ext.analysis.report.page import page
-from torch_ext.analysis.report.quantizer_report import Seen, measured
+from torch_ext.analysis.report.quantizer_report import WatchedData, measured
 from torch_ext.files.quantizer_params import Params, params_of
 from torch_ext.files.saved_quantizers import SavedQuantizers, read_quantizers
 from torch_ext.files.storage import PathLike, write_atomically
@@ -28,6 +28,7 @@ from torch_ext.quantizers.transition import QuantizationWarning
 from torch_ext.utils.batches import Forward, default_forward, model_device, to_device
 from torch_ext.utils.modes import eval_mode, forked_rng
 from torch_ext.utils.progress import progress_bar
+from torch_ext.utils.text import label_of
 
 _WHO = "report"
 
@@ -42,7 +43,7 @@ class ReportSummary:
 
     def __str__(self) -> str:
         lines = [f"{self.path}: {self.quantizers} quantizers, {len(self.warnings)} warnings"]
-        lines += [f"  {name or '(the model itself)'}: {text}" for name, text in self.warnings]
+        lines += [f"  {label_of(name)}: {text}" for name, text in self.warnings]
         return "\n".join(lines)
 
 
@@ -101,7 +102,7 @@ def report(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", QuantizationWarning)  # the page has its own words
                 change_states(_WHO, model, FakeQuantState.VALIDATION, allow_unobserved=True)
-        seen: dict[str, Seen] = {}
+        seen: dict[str, WatchedData] = {}
         if data is not None:
             batches = progress_bar(data, _length(data), f"{_WHO}, data", progress)
             at = model_device(model, device)
@@ -137,15 +138,15 @@ def _watch(
     batches: Iterable[Any],
     forward: Forward,
     device: torch.device,
-) -> dict[str, Seen]:
+) -> dict[str, WatchedData]:
     """Runs the batches; what passes through each activation's quantizer, by name."""
-    seen: dict[str, Seen] = {}
+    seen: dict[str, WatchedData] = {}
     with contextlib.ExitStack() as stack:
         stack.enter_context(eval_mode(prepared.root))
         stack.enter_context(forked_rng(prepared.root))
         for name, quantizer in prepared.quantizers.items():
             if not quantizer.transient and not quantizer.passes_through:
-                one = seen[name] = Seen(quantizer)
+                one = seen[name] = WatchedData(quantizer)
                 stack.callback(quantizer.register_forward_hook(_hook(one)).remove)
         empty = True
         for batch in batches:
@@ -156,5 +157,5 @@ def _watch(
     return {name: one for name, one in seen.items() if one.largest is not None}
 
 
-def _hook(seen: Seen) -> Callable[[FakeQuantize, tuple[Tensor, ...], Tensor], None]:
+def _hook(seen: WatchedData) -> Callable[[FakeQuantize, tuple[Tensor, ...], Tensor], None]:
     return lambda quantizer, inputs, out: seen.add(quantizer, inputs[0], out)

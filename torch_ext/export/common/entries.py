@@ -14,6 +14,7 @@ from torch_ext.files.storage import FileError, PathLike
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import PreparedModel, role_of
 from torch_ext.quantizers.state_table import FakeQuantState
+from torch_ext.utils.text import label_of
 
 _SUFFIXES = {".onnx": "ONNX", ".json": "JSON", ".table": "ncnn", ".safetensors": "safetensors"}
 TO_FLOAT = 'set_fake_quantize(model, "float", pattern=[...]) leaves them out'
@@ -99,7 +100,7 @@ def _on_cpu(params: Params) -> Params:
 def refuse(who: str, problems: Mapping[str, str], advice: str) -> None:
     """Raises ValueError with every offending quantizer and its reason, if there is one."""
     if problems:
-        lines = [f"  {name or '(the model itself)'}: {why}" for name, why in problems.items()]
+        lines = [f"  {label_of(name)}: {why}" for name, why in problems.items()]
         raise ValueError(
             "\n".join(
                 [

@@ -27,6 +27,7 @@ from torch._subclasses.fake_tensor import (
 from torch.nn.utils import parametrize
 
 from torch_ext.prepare.insertion.proxies import Factories, Value
+from torch_ext.prepare.module_classes import own_type
 from torch_ext.prepare.quantizable_modules import is_quant_stub
 from torch_ext.utils.modes import eval_mode
 
@@ -162,7 +163,7 @@ class Tracer(fx.Tracer):
             return True
         if isinstance(m, parametrize.ParametrizationList):
             return True
-        own = next(k for k in type(m).__mro__ if k.__module__ != parametrize.__name__)
+        own = own_type(m)
         children = {name for name, _ in m.named_children()} - {"parametrizations"}
         return own.__module__.startswith(("torch.nn.", "torch.ao.nn.")) and not children
 

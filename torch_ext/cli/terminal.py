@@ -1,4 +1,4 @@
-"""What the command line prints: JSON, and tables, by rich where a terminal is."""
+"""What commands print: JSON, text, and tables, which rich draws where a terminal is."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
-from torch_ext.utils.text import text_table
+from torch_ext.files.quantizer_params import Params
+from torch_ext.utils.text import span, text_table
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -34,6 +36,32 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 def print_json(value: Any) -> None:
     """One JSON value; null for what JSON has no number for."""
     print(json.dumps(_finite(value), indent=1, allow_nan=False))
+
+
+def print_summary(summary: Any, as_json: bool) -> None:
+    """A dataclass that says what was done, as its text or as JSON."""
+    if as_json:
+        print_json(asdict(summary))
+    else:
+        print(summary)
+
+
+def range_text(params: Params) -> str:
+    """The ends of all channels; empty without a range."""
+    if not params.solved:
+        return ""
+    low, high = float(params["range"][:, 0].min()), float(params["range"][:, 1].max())
+    return f"[{low:.6g}, {high:.6g}]"
+
+
+def scale_text(params: Params) -> str:
+    """The scale, or the least and the greatest of the channels; empty without a range."""
+    return span(params["scale"].tolist()) if params.solved else ""
+
+
+def zero_point_text(params: Params) -> str:
+    """The zero point, or the least and the greatest of the channels; empty without a range."""
+    return span(params["zero_point"].tolist()) if params.solved else ""
 
 
 def _finite(value: Any) -> Any:
