@@ -25,7 +25,7 @@ from torch_ext import FakeQuantize, calibrate, prepare_qat, set_fake_quantize, s
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 
-from net import SmallNet
+from common.net import SmallNet
 
 BATCH = 64
 HEADER = f"{'what':46} {'processes':>9} {'median':>12} {'least':>10} {'most':>10}"

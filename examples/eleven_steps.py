@@ -6,9 +6,9 @@ import argparse
 import dataclasses
 import sys
 
-from data import DataError, Dataset, load
-from net import accuracy
-from qat import Plan, train_quantized
+from common.data import DataError, Dataset, load
+from common.net import accuracy
+from common.qat import Plan, train_quantized
 from torch_ext import (
     FakeQuantState,
     get_default_calib_qconfig,
