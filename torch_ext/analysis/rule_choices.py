@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch_ext import _C
 from torch_ext.ops.registry import OptionValue, encode_options, observer_info
+from torch_ext.utils.arguments import bounded
 
 Candidates = Sequence[str] | Mapping[str, Mapping[str, OptionValue | Sequence[OptionValue]]]
 
@@ -51,7 +52,7 @@ def parse_candidates(who: str, name: str, given: Candidates) -> list[Choice]:
     """Every combination of the options' values, each once."""
     want = "names of rules, or a mapping of names to options"
     if isinstance(given, str) or not isinstance(given, (Sequence, Mapping)):
-        raise TypeError(f"{who}: expected {name} to be {want}, got {given!r}")
+        raise TypeError(f"{who}: expected {name} to be {want}, got {bounded(given)}")
     if not given:
         raise ValueError(f"{who}: expected {name} to be {want}, got none")
     table = given if isinstance(given, Mapping) else {rule: {} for rule in given}
@@ -59,7 +60,8 @@ def parse_candidates(who: str, name: str, given: Candidates) -> list[Choice]:
     for rule, options in table.items():
         if not isinstance(options, Mapping):
             raise TypeError(
-                f"{who}: expected {name}[{rule!r}] to be a mapping of options, got {options!r}"
+                f"{who}: expected {name}[{rule!r}] to be a mapping of options, got "
+                f"{bounded(options)}"
             )
         values = [v if isinstance(v, (list, tuple)) else [v] for v in options.values()]
         for combination in itertools.product(*values):

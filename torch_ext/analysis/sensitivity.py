@@ -20,8 +20,15 @@ from torch_ext.quantizers.find import Pattern, PreparedModel, role_of
 from torch_ext.quantizers.restore import restored
 from torch_ext.quantizers.set_state import change_states
 from torch_ext.quantizers.state_table import FakeQuantState
-from torch_ext.utils.arguments import parse_flag
-from torch_ext.utils.batches import Forward, default_forward, model_device, tensors_in, to_device
+from torch_ext.utils.arguments import bounded, check_callable, parse_flag
+from torch_ext.utils.batches import (
+    Forward,
+    check_batches,
+    default_forward,
+    model_device,
+    tensors_in,
+    to_device,
+)
 from torch_ext.utils.modes import eval_mode, forked_rng
 from torch_ext.utils.progress import progress_bar
 from torch_ext.utils.text import text_table
@@ -70,7 +77,7 @@ class Sensitivity:
     def save_picture(self, path: PathLike, most: int | None = None) -> None:
         """Writes an SVG with the bars of all quantizers, or of the costliest `most`."""
         if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
-            raise ValueError(f"{_WHO}: expected most to be 1 or more, got {most!r}")
+            raise ValueError(f"{_WHO}: expected most to be 1 or more, got {bounded(most)}")
         words = {"on": "loss with it alone", "off": "gain without it"}
         fields = {"on": "loss", "off": "gain"}
         bars = [
@@ -124,8 +131,11 @@ def sensitivity(
     prepared = PreparedModel(_WHO, model)
     quantizers, chosen = prepared.quantizers, prepared.select(pattern)
     chosen_ways = _parse_ways(ways)
-    if metric is not None and not callable(metric):
-        raise TypeError(f"{_WHO}: expected metric to be a function or None, got {metric!r}")
+    check_callable(_WHO, "metric", metric)
+    check_callable(_WHO, "forward", forward)
+    if metric is None:
+        check_batches(_WHO, "data", data)
+    where = model_device(_WHO, model, device)
     parse_flag(_WHO, "higher_is_better", higher_is_better)
     with contextlib.ExitStack() as stack:
         stack.enter_context(restored(quantizers))
@@ -135,7 +145,7 @@ def sensitivity(
         change_states(_WHO, model, FakeQuantState.VALIDATION)
         active = {name: q for name, q in quantizers.items() if not q.passes_through}
         run = _SensitivityRun(model, active, data, results)
-        run.begin(metric, forward or default_forward, model_device(model, device))
+        run.begin(metric, forward or default_forward(_WHO), where)
         switches = [(n, way) for n in chosen if n in active for way in chosen_ways]
         for name, way in progress_bar(switches, len(switches), _WHO, progress):
             run.switch(name, way)
@@ -220,7 +230,7 @@ class _OutputError:
     """Squared error of the model's floating outputs, relative to the float model's."""
 
     def __init__(self, model: nn.Module, data: Any, forward: Forward, device: torch.device) -> None:
-        if not isinstance(data, Iterable) or isinstance(data, (str, Iterator)):
+        if isinstance(data, Iterator):
             raise TypeError(
                 f"{_WHO}: expected data to be batches that can be run over again, such as a list, "
                 f"got {type(data).__name__}"

@@ -20,7 +20,7 @@ from torch_ext.quantizers.find import Pattern, PreparedModel
 from torch_ext.quantizers.restore import restored
 from torch_ext.quantizers.set_state import change_states
 from torch_ext.quantizers.state_table import FakeQuantState
-from torch_ext.utils.arguments import parse_flag
+from torch_ext.utils.arguments import bounded, parse_flag
 from torch_ext.utils.modes import eval_mode, forked_rng
 from torch_ext.utils.progress import progress_bar
 from torch_ext.utils.text import text_table
@@ -126,7 +126,9 @@ def sweep(
     prepared = PreparedModel(_WHO, model)
     quantizers, chosen = prepared.quantizers, prepared.select(pattern)
     if not callable(evaluate):
-        raise TypeError(f"{_WHO}: expected evaluate to be a function of a model, got {evaluate!r}")
+        raise TypeError(
+            f"{_WHO}: expected evaluate to be a function of a model, got {bounded(evaluate)}"
+        )
     parse_flag(_WHO, "higher_is_better", higher_is_better)
     with contextlib.ExitStack() as stack:
         stack.enter_context(restored(quantizers))

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch_ext.utils.arguments import bounded
+
 Commands = Any  # what ``add_subparsers`` gives: argparse has no public name for it
 
 _SUFFIXES = ("", ".safetensors")
@@ -57,7 +59,7 @@ def progress_of(arguments: argparse.Namespace) -> bool | None:
 def check_output(path: str | None) -> None:
     """Raises ValueError for an output that is not to be a file of ``save_observer_params``."""
     if path is not None and Path(path).suffix.lower() not in _SUFFIXES:
-        raise ValueError(f"expected --output to end in .safetensors, got {path!r}")
+        raise ValueError(f"expected --output to end in .safetensors, got {bounded(path)}")
 
 
 def count(text: str) -> int:

@@ -27,6 +27,7 @@ from torch_ext.export.onnx_qdq import PLAIN_OPSET, OnnxGrid, Rewriter
 from torch_ext.export.tensorrt.onnx_rules import grid_problem, violations
 from torch_ext.files.storage import PathLike, write_atomically
 from torch_ext.quantizers.find import PreparedModel
+from torch_ext.utils.arguments import bounded
 
 PROFILES = (None, "tensorrt", "float")
 _LIMIT = 2**31 - 2**20  # protobuf holds no more in one message
@@ -108,7 +109,7 @@ def _check_opset(who: str, opset: int | None, least: int, packages: Any) -> int:
     if isinstance(opset, bool) or not isinstance(opset, int) or not least <= opset <= newest:
         raise ValueError(
             f"{who}: expected opset to be between {least}, which the grids need, and {newest}, "
-            f"got {opset!r}"
+            f"got {bounded(opset)}"
         )
     return opset
 

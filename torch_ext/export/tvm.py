@@ -26,6 +26,7 @@ from torch_ext.export.common.entries import (
 from torch_ext.files.storage import FileError, PathLike, name_problem, read_object, write_atomically
 from torch_ext.quantizers.find import PreparedModel
 from torch_ext.quantizers.grid import dtype_name
+from torch_ext.utils.arguments import bounded
 from torch_ext.utils.text import label_of
 
 _FORMAT = "torch_ext.tvm"
@@ -86,7 +87,7 @@ def tvm_scales(
         known = ", ".join(_WEIGHT_SCALES)
         raise ValueError(f"{who}: unknown weight_scale {weight_scale!r}; known: {known}")
     if global_scale is not None and not _positive(global_scale):
-        raise ValueError(f"{who}: expected global_scale to be above 0, got {global_scale!r}")
+        raise ValueError(f"{who}: expected global_scale to be above 0, got {bounded(global_scale)}")
     chosen, left_out = entries(PreparedModel(who, model))
     problems = {
         name: why for name, e in chosen.items() if (why := _problem(e, weight_scale, global_scale))

@@ -17,6 +17,7 @@ from torch_ext.files.storage import FileError, PathLike
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import named_quantizers
 from torch_ext.quantizers.solve import solve_observers
+from torch_ext.utils.arguments import bounded
 from torch_ext.utils.progress import progress_bar
 from torch_ext.utils.text import label_of
 
@@ -154,7 +155,7 @@ def _check_same(
             if theirs.get(key) != value:
                 have = theirs.get(key)
                 raise FileError(
-                    file, f"{name}.{key}: expected {value!r} as in {first}, got {have!r}"
+                    file, f"{name}.{key}: expected {value!r} as in {first}, got {bounded(have)}"
                 )
         if not quantizer.accumulates_data:
             mine, own = tensors_of(merged[name]), tensors_of(quantizer)

@@ -127,6 +127,18 @@ def attach_output(module: nn.Module, quantizer: FakeQuantize) -> Undo:
     return undo
 
 
+def detach_children(module: nn.Module) -> None:
+    """Removes the quantizers that hang on a module as children, and the hook that runs one."""
+    if is_float_functional(module):
+        module.activation_post_process = nn.Identity()
+    for name, child in list(module.named_children()):
+        if isinstance(child, (FakeQuantize, InputQuantizers)):
+            delattr(module, name)
+    hooks = module._forward_hooks
+    for key in [key for key, hook in hooks.items() if hook is _quantize_output]:
+        del hooks[key]
+
+
 def _quantize_output(module: nn.Module, args: Any, output: Any) -> Any:
     quantizer = module.activation_quantizer
     # Attention returns its weights beside the output.

@@ -43,6 +43,37 @@ def reduce_prepared(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
     return _new_instance, (original,), (state, *extra), None, None, _restore
 
 
+def swapped_below(module: nn.Module) -> bool:
+    """Whether ``parametrize`` derived the module's class from one that was made here."""
+    kind, *bases = type(module).__mro__
+    return _MADE_BY not in vars(kind) and any(_MADE_BY in vars(base) for base in bases)
+
+
+def keeps_parametrizations(module: nn.Module) -> bool:
+    """Whether something else than quantizers is a parametrization of the module."""
+    return any(not _is_ours(step) for chain in _chains(module).values() for step in chain)
+
+
+def restore_class(module: nn.Module) -> None:
+    """Takes the quantizers off the module's weights, and gives it the class back that it had.
+
+    By hand, because torch's removal changes the class, which copies of the module share.
+    """
+    if keeps_parametrizations(module):
+        for chain in _chains(module).values():
+            for position in reversed(range(len(chain))):
+                if _is_ours(chain[position]) and len(chain) > 1:
+                    del chain[position]
+                elif _is_ours(chain[position]):
+                    chain[position] = nn.Identity()
+        kinds = type(module).__mro__
+        _set_class(module, next(kind for kind in kinds if _MADE_BY not in vars(kind)))
+        return
+    state, _ = _plain_state(module)
+    module.__dict__.update(state)
+    _set_class(module, own_type(module))
+
+
 def class_with_forward(
     base: type[nn.Module],
     forward: Forward,
@@ -95,11 +126,26 @@ def parametrize_weight(module: nn.Module, parameter: str, step: nn.Module) -> No
 
 
 def _is_made(kind: type) -> bool:
-    return _MADE_BY in vars(kind) or kind.__module__ == parametrize.__name__
+    """Whether a class was made for one module, here or by torch for its parametrizations."""
+    # Those of the module itself (ParametrizationList) can be found in it by their names.
+    home = parametrize.__name__ == kind.__module__ and not hasattr(parametrize, kind.__name__)
+    return _MADE_BY in vars(kind) or home
 
 
 def _set_class(module: nn.Module, kind: type[nn.Module]) -> None:
     module.__class__ = kind
+
+
+def _chains(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:
+    """The parametrizations of each of the module's tensors."""
+    chains = module._modules.get(_PARAMETRIZATIONS)
+    if not isinstance(chains, nn.ModuleDict):
+        return {}
+    return {n: c for n, c in chains.items() if isinstance(c, parametrize.ParametrizationList)}
+
+
+def _is_ours(step: nn.Module) -> bool:
+    return isinstance(step, (FakeQuantize, FoldedWeight))
 
 
 def _plain_state(module: nn.Module) -> tuple[dict[str, Any], dict[str, list[nn.Module]]]:
@@ -108,23 +154,19 @@ def _plain_state(module: nn.Module) -> tuple[dict[str, Any], dict[str, list[nn.M
     Raises RuntimeError where something else is parametrized too.
     """
     state = module.__dict__.copy()
-    if not parametrize.is_parametrized(module):
-        return state, {}
-    chains = module.parametrizations
-    assert isinstance(chains, nn.ModuleDict)
     weights: dict[str, list[nn.Module]] = {}
     originals: dict[str, Any] = {}
-    for name, chain in chains.items():
-        assert isinstance(chain, parametrize.ParametrizationList)
+    for name, chain in _chains(module).items():
         weights[name] = list(chain)
         for step in weights[name]:
-            if not isinstance(step, (FakeQuantize, FoldedWeight)):
+            if not _is_ours(step):
                 raise RuntimeError(
                     f"pickle: expected {name} of a {own_type(module).__name__} to have quantizers "
                     f"alone, got a {type(step).__name__}; save state_dict() and load it into "
                     "prepare_qat of a new float model"
                 )
         originals[name] = chain.original
+    # Weights come before biases in torch's layers, and so in their state dicts.
     state["_parameters"] = originals | module._parameters
     state["_modules"] = {k: v for k, v in module._modules.items() if k != _PARAMETRIZATIONS}
     return state, weights

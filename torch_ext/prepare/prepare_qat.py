@@ -24,6 +24,7 @@ from torch_ext.prepare.quantizable_modules import OUTPUT_ONLY, Target, skips_out
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import INPUTS, check_model
 from torch_ext.quantizers.folded_weight import FoldedWeight
+from torch_ext.utils.arguments import bounded, parse_flag
 
 _WHO = "prepare_qat"
 M = TypeVar("M", bound=nn.Module)
@@ -39,6 +40,7 @@ _FROM_MODEL = _FromModel()
 def prepare_qat(
     model: M,
     inplace: bool = False,
+    *,
     mapping: Mapping[Mapped, QConfig | None] | None = None,
     input_qconfig: QConfig | _FromModel | None = _FROM_MODEL,
     verbose: bool = False,
@@ -87,6 +89,14 @@ def prepare_qat(
             quantized as it is; per output channel that comes to the same, but for the scale's
             value. To fold for good, before training: :func:`fuse`.
     """
+    for name, flag in (("verbose", verbose), ("fold_batch_norms", fold_batch_norms)):
+        parse_flag(_WHO, name, flag)
+    if isinstance(inplace, Mapping):
+        raise TypeError(
+            f"{_WHO}: expected inplace to be True or False, got {bounded(inplace)}; "
+            "pass mapping=... by name"
+        )
+    parse_flag(_WHO, "inplace", inplace)
     if check_model(_WHO, model) is not model:
         raise ValueError(
             f"{_WHO}: expected a plain model, got a {type(model).__name__}; prepare before wrapping"
@@ -133,7 +143,9 @@ def _refuse_prepared(model: nn.Module) -> None:
 
 def _checked(given: object) -> QConfig | None:
     if given is not None and not isinstance(given, QConfig):
-        raise TypeError(f"{_WHO}: expected input_qconfig to be a QConfig or None, got {given!r}")
+        raise TypeError(
+            f"{_WHO}: expected input_qconfig to be a QConfig or None, got {bounded(given)}"
+        )
     return given
 
 
@@ -299,7 +311,7 @@ class _Attachments:
             raise type(error)(f"{_WHO}: {where}: {error}") from error
         if not isinstance(made, FakeQuantize):
             raise TypeError(
-                f"{_WHO}: {where}: expected the factory to make a FakeQuantize, got {made!r}"
+                f"{_WHO}: {where}: expected the factory to make a FakeQuantize, got {bounded(made)}"
             )
         if any(made is other for other in self.made):
             raise ValueError(

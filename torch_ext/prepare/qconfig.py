@@ -14,6 +14,7 @@ from torch import nn
 from torch_ext.ops.registry import fake_quant_info, observer_info
 from torch_ext.quantizers.fake_quantize import KEYS, FakeQuantize
 from torch_ext.quantizers.observer import check_keys
+from torch_ext.utils.arguments import bounded
 
 Factory = Callable[..., FakeQuantize]
 
@@ -52,7 +53,7 @@ class QConfig:
                 )
             if factory is not None and not callable(factory):
                 raise TypeError(
-                    f"QConfig: expected {side} to be a factory or None, got {factory!r}"
+                    f"QConfig: expected {side} to be a factory or None, got {bounded(factory)}"
                 )
 
 
@@ -107,7 +108,7 @@ def _factory(
     side: str, method: str | None, observer: str | None, qkwargs: Mapping[str, Any] | None
 ) -> Factory | None:
     if qkwargs is not None and not isinstance(qkwargs, Mapping):
-        raise TypeError(f"expected {side}_qkwargs to be a mapping, got {qkwargs!r}")
+        raise TypeError(f"expected {side}_qkwargs to be a mapping, got {bounded(qkwargs)}")
     given = dict(qkwargs or {})
     if method is None:
         if given:

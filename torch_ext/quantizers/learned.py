@@ -14,7 +14,7 @@ from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import PreparedModel
 from torch_ext.quantizers.solve import Solution
 from torch_ext.quantizers.state_table import DIFFERENTIATE, FOLLOW, QUANTIZE, FakeQuantState
-from torch_ext.utils.arguments import parse_flag
+from torch_ext.utils.arguments import bounded, parse_flag
 from torch_ext.utils.text import joined, label_of
 
 # The rule whose scale an uncalibrated method starts from.
@@ -63,7 +63,9 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
         if self._start_value:
             self._start_value = self._parse_start(alpha)
         elif alpha is not None:
-            raise ValueError(f"{self._who}: expected alpha to be None, got {alpha!r}: pact has one")
+            raise ValueError(
+                f"{self._who}: expected alpha to be None, got {bounded(alpha)}: pact has one"
+            )
         channels = self.observer.channel_len
         # Not by register_parameter: a property of the class may have the name.
         self._parameters[self._parameter] = nn.Parameter(torch.ones(channels, dtype=torch.float32))
@@ -105,7 +107,7 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
         if alpha is None:
             return self._start_value
         if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-            raise TypeError(f"{self._who}: expected alpha to be a number, got {alpha!r}")
+            raise TypeError(f"{self._who}: expected alpha to be a number, got {bounded(alpha)}")
         if not (alpha > 0 and math.isfinite(alpha)):
             raise ValueError(f"{self._who}: expected alpha to be finite and above 0, got {alpha}")
         return float(alpha)

@@ -25,7 +25,8 @@ from torch_ext.quantizers.restore import restored
 from torch_ext.quantizers.set_state import change_states
 from torch_ext.quantizers.state_table import FakeQuantState
 from torch_ext.quantizers.transition import QuantizationWarning
-from torch_ext.utils.batches import Forward, default_forward, model_device, to_device
+from torch_ext.utils.arguments import check_callable
+from torch_ext.utils.batches import Forward, check_batches, default_forward, model_device, to_device
 from torch_ext.utils.modes import eval_mode, forked_rng
 from torch_ext.utils.progress import progress_bar
 from torch_ext.utils.text import label_of
@@ -92,8 +93,9 @@ def report(
     title = title or f"Quantizers of {type(prepared.root).__name__}"
     if data is not None and isinstance(model, SavedQuantizers):
         raise ValueError(f"{_WHO}: expected data to be None with a file, which is no whole model")
-    if data is not None and (isinstance(data, str) or not isinstance(data, Iterable)):
-        raise TypeError(f"{_WHO}: expected data to be batches or None, got {data!r}")
+    if data is not None:
+        check_batches(_WHO, "data", data)
+    check_callable(_WHO, "forward", forward)
     with contextlib.ExitStack() as stack:
         stack.enter_context(restored(quantizers))
         stack.enter_context(torch.no_grad())
@@ -105,8 +107,8 @@ def report(
         seen: dict[str, WatchedData] = {}
         if data is not None:
             batches = progress_bar(data, _length(data), f"{_WHO}, data", progress)
-            at = model_device(model, device)
-            seen = _watch(prepared, batches, forward or default_forward, at)
+            at = model_device(_WHO, model, device)
+            seen = _watch(prepared, batches, forward or default_forward(_WHO), at)
         subjects = []
         for name in progress_bar(quantizers, len(quantizers), _WHO, progress):
             quantizer = quantizers[name]

@@ -29,6 +29,7 @@ from torch.nn.utils import parametrize
 from torch_ext.prepare.insertion.proxies import Factories, Value
 from torch_ext.prepare.module_classes import own_type
 from torch_ext.prepare.quantizable_modules import is_quant_stub
+from torch_ext.utils.arguments import bounded
 from torch_ext.utils.modes import eval_mode
 
 # Whether a module, by name, is called as a whole.
@@ -55,7 +56,7 @@ def as_captured(value: Any, want: Any, where: str) -> None:
     if value != want:
         raise ValueError(
             f"{where}: expected what decides here to be {want!r}, as for the example_inputs of "
-            f"prepare_qat, got {value!r}; prepare with inputs of these sizes"
+            f"prepare_qat, got {bounded(value)}; prepare with inputs of these sizes"
         )
 
 
