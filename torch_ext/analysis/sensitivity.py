@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,8 @@ from torch_ext.utils.progress import progress_bar
 from torch_ext.utils.text import text_table
 
 _WHO = "sensitivity"
-_WAYS = ("on", "off")
+Way = Literal["on", "off"]
+_WAYS: tuple[Way, ...] = ("on", "off")
 Metric = Callable[[nn.Module, Any], Any]
 
 
@@ -57,7 +58,7 @@ class Sensitivity:
     rows: tuple[SensitivityRow, ...]
     floating: float
     quantized: float
-    ways: tuple[str, ...]
+    ways: tuple[Way, ...]
     metric: str
 
     def __str__(self) -> str:
@@ -94,7 +95,7 @@ def sensitivity(
     data: Any,
     metric: Metric | None = None,
     *,
-    ways: Sequence[str] = _WAYS,
+    ways: Way | Sequence[Way] = _WAYS,
     pattern: Pattern | None = None,
     higher_is_better: bool = True,
     forward: Forward | None = None,
@@ -206,7 +207,7 @@ class _SensitivityRun:
             return self.metric(self.model, self.data)
 
 
-def _parse_ways(ways: Sequence[str]) -> tuple[str, ...]:
+def _parse_ways(ways: Way | Sequence[Way]) -> tuple[Way, ...]:
     given = [ways] if isinstance(ways, str) else list(ways)
     for way in given:
         if way not in _WAYS:

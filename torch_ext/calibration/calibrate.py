@@ -18,7 +18,7 @@ from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import PreparedModel
 from torch_ext.quantizers.restore import restored_on_error, watched
 from torch_ext.quantizers.set_state import change_states
-from torch_ext.quantizers.state_table import FakeQuantState, parse_state
+from torch_ext.quantizers.state_table import FakeQuantState, StateName, parse_state
 from torch_ext.utils.arguments import bounded, check_callable, parse_flag
 from torch_ext.utils.batches import (
     Forward,
@@ -89,7 +89,7 @@ def calibrate(
     fresh: bool = True,
     checkpoint: PathLike | None = None,
     every: int = 16,
-    state: FakeQuantState | str = FakeQuantState.VALIDATION,
+    state: FakeQuantState | StateName = FakeQuantState.VALIDATION,
     allow_unobserved: bool = False,
 ) -> CalibrationSummary:
     """Observes the loader's batches in CALIBRATION and leaves it, which solves every quantizer.

@@ -6,7 +6,7 @@ import contextlib
 import io
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -29,7 +29,8 @@ from torch_ext.files.storage import PathLike, write_atomically
 from torch_ext.quantizers.find import PreparedModel
 from torch_ext.utils.arguments import bounded
 
-PROFILES = (None, "tensorrt", "float")
+Profile = Literal["tensorrt", "float"]
+PROFILES = (None, *get_args(Profile))
 _LIMIT = 2**31 - 2**20  # protobuf holds no more in one message
 
 
@@ -37,7 +38,7 @@ def onnx(
     model: nn.Module,
     example_inputs: Any,
     path: PathLike,
-    profile: str | None = None,
+    profile: Profile | None = None,
     quantized_weights: bool = False,
     opset: int | None = None,
     dynamic_batch: bool = True,

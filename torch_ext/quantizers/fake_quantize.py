@@ -14,6 +14,7 @@ from typing_extensions import Self
 
 from torch_ext import ops
 from torch_ext.ops.registry import fake_quant_info, observer_info
+from torch_ext.ops.registry_names import Method, Rule
 from torch_ext.quantizers.observer import KEYS as OBSERVER_KEYS
 from torch_ext.quantizers.observer import Observer, TensorMap, check_keys, keep_dtype
 from torch_ext.quantizers.solve import Solution, WeightSolution
@@ -22,6 +23,7 @@ from torch_ext.quantizers.state_table import (
     FOLLOW,
     QUANTIZE,
     FakeQuantState,
+    StateName,
     parse_state,
 )
 from torch_ext.quantizers.transition import QuantizationWarning, change_state, check_export
@@ -70,15 +72,15 @@ class FakeQuantize(nn.Module):
         if learns:
             _CLASSES[True] = cls
 
-    def __new__(cls, method: str = "fake_quant", *args: Any, **keys: Any) -> FakeQuantize:
+    def __new__(cls, method: Method = "fake_quant", *args: Any, **keys: Any) -> FakeQuantize:
         if cls is FakeQuantize:
             return super().__new__(_CLASSES.get(fake_quant_info(method)["learned"], cls))
         return super().__new__(cls)
 
     def __init__(
         self,
-        method: str = "fake_quant",
-        observer: str = "min_max",
+        method: Method = "fake_quant",
+        observer: Rule = "min_max",
         averaging_constant: float = 0.01,
         *,
         optional: bool = False,
@@ -91,7 +93,7 @@ class FakeQuantize(nn.Module):
         fake_quant_info(method)
         observer_info(observer)
         check_keys(f"FakeQuantize({observer})", keys, observer, KEYS)
-        self.method = method
+        self.method: Method = method
         self.averaging_constant = _parse_constant(averaging_constant)
         self.optional = parse_flag("FakeQuantize", "optional", optional)
         self.unobserved_allowed = False
@@ -131,7 +133,7 @@ class FakeQuantize(nn.Module):
         return self._state
 
     @state.setter
-    def state(self, state: FakeQuantState | str) -> None:
+    def state(self, state: FakeQuantState | StateName) -> None:
         who = "FakeQuantize.state"
         # As set_fake_quantize does for a model. The weight of a model is out of sight here.
         change_state(who, {self.label: self}, parse_state(who, state), lambda _: None)

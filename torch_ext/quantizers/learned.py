@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from torch_ext import _C, ops
 from torch_ext.ops.registry import fake_quant_info
+from torch_ext.ops.registry_names import LearnedMethod, Rule
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import PreparedModel
 from torch_ext.quantizers.solve import Solution
@@ -18,7 +19,7 @@ from torch_ext.utils.arguments import bounded, parse_flag
 from torch_ext.utils.text import joined, label_of
 
 # The rule whose scale an uncalibrated method starts from.
-_START = "mean_abs"
+_START: Rule = "mean_abs"
 
 
 class LearnedFakeQuantize(FakeQuantize, learns=True):
@@ -231,7 +232,7 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
         try:
             return ops.learned_fake_quant(
                 x,
-                self.method,
+                cast("LearnedMethod", self.method),
                 parameter if learns else parameter.detach(),
                 zero_point,
                 observer.quant_min,
