@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-if TYPE_CHECKING:
-    from torch_ext.prepare.insertion.tracer import Tracer
+Tracer = Any  # of tracer.py, which imports this module
 
 _ATTENTION = nn.functional.multi_head_attention_forward
 
@@ -32,10 +31,11 @@ class Value(fx.Proxy):
         return Attribute(self, name)
 
     def __len__(self) -> int:
-        return self.tracer.length(self)
+        return int(self.tracer.length(self))
 
     def __iter__(self) -> Iterator[Any]:
-        return self.tracer.iter(self)
+        items: Iterator[Any] = self.tracer.iter(self)
+        return items
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
