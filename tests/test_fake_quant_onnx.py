@@ -93,6 +93,8 @@ def test_per_channel(kind: str, axis: int, rng: np.random.Generator):
 @pytest.mark.parametrize("kind", ["INT8", "UINT8"])
 def test_every_half_value(kind: str, scale: float):
     """fp16 graphs carry an fp16 scale: these are exact in it. NaN and inf: see below."""
+    if ONNXRUNTIME < (1, 30):
+        pytest.skip("before 1.30 onnxruntime rounds x / scale + zero_point to half precision first")
     grid = TYPES[kind][0]
     x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
     x = x[x.isfinite()]
