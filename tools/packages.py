@@ -1,4 +1,4 @@
-"""The Python packages that `make` installs: pyproject.toml names them, constraints.txt their versions.
+"""The Python packages that `make` installs, in the versions of tools/constraints.txt.
 
     python tools/packages.py list EXTRA...      requirements of these extras and of the build
     python tools/packages.py raise              resolve anew, write tools/constraints.txt
@@ -31,10 +31,10 @@ BUILD_TOOLS = ("cmake>=3.22", "ninja")  # installed where the system has none
 OF_TORCH = re.compile(r"torch|torchvision|triton|cuda-.*|nvidia-.*")
 OTHER_SYSTEMS = re.compile(r"== '(win32|emscripten)'")
 HEAD = """\
-# The versions that `make` installs, for Python 3.10 to 3.13: those that the tests ran with.
-# `make constraints` writes this file, from the ranges in pyproject.toml.
-# torch stays out, as TORCH chooses it, and so do the triton and the CUDA libraries that a release of
-# torch asks for. A release of torchvision asks for one of torch; tools/setup.sh takes the right line:
+# The versions that `make` installs. `make constraints` writes this file, from the ranges in
+# pyproject.toml, and runs the tests with it. A line with a marker is for those releases of Python.
+# torch is not here, as TORCH chooses it, nor are triton and the CUDA libraries, as torch asks for
+# its own. A release of torchvision asks for one release of torch; tools/setup.sh takes its line:
 """
 
 
