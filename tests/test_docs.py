@@ -50,7 +50,7 @@ def test_every_page_is_in_the_contents() -> None:
 
 
 def test_it_builds_without_a_warning(tmp_path: Path) -> None:
-    pytest.importorskip("sphinx", reason="needs Sphinx: run `make`")
+    pytest.importorskip("sphinx", reason="needs Sphinx: run `make test`")
     build = [sys.executable, "-m", "sphinx", "-W", "-q", "-b", "html", DOCS, tmp_path]
     done = subprocess.run(
         build,
