@@ -19,7 +19,7 @@ struct RuleRow {
   std::span<const core::Option> options;
   // Null where the rule is no search, has no complaints, follows from the range.
   int64_t (*search_words)(core::HistogramLayout, const core::Grid&, const double* options);
-  int64_t (*most_candidates)(core::HistogramLayout);
+  int64_t (*max_candidates)(core::HistogramLayout);
   core::Complaint (*complaint)(const core::Grid&, core::HistogramLayout, const double* options);
   core::QParams (*given_qparams)(const core::Grid&, const double* options);
 };

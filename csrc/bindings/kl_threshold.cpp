@@ -36,10 +36,10 @@ void check_values(const at::Tensor& counts, const at::Tensor& bin_width) {
     int64_t total = 0;
     for (int64_t j = 0; j < bins; ++j) {
       const int64_t count = histogram[row * bins + j];
-      expect(count >= 0 && count <= observers::kl_reference::kMostCounts, kOp, "counts",
+      expect(count >= 0 && count <= observers::kl_reference::kMaxCounts, kOp, "counts",
              "between 0 and 2^53", count, " in row ", row, ", bin ", j);
       total += count;
-      expect(total <= observers::kl_reference::kMostCounts, kOp, "counts", "at most 2^53 in sum",
+      expect(total <= observers::kl_reference::kMaxCounts, kOp, "counts", "at most 2^53 in sum",
              total, " in row ", row);
     }
     expect(widths[row] > 0 && std::isfinite(widths[row]), kOp, "bin_width", "positive and finite",

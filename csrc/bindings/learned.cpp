@@ -72,25 +72,25 @@ Gradients backward_of(const char* op, const Checked& l, const at::Tensor& grad,
   expect(grad.device() == x.device(), op, "grad", x.device(), grad.device());
   const c10::MaybeOwned<at::Tensor> data = x.expect_contiguous(),
                                     upstream = grad.expect_contiguous();
-  Gradients found{at::empty(x.sizes(), x.options()),
-                  at::empty(l.parameter.sizes(), l.parameter.options()),
-                  l.learns_zero_point ? at::empty(l.parameter.sizes(), l.parameter.options())
-                                      : at::zeros(l.parameter.sizes(), l.parameter.options())};
+  Gradients gradients{at::empty(x.sizes(), x.options()),
+                      at::empty(l.parameter.sizes(), l.parameter.options()),
+                      l.learns_zero_point ? at::empty(l.parameter.sizes(), l.parameter.options())
+                                          : at::zeros(l.parameter.sizes(), l.parameter.options())};
   const core::LearnedJob job{
       l.method,
       data->const_data_ptr(),
       upstream->const_data_ptr(),
-      found.dx.mutable_data_ptr(),
+      gradients.dx.mutable_data_ptr(),
       channel_layout(x, l.ch_axis),
       l.parameter.const_data_ptr<float>(),
       l.zero_points(),
       static_cast<int32_t>(l.quant_min),
       static_cast<int32_t>(l.quant_max),
       l.elements,
-      found.parameter.mutable_data_ptr<float>(),
-      l.learns_zero_point ? found.zero_point.mutable_data_ptr<float>() : nullptr};
+      gradients.parameter.mutable_data_ptr<float>(),
+      l.learns_zero_point ? gradients.zero_point.mutable_data_ptr<float>() : nullptr};
   Backend(op, x).learned_backward(l.dtype, job);
-  return found;
+  return gradients;
 }
 
 Checked check(const FakeQuantRow& row, const LearnedArguments& a) {

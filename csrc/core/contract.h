@@ -36,7 +36,7 @@ concept SearchRule =
     Rule<R> && requires(const View& view, const Grid& grid, const double* options, int64_t* words,
                         const typename R::Search& search, double* out, HistogramLayout layout) {
       { R::search_words(layout, grid, options) } -> std::same_as<int64_t>;
-      { R::most_candidates(layout) } -> std::same_as<int64_t>;
+      { R::max_candidates(layout) } -> std::same_as<int64_t>;
       { R::prepare(view, grid, options, words) } -> std::same_as<typename R::Search>;
       { search.count } -> std::convertible_to<int64_t>;
       { search.last_wins } -> std::convertible_to<bool>;

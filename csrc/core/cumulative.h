@@ -54,10 +54,10 @@ struct View {
     const int64_t bin = static_cast<int64_t>(bits >> drop) - base;
     const int64_t least = bin < 0 ? 0 : bin;
     const int64_t inside = least < bins ? least : bins - 1;
-    const uint64_t rest = bits & ((uint64_t{1} << drop) - 1);
-    // rest < 2^52 becomes a double through the mantissa of 2^52.
+    const uint64_t low_bits = bits & ((uint64_t{1} << drop) - 1);
+    // low_bits < 2^52 becomes a double through the mantissa of 2^52.
     const double fraction =
-        (__builtin_bit_cast(double, rest | 0x4330000000000000u) - 0x1p52) * exp2_of(-drop);
+        (__builtin_bit_cast(double, low_bits | 0x4330000000000000u) - 0x1p52) * exp2_of(-drop);
     // All cases are computed and one is selected, so that a loop over t vectorises.
     const double all = magnitude[bins], begin = magnitude[inside], end = magnitude[inside + 1];
     const double in_tiny = static_cast<double>(tiny) * (t * exp2_of(kBias - bottom));
@@ -176,11 +176,11 @@ TE_HD View frame_view(HistogramLayout layout, Needs needs, const float* extrema,
   view.finite = tally[kFinite];
   view.zeros = tally[kZeros];
   view.tiny = tally[kTiny];
-  const bool seen = view.finite > 0;
-  view.min = seen ? static_cast<double>(extrema[0]) : 0.0;
-  view.max = seen ? static_cast<double>(extrema[1]) : 0.0;
+  const bool has_values = view.finite > 0;
+  view.min = has_values ? static_cast<double>(extrema[0]) : 0.0;
+  view.max = has_values ? static_cast<double>(extrema[1]) : 0.0;
   if (needs < Needs::counts) return view;
-  view.top = seen ? top_octave(extrema[0], extrema[1]) : 0;
+  view.top = has_values ? top_octave(extrema[0], extrema[1]) : 0;
   view.bottom = layout.bottom(view.top);
   view.bins = view.top == 0 ? 0 : int64_t{view.top - view.bottom + 1} << layout.mantissa_bits;
   const ViewArrays arrays = view_arrays(layout, words);

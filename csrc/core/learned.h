@@ -41,8 +41,8 @@ constexpr int kSumLanes = 32;
 constexpr int64_t kSumLength = 4096;
 
 TE_HD double sum_lanes(double (&lane)[kSumLanes]) {
-  for (int apart = kSumLanes / 2; apart > 0; apart /= 2)
-    for (int l = 0; l < apart; ++l) lane[l] += lane[l + apart];
+  for (int distance = kSumLanes / 2; distance > 0; distance /= 2)
+    for (int l = 0; l < distance; ++l) lane[l] += lane[l + distance];
   return lane[0];
 }
 

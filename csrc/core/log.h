@@ -76,11 +76,12 @@ TE_HD SplitLog log_ratio(double a, double b) {
   // s (2 + tail), minimax for |s| <= 0.2005, error 2^-54.8 of s.
   const double s = (a - near) / (a + near);
   const double z = s * s;
-  const double rest =
+  const double higher_terms =
       0x1.249249b563175p-2 +
       z * (0x1.c71bff523fcb1p-3 +
            z * (0x1.7475375a7bc9dp-3 + z * (0x1.384c3d4f4db76p-3 + z * 0x1.3af16459f67d1p-3)));
-  return {k, s * (2.0 + z * (0x1.5555555555787p-1 + z * (0x1.99999998ec1b3p-2 + z * rest)))};
+  return {k,
+          s * (2.0 + z * (0x1.5555555555787p-1 + z * (0x1.99999998ec1b3p-2 + z * higher_terms)))};
 }
 
 }  // namespace torch_ext::core

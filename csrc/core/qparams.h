@@ -97,8 +97,8 @@ TE_HD QParams qparams(const Range& range, const Grid& grid) {
     zero_point = zero_point_on_grid(grid.quant_min - steps, grid);
   }
   // The cap comes last and leaves the zero point alone: another one could need a smaller cap.
-  const float most = largest_scale(grid, zero_point);
-  return {scale < static_cast<double>(most) ? static_cast<float>(scale) : most, zero_point};
+  const float cap = largest_scale(grid, zero_point);
+  return {scale < static_cast<double>(cap) ? static_cast<float>(scale) : cap, zero_point};
 }
 
 }  // namespace torch_ext::core

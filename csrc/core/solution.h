@@ -22,11 +22,11 @@ TE_HD int64_t values_held(const View& view) {
 // stored.
 TE_HD Range store_range(const SolveJob& job, int64_t c, const Range& solved, bool moves) {
   float* const range = job.range + 2 * c;
-  const float found[2] = {static_cast<float>(solved.lo), static_cast<float>(solved.hi)};
+  const float target[2] = {static_cast<float>(solved.lo), static_cast<float>(solved.hi)};
   for (int end = 0; end < 2; ++end) {
     const double from = range[end];
-    range[end] = moves ? static_cast<float>(from + job.averaging_constant * (found[end] - from))
-                       : found[end];
+    range[end] = moves ? static_cast<float>(from + job.averaging_constant * (target[end] - from))
+                       : target[end];
   }
   return {range[0], range[1]};
 }

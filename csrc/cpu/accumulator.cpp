@@ -25,10 +25,10 @@ class Pool {
       std::lock_guard<std::mutex> lock(mutex_);
       for (auto& slot : free_) {
         if (static_cast<int64_t>(slot->even.size()) != size + kSpill) continue;
-        std::unique_ptr<Workspace> found = std::move(slot);
+        std::unique_ptr<Workspace> workspace = std::move(slot);
         slot = std::move(free_.back());
         free_.pop_back();
-        return found;
+        return workspace;
       }
     }
     return std::make_unique<Workspace>(size);

@@ -30,10 +30,10 @@ class Channel {
   void solve(bool parallel) {
     const SolveKernels& k = kernels().solve;
     const core::ChannelStatistic s = job_.statistic.channel(channel_);
-    seen_ = rule_.needs == core::Needs::nothing || s.tally[core::kFinite] > 0;
-    if (!seen_ && job_.solved != nullptr) return;
+    const bool has_values = rule_.needs == core::Needs::nothing || s.tally[core::kFinite] > 0;
+    if (!has_values && job_.solved != nullptr) return;
     core::Range range{0, 0};
-    if (seen_) {
+    if (has_values) {
       const core::View view =
           rule_.needs == core::Needs::nothing
               ? core::View{}
@@ -93,7 +93,6 @@ class Channel {
   const int64_t channel_;
   int64_t view_words_ = 0;
   int64_t* memory_ = nullptr;
-  bool seen_ = false;
 };
 
 bool has_values(const SolveJob& job) {
@@ -108,23 +107,23 @@ bool has_values(const SolveJob& job) {
 void solve(const SolveJob* jobs, int64_t count) {
   // Channels of all jobs in one row: begin[j] is the first of job j.
   std::vector<int64_t> begin(count + 1, 0);
-  bool cheap = true;
+  bool extrema_only = true;
   for (int64_t j = 0; j < count; ++j) {
     begin[j + 1] = begin[j] + jobs[j].statistic.channels;
-    cheap = cheap && rules()[jobs[j].rule].needs <= core::Needs::extrema;
+    extrema_only = extrema_only && rules()[jobs[j].rule].needs <= core::Needs::extrema;
   }
   const int64_t channels = begin[count];
   const auto solve_row = [&](int64_t row, std::vector<int64_t>& memory, bool parallel) {
     const int64_t j = std::upper_bound(begin.begin(), begin.end(), row) - begin.begin() - 1;
     Channel(jobs[j], row - begin[j], memory).solve(parallel);
   };
-  if (channels < 2 * num_threads() && !cheap) {
+  if (channels < 2 * num_threads() && !extrema_only) {
     // Too few to keep the threads busy: they share each one's candidates.
     std::vector<int64_t> memory;
     for (int64_t row = 0; row < channels; ++row) solve_row(row, memory, true);
   } else {
-    constexpr int64_t kCheapGrain = 4096;
-    parallel_for(0, channels, cheap ? kCheapGrain : 1, [&](int64_t first, int64_t last) {
+    constexpr int64_t kExtremaGrain = 4096;
+    parallel_for(0, channels, extrema_only ? kExtremaGrain : 1, [&](int64_t first, int64_t last) {
       std::vector<int64_t> memory;
       for (int64_t row = first; row < last; ++row) solve_row(row, memory, false);
     });

@@ -6,12 +6,12 @@
 #include "cuda/tables.h"
 #include "gpu.h"
 
-// What one block accumulates: values of up to kMostTogether channels, each thread's all of the same
-// one. Registers hold a thread's extrema and tally, shared memory the counters; the windows only
-// rise, all threads together, between two chunks of values.
+// What one block accumulates: values of up to kMaxGroupChannels channels, each thread's all of the
+// same one. Registers hold a thread's extrema and tally, shared memory the counters; the windows
+// only rise, all threads together, between two chunks of values.
 namespace torch_ext::cuda {
 
-constexpr int kMostTogether = 32;
+constexpr int kMaxGroupChannels = 32;
 
 // One channel's share of a block.
 struct Partial {
@@ -22,9 +22,9 @@ struct Partial {
 
 // A block's shared memory, in front of its counters.
 struct BlockState {
-  int32_t top[kMostTogether];       // octave that the window of the counters ends at
-  int32_t next_top[kMostTogether];  // and has to
-  Partial found[kMostTogether];
+  int32_t top[kMaxGroupChannels];       // octave that the window of the counters ends at
+  int32_t next_top[kMaxGroupChannels];  // and has to
+  Partial totals[kMaxGroupChannels];
 };
 
 constexpr Partial kNothing = {0x7f800000, -0x7f800000 - 1, {}};  // keys of +inf and -inf
@@ -36,29 +36,29 @@ constexpr bool kCounts = !std::is_same_v<Table, NoTable>;
 template <class Table, int kThreads, int kValues>
 class Accumulator {
  public:
-  TE_GPU Accumulator(BlockState& state, Table table, core::HistogramLayout layout, int together)
+  TE_GPU Accumulator(BlockState& state, Table table, core::HistogramLayout layout, int channels)
       : state_(state),
         table_(table),
         layout_(layout),
-        together_(together),
-        channel_(gpu::thread() % together) {}
+        channels_(channels),
+        channel_(gpu::thread() % channels) {}
 
   // Before the first value; window c starts at octave top(c).
   template <class Top>
   TE_GPU void start(const Top& top) {
-    if (gpu::thread() < together_) {
+    if (gpu::thread() < channels_) {
       const int c = gpu::thread();
       state_.top[c] = state_.next_top[c] = top(c);
-      state_.found[c] = kNothing;
+      state_.totals[c] = kNothing;
     }
     if constexpr (kCounts<Table>) {
-      for (int64_t i = gpu::thread(); i < together_ * layout_.size(); i += kThreads)
+      for (int64_t i = gpu::thread(); i < channels_ * layout_.size(); i += kThreads)
         table_.clear(i);
     }
     gpu::sync();
     lo_ = __builtin_inff();
     hi_ = -__builtin_inff();
-    seen_ = zeros_ = infinite_ = nan_ = 0;
+    values_ = zeros_ = infinite_ = nan_ = 0;
     if constexpr (kCounts<Table>) window_ = core::window_of(layout_, state_.top[channel_]);
   }
 
@@ -76,7 +76,7 @@ class Accumulator {
       infinite += abs == core::kInfBits ? 1 : 0;
       beyond += abs > core::kInfBits ? 1 : 0;
     }
-    seen_ += static_cast<uint32_t>(kValues - padding);
+    values_ += static_cast<uint32_t>(kValues - padding);
     zeros_ += zeros;
     infinite_ += infinite;
     nan_ += beyond - static_cast<uint32_t>(padding);
@@ -87,21 +87,21 @@ class Accumulator {
     }
   }
 
-  // After the last value: what all threads found lies in state.found, and the counters in the
+  // After the last value: what all threads found lies in state.totals, and the counters in the
   // table. All that is finite, not zero and not counted is tiny: whoever takes counters out of the
   // table takes their sum away from `tiny`.
   TE_GPU void finish() {
-    const int64_t finite = int64_t{seen_} - infinite_ - nan_;
+    const int64_t finite = int64_t{values_} - infinite_ - nan_;
     const int64_t tiny = kCounts<Table> ? finite - zeros_ : 0;
     Partial own = {core::key_of(lo_), core::key_of(hi_), {finite, zeros_, tiny, infinite_, nan_}};
-    for (int lanes = gpu::kWarp / 2; lanes >= together_; lanes /= 2) {
+    for (int lanes = gpu::kWarp / 2; lanes >= channels_; lanes /= 2) {
       const int32_t min_key = gpu::shuffle_xor(own.min_key, lanes);
       const int32_t max_key = gpu::shuffle_xor(own.max_key, lanes);
       own.min_key = min_key < own.min_key ? min_key : own.min_key;
       own.max_key = max_key > own.max_key ? max_key : own.max_key;
       for (int64_t& n : own.tally) n += gpu::shuffle_xor(n, lanes);
     }
-    if (gpu::thread() % gpu::kWarp < together_) combine(state_.found[channel_], own);
+    if (gpu::thread() % gpu::kWarp < channels_) combine(state_.totals[channel_], own);
     gpu::sync();
   }
 
@@ -118,18 +118,18 @@ class Accumulator {
   TE_GPU void raise(int32_t octave) {
     gpu::raise(&state_.next_top[channel_], octave);
     gpu::sync();
-    for (int c = 0; c < together_; ++c) {
+    for (int c = 0; c < channels_; ++c) {
       const int32_t top = state_.top[c], new_top = state_.next_top[c];
       if (top == 0 || new_top <= top) continue;
       const int32_t end = layout_.bottom(new_top) <= top ? layout_.bottom(new_top) : top + 1;
-      for (int32_t old = layout_.bottom(top); old < end; ++old) drop(c, old);
+      for (int32_t old = layout_.bottom(top); old < end; ++old) clear_octave(c, old);
     }
     gpu::sync();
-    if (gpu::thread() < together_) state_.top[gpu::thread()] = state_.next_top[gpu::thread()];
+    if (gpu::thread() < channels_) state_.top[gpu::thread()] = state_.next_top[gpu::thread()];
     gpu::sync();
     window_ = core::window_of(layout_, state_.top[channel_]);
   }
-  TE_GPU void drop(int c, int32_t octave) {
+  TE_GPU void clear_octave(int c, int32_t octave) {
     const int64_t width = int64_t{1} << layout_.mantissa_bits;
     const int64_t begin = c * layout_.size() + layout_.octave_begin(octave);
     for (int64_t k = gpu::thread(); k < 2 * width; k += kThreads)
@@ -159,11 +159,11 @@ class Accumulator {
   BlockState& state_;
   const Table table_;
   const core::HistogramLayout layout_;
-  const int together_;
+  const int channels_;
   const int channel_;
   core::Window window_;
   float lo_, hi_;
-  uint32_t seen_, zeros_, infinite_, nan_;
+  uint32_t values_, zeros_, infinite_, nan_;
 };
 
 }  // namespace torch_ext::cuda

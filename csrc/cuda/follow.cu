@@ -32,7 +32,7 @@ struct Follow {
       const bool frozen = row.is_frozen();
       observe(block, c);
       if (gpu::thread() == 0 && !frozen) {
-        write(row.statistic(), state.found[0]);
+        write(row.statistic(), state.totals[0]);
         solve_extrema(row);
         saw_values = saw_values || row.has_values();
       }
@@ -67,11 +67,11 @@ struct Follow {
     block.finish();
   }
 
-  TE_GPU static void write(const core::ChannelStatistic& to, const Partial& found) {
-    to.extrema[0] = core::positive_zero(core::float_of_key(found.min_key));
-    to.extrema[1] = core::positive_zero(core::float_of_key(found.max_key));
+  TE_GPU static void write(const core::ChannelStatistic& to, const Partial& total) {
+    to.extrema[0] = core::positive_zero(core::float_of_key(total.min_key));
+    to.extrema[1] = core::positive_zero(core::float_of_key(total.max_key));
     for (int column = 0; column < core::kTallyColumns; ++column)
-      to.tally[column] = found.tally[column];
+      to.tally[column] = total.tally[column];
   }
 
   // A thread's groups are those that it kept.

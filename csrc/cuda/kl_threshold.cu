@@ -62,20 +62,20 @@ struct KlThreshold {
 
   // What the CPU refuses.
   TE_GPU bool is_histogram(int64_t row, Shared& shared) const {
-    constexpr int64_t kMost = observers::kl_reference::kMostCounts;
+    constexpr int64_t kMax = observers::kl_reference::kMaxCounts;
     int64_t total = 0;
     for (int64_t j = gpu::thread(); j < bins; j += kThreads) {
       const int64_t n = counts[row * bins + j];
       // A sum that passes the bound, or has met a wrong count, stays there: 2^20 of them fit.
-      total = n < 0 || n > kMost || total > kMost ? kMost + 1 : total + n;
+      total = n < 0 || n > kMax || total > kMax ? kMax + 1 : total + n;
     }
     total = block_fold<kThreads>(total, reinterpret_cast<int64_t*>(shared.fold),
                                  [](int64_t a, int64_t b) {
                                    const int64_t sum = a + b;
-                                   return sum > kMost ? kMost + 1 : sum;
+                                   return sum > kMax ? kMax + 1 : sum;
                                  });
     const double width = bin_width[row];
-    return total <= kMost && width > 0 && width - width == 0;
+    return total <= kMax && width > 0 && width - width == 0;
   }
 };
 

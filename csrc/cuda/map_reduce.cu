@@ -61,7 +61,7 @@ struct LearnedBackward {
   }
 
  private:
-  TE_GPU static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+  TE_GPU static int64_t smaller_of(int64_t a, int64_t b) { return a < b ? a : b; }
   TE_GPU static int lane() { return gpu::thread() % gpu::kWarp; }
   template <class Body>
   TE_GPU static void each_warp(int64_t items, const Body& body) {
@@ -71,15 +71,15 @@ struct LearnedBackward {
   }
   // The lanes' sums, in pairs.
   TE_GPU static void store(Sums* to, Sums own) {
-    for (int apart = kSumLanes / 2; apart > 0; apart /= 2) {
-      own.parameter += gpu::shuffle_xor(own.parameter, apart);
-      own.zero_point += gpu::shuffle_xor(own.zero_point, apart);
+    for (int distance = kSumLanes / 2; distance > 0; distance /= 2) {
+      own.parameter += gpu::shuffle_xor(own.parameter, distance);
+      own.zero_point += gpu::shuffle_xor(own.zero_point, distance);
     }
     if (lane() == 0) *to = own;
   }
   // A warp: the s-th sum of a channel's `count` values.
   TE_GPU static void fold(const Sums* from, int64_t count, int64_t c, int64_t s, Sums* to) {
-    const int64_t length = least(count - s * core::kSumLength, core::kSumLength);
+    const int64_t length = smaller_of(count - s * core::kSumLength, core::kSumLength);
     const Sums* const values = from + c * count + s * core::kSumLength;
     Sums own{0, 0};
     for (int64_t k = lane(); k < length; k += kSumLanes) {
@@ -114,7 +114,7 @@ struct LearnedBackward {
   TE_GPU void add_rows(int64_t c, int64_t part) const {
     const Channel own = channel(c);
     Sums sum{0, 0};
-    const int64_t end = least((part + 1) * parts.per_part, job.layout.outer);
+    const int64_t end = smaller_of((part + 1) * parts.per_part, job.layout.outer);
     for (int64_t o = part * parts.per_part; o < end; ++o) {
       const int64_t row = (o * job.layout.channels + c) * job.layout.inner;
       for (int64_t i = row; i < row + job.layout.inner; ++i) add(own, i, sum);
@@ -128,7 +128,7 @@ struct LearnedBackward {
     const int64_t c = row % job.layout.channels, o = row / job.layout.channels;
     const Channel own = channel(c);
     const int64_t begin = row * job.layout.inner + part * parts.per_part;
-    const int64_t count = least(parts.per_part, job.layout.inner - part * parts.per_part);
+    const int64_t count = smaller_of(parts.per_part, job.layout.inner - part * parts.per_part);
     Sums sum{0, 0};
 #pragma unroll 4
     for (int64_t i = lane(); i < count; i += kSumLanes) add(own, begin + i, sum);

@@ -20,7 +20,7 @@ struct Cut {
   int64_t whole;           // units that are whole packets; at most the last is not
   int64_t channel_stride;  // in elements
   int32_t per_unit;        // values
-  int32_t together;        // channels of an item: a power of two
+  int32_t group_channels;  // channels of an item: a power of two
   int64_t groups;          // of channels
   int64_t splits;          // of each group's values
 };
@@ -42,7 +42,7 @@ struct Observe {
   TE_GPU void operator()() const {
     if (mode.unless != nullptr && *mode.unless != 0) return;
     BlockState& state = *static_cast<BlockState*>(gpu::shared());
-    Accumulator<Table, kThreads, kValues> block(state, table(), into.layout, cut.together);
+    Accumulator<Table, kThreads, kValues> block(state, table(), into.layout, cut.group_channels);
     if (cut.splits > 1) return split(block, state);
     for (int64_t group = gpu::block(); group < cut.groups; group += gpu::blocks()) {
       accumulate(block, group, 0);
@@ -54,7 +54,7 @@ struct Observe {
  private:
   using Block = Accumulator<Table, kThreads, kValues>;
 
-  TE_GPU int64_t table_size() const { return cut.together * into.layout.size(); }
+  TE_GPU int64_t table_size() const { return cut.group_channels * into.layout.size(); }
   TE_GPU Table table() const {
     uint32_t* const on_chip =
         reinterpret_cast<uint32_t*>(static_cast<BlockState*>(gpu::shared()) + 1);
@@ -68,11 +68,11 @@ struct Observe {
     }
   }
   TE_GPU int channels_of(int64_t group) const {
-    const int64_t left = into.channels - group * cut.together;
-    return static_cast<int>(left < cut.together ? left : cut.together);
+    const int64_t left = into.channels - group * cut.group_channels;
+    return static_cast<int>(left < cut.group_channels ? left : cut.group_channels);
   }
   TE_GPU core::ChannelStatistic target(int64_t group, int c) const {
-    return into.channel(group * cut.together + c);
+    return into.channel(group * cut.group_channels + c);
   }
   TE_GPU int32_t old_top(int64_t group, int c) const {
     if (mode.fresh || c >= channels_of(group) || into.layout.octaves == 0) return 0;
@@ -84,12 +84,12 @@ struct Observe {
 
   TE_GPU void accumulate(Block& block, int64_t group, int64_t part) const {
     block.start([&](int c) { return old_top(group, c); });
-    const int c = gpu::thread() % cut.together, row = gpu::thread() / cut.together;
+    const int c = gpu::thread() % cut.group_channels, row = gpu::thread() / cut.group_channels;
     const bool mine = c < channels_of(group);
-    const T* const base = data + (group * cut.together + c) * cut.channel_stride;
-    const int64_t begin = cut.units / cut.splits * part + least(part, cut.units % cut.splits);
+    const T* const base = data + (group * cut.group_channels + c) * cut.channel_stride;
+    const int64_t begin = cut.units / cut.splits * part + smaller_of(part, cut.units % cut.splits);
     const int64_t end = begin + cut.units / cut.splits + (part < cut.units % cut.splits ? 1 : 0);
-    Reader reader{*this, base, begin + row, mine ? end : 0, kThreads / cut.together};
+    Reader reader{*this, base, begin + row, mine ? end : 0, kThreads / cut.group_channels};
     const int64_t per_chunk = int64_t{reader.rows} * (kValues / cut.per_unit);
     for (int64_t left = end - begin; left > 0; left -= per_chunk) {
       if (left == end - begin) reader.load();
@@ -101,10 +101,10 @@ struct Observe {
     }
     block.finish();
   }
-  TE_GPU static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+  TE_GPU static int64_t smaller_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
   // A packet of the first `left` values, the others NaN.
-  struct Rest {
+  struct PartialPacket {
     const T* at;
     TE_GPU gpu::Packet operator()(int left) const {
       gpu::Packet packet{};
@@ -140,7 +140,8 @@ struct Observe {
         } else {
           // Past the end, or the packet that the end lies in.
           const int64_t left = unit < end ? from.cut.values - unit * kPerPacket<T> : 0;
-          next[i] = gpu::apart(Rest{base + unit * kPerPacket<T>}, static_cast<int>(left));
+          next[i] = gpu::call_noinline(PartialPacket{base + unit * kPerPacket<T>},
+                                       static_cast<int>(left));
           padding += kPerPacket<T> - static_cast<int>(left);
         }
       }
@@ -166,17 +167,17 @@ struct Observe {
   // Where a unit lies. What needs divisions is called, not inlined for each load.
   TE_GPU int64_t offset(int64_t unit) const {
     if (cut.walk.count == 1) return unit * cut.walk.dims[0].stride;
-    return gpu::apart(cut.walk, unit);
+    return gpu::call_noinline(cut.walk, unit);
   }
 
   // ---- a channel of one block
 
   TE_GPU void add_alone(BlockState& state, int64_t group, int c) const {
     const core::ChannelStatistic to = target(group, c);
-    Partial& found = state.found[c];
+    Partial& total = state.totals[c];
     if constexpr (kCounts<Table>) {
       // The block's window began at the statistic's and ends where that has to.
-      if (!mode.fresh) lift(to, old_top(group, c), state.top[c], found);
+      if (!mode.fresh) raise_window(to, old_top(group, c), state.top[c], total);
       gpu::sync();
       const Table counters = table();
       int64_t kept = 0;
@@ -188,15 +189,15 @@ struct Observe {
         else if (n != 0)
           to.counts[bin] += n;
       }
-      if (kept != 0) gpu::add(&found.tally[core::kTiny], -kept);
+      if (kept != 0) gpu::add(&total.tally[core::kTiny], -kept);
       gpu::sync();
     }
-    if (gpu::thread() == 0) write(to, found, found.tally);
+    if (gpu::thread() == 0) write(to, total, total.tally);
   }
 
   // Empties the slots of the statistic's octaves that fall out of its window.
-  TE_GPU void lift(const core::ChannelStatistic& to, int32_t top, int32_t new_top,
-                   Partial& found) const {
+  TE_GPU void raise_window(const core::ChannelStatistic& to, int32_t top, int32_t new_top,
+                           Partial& total) const {
     if (top == 0 || new_top <= top) return;
     const int32_t bottom = into.layout.bottom(new_top);
     const int64_t width = int64_t{1} << into.layout.mantissa_bits;
@@ -204,23 +205,23 @@ struct Observe {
       for (int64_t k = gpu::thread(); k < 2 * width; k += kThreads) {
         int64_t& n = to.counts[into.layout.octave_begin(octave) +
                                (k < width ? k : k - width + into.layout.bins())];
-        if (n != 0) gpu::add(&found.tally[core::kTiny], n);
+        if (n != 0) gpu::add(&total.tally[core::kTiny], n);
         n = 0;
       }
     }
   }
 
-  TE_GPU void write(const core::ChannelStatistic& to, const Partial& found,
+  TE_GPU void write(const core::ChannelStatistic& to, const Partial& total,
                     const int64_t (&tally)[core::kTallyColumns]) const {
-    write_extrema(to, found);
+    write_extrema(to, total);
     for (int column = 0; column < core::kTallyColumns; ++column)
       to.tally[column] = (mode.fresh ? 0 : to.tally[column]) + tally[column];
   }
-  TE_GPU void write_extrema(const core::ChannelStatistic& to, const Partial& found) const {
-    const float lo = core::float_of_key(found.min_key), hi = core::float_of_key(found.max_key);
-    if (mode.fresh || found.min_key < core::key_of(to.extrema[0]))
+  TE_GPU void write_extrema(const core::ChannelStatistic& to, const Partial& total) const {
+    const float lo = core::float_of_key(total.min_key), hi = core::float_of_key(total.max_key);
+    if (mode.fresh || total.min_key < core::key_of(to.extrema[0]))
       to.extrema[0] = core::positive_zero(lo);
-    if (mode.fresh || found.max_key > core::key_of(to.extrema[1]))
+    if (mode.fresh || total.max_key > core::key_of(to.extrema[1]))
       to.extrema[1] = core::positive_zero(hi);
   }
 
@@ -229,29 +230,29 @@ struct Observe {
   TE_GPU void split(Block& block, BlockState& state) const {
     const int64_t group = gpu::block() / cut.splits, part = gpu::block() % cut.splits;
     accumulate(block, group, part);
-    Partial* const shares = partials + group * cut.splits * cut.together;
-    if (gpu::thread() < cut.together)
-      shares[part * cut.together + gpu::thread()] = state.found[gpu::thread()];
+    Partial* const shares = partials + group * cut.splits * cut.group_channels;
+    if (gpu::thread() < cut.group_channels)
+      shares[part * cut.group_channels + gpu::thread()] = state.totals[gpu::thread()];
     if (kCounts<Table> && mode.fresh) clear_part(group, part);
     gpu::sync_blocks();
     // From here on `found` is what all blocks of the group found.
-    if (gpu::thread() < cut.together) state.found[gpu::thread()] = kNothing;
+    if (gpu::thread() < cut.group_channels) state.totals[gpu::thread()] = kNothing;
     gpu::sync();
-    for (int64_t i = gpu::thread(); i < cut.splits * cut.together; i += kThreads)
-      Block::combine(state.found[i % cut.together], shares[i]);
+    for (int64_t i = gpu::thread(); i < cut.splits * cut.group_channels; i += kThreads)
+      Block::combine(state.totals[i % cut.group_channels], shares[i]);
     gpu::sync();
     if constexpr (kCounts<Table>) {
-      if (gpu::thread() < cut.together)
+      if (gpu::thread() < cut.group_channels)
         state.next_top[gpu::thread()] = common_top(state, group, gpu::thread());
       gpu::sync();
       if (part == 0) write_tallies(state, group);
       gpu::sync_blocks();
       for (int c = 0; c < channels_of(group); ++c) add_shared(state, group, c);
       if (part == 0 && gpu::thread() < channels_of(group))
-        write_extrema(target(group, gpu::thread()), state.found[gpu::thread()]);
+        write_extrema(target(group, gpu::thread()), state.totals[gpu::thread()]);
     } else if (part == 0 && gpu::thread() < channels_of(group)) {
-      const Partial& found = state.found[gpu::thread()];
-      write(target(group, gpu::thread()), found, found.tally);
+      const Partial& total = state.totals[gpu::thread()];
+      write(target(group, gpu::thread()), total, total.tally);
     }
   }
 
@@ -264,22 +265,23 @@ struct Observe {
 
   // Octave that the window of the statistic ends at once the group's values are in.
   TE_GPU int32_t common_top(const BlockState& state, int64_t group, int c) const {
-    const Partial& found = state.found[c];
+    const Partial& total = state.totals[c];
     const int32_t top =
-        core::top_octave(core::float_of_key(found.min_key), core::float_of_key(found.max_key));
+        core::top_octave(core::float_of_key(total.min_key), core::float_of_key(total.max_key));
     const int32_t old = old_top(group, c);
     return top > old ? top : old;
   }
 
   TE_GPU void write_tallies(BlockState& state, int64_t group) const {
     for (int c = 0; c < channels_of(group); ++c)
-      if (!mode.fresh) lift(target(group, c), old_top(group, c), state.next_top[c], state.found[c]);
+      if (!mode.fresh)
+        raise_window(target(group, c), old_top(group, c), state.next_top[c], state.totals[c]);
     gpu::sync();
     if (gpu::thread() >= channels_of(group)) return;
     const core::ChannelStatistic to = target(group, gpu::thread());
     for (int column = 0; column < core::kTallyColumns; ++column)
       to.tally[column] =
-          (mode.fresh ? 0 : to.tally[column]) + state.found[gpu::thread()].tally[column];
+          (mode.fresh ? 0 : to.tally[column]) + state.totals[gpu::thread()].tally[column];
   }
 
   // The block's counters into the statistic's, while other blocks do so too.

@@ -11,16 +11,16 @@
 namespace torch_ext::cuda {
 
 template <class List>
-struct MostOptions;
+struct MaxOptions;
 template <class... R>
-struct MostOptions<List<R...>> {
+struct MaxOptions<List<R...>> {
   static constexpr int value = std::max({R::option_count...});
 };
 
 // A job in a kernel's arguments.
 struct Task {
   core::SolveJob job;  // its options are those below
-  double options[MostOptions<Observers>::value];
+  double options[MaxOptions<Observers>::value];
   core::Needs needs;
   int64_t end;  // rows of this and all tasks before it
 };
@@ -58,24 +58,24 @@ TE_GPU void store(const Row& row, core::Range solved) {
 }
 // A channel without values leaves a range that follows, and makes any other (0, 0). Returns
 // whether that was all.
-TE_GPU bool store_unseen(const Row& row) {
+TE_GPU bool store_if_empty(const Row& row) {
   if (row.is_frozen()) return true;
   if (row.has_values()) return false;
   if (row.task.job.solved == nullptr) store(row, {0, 0});
   return true;
 }
-TE_GPU core::Range nothing_plausible() {
+TE_GPU core::Range nan_range() {
   return {static_cast<double>(__builtin_nanf("")), static_cast<double>(__builtin_nanf(""))};
 }
 // A row whose rule reads extrema at most, by one thread.
 TE_GPU void solve_extrema(const Row& row) {
-  if (store_unseen(row)) return;
+  if (store_if_empty(row)) return;
   const Task& task = row.task;
   core::View view{};
   core::Range range{0, 0};
   if (task.needs == core::Needs::extrema) {
     const core::ChannelStatistic s = row.statistic();
-    if (!core::has_extrema(s)) return store(row, nothing_plausible());
+    if (!core::has_extrema(s)) return store(row, nan_range());
     view = core::frame_view(task.job.statistic.layout, task.needs, s.extrema, s.tally, nullptr);
   }
   with_rule(task.job.rule, [&]<class R>() {

@@ -31,22 +31,22 @@ struct RowLayout {
   int64_t groups;      // of a warp's candidates, at most
 };
 
-// The steps, over tasks[0 .. count) whose first `cheap` rows read extrema at most; `wave` of the
-// other rows at a time have memory.
+// The steps, over tasks[0 .. count) whose first `extrema_rows` rows read extrema at most; `wave` of
+// the other rows at a time have memory.
 struct Steps {
   const Task* tasks;
   int32_t count;
-  int64_t cheap;
+  int64_t extrema_rows;
   int64_t rows;
   int64_t wave;
   RowLayout layout;
   int64_t* memory;
 
   TE_GPU void operator()() const {
-    for (int64_t row = gpu::block() * kSolveThreads + gpu::thread(); row < cheap;
+    for (int64_t row = gpu::block() * kSolveThreads + gpu::thread(); row < extrema_rows;
          row += gpu::blocks() * kSolveThreads)
       solve_extrema(row_of(row));
-    for (int64_t begin = cheap; begin < rows; begin += wave) {
+    for (int64_t begin = extrema_rows; begin < rows; begin += wave) {
       const int64_t end = begin + wave < rows ? begin + wave : rows;
       each_warp((end - begin) * 64, [&](int64_t i) { add_octave(begin, begin + i / 64, i % 64); });
       gpu::sync_blocks();
@@ -61,7 +61,7 @@ struct Steps {
       gpu::sync_blocks();
     }
     // Every row has looked at its job's flag.
-    if (cheap == rows) gpu::sync_blocks();
+    if (extrema_rows == rows) gpu::sync_blocks();
     for (int64_t row = gpu::block() * kSolveThreads + gpu::thread(); row < rows;
          row += gpu::blocks() * kSolveThreads)
       mark(row);
@@ -192,10 +192,10 @@ struct Steps {
     RowState& s = state(begin, index);
     s.candidates = 0;
     s.valid = false;
-    if (store_unseen(row)) return;
+    if (store_if_empty(row)) return;
     s.view = frame(begin, index, row);
     if (!core::has_extrema(row.statistic()) || core::values_held(s.view) != s.view.finite)
-      return store(row, nothing_plausible());
+      return store(row, nan_range());
     if (task.needs == core::Needs::moments) core::add_moments(s.view);
     s.valid = true;
     with_rule(task.job.rule, [&]<class R>() {

@@ -175,7 +175,7 @@ struct Kl {
     if (variant == KlVariant::log_linear) return 0;
     return linear_bins(layout) + KlReference::scratch_size(variant, linear_bins(layout));
   }
-  TE_HD static int64_t most_candidates(core::HistogramLayout layout) {
+  TE_HD static int64_t max_candidates(core::HistogramLayout layout) {
     const int64_t lattice = core::lattice_size(layout), linear = linear_bins(layout);
     return lattice > linear ? lattice : linear;
   }

@@ -11,20 +11,20 @@ namespace torch_ext::observers::kl_reference {
 template <int Lanes>
 struct Borders {
   int64_t step[Lanes];
-  double step_rest[Lanes];  // m = step * levels + step_rest
+  double step_remainder[Lanes];  // m = step * levels + step_remainder
   int64_t bin[Lanes];
-  double rest[Lanes];
+  double remainder[Lanes];
 
   TE_HD void start(int lane, int64_t m, int64_t levels) {
     step[lane] = m / levels;
-    step_rest[lane] = static_cast<double>(m % levels);
+    step_remainder[lane] = static_cast<double>(m % levels);
     bin[lane] = 0;
-    rest[lane] = 0;
+    remainder[lane] = 0;
   }
   TE_HD void advance(int lane, double levels) {
-    const double next = rest[lane] + step_rest[lane];
+    const double next = remainder[lane] + step_remainder[lane];
     const bool carries = next >= levels;
-    rest[lane] = carries ? next - levels : next;
+    remainder[lane] = carries ? next - levels : next;
     bin[lane] += step[lane] + (carries ? 1 : 0);
   }
 };
@@ -66,7 +66,7 @@ struct WholeBins {
     const double* fills = tables.filled;
     for (int lane = 0; lane < Lanes; ++lane) {
       border.advance(lane, levels);
-      const int64_t end = border.bin[lane] + (border.rest[lane] > 0 ? 1 : 0);
+      const int64_t end = border.bin[lane] + (border.remainder[lane] > 0 ? 1 : 0);
       const double below = masses[end], filled_below = fills[end];
       const double group_mass = below - mass[lane];
       const double bins = filled_below - filled[lane];
@@ -125,7 +125,7 @@ struct SplitBins {
       border.advance(lane, levels);
       const double below = masses[border.bin[lane]];
       const double next_after = masses[border.bin[lane] + 1];
-      const double share = border.rest[lane] * per_level;
+      const double share = border.remainder[lane] * per_level;
       const double next_border = next_after - below;
       const double next_mass = below + share * next_border;
       const double next_q = (next_mass - mass[lane]) * per_width[lane];

@@ -209,8 +209,8 @@ struct OnnxCandidates {
   // What the loop over the inner groups leaves out: P on the first and the last group and on the
   // remainder.
   struct Edges {
-    Group first, last, rest;
-    double rest_bins;
+    Group first, last, remainder;
+    double remainder_bins;
     double first_mean, last_mean;
   };
   TE_HD static Edges edges(const Tables& tables, const Window& w) {
@@ -219,15 +219,15 @@ struct OnnxCandidates {
     Edges e;
     e.first = group_between(tables, w.begin, w.begin + w.merged);
     e.last = group_between(tables, from, to);
-    e.rest = group_between(tables, to, w.end);
-    e.rest_bins = static_cast<double>(w.end - to);
-    const double first_mass = e.first.mass, last_mass = e.last.mass + e.rest.mass;
+    e.remainder = group_between(tables, to, w.end);
+    e.remainder_bins = static_cast<double>(w.end - to);
+    const double first_mass = e.first.mass, last_mass = e.last.mass + e.remainder.mass;
     // The window's first bin may be filled by P alone; its last one is in the remainder, if there
     // is one.
     const double first_own = tables.mass[w.begin + 1] - tables.mass[w.begin];
     e.first.bins += w.first > 0 && !(first_own > 0) ? 1.0 : 0.0;
     e.first.mass += tables.mass[w.begin];
-    Group& end = to == w.end ? e.last : e.rest;
+    Group& end = to == w.end ? e.last : e.remainder;
     end.mass += w.beyond;
     end.bins += w.only_beyond();
     e.first_mean = mean(tables.unit, per_unit, first_mass, e.first.bins);
@@ -292,7 +292,7 @@ struct OnnxCandidates {
                              core::log(smoothed_mean(added, lane, e.first_mean)) +
                          smoothed_mass(added, lane, e.last, width[lane]) *
                              core::log(smoothed_mean(added, lane, e.last_mean)) +
-                         smoothed_mass(added, lane, e.rest, e.rest_bins) * log_added;
+                         smoothed_mass(added, lane, e.remainder, e.remainder_bins) * log_added;
     const double p_sum = window_entropy(tables, w) + (w.bins() - w.filled) * added * log_added;
     return divergence_of(tables, p_sum, cross, q_total[lane]);
   }

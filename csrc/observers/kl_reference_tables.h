@@ -32,7 +32,7 @@ constexpr double kSmoothing = 1e-4;
 // What Horizon adds to every bin of the normalised Q.
 constexpr double kHorizonFloor = 1e-10;
 // Sums of counts up to here are exact in float64.
-constexpr int64_t kMostCounts = int64_t{1} << 53;
+constexpr int64_t kMaxCounts = int64_t{1} << 53;
 // Powers of 1/count kept for the series in smoothed_entropy.
 constexpr int kInverses = 4;
 // Where a logarithm's operands are both clamped to this the logarithm is 0, as its weight is.
@@ -117,7 +117,7 @@ TE_HD void accumulate(double* array, int64_t bins) {
 TE_HD void fill_signed(Tables& tables, const double* mass, double* scratch) {
   const int64_t stride = tables.bins + 2;
   double* present = scratch + (1 + kInverses) * stride;
-  int64_t found = 0;
+  int64_t filled_bins = 0;
   for (int64_t j = 1; j <= tables.bins; ++j) {
     const double x = mass[j] > 0 ? mass[j] : 1.0;
     const double inverse = (mass[j] > 0 ? 1.0 : 0.0) / x;
@@ -127,7 +127,7 @@ TE_HD void fill_signed(Tables& tables, const double* mass, double* scratch) {
       scratch[k * stride + j] = power;
       power *= inverse;
     }
-    if (mass[j] > 0) present[found++] = mass[j];
+    if (mass[j] > 0) present[filled_bins++] = mass[j];
   }
   for (int k = 0; k <= kInverses; ++k) accumulate(scratch + k * stride, tables.bins);
   tables.logs = scratch;

@@ -46,7 +46,7 @@ struct Mse : core::NoOptions {
   TE_HD static int64_t search_words(core::HistogramLayout, const core::Grid&, const double*) {
     return 0;
   }
-  TE_HD static int64_t most_candidates(core::HistogramLayout layout) {
+  TE_HD static int64_t max_candidates(core::HistogramLayout layout) {
     return core::lattice_size(layout);
   }
   TE_HD static Search prepare(const core::View& view, const core::Grid& grid, const double*,

@@ -122,19 +122,19 @@ Array<T> make_array(const std::vector<int64_t>& sizes, const Placement& placemen
   return a;
 }
 
-// 0 to 4 dimensions, at most `most` elements.
-inline std::vector<int64_t> random_sizes(int64_t most, Random& random) {
+// 0 to 4 dimensions, at most `max_elements` elements.
+inline std::vector<int64_t> random_sizes(int64_t max_elements, Random& random) {
   std::vector<int64_t> sizes(between(0, 4, random));
   for (int64_t& size : sizes) {
     const auto draw = random() % 10;
     size = draw == 0   ? 0
            : draw == 1 ? 1
            : draw <= 7 ? between(2, 9, random)
-                       : between(10, most, random);
+                       : between(10, max_elements, random);
   }
   int64_t numel = 1;
   for (int64_t& size : sizes) {
-    size = std::min(size, std::max<int64_t>(1, most / numel));
+    size = std::min(size, std::max<int64_t>(1, max_elements / numel));
     numel *= std::max<int64_t>(1, size);
   }
   std::shuffle(sizes.begin(), sizes.end(), random);

@@ -84,8 +84,8 @@ TEST(View, PrefixesCountBothSigns) {
       ASSERT_EQ(b.view.magnitude[i], b.atoms.tiny + below[0] + below[1]) << i;
       if (i == b.view.bins) break;
       for (int sign = 0; sign < 2; ++sign) {
-        const auto found = b.atoms.side[sign].find(b.view.value(i));
-        below[sign] += found == b.atoms.side[sign].end() ? 0 : found->second;
+        const auto entry = b.atoms.side[sign].find(b.view.value(i));
+        below[sign] += entry == b.atoms.side[sign].end() ? 0 : entry->second;
       }
     }
     EXPECT_EQ(below[0] + below[1] + b.atoms.tiny, b.atoms.nonzero);

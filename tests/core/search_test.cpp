@@ -49,7 +49,7 @@ testing::AssertionResult is_least(Real have, const std::vector<Real>& t,
 
 // Random statistics: kinds of data, sizes, layouts and grids.
 template <class R>
-void expect_least(int trials, uint64_t seed, int64_t most, const Objective& plain) {
+void expect_least(int trials, uint64_t seed, int64_t max_values, const Objective& plain) {
   Random random(seed);
   int without = 0;
   for (int trial = 0; trial < trials; ++trial) {
@@ -57,7 +57,7 @@ void expect_least(int trials, uint64_t seed, int64_t most, const Objective& plai
     // Of the costly 8-bit grids one in three.
     const Grid grid = trial % 3 == 0 ? pick(kGrids, random)
                                      : pick({kInt4, kInt2, kTernary, kUint4, kUint4Affine}, random);
-    const int64_t n = pick({int64_t{3}, int64_t{40}, int64_t{700}, most}, random);
+    const int64_t n = pick({int64_t{3}, int64_t{40}, int64_t{700}, max_values}, random);
     const HistogramLayout layout = pick(kLayouts, random);
     SCOPED_TRACE("trial " + std::to_string(trial) + ", kind " +
                  std::to_string(static_cast<int>(kind)) + ", n " + std::to_string(n) + ", grid " +

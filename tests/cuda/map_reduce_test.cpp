@@ -141,20 +141,20 @@ TYPED_TEST(Learned, BackwardIsThePapersAndHasTheSameBitsEverywhere) {
     for (const int32_t method : {kLsq, kPact}) {
       for (const int32_t quant_min : {-16, 0}) {
         const Given<TypeParam> given(method, layout, quant_min, random);
-        Run<TypeParam> one(layout.numel(), layout.channels), many = one, device = one;
+        Run<TypeParam> single(layout.numel(), layout.channels), many = single, device = single;
         cpu::test_threads() = 1;
-        cpu::learned_backward(arrays::kDType<TypeParam>, given.job(one));
-        expect_formulas(given, one);
+        cpu::learned_backward(arrays::kDType<TypeParam>, given.job(single));
+        expect_formulas(given, single);
         if (testing::Test::HasFatalFailure()) return;
         cpu::test_threads() = 5;
         cpu::learned_backward(arrays::kDType<TypeParam>, given.job(many));
-        ASSERT_TRUE(one == many);
+        ASSERT_TRUE(single == many);
         gpu::emulation::machine() = statistic_plain::pick(machines::kMachines, random);
         gpu::emulation::machine().seed = random();
         const LearnedJob job = given.job(device);
         machines::Scratch scratch(cuda::learned_backward_scratch(job));
         cuda::learned_backward(arrays::kDType<TypeParam>, job, scratch.data(), nullptr);
-        ASSERT_TRUE(one == device);
+        ASSERT_TRUE(single == device);
       }
     }
   }

@@ -108,9 +108,9 @@ Quantizer make(int32_t rule, const Grid& grid, HistogramLayout layout, int64_t c
     const int64_t n = random() % 6 == 0 ? 0 : values;
     const Values x = statistic_plain::sample(pick(kKinds, random), n, random);
     const int64_t stride = 1;
-    const core::ChannelStatistic one = q.statistic.channel(c);
+    const core::ChannelStatistic channel = q.statistic.channel(c);
     cpu::observe({x.data(), core::DType::f32, 1, &n, &stride}, -1,
-                 {one.extrema, one.tally, one.counts, 1, layout});
+                 {channel.extrema, channel.tally, channel.counts, 1, layout});
   }
   return q;
 }

@@ -48,7 +48,7 @@ struct Rule {
 // The rules, known by what their one-shot op takes.
 inline std::vector<Rule> rules() {
   constexpr const char* kFirst[] = {"x", "quant_min", "quant_max", "symmetric", "ch_axis"};
-  std::vector<Rule> found;
+  std::vector<Rule> rules;
   for (const c10::OperatorName& name : c10::Dispatcher::singleton().getAllOpNames()) {
     if (name.name.rfind("torch_ext::", 0) != 0) continue;
     const auto& arguments =
@@ -61,9 +61,9 @@ inline std::vector<Rule> rules() {
       const IValue& value = *arguments[i].default_value();
       rule.options.push_back(value.isDouble() ? value.toDouble() : 0);
     }
-    found.push_back(std::move(rule));
+    rules.push_back(std::move(rule));
   }
-  return found;
+  return rules;
 }
 
 struct State {

@@ -77,7 +77,7 @@ inline void check(cudaError_t error, const char* what) {
 
 // f(arguments), called and not inlined: for what is long and not often reached.
 template <class F, class... A>
-__device__ __noinline__ auto apart(const F& f, A... arguments) {
+__device__ __noinline__ auto call_noinline(const F& f, A... arguments) {
   return f(arguments...);
 }
 
@@ -94,8 +94,8 @@ inline Device device() {
   int index = 0;
   check(cudaGetDevice(&index), "finding the current device");
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto found = known.find(index);
-  if (found != known.end()) return found->second;
+  const auto entry = known.find(index);
+  if (entry != known.end()) return entry->second;
   int processors = 0, shared_memory = 0;
   check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index),
         "reading the number of multiprocessors");
@@ -117,8 +117,8 @@ int64_t resident_blocks(size_t shared_memory) {
   const Device on = device();
   const std::lock_guard<std::mutex> lock(mutex);
   const auto key = std::make_pair(on.index, shared_memory);
-  const auto found = known.find(key);
-  if (found != known.end()) return found->second;
+  const auto entry = known.find(key);
+  if (entry != known.end()) return entry->second;
   check(cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(shared_memory)),
         "asking for shared memory");
@@ -137,7 +137,8 @@ int64_t resident_blocks(size_t shared_memory) {
 struct Launch {
   int64_t blocks;
   size_t shared_memory = 0;  // in bytes
-  bool together = false;  // all blocks at once, at most resident_blocks(): they may sync_blocks()
+  bool cooperative =
+      false;  // all blocks at once, at most resident_blocks(): they may sync_blocks()
 };
 
 template <class Kernel>
@@ -148,16 +149,16 @@ void launch(const char* op, const Kernel& kernel, const Launch& how, Stream stre
     check(cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(how.shared_memory)),
           op);
-  cudaLaunchAttribute cooperative{};
-  cooperative.id = cudaLaunchAttributeCooperative;
-  cooperative.val.cooperative = 1;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(how.blocks));
   config.blockDim = dim3(Kernel::kThreads);
   config.dynamicSmemBytes = how.shared_memory;
   config.stream = stream;
-  config.attrs = &cooperative;
-  config.numAttrs = how.together ? 1 : 0;
+  config.attrs = &attribute;
+  config.numAttrs = how.cooperative ? 1 : 0;
   // The error of this very launch; an earlier one stays where its owner will look for it.
   check(cudaLaunchKernelEx(&config, run<Kernel>, kernel), op);
 }

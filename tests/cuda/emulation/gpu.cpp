@@ -188,7 +188,7 @@ Machine& machine() {
 
 int64_t launches() { return scheduler().launches; }
 
-void run(int64_t blocks, int threads, size_t shared_memory, bool together,
+void run(int64_t blocks, int threads, size_t shared_memory, bool cooperative,
          const std::function<void()>& kernel) {
   Scheduler& s = scheduler();
   s.reset();
@@ -199,7 +199,7 @@ void run(int64_t blocks, int threads, size_t shared_memory, bool together,
   s.random.seed(machine().seed);
   ++s.launches;
   if (threads % kWarp != 0 || static_cast<int64_t>(shared_memory) > machine().shared_memory ||
-      (together && blocks > machine().processors))
+      (cooperative && blocks > machine().processors))
     throw std::logic_error("a launch that no device could run: " + std::to_string(blocks) +
                            " blocks, " + std::to_string(shared_memory) + " bytes");
   s.grid.expected = blocks * threads;
@@ -207,7 +207,7 @@ void run(int64_t blocks, int threads, size_t shared_memory, bool together,
   for (int64_t b = 0; b < blocks; ++b) order[b] = b;
   if (machine().order == Machine::backwards) std::reverse(order.begin(), order.end());
   if (machine().order == Machine::random) std::shuffle(order.begin(), order.end(), s.random);
-  const int64_t at_once = together ? blocks : std::min<int64_t>(blocks, 2);
+  const int64_t at_once = cooperative ? blocks : std::min<int64_t>(blocks, 2);
   int64_t started = 0;
   while (started < blocks || !s.resident.empty()) {
     while (started < blocks && static_cast<int64_t>(s.resident.size()) < at_once)

@@ -33,7 +33,7 @@ Machine& machine();
 // Kernels run since the program began.
 int64_t launches();
 
-void run(int64_t blocks, int threads, size_t shared_memory, bool together,
+void run(int64_t blocks, int threads, size_t shared_memory, bool cooperative,
          const std::function<void()>& kernel);
 
 // Lets the scheduler run somebody else, at times.
@@ -96,7 +96,7 @@ inline void store(void* to, const Packet& p) {
 inline float widen(core::half x) { return core::to_float(x); }
 
 template <class F, class... A>
-auto apart(const F& f, A... arguments) {
+auto call_noinline(const F& f, A... arguments) {
   return f(arguments...);
 }
 
@@ -117,14 +117,15 @@ int64_t resident_blocks(size_t) {
 struct Launch {
   int64_t blocks;
   size_t shared_memory = 0;
-  bool together = false;
+  bool cooperative = false;
 };
 
 template <class Kernel>
 void launch(const char*, const Kernel& kernel, const Launch& how, Stream) {
   static_assert(sizeof(Kernel) <= 32764);
   if (how.blocks == 0) return;
-  emulation::run(how.blocks, Kernel::kThreads, how.shared_memory, how.together, [&] { kernel(); });
+  emulation::run(how.blocks, Kernel::kThreads, how.shared_memory, how.cooperative,
+                 [&] { kernel(); });
 }
 
 }  // namespace torch_ext::gpu
