@@ -11,7 +11,7 @@
 
 namespace torch_ext::bindings {
 
-// The stream through LibTorch's device-generic interface: no header of CUDA is needed here.
+// The stream comes through LibTorch's device-generic interface, so no CUDA header is needed here.
 Backend::Backend(const char* op, const at::Tensor& on)
     : op_(op),
       device_(on.device()),

@@ -44,8 +44,8 @@ core::DType check_data(const char* op, const char* argument, const at::Tensor& x
 int64_t check_axis(const char* op, const at::Tensor& x, int64_t ch_axis) {
   const bool valid = ch_axis >= -1 && ch_axis < x.dim();
   if (!valid)
-    expect(false, op, "ch_axis", "-1 or an axis of the " + std::to_string(x.dim()) + " of x",
-           ch_axis);
+    expect(false, op, "ch_axis",
+           "-1 or an axis of the " + std::to_string(x.dim()) + "-dimensional x", ch_axis);
   return ch_axis < 0 ? 1 : x.size(ch_axis);
 }
 

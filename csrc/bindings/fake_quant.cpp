@@ -7,7 +7,7 @@
 #include "bindings/backend.h"
 #include "bindings/checks.h"
 
-// Ops that quantize and dequantize.
+// fake_quant: quantize and dequantize, with the mask of the straight-through gradient.
 namespace torch_ext::bindings {
 namespace {
 

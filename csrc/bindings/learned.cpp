@@ -13,7 +13,7 @@
 #include "bindings/checks.h"
 #include "rule_table.h"
 
-// Ops of fake-quants with a learned parameter.
+// Fake-quants with a learned parameter: one op for all methods, and an op of each method's name.
 namespace torch_ext::bindings {
 namespace {
 
@@ -22,7 +22,7 @@ void check_grid_of(const char* op, int64_t quant_min, int64_t quant_max) {
   expect(quant_max >= 1 && quant_max <= 65535, op, "quant_max", "between 1 and 65535", quant_max);
 }
 
-// On a CUDA device a look would be a wait: there the output is NaN.
+// On CUDA reading the values would wait for the device: there the output becomes NaN instead.
 void check_finite(const char* op, const char* argument, const at::Tensor& t) {
   if (!t.is_cpu()) return;
   const float* const values = t.const_data_ptr<float>();
@@ -33,10 +33,10 @@ void check_finite(const char* op, const char* argument, const at::Tensor& t) {
 struct Checked {
   int32_t method;
   core::DType dtype;
-  at::Tensor parameter, zero_point;  // the zero point as integers, undefined where all are 0
+  at::Tensor parameter, zero_point;  // zero point int32, undefined: all 0
   bool learns_zero_point;
   int64_t ch_axis, quant_min, quant_max;
-  double elements;  // for each parameter, in its gradient scale; 0: it is 1
+  double elements;  // per parameter, for its gradient scale; 0: no scaling
 
   const int32_t* zero_points() const {
     return zero_point.defined() ? zero_point.const_data_ptr<int32_t>() : nullptr;
@@ -97,10 +97,12 @@ Checked check(const FakeQuantRow& row, const LearnedArguments& a) {
   const char* const op = row.name;
   const core::DType dtype = check_data(op, "x", a.x);
   const int64_t channels = check_axis(op, a.x, a.ch_axis);
-  expect(row.per_channel || a.ch_axis == -1, op, "ch_axis", "-1: it has one parameter", a.ch_axis);
+  expect(row.per_channel || a.ch_axis == -1, op, "ch_axis", "-1, as there is one parameter",
+         a.ch_axis);
   check_per_channel(op, row.parameter, a.parameter, at::kFloat, channels, a.x.device());
   const bool learned = a.zero_point && a.zero_point->scalar_type() == at::kFloat;
-  expect(row.per_channel || !a.zero_point, op, "zero_point", "None: it has none", "a tensor");
+  expect(row.per_channel || !a.zero_point, op, "zero_point",
+         "None, as the method has no zero point", "a tensor");
   if (a.zero_point)
     check_per_channel(op, "zero_point", *a.zero_point, learned ? at::kFloat : at::kInt, channels,
                       a.x.device());
@@ -140,7 +142,8 @@ void register_ops(torch::Library& m) {
   impl<LearnedBackwardOp, backward>(m);
 }
 
-// The op of one method, by its own name: its arguments are those of method_schema() in schema.cpp.
+// Boxed kernel of the op that has the method's name. Its arguments are those of method_schema() in
+// schema.cpp; the rest is learned_fake_quant.
 void by_name(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const std::string name = op.schema().name().substr(sizeof("torch_ext::") - 1);
   const FakeQuantRow& row = check_method(name);

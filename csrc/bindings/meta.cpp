@@ -9,14 +9,15 @@
 #include "bindings/checks.h"
 #include "rule_table.h"
 
-// Shapes and types of results, for tracing. Sizes may be symbols, so only what needs no value is
-// checked.
+// Meta kernels: shapes and types of the results, for tracing. Sizes may be symbolic, so only what
+// needs no concrete size is checked.
 namespace torch_ext::bindings {
 namespace {
 
 using Text = c10::string_view;
 
-// A tensor on another device than the rest would otherwise end here, and nothing would be computed.
+// Dispatch comes here if any tensor is on meta. A call that mixes devices would then return without
+// computing anything, so it raises.
 struct Named {
   const char* name;
   const at::Tensor& tensor;

@@ -16,17 +16,21 @@ namespace {
 
 using core::Walk;
 
-// Elements below which a task counts straight into the statistic, and the least worth a thread.
+// Below kDirect values, a task counts straight into the statistic. A thread gets at least
+// kPerThread values.
 constexpr int64_t kDirect = 4096;
 constexpr int64_t kPerThread = 1 << 15;
-// Channels read together where they lie side by side in memory: one cache line of float32.
+// Channels that a task reads together where they are adjacent in memory: one cache line of float32.
 constexpr int64_t kTransposedChannels = 16;
-// The same where only their extrema are wanted: as many as their summaries fit the cache.
+// The same where only extrema are kept: as many channels as have summaries that fit in the
+// first-level cache.
 constexpr int64_t kRowChannels = 1024;
-// Row stride of their staging, off the power of two that would map all rows to one cache set.
+// Row stride of the staging of transposed channels. No power of two, which would map all rows to
+// the same cache sets.
 constexpr int64_t kStagingStride = kGroup + 16;
 
-// Walks value indices [begin, end) as runs along the innermost dimension: body(offset, n).
+// Splits value indices [begin, end) into runs along the innermost dimension and calls body(offset,
+// n) for each.
 template <class Body>
 void for_each_run(const Walk& walk, int64_t begin, int64_t end, const Body& body) {
   const int64_t inner = walk.dims[0].size;
@@ -51,7 +55,8 @@ void widen(const AccumulateKernels& k, const core::bfloat16* x, int64_t n, float
   k.widen_bf16(x, n, out);
 }
 
-// Feeds one channel's values to an accumulator in groups, without a copy where they lie in order.
+// Passes one channel's values to an accumulator in groups; contiguous float32 values are not
+// copied.
 template <class T>
 class Feeder {
  public:
@@ -123,8 +128,8 @@ void observe_channel(const Task& task, int64_t channel, int64_t begin, int64_t e
   finish(accumulator, task.mutex);
 }
 
-// Values [begin, end) of `count` <= kTransposedChannels channels that lie side by side: read once,
-// transposed.
+// Values [begin, end) of `count` <= kTransposedChannels adjacent channels: read row by row and
+// transposed into a staging buffer.
 template <class T>
 void observe_transposed(const Task& task, int64_t channel, int64_t count, int64_t begin,
                         int64_t end) {
@@ -156,7 +161,9 @@ void observe_transposed(const Task& task, int64_t channel, int64_t count, int64_
   for (auto& accumulator : accumulators) finish(*accumulator, task.mutex);
 }
 
-// The same where no histogram is kept: a row of channels at a time, nothing is transposed.
+// The same without a histogram: extrema and zeros of `count` <= kRowChannels channels are updated a
+// row at a time, without transposing. A channel with a value that is not finite is read again, by
+// observe_channel().
 template <class T>
 void observe_rows(const Task& task, int64_t channel, int64_t count, int64_t begin, int64_t end) {
   const AccumulateKernels& k = kernels().accumulate;

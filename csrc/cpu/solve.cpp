@@ -73,8 +73,8 @@ class Channel {
                                   std::to_string(s.extrema[1]) + in_channel());
     if (rule_.needs < core::Needs::counts) return;
     if (core::values_held(view) != view.finite)
-      throw std::invalid_argument("solve: expected counts to be of the " +
-                                  std::to_string(view.finite) + " finite values in tally, got " +
+      throw std::invalid_argument("solve: expected counts to be, with zeros and tiny, the " +
+                                  std::to_string(view.finite) + " finite values of tally, got " +
                                   std::to_string(core::values_held(view)) + in_channel());
   }
   std::string in_channel() const { return " in channel " + std::to_string(channel_); }
@@ -105,7 +105,7 @@ bool has_values(const SolveJob& job) {
 }  // namespace
 
 void solve(const SolveJob* jobs, int64_t count) {
-  // Channels of all jobs in one row: begin[j] is the first of job j.
+  // The channels of all jobs are numbered in one sequence: begin[j] is the first of job j.
   std::vector<int64_t> begin(count + 1, 0);
   bool extrema_only = true;
   for (int64_t j = 0; j < count; ++j) {
@@ -118,7 +118,7 @@ void solve(const SolveJob* jobs, int64_t count) {
     Channel(jobs[j], row - begin[j], memory).solve(parallel);
   };
   if (channels < 2 * num_threads() && !extrema_only) {
-    // Too few to keep the threads busy: they share each one's candidates.
+    // Too few channels to keep all threads busy: the threads share the candidates of each channel.
     std::vector<int64_t> memory;
     for (int64_t row = 0; row < channels; ++row) solve_row(row, memory, true);
   } else {

@@ -2,7 +2,8 @@
 
 #include "cuda/observe.h"
 
-// How a tensor is cut, and with which counters its kernel (observe.h) is launched.
+// Plans the launch of observe.h: how the tensor is cut into items, and which counters the kernel
+// uses.
 namespace torch_ext::cuda {
 namespace {
 
@@ -16,7 +17,7 @@ struct Plan {
   size_t table_bytes;    // of scratch
 };
 
-// What a block is worth starting for, in values.
+// The least number of values for a block.
 constexpr int64_t kPerBlock = 1 << 15;
 
 bool is_packed(const TensorView& x, int32_t ch_axis, const core::Walk& walk, int64_t per_packet) {
@@ -29,7 +30,8 @@ bool is_packed(const TensorView& x, int32_t ch_axis, const core::Walk& walk, int
   return true;
 }
 
-// Channels that are read together: as many as lie side by side, up to a warp's worth.
+// Channels of a group: where adjacent channels are adjacent in memory, up to a warp's worth of
+// them; else 1.
 int32_t group_channels_of(const core::Walk& walk, int64_t channel_stride, const Statistic& into) {
   if (into.channels == 1 || channel_stride != 1 || walk.dims[0].stride <= 1) return 1;
   int32_t channels = 1;
@@ -37,7 +39,7 @@ int32_t group_channels_of(const core::Walk& walk, int64_t channel_stride, const 
   return channels;
 }
 
-// Bytes of counters in shared memory for each bin: 4, 2, or 0 where not even one channel's would
+// Bytes per bin of the counters in shared memory: 4 or 2, or 0 where not even those of one channel
 // fit.
 int64_t table_width(HistogramLayout layout, int32_t wanted) {
   const int64_t memory = gpu::device().shared_memory - static_cast<int64_t>(sizeof(BlockState));
@@ -100,7 +102,7 @@ void with_table(const TensorView& x, int32_t ch_axis, const Statistic& into, con
   return use.template operator()<T, WideTable>(make_plan<T, WideTable>(x, ch_axis, into, width));
 }
 
-// use<T, Table>(plan) with what this tensor and statistic ask for.
+// Calls use<T, Table>(plan) for this tensor and statistic.
 template <class Use>
 void with_plan(const TensorView& x, int32_t ch_axis, const Statistic& into, const Use& use) {
   switch (x.dtype) {

@@ -6,24 +6,24 @@
 #include "cuda/tables.h"
 #include "gpu.h"
 
-// What one block accumulates: values of up to kMaxGroupChannels channels, each thread's all of the
-// same one. Registers hold a thread's extrema and tally, shared memory the counters; the windows
-// only rise, all threads together, between two chunks of values.
+// The statistic that one block accumulates, of up to kMaxGroupChannels channels. All values of a
+// thread are of one channel. A thread's extrema and tally are in registers, the counters in shared
+// memory. Between two chunks of values all threads raise the windows together.
 namespace torch_ext::cuda {
 
 constexpr int kMaxGroupChannels = 32;
 
-// One channel's share of a block.
+// Extrema and tally of one channel.
 struct Partial {
   int32_t min_key;
   int32_t max_key;
   int64_t tally[core::kTallyColumns];
 };
 
-// A block's shared memory, in front of its counters.
+// A block's shared memory; the counters are behind it.
 struct BlockState {
-  int32_t top[kMaxGroupChannels];       // octave that the window of the counters ends at
-  int32_t next_top[kMaxGroupChannels];  // and has to
+  int32_t top[kMaxGroupChannels];       // top octave of the counters' window
+  int32_t next_top[kMaxGroupChannels];  // top octave that the values seen so far need
   Partial totals[kMaxGroupChannels];
 };
 
@@ -32,7 +32,7 @@ constexpr Partial kNothing = {0x7f800000, -0x7f800000 - 1, {}};  // keys of +inf
 template <class Table>
 constexpr bool kCounts = !std::is_same_v<Table, NoTable>;
 
-// Work on chunks of kValues values a thread.
+// Accumulates chunks of kValues values per thread.
 template <class Table, int kThreads, int kValues>
 class Accumulator {
  public:
@@ -43,7 +43,7 @@ class Accumulator {
         channels_(channels),
         channel_(gpu::thread() % channels) {}
 
-  // Before the first value; window c starts at octave top(c).
+  // Call before the first value. The window of channel c starts at octave top(c).
   template <class Top>
   TE_GPU void start(const Top& top) {
     if (gpu::thread() < channels_) {
@@ -62,13 +62,13 @@ class Accumulator {
     if constexpr (kCounts<Table>) window_ = core::window_of(layout_, state_.top[channel_]);
   }
 
-  // All threads call it for each chunk; `padding` of the values are NaN and do not exist.
+  // All threads call this for each chunk. `padding` of the values are NaN that stand for no value.
   TE_GPU void add(const float (&x)[kValues], int padding) {
     uint32_t zeros = 0, infinite = 0, beyond = 0;
 #pragma unroll
     for (int i = 0; i < kValues; ++i) {
       const uint32_t abs = core::bits_of(x[i]) & core::kAbsBits;
-      // A minimum or maximum leaves NaN out.
+      // fmin and fmax ignore NaN, so infinities do not reach the extrema.
       const float finite = abs < core::kInfBits ? x[i] : __builtin_nanf("");
       lo_ = __builtin_fminf(lo_, finite);
       hi_ = __builtin_fmaxf(hi_, finite);
@@ -87,9 +87,9 @@ class Accumulator {
     }
   }
 
-  // After the last value: what all threads found lies in state.totals, and the counters in the
-  // table. All that is finite, not zero and not counted is tiny: whoever takes counters out of the
-  // table takes their sum away from `tiny`.
+  // Call after the last value. Then state.totals is that of all threads, and the counters are in
+  // the table. `tiny` is the number of finite values that are not zero: who takes counters out of
+  // the table subtracts their sum from it.
   TE_GPU void finish() {
     const int64_t finite = int64_t{values_} - infinite_ - nan_;
     const int64_t tiny = kCounts<Table> ? finite - zeros_ : 0;
@@ -105,7 +105,8 @@ class Accumulator {
     gpu::sync();
   }
 
-  // Adds a share to another one in shared memory, while others do so too.
+  // Adds `from` to `into` in shared memory with atomics, so other threads may do so at the same
+  // time.
   TE_GPU static void combine(Partial& into, const Partial& from) {
     gpu::lower(&into.min_key, from.min_key);
     gpu::raise(&into.max_key, from.max_key);
@@ -114,7 +115,8 @@ class Accumulator {
   }
 
  private:
-  // Moves the windows up to what any thread saw: slots of octaves that fall out are emptied.
+  // Raises the windows to the octaves that any thread needs; clears the slots of the octaves that
+  // leave.
   TE_GPU void raise(int32_t octave) {
     gpu::raise(&state_.next_top[channel_], octave);
     gpu::sync();
@@ -136,8 +138,8 @@ class Accumulator {
       table_.clear(begin + (k < width ? k : k - width + layout_.bins()));
   }
 
-  // Equal values that follow each other are added at once, zeros between them or not: constant data
-  // would otherwise make all threads wait for one counter.
+  // A run of values in the same bin (values outside the window do not end it) is added with one
+  // atomic: with constant data all threads would otherwise wait for one counter.
   TE_GPU void count(const float (&x)[kValues]) {
     const uint32_t offset = static_cast<uint32_t>(channel_ * layout_.size());
     uint32_t bin = 0, run = 0;

@@ -7,8 +7,8 @@
 #include "registry.h"
 
 // Backward of learned fake-quants: dx, and the sums over each channel, in one pass over memory.
-// Parts are summed by a warp or a thread each, then, with all blocks waiting in between, the sums
-// of the parts; always in the order of core/learned.h.
+// A warp or a thread sums each part; after a barrier of all blocks the sums of the parts are
+// summed. All sums are in the order of core/learned.h.
 namespace torch_ext::cuda {
 namespace {
 
@@ -69,7 +69,7 @@ struct LearnedBackward {
          i += gpu::blocks() * kWarps)
       body(i);
   }
-  // The lanes' sums, in pairs.
+  // Adds the sums of the lanes in pairs, and stores the total.
   TE_GPU static void store(Sums* to, Sums own) {
     for (int distance = kSumLanes / 2; distance > 0; distance /= 2) {
       own.parameter += gpu::shuffle_xor(own.parameter, distance);
@@ -77,7 +77,7 @@ struct LearnedBackward {
     }
     if (lane() == 0) *to = own;
   }
-  // A warp: the s-th sum of a channel's `count` values.
+  // A warp computes the s-th sum over a channel's `count` values.
   TE_GPU static void fold(const Sums* from, int64_t count, int64_t c, int64_t s, Sums* to) {
     const int64_t length = smaller_of(count - s * core::kSumLength, core::kSumLength);
     const Sums* const values = from + c * count + s * core::kSumLength;
@@ -89,7 +89,7 @@ struct LearnedBackward {
     store(to, own);
   }
 
-  // One channel's way of adding an element.
+  // What backward needs to know of a channel.
   struct Channel {
     core::Affine<C> affine;
     C effective;
@@ -110,7 +110,7 @@ struct LearnedBackward {
     to.zero_point += terms.zero_point;
   }
 
-  // A thread: some outer rows of a channel.
+  // A thread sums a part of a few outer rows of a channel.
   TE_GPU void add_rows(int64_t c, int64_t part) const {
     const Channel own = channel(c);
     Sums sum{0, 0};
@@ -122,7 +122,7 @@ struct LearnedBackward {
     sums[c * parts.count + part] = sum;
   }
 
-  // A warp: a part of a row. Units are in the order of memory: [outer, channels, parts of a row].
+  // A warp sums a part of a row. Units are in memory order: [outer, channels, parts of a row].
   TE_GPU void add_run(int64_t unit) const {
     const int64_t row = unit / parts.per_row, part = unit % parts.per_row;
     const int64_t c = row % job.layout.channels, o = row / job.layout.channels;

@@ -6,21 +6,22 @@
 #include "cuda/values.h"
 #include "gpu.h"
 
-// Statistics of a tensor in one pass over memory. A block takes an item: a part of the values of
-// one channel, or of some channels that lie side by side. Where a channel is one block's alone the
-// block adds to its statistic by itself; where it is split, all blocks run at once, agree on the
-// window, and then add.
+// Statistics of a tensor in one pass over memory. A block processes items. An item is a part of the
+// values of one group: a channel, or some channels that are adjacent in memory. A block that reads
+// all values of a group adds to their statistic on its own. Where groups are split among blocks,
+// the launch is cooperative: all blocks compute the new window, wait for each other, and add with
+// atomics.
 namespace torch_ext::cuda {
 
 // How a tensor is cut into items.
 struct Cut {
   core::Walk walk;         // over units
-  int64_t units;           // of a channel: packets where they are whole and aligned, else values
+  int64_t units;           // of a channel: packets of 16 bytes where these are aligned, else values
   int64_t values;          // of a channel
-  int64_t whole;           // units that are whole packets; at most the last is not
+  int64_t whole;           // full units; only the last can be partial
   int64_t channel_stride;  // in elements
   int32_t per_unit;        // values
-  int32_t group_channels;  // channels of an item: a power of two
+  int32_t group_channels;  // channels of a group: a power of two
   int64_t groups;          // of channels
   int64_t splits;          // of each group's values
 };
@@ -28,7 +29,7 @@ struct Cut {
 template <class T, class Table>
 struct Observe {
   static constexpr int kThreads = 512;
-  // Values a thread has in registers, and as many that are on their way.
+  // A thread has so many values in registers, and as many more are being loaded.
   static constexpr int kValues = sizeof(T) == 8 ? 4 : sizeof(T) == 4 ? 12 : 16;
   static constexpr int kPackets = kValues / kPerPacket<T>;
 
@@ -95,7 +96,7 @@ struct Observe {
       if (left == end - begin) reader.load();
       float x[kValues];
       const int padding = reader.decode(x);
-      // The next chunk is on its way while this one is counted.
+      // The next chunk is loaded while this one is counted.
       if (left > per_chunk) reader.load();
       block.add(x, padding);
     }
@@ -103,7 +104,7 @@ struct Observe {
   }
   TE_GPU static int64_t smaller_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
-  // A packet of the first `left` values, the others NaN.
+  // Loads a packet with only the first `left` values; the others are NaN.
   struct PartialPacket {
     const T* at;
     TE_GPU gpu::Packet operator()(int left) const {
@@ -114,7 +115,7 @@ struct Observe {
     }
   };
 
-  // One thread's values, a chunk ahead of their use.
+  // Loads one thread's values, a chunk ahead of their use.
   struct Reader {
     const Observe& from;
     const T* base;
@@ -138,7 +139,7 @@ struct Observe {
         if (unit < end && unit < from.cut.whole) {
           next[i] = gpu::load(base + from.offset(unit));
         } else {
-          // Past the end, or the packet that the end lies in.
+          // Past the end, or the last, partial packet.
           const int64_t left = unit < end ? from.cut.values - unit * kPerPacket<T> : 0;
           next[i] = gpu::call_noinline(PartialPacket{base + unit * kPerPacket<T>},
                                        static_cast<int>(left));
@@ -164,19 +165,21 @@ struct Observe {
     }
   };
 
-  // Where a unit lies. What needs divisions is called, not inlined for each load.
+  // Offset of a unit, in elements. The variant with divisions is not inlined, because every load
+  // would repeat it.
   TE_GPU int64_t offset(int64_t unit) const {
     if (cut.walk.count == 1) return unit * cut.walk.dims[0].stride;
     return gpu::call_noinline(cut.walk, unit);
   }
 
-  // ---- a channel of one block
+  // ---- a group that one block reads
 
   TE_GPU void add_alone(BlockState& state, int64_t group, int c) const {
     const core::ChannelStatistic to = target(group, c);
     Partial& total = state.totals[c];
     if constexpr (kCounts<Table>) {
-      // The block's window began at the statistic's and ends where that has to.
+      // The block's window started as the statistic's, so it ended as the one that the statistic
+      // needs now.
       if (!mode.fresh) raise_window(to, old_top(group, c), state.top[c], total);
       gpu::sync();
       const Table counters = table();
@@ -195,7 +198,8 @@ struct Observe {
     if (gpu::thread() == 0) write(to, total, total.tally);
   }
 
-  // Empties the slots of the statistic's octaves that fall out of its window.
+  // Clears the slots of the octaves that leave the statistic's window, and counts their values as
+  // tiny.
   TE_GPU void raise_window(const core::ChannelStatistic& to, int32_t top, int32_t new_top,
                            Partial& total) const {
     if (top == 0 || new_top <= top) return;
@@ -225,7 +229,7 @@ struct Observe {
       to.extrema[1] = core::positive_zero(hi);
   }
 
-  // ---- a channel of several blocks
+  // ---- a group that several blocks read
 
   TE_GPU void split(Block& block, BlockState& state) const {
     const int64_t group = gpu::block() / cut.splits, part = gpu::block() % cut.splits;
@@ -235,7 +239,7 @@ struct Observe {
       shares[part * cut.group_channels + gpu::thread()] = state.totals[gpu::thread()];
     if (kCounts<Table> && mode.fresh) clear_part(group, part);
     gpu::sync_blocks();
-    // From here on `found` is what all blocks of the group found.
+    // From here on state.totals is that of all blocks of the group.
     if (gpu::thread() < cut.group_channels) state.totals[gpu::thread()] = kNothing;
     gpu::sync();
     for (int64_t i = gpu::thread(); i < cut.splits * cut.group_channels; i += kThreads)
@@ -263,7 +267,7 @@ struct Observe {
       counts[i] = 0;
   }
 
-  // Octave that the window of the statistic ends at once the group's values are in.
+  // Top octave of the statistic's window with the values of all blocks.
   TE_GPU int32_t common_top(const BlockState& state, int64_t group, int c) const {
     const Partial& total = state.totals[c];
     const int32_t top =
@@ -284,7 +288,7 @@ struct Observe {
           (mode.fresh ? 0 : to.tally[column]) + state.totals[gpu::thread()].tally[column];
   }
 
-  // The block's counters into the statistic's, while other blocks do so too.
+  // Adds the block's counters to the statistic's with atomics: other blocks do so at the same time.
   TE_GPU void add_shared(const BlockState& state, int64_t group, int c) const {
     if (state.top[c] == 0) return;
     const core::ChannelStatistic to = target(group, c);

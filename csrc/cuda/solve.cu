@@ -5,13 +5,13 @@
 #include "cuda/steps.h"
 #include "rule_table.h"
 
-// Jobs as arguments of a kernel (steps.h), and the memory it needs.
+// Passes jobs to the kernel of steps.h, and computes how much memory it needs.
 namespace torch_ext::cuda {
 namespace {
 
 using core::Needs;
 
-// Jobs of one launch; their list travels in its arguments.
+// The kernel. The list of jobs is passed in its arguments.
 template <int kTasks>
 struct Solve {
   static constexpr int kThreads = kSolveThreads;
@@ -47,7 +47,7 @@ RowLayout layout_of(const std::vector<const SolveJob*>& jobs) {
 
 bool reads_no_histogram(const SolveJob& job) { return rules()[job.rule].needs <= Needs::extrema; }
 
-// Those that read a histogram, of which a launch has `wave` rows in memory at a time.
+// The rows of jobs that read a histogram. A launch has memory for `wave` of them at a time.
 struct HistogramRows {
   RowLayout layout;
   int64_t rows = 0;
@@ -85,7 +85,7 @@ void launch(const std::vector<const SolveJob*>& jobs, const HistogramRows& histo
     if (reads_no_histogram(*jobs[t])) steps.extrema_rows = steps.rows;
   }
   constexpr size_t kShared = kSolveWarps * sizeof(double);
-  // A row's candidates are some fifty warps' work.
+  // The candidates of a row keep about fifty warps busy.
   const int64_t wanted = std::max((steps.extrema_rows + kSolveThreads - 1) / kSolveThreads,
                                   64 * std::min(steps.rows - steps.extrema_rows, steps.wave));
   const int64_t blocks =

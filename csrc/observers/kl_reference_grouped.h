@@ -3,11 +3,12 @@
 #include "observers/kl_reference_tables.h"
 
 // slides, modelopt, horizon (bins grouped whole) and ncnn (bins split at group borders): candidate
-// m keeps the first m bins of a histogram of |x|. `Lanes` consecutive candidates at a time, each
-// with the same operations in the same order whatever `Lanes` is: 16 vectorises, 1 is a GPU thread.
+// m keeps the first m bins of a histogram of |x|. `Lanes` consecutive candidates are computed at a
+// time, 16 where that vectorises, 1 in a GPU thread. The operations on a candidate and their order
+// do not depend on `Lanes`.
 namespace torch_ext::observers::kl_reference {
 
-// The borders g*m/levels of the groups of each candidate m: bin + rest/levels, one after the other.
+// The group borders g*m/levels of each candidate m, for ascending g, as bin + remainder/levels.
 template <int Lanes>
 struct Borders {
   int64_t step[Lanes];
@@ -29,7 +30,7 @@ struct Borders {
   }
 };
 
-// Sums of weight * ln(ratio), the exponents apart.
+// Sums of weight * ln(ratio), with the exponents summed separately.
 template <int Lanes>
 struct LogSums {
   double exponents[Lanes];
@@ -83,7 +84,7 @@ struct WholeBins {
     const double kept = tables.mass[m];
     const double beyond = tables.total - kept;
     const double last = kept - tables.mass[m - 1];
-    // An empty last bin has q = 0, or the floor alone.
+    // In an empty last bin q is 0, or the floor.
     const bool last_is_out = beyond > 0 && !(last > 0);
     if (!(kept > 0) || (last_is_out && !(floor[lane] > 0))) return __builtin_inf();
     const double log_last =
@@ -141,7 +142,8 @@ struct SplitBins {
   }
   TE_HD double divergence(const Tables& tables, int lane, int64_t m) const {
     if (!(tables.total > 0)) return __builtin_inf();
-    // q_last once more, without the rounding of sums of smoothed masses: it can weigh N.
+    // q_last is computed again without the rounding errors of the sums of smoothed masses, because
+    // its weight can be as large as N.
     const double* counts = tables.counted;
     const int64_t bin = (tables.levels - 1) * m / tables.levels;
     const double share = static_cast<double>((tables.levels - 1) * m % tables.levels) /

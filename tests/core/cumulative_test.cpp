@@ -200,7 +200,7 @@ TEST(View, ReadsNoMoreThanIsNeeded) {
   EXPECT_FALSE(view.one_sided());
 }
 
-// The memory that view_words() promises is enough, to the word.
+// view_words() words of memory are enough, and none is unused.
 TEST(View, StaysInsideItsMemory) {
   for (const HistogramLayout layout : kLayouts) {
     for (const Needs needs : {Needs::counts, Needs::moments}) {

@@ -93,7 +93,7 @@ int count_of_sets() {
 
 bool bit(const std::vector<uint8_t>& mask, int64_t i) { return mask[i / 8] >> (i % 8) & 1; }
 
-// What a forward gives, with a guard behind it.
+// The output of a forward, with guard elements behind it.
 template <typename T>
 struct Output {
   explicit Output(int64_t n) : out(n + 64), mask((n + 7) / 8 + 64, kGuard) {

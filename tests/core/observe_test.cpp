@@ -85,7 +85,7 @@ TYPED_TEST(Observe, CountsEveryLayoutPerChannel) {
   }
 }
 
-// Large enough that threads share a channel. Its sizes leave a rest in every block.
+// Large enough that threads share a channel. No size is a multiple of a block's.
 TYPED_TEST(Observe, ThreadsThatShareAChannelAgree) {
   struct Case {
     std::vector<int64_t> sizes;

@@ -4,7 +4,7 @@
 
 #include "solving.h"
 
-// The laws that every rule of the registry obeys. A new rule is tested by its line there.
+// Properties of every rule of the registry. A new rule is tested once its line is there.
 namespace {
 
 using namespace torch_ext;
@@ -49,7 +49,7 @@ std::vector<Grid> grids() {
   return all;
 }
 
-// Options that are in the unit of the data, in another unit.
+// The options that are in the unit of the data, converted to another unit.
 template <class R>
 std::vector<double> defaults_in_unit(double unit) {
   std::vector<double> values = defaults<R>();
@@ -144,7 +144,7 @@ TYPED_TEST(Rules, ScalesWithTheDataByPowersOfTwo) {
   }
 }
 
-// A rule that needs no values gives what it always gives.
+// A rule that reads no values gives the same range as ever.
 TYPED_TEST(Rules, GivesZeroWhereNothingWasSeen) {
   Memory empty(1, core::kPerTensor), nothing_finite(1, core::kPerTensor);
   observe({kInfinity, -kInfinity, std::nanf("")}, nothing_finite);
@@ -200,7 +200,7 @@ TYPED_TEST(Rules, SolvesChannelsAsIfAlone) {
   }
 }
 
-// The closed rules; search_test.cpp does it for those that search.
+// Closed rules; search_test.cpp does the same for search rules.
 TYPED_TEST(Rules, GivesTheSameWithEveryInstructionSet) {
   if constexpr (!core::SearchRule<TypeParam> && TypeParam::needs != core::Needs::nothing) {
     Random random(65);

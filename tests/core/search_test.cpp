@@ -23,7 +23,7 @@ using view_plain::Built;
 
 using Objective = std::function<Real(const Atoms&, const Grid&, Real)>;
 
-// What double may round off an objective, beside the tie bound.
+// The rounding error that double may add to an objective, beside the tie bound.
 constexpr Real kRelative = 2e-12L, kAbsolute = 2e-14L;
 
 // Whether a threshold is the smallest that ties with the least objective. Those whose objective
@@ -91,7 +91,7 @@ TEST(SearchMse, ChoosesTheLeastOfAllCandidates) {
   expect_least<observers::Mse>(240, 52, 4000, search_plain::mse);
 }
 
-// Objectives bit by bit, so that CPU and CUDA may agree too.
+// Objectives have the same bits, which CPU and CUDA need to agree too.
 template <class R>
 void expect_same_everywhere(uint64_t seed, const std::vector<double>& options) {
   Random random(seed);
@@ -118,7 +118,8 @@ TEST(SearchMse, IsTheSameWithEveryInstructionSet) {
   expect_same_everywhere<observers::Mse>(54, {});
 }
 
-// One channel: its candidates are shared by the threads. Many: a channel belongs to one.
+// With one channel the threads share its candidates; with many each channel is solved by one
+// thread.
 template <class R>
 void expect_same_for_any_threads(uint64_t seed, const std::vector<double>& options) {
   Random random(seed);

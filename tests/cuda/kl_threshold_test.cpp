@@ -69,7 +69,7 @@ TEST(KlThreshold, EveryVariantIsTheCpus) {
   }
 }
 
-// What the CPU's op refuses.
+// Invalid rows, for which the op raises on the CPU.
 TEST(KlThreshold, WrongRowsGiveNoThreshold) {
   gpu::emulation::machine() = machines::kMachines[0];
   const int64_t max_count = int64_t{1} << 53;

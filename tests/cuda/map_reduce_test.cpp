@@ -59,7 +59,7 @@ struct Given {
       grad.push_back(draw(1));
     }
     for (int64_t c = 0; c < layout.channels; ++c) {
-      // Negative ones too: an optimizer gets there.
+      // Negative parameters too: an optimizer can make them negative.
       const float sign = random() % 4 == 0 ? -1.0f : 1.0f;
       parameter.push_back(sign * (method == kLsq ? 0.05f : 2.0f) * static_cast<float>(1 + c % 7));
       zero_point.push_back(method == kLsq ? std::max(quant_min, static_cast<int32_t>(c % 5) - 2)
@@ -82,7 +82,8 @@ struct Given {
   std::vector<int32_t> zero_point;
 };
 
-// What an element adds to the gradient of the parameter and of the zero point, and its own.
+// An element's terms of the gradients of the parameter and of the zero point, and the gradient of
+// x.
 struct Plain {
   bool inside;
   long double parameter, zero_point;

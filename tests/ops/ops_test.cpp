@@ -122,7 +122,7 @@ struct Followed {
 
 TEST(Ops, FollowMovesTheRange) {
   Followed f;
-  f.by(floats({NAN, INFINITY}), 0.25);  // nothing finite: as if it had not been
+  f.by(floats({NAN, INFINITY}), 0.25);  // no finite value: nothing changes
   EXPECT_EQ(f.solved.item<int>(), 0);
   EXPECT_TRUE(same(f.range, floats({0, 0}, {1, 2})));
   f.by(floats({-1, 2}), 0.25);  // the first batch sets it
@@ -210,7 +210,7 @@ TEST(Ops, BrokenClausesAreNamed) {
   expect_error(error("fake_quant", {x.to(at::kLong), scale, zero_point, -128, 127}),
                "fake_quant: expected x to be float32, float64, float16 or bfloat16, got Long");
   expect_error(error("fake_quant", {x, scale, zero_point, -128, 127, 1}),
-               "fake_quant: expected ch_axis to be -1 or an axis of the 1 of x, got 1");
+               "fake_quant: expected ch_axis to be -1 or an axis of the 1-dimensional x, got 1");
   expect_error(error("observe_", {x, s.extrema.to(at::kDouble), s.tally, s.counts}),
                "observe_: expected extrema to be Float, got Double");
   expect_error(
@@ -233,7 +233,7 @@ TEST(Ops, UnknownRulesListTheKnown) {
   for (const Rule& rule : rules()) EXPECT_NE(text.find(rule.name), std::string::npos) << rule.name;
 }
 
-// A statistic may come from anybody's hands. fixed_scale reads none.
+// A statistic may come from a file or user code. fixed_scale reads none.
 TEST(Ops, AStatisticThatContradictsItselfIsRefused) {
   for (const Rule& rule : rules()) {
     if (rule.name == "fixed_scale") continue;
