@@ -119,18 +119,15 @@ def main() -> int:
     start_again_with_recycled_memory()
     import torch
 
-    import cases_fake_quant
-    import cases_observe
-    import cases_solve
-    import cases_training
     import native
     import tables
+    from cases import fake_quant, observe, solve, training
 
     cases = [
-        *cases_observe.CASES,
-        *cases_fake_quant.CASES,
-        *cases_solve.CASES,
-        *cases_training.CASES,
+        *observe.CASES,
+        *fake_quant.CASES,
+        *solve.CASES,
+        *training.CASES,
     ]
     cases = choose(cases, chosen.only)
     if chosen.list:

@@ -21,12 +21,11 @@ from torch import Tensor, nn
 import native
 import tables
 import torch_ext
-from torch_ext import FakeQuantize, prepare_qat, set_fake_quantize, sync_observers
-from torch_ext.calibration import calibrate
+from torch_ext import FakeQuantize, calibrate, prepare_qat, set_fake_quantize, sync_observers
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 
-from net import SmallNet
+from common.net import SmallNet
 
 BATCH = 64
 HEADER = f"{'what':46} {'processes':>9} {'median':>12} {'least':>10} {'most':>10}"

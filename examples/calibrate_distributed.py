@@ -15,10 +15,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import torch_ext
-from data import DataError, load
-from net import accuracy, trained
-from torch_ext import prepare_qat, save_observer_params, set_fake_quantize
-from torch_ext.calibration import calibrate
+from common.data import DataError, load
+from common.net import accuracy, trained
+from torch_ext import calibrate, prepare_qat, save_observer_params, set_fake_quantize
 
 OUTPUT = Path(__file__).parent / "output"
 

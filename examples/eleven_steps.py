@@ -6,18 +6,18 @@ import argparse
 import dataclasses
 import sys
 
-from data import DataError, Dataset, load
-from net import accuracy
-from qat import Plan, train_quantized
+from common.data import DataError, Dataset, load
+from common.net import accuracy
+from common.qat import Plan, train_quantized
 from torch_ext import (
     FakeQuantState,
     get_default_calib_qconfig,
     get_default_qconfig,
     load_observer_params,
     prepare_qat,
+    resolve,
     set_fake_quantize,
 )
-from torch_ext.calibration import resolve
 from train_float import train
 
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 import torch_ext
-from data import DataError, load
-from net import trained
-from report import print_table
+from common.data import DataError, load
+from common.net import trained
+from common.report import print_table
 from torch_ext import export, get_default_qconfig, prepare_qat
 
 NARROW = {"quant_min": -127}

@@ -18,13 +18,12 @@ from typing import Any
 import torch
 from torch import nn
 
-import replay
-import rivals
 import torch_ext
-from data import DataError, Dataset, load
-from net import accuracy, trained
-from qat import Plan, train_quantized
-from report import draw_losses, print_table
+from common import replay, rivals
+from common.data import DataError, Dataset, load
+from common.net import accuracy, trained
+from common.qat import Plan, train_quantized
+from common.report import draw_losses, print_table
 from torch_ext import FakeQuantState, get_default_qconfig, prepare_qat, set_fake_quantize
 
 

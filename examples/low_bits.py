@@ -15,10 +15,10 @@ from statistics import mean
 from torch import nn
 
 import torch_ext
-from data import DataError, Dataset, load
-from net import SmallNet, accuracy, trained
-from qat import Plan, train_quantized
-from report import print_table
+from common.data import DataError, Dataset, load
+from common.net import SmallNet, accuracy, trained
+from common.qat import Plan, train_quantized
+from common.report import print_table
 from torch_ext import (
     FakeQuantState,
     QConfig,

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from data import DataError, Dataset, augment, digits, load
-from net import WEIGHTS_FOLDER, SmallNet, accuracy
+from common.data import DataError, Dataset, augment, digits, load
+from common.net import WEIGHTS_FOLDER, SmallNet, accuracy
 
 
 def train(data: Dataset, epochs: int, batch: int, peak_rate: float, seed: int) -> SmallNet:

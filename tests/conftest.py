@@ -32,6 +32,12 @@ def _threads_restored() -> Iterator[None]:
 
 
 @pytest.fixture
+def one_thread() -> None:
+    """For tiny tensors: threads would only wait for each other."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 

@@ -147,7 +147,9 @@ class Check:
                 move(job.log, log)
 
     def benchmarks(self) -> None:
-        self.run("benchmarks", [sys.executable, "benchmarks/gpu.py", "--save", "--out", str(OUT)])
+        self.run(
+            "benchmarks", [sys.executable, "benchmarks/run_gpu.py", "--save", "--out", str(OUT)]
+        )
 
     def summary(self, closing: str) -> None:
         rows = [("step", "outcome", "seconds", "last line")]

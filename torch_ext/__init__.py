@@ -4,20 +4,23 @@ from torch_ext.ops import loader  # isort: skip # First: it says what is wrong w
 from torch_ext import export, ops
 from torch_ext._C import build_info, fake_quants, observers
 from torch_ext.analysis.report.report import ReportSummary, report
-from torch_ext.analysis.sensitivity import Sensitivity, sensitivity
-from torch_ext.analysis.sweep import Sweep, sweep
-from torch_ext.calibration.calibrate import CalibrationSummary, calibrate
+from torch_ext.analysis.rule_choices import Choice
+from torch_ext.analysis.sensitivity import Sensitivity, SensitivityRow, sensitivity
+from torch_ext.analysis.sweep import Sweep, SweepRow, sweep
+from torch_ext.calibration.calibrate import CalibrationSummary, QuantizerSummary, calibrate
 from torch_ext.calibration.distributed import keep_statistics_local, sync_observers
 from torch_ext.calibration.resolve import resolve
 from torch_ext.files.load_observer_params import LoadReport, load_observer_params
 from torch_ext.files.merge import MergeReport, merge_observer_params
 from torch_ext.files.observer_params import save_observer_params
 from torch_ext.files.saved_quantizers import SavedQuantizers, read_quantizers
+from torch_ext.files.storage import FileError
 from torch_ext.modules import Add, Cat, MatMul, Mul, QuantStub
-from torch_ext.prepare.describe import describe
+from torch_ext.prepare.describe import Description, QuantizerRow, describe
 from torch_ext.prepare.fuse import fuse
 from torch_ext.prepare.prepare_qat import prepare_qat
 from torch_ext.prepare.qconfig import QConfig, get_default_calib_qconfig, get_default_qconfig
+from torch_ext.prepare.remove_quantizers import remove_quantizers
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import named_quantizers
 from torch_ext.quantizers.float_state_dict import float_state_dict, load_float_state_dict
@@ -43,8 +46,11 @@ __all__ = [
     "Add",
     "CalibrationSummary",
     "Cat",
+    "Choice",
+    "Description",
     "FakeQuantState",
     "FakeQuantize",
+    "FileError",
     "LearnedFakeQuantize",
     "LoadReport",
     "MatMul",
@@ -54,10 +60,14 @@ __all__ = [
     "QConfig",
     "QuantStub",
     "QuantizationWarning",
+    "QuantizerRow",
+    "QuantizerSummary",
     "ReportSummary",
     "SavedQuantizers",
     "Sensitivity",
+    "SensitivityRow",
     "Sweep",
+    "SweepRow",
     "build_info",
     "calibrate",
     "cmake_prefix_path",
@@ -80,6 +90,7 @@ __all__ = [
     "prepare_qat",
     "quantization_parameters",
     "read_quantizers",
+    "remove_quantizers",
     "report",
     "reset_statistics",
     "resolve",

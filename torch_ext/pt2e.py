@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_ext.ops.registry_names import Method, Rule
 from torch_ext.quantizers.fake_quantize import KEYS as FAKE_QUANT_KEYS
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.grid import DType, parse_dtype
@@ -51,7 +52,7 @@ _HELD_IN = {
 
 
 def observer_spec(
-    observer: str = "min_max",
+    observer: Rule = "min_max",
     dtype: DType = torch.int8,
     qscheme: torch.qscheme | str = torch.per_tensor_symmetric,
     ch_axis: int = -1,
@@ -84,8 +85,8 @@ def observer_spec(
 
 
 def fake_quant_spec(
-    method: str = "fake_quant",
-    observer: str = "min_max",
+    method: Method = "fake_quant",
+    observer: Rule = "min_max",
     dtype: DType = torch.int8,
     qscheme: torch.qscheme | str = torch.per_tensor_symmetric,
     ch_axis: int = -1,
@@ -205,7 +206,7 @@ class _Adapter(nn.Module):
 class PT2EObserver(_Adapter, ObserverBase):  # type: ignore[misc]
     """An :class:`Observer` in a graph that ``prepare_pt2e`` made."""
 
-    def __init__(self, observer: str, is_dynamic: bool = False, **keys: Any) -> None:
+    def __init__(self, observer: Rule, is_dynamic: bool = False, **keys: Any) -> None:
         _refuse_dynamic("observer_spec", is_dynamic)
         super().__init__(dtype=keys["dtype"])
         self._hold(functools.partial(Observer, observer, **keys))
@@ -233,7 +234,9 @@ class PT2EFakeQuantize(_Adapter, FakeQuantizeBase):  # type: ignore[misc]
 
     inner: FakeQuantize
 
-    def __init__(self, method: str, observer: str, is_dynamic: bool = False, **keys: Any) -> None:
+    def __init__(
+        self, method: Method, observer: Rule, is_dynamic: bool = False, **keys: Any
+    ) -> None:
         _refuse_dynamic("fake_quant_spec", is_dynamic)
         super().__init__()
         self.dtype: torch.dtype = keys["dtype"]

@@ -12,10 +12,11 @@ from torch import Tensor
 
 import torch_ext
 from devices import assert_same_bits, no_sync, to
-from hostile import broken_states
+from hostile_batches import broken_states
 from op_clauses import CLAUSES, INF, NAN
 from op_samples import SAMPLES, Arguments
-from support import observed, sample
+from sample_data import sample
+from statistic_tensors import observed
 from torch_ext import ops
 
 NATIVE = torch.ops.torch_ext

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-import rank_jobs as jobs
-import ranks
+from ranks import jobs, processes
 
 
 @pytest.mark.parametrize("backend", ["gloo", "nccl"])
@@ -19,7 +18,7 @@ def test_merged_statistics_are_those_of_one_process(device: torch.device, backen
             pytest.skip("NCCL is for CUDA devices")
         world = min(2, torch.cuda.device_count())
     want = {kind: jobs.plain(jobs.fill(jobs.bank(), jobs.pieces(kind))) for kind in jobs.DEALS}
-    for found in ranks.run(world, jobs.merge_on, str(device), backend=backend, seconds=120):
+    for found in processes.run(world, jobs.merge_on, str(device), backend=backend, seconds=120):
         assert found.keys() == want.keys()
         for kind, values in found.items():
             for key, value in want[kind].items():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from devices import assert_same_bits
-from support import DTYPES, VIEWS, sample, strided_views
+from sample_data import DTYPES, VIEWS, sample, strided_views
 from torch_ext import ops
 from zoo import AROUND, FLOAT_MAX, LEAST_NORMAL, ZOO, misaligned
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 import torch_ext
 from devices import assert_same_bits, to
-from support import DTYPES, GRIDS, sample
+from sample_data import DTYPES, sample
+from sample_grids import GRIDS
 from torch_ext import ops
 from zoo import ZOO
 

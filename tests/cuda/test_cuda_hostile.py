@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import torch_ext
 from devices import assert_same_bits, to
-from hostile import SCHEMES, SEQUENCES, as_dtype, refused
+from hostile_batches import SCHEMES, SEQUENCES, as_dtype, refused
 from op_samples import SAMPLES
-from support import DTYPES
+from sample_data import DTYPES
 from torch_ext import FakeQuantState
 
 RULES = torch_ext.observers()

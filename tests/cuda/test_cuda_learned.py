@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import torch_ext
 from devices import assert_same_bits, no_sync
-from support import sample
+from sample_data import sample
 from torch_ext import FakeQuantize, quantization_parameters
 
 METHODS = [m for m in torch_ext.fake_quants() if m != "fake_quant"]

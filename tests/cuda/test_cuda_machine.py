@@ -13,9 +13,10 @@ from torch import Tensor
 
 import torch_ext
 from devices import assert_same_bits, free_memory, synchronize, to
-from exact_net import batch, ready_for, step, upstream
+from nets.exact_net import batch, ready_for, step, upstream
 from op_samples import SAMPLES
-from support import State, empty_state, observed, sample
+from sample_data import sample
+from statistic_tensors import State, empty_state, observed
 from torch_ext import FakeQuantState, ops
 from zoo import ZOO
 

@@ -9,7 +9,8 @@ import torch
 
 import torch_ext
 from devices import assert_same_bits
-from support import DTYPES, State, empty_state, observed, sample
+from sample_data import DTYPES, sample
+from statistic_tensors import State, empty_state, observed
 from torch_ext import ops
 from zoo import ZOO
 

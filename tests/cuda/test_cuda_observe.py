@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from devices import assert_same_bits
-from support import DTYPES, VIEWS, empty_state, observed, sample, strided_views
+from sample_data import DTYPES, VIEWS, sample, strided_views
+from statistic_tensors import empty_state, observed
 from torch_ext import ops
 from zoo import AROUND, FEW, ZOO, misaligned
 

@@ -11,7 +11,10 @@ from torch import Tensor
 
 import torch_ext
 from devices import assert_same_bits
-from support import DTYPES, GRIDS, SEARCHING, State, empty_state, grid_arguments, observed, sample
+from expected_ranges import SEARCHING
+from sample_data import DTYPES, sample
+from sample_grids import GRIDS, grid_arguments
+from statistic_tensors import State, empty_state, observed
 from torch_ext import ops
 from zoo import FLOAT_MAX, LEAST_NORMAL, ZOO
 

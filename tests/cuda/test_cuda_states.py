@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 import torch_ext
 from devices import assert_same_bits, captured, launches, no_sync, synchronize, warmed_up
-from exact_net import RULES, batch, ready_for, step, upstream
-from support import DTYPES, empty_state, sample
+from nets.exact_net import RULES, batch, ready_for, step, upstream
+from sample_data import DTYPES, sample
+from statistic_tensors import empty_state
 from torch_ext import FakeQuantState, ops
 
 STATES = list(FakeQuantState)

@@ -11,8 +11,9 @@ from torch import nn
 
 import torch_ext
 from devices import assert_same_bits
-from exact_net import RULES, batch, exact_net, prepared, ready_for
-from support import observed, sample
+from nets.exact_net import RULES, batch, exact_net, prepared, ready_for
+from sample_data import sample
+from statistic_tensors import observed
 from torch_ext import FakeQuantState, load_observer_params, save_observer_params, set_fake_quantize
 
 BATCHES = [batch(seed) for seed in range(8)]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from support import sample
+from sample_data import sample
 
 FLOAT_MAX = torch.finfo(torch.float32).max
 LEAST_NORMAL = 2.0**-126

@@ -13,6 +13,7 @@ from typing import Any
 from torch_ext.files.quantizer_params import spec_of
 from torch_ext.files.storage import FileError, PathLike, read_object, write_atomically
 from torch_ext.quantizers.find import PreparedModel
+from torch_ext.utils.arguments import bounded
 from torch_ext.utils.batches import digest
 
 _VERSION = 1
@@ -74,7 +75,7 @@ class Results:
             with contextlib.suppress(TypeError, ValueError, RuntimeError):
                 return float(value)
         raise TypeError(
-            f"{self._who}: expected the metric of {label} to be a number, got {value!r}"
+            f"{self._who}: expected the metric of {label} to be a number, got {bounded(value)}"
         )
 
     def _read(self, path: PathLike) -> dict[str, float]:
@@ -95,7 +96,7 @@ class Results:
 
 def _text(value: object) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"expected numbers as text, got {value!r}")
+        raise ValueError(f"expected numbers as text, got {bounded(value)}")
     return value
 
 

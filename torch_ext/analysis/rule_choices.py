@@ -8,14 +8,16 @@ from dataclasses import dataclass
 
 from torch_ext import _C
 from torch_ext.ops.registry import OptionValue, encode_options, observer_info
+from torch_ext.ops.registry_names import Rule
+from torch_ext.utils.arguments import bounded
 
-Candidates = Sequence[str] | Mapping[str, Mapping[str, OptionValue | Sequence[OptionValue]]]
+Candidates = Sequence[Rule] | Mapping[Rule, Mapping[str, OptionValue | Sequence[OptionValue]]]
 
 # Rules that are told their range: their defaults say nothing about the data.
 _TOLD = ("fixed_scale", "clip")
 
 # Rules whose option is worth more than one try.
-_USUAL: Mapping[str, Mapping[str, Sequence[OptionValue]]] = {
+_USUAL: Mapping[Rule, Mapping[str, Sequence[OptionValue]]] = {
     "percentile": {"percentile": (99.9, 99.99, 99.999)},
     "clip_std": {"std_scale": (3.0, 4.0, 6.0)},
 }
@@ -25,7 +27,7 @@ _USUAL: Mapping[str, Mapping[str, Sequence[OptionValue]]] = {
 class Choice:
     """A rule with values for all its options."""
 
-    rule: str
+    rule: Rule
     options: Mapping[str, OptionValue]
 
     def __str__(self) -> str:
@@ -35,12 +37,12 @@ class Choice:
         return f"{self.rule}({values})" if values else self.rule
 
 
-def rules_that_look() -> list[str]:
+def rules_that_look() -> list[Rule]:
     """The rules that find a range in the data, instead of being told one."""
     return [rule for rule in _C.observers() if rule not in _TOLD]
 
 
-def choice(rule: str, options: Mapping[str, OptionValue]) -> Choice:
+def choice(rule: Rule, options: Mapping[str, OptionValue]) -> Choice:
     """With the defaults of the options that are not given; refuses unknown names and values."""
     encode_options(rule, options)
     defaults = {row["name"]: row["default"] for row in observer_info(rule)["options"]}
@@ -51,7 +53,7 @@ def parse_candidates(who: str, name: str, given: Candidates) -> list[Choice]:
     """Every combination of the options' values, each once."""
     want = "names of rules, or a mapping of names to options"
     if isinstance(given, str) or not isinstance(given, (Sequence, Mapping)):
-        raise TypeError(f"{who}: expected {name} to be {want}, got {given!r}")
+        raise TypeError(f"{who}: expected {name} to be {want}, got {bounded(given)}")
     if not given:
         raise ValueError(f"{who}: expected {name} to be {want}, got none")
     table = given if isinstance(given, Mapping) else {rule: {} for rule in given}
@@ -59,7 +61,8 @@ def parse_candidates(who: str, name: str, given: Candidates) -> list[Choice]:
     for rule, options in table.items():
         if not isinstance(options, Mapping):
             raise TypeError(
-                f"{who}: expected {name}[{rule!r}] to be a mapping of options, got {options!r}"
+                f"{who}: expected {name}[{rule!r}] to be a mapping of options, got "
+                f"{bounded(options)}"
             )
         values = [v if isinstance(v, (list, tuple)) else [v] for v in options.values()]
         for combination in itertools.product(*values):

@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +20,22 @@ from torch_ext.quantizers.find import Pattern, PreparedModel, role_of
 from torch_ext.quantizers.restore import restored
 from torch_ext.quantizers.set_state import change_states
 from torch_ext.quantizers.state_table import FakeQuantState
-from torch_ext.utils.arguments import parse_flag
-from torch_ext.utils.batches import Forward, default_forward, model_device, tensors_in, to_device
+from torch_ext.utils.arguments import bounded, check_callable, parse_flag
+from torch_ext.utils.batches import (
+    Forward,
+    check_batches,
+    default_forward,
+    model_device,
+    tensors_in,
+    to_device,
+)
 from torch_ext.utils.modes import eval_mode, forked_rng
 from torch_ext.utils.progress import progress_bar
 from torch_ext.utils.text import text_table
 
 _WHO = "sensitivity"
-_WAYS = ("on", "off")
+Way = Literal["on", "off"]
+_WAYS: tuple[Way, ...] = ("on", "off")
 Metric = Callable[[nn.Module, Any], Any]
 
 
@@ -50,7 +58,7 @@ class Sensitivity:
     rows: tuple[SensitivityRow, ...]
     floating: float
     quantized: float
-    ways: tuple[str, ...]
+    ways: tuple[Way, ...]
     metric: str
 
     def __str__(self) -> str:
@@ -70,7 +78,7 @@ class Sensitivity:
     def save_picture(self, path: PathLike, most: int | None = None) -> None:
         """Writes an SVG with the bars of all quantizers, or of the costliest `most`."""
         if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
-            raise ValueError(f"{_WHO}: expected most to be 1 or more, got {most!r}")
+            raise ValueError(f"{_WHO}: expected most to be 1 or more, got {bounded(most)}")
         words = {"on": "loss with it alone", "off": "gain without it"}
         fields = {"on": "loss", "off": "gain"}
         bars = [
@@ -87,7 +95,7 @@ def sensitivity(
     data: Any,
     metric: Metric | None = None,
     *,
-    ways: Sequence[str] = _WAYS,
+    ways: Way | Sequence[Way] = _WAYS,
     pattern: Pattern | None = None,
     higher_is_better: bool = True,
     forward: Forward | None = None,
@@ -124,8 +132,11 @@ def sensitivity(
     prepared = PreparedModel(_WHO, model)
     quantizers, chosen = prepared.quantizers, prepared.select(pattern)
     chosen_ways = _parse_ways(ways)
-    if metric is not None and not callable(metric):
-        raise TypeError(f"{_WHO}: expected metric to be a function or None, got {metric!r}")
+    check_callable(_WHO, "metric", metric)
+    check_callable(_WHO, "forward", forward)
+    if metric is None:
+        check_batches(_WHO, "data", data)
+    where = model_device(_WHO, model, device)
     parse_flag(_WHO, "higher_is_better", higher_is_better)
     with contextlib.ExitStack() as stack:
         stack.enter_context(restored(quantizers))
@@ -134,8 +145,8 @@ def sensitivity(
         results = Results(_WHO, checkpoint, fingerprint(prepared))
         change_states(_WHO, model, FakeQuantState.VALIDATION)
         active = {name: q for name, q in quantizers.items() if not q.passes_through}
-        run = _Run(model, active, data, results)
-        run.begin(metric, forward or default_forward, model_device(model, device))
+        run = _SensitivityRun(model, active, data, results)
+        run.begin(metric, forward or default_forward(_WHO), where)
         switches = [(n, way) for n in chosen if n in active for way in chosen_ways]
         for name, way in progress_bar(switches, len(switches), _WHO, progress):
             run.switch(name, way)
@@ -147,7 +158,7 @@ def sensitivity(
     return Sensitivity(tuple(rows), run.floating, run.quantized, chosen_ways, title)
 
 
-class _Run:
+class _SensitivityRun:
     """The measurements of one run, in VALIDATION."""
 
     def __init__(
@@ -196,7 +207,7 @@ class _Run:
             return self.metric(self.model, self.data)
 
 
-def _parse_ways(ways: Sequence[str]) -> tuple[str, ...]:
+def _parse_ways(ways: Way | Sequence[Way]) -> tuple[Way, ...]:
     given = [ways] if isinstance(ways, str) else list(ways)
     for way in given:
         if way not in _WAYS:
@@ -220,7 +231,7 @@ class _OutputError:
     """Squared error of the model's floating outputs, relative to the float model's."""
 
     def __init__(self, model: nn.Module, data: Any, forward: Forward, device: torch.device) -> None:
-        if not isinstance(data, Iterable) or isinstance(data, (str, Iterator)):
+        if isinstance(data, Iterator):
             raise TypeError(
                 f"{_WHO}: expected data to be batches that can be run over again, such as a list, "
                 f"got {type(data).__name__}"

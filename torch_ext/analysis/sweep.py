@@ -20,7 +20,7 @@ from torch_ext.quantizers.find import Pattern, PreparedModel
 from torch_ext.quantizers.restore import restored
 from torch_ext.quantizers.set_state import change_states
 from torch_ext.quantizers.state_table import FakeQuantState
-from torch_ext.utils.arguments import parse_flag
+from torch_ext.utils.arguments import bounded, parse_flag
 from torch_ext.utils.modes import eval_mode, forked_rng
 from torch_ext.utils.progress import progress_bar
 from torch_ext.utils.text import text_table
@@ -60,7 +60,7 @@ class Sweep:
     def apply(self, model: nn.Module, row: SweepRow | None = None) -> None:
         """Solves the model's quantizers by a row's rules, by default the best one's."""
         chosen = self.best if row is None else row
-        _resolve(model, chosen.activations, chosen.weights, self.pattern)
+        _solve_by(model, chosen.activations, chosen.weights, self.pattern)
 
     def __str__(self) -> str:
         rows = [
@@ -126,7 +126,9 @@ def sweep(
     prepared = PreparedModel(_WHO, model)
     quantizers, chosen = prepared.quantizers, prepared.select(pattern)
     if not callable(evaluate):
-        raise TypeError(f"{_WHO}: expected evaluate to be a function of a model, got {evaluate!r}")
+        raise TypeError(
+            f"{_WHO}: expected evaluate to be a function of a model, got {bounded(evaluate)}"
+        )
     parse_flag(_WHO, "higher_is_better", higher_is_better)
     with contextlib.ExitStack() as stack:
         stack.enter_context(restored(quantizers))
@@ -135,7 +137,7 @@ def sweep(
         about = fingerprint(prepared, sorted(chosen))
         change_states(_WHO, model, FakeQuantState.VALIDATION)
         pairs = _pairs(prepared, activation_observers, weight_observers, pattern)
-        run = _Run(model, quantizers, evaluate, Results(_WHO, checkpoint, about), pattern)
+        run = _SweepRun(model, quantizers, evaluate, Results(_WHO, checkpoint, about), pattern)
         labels = [_FLOAT, _AS_IT_IS, *pairs]
         measured = {
             label: run.measure(label, pairs.get(label))
@@ -187,7 +189,7 @@ def _pairs(
     return {_label(first, second): (first, second) for second in lists[1] for first in lists[0]}
 
 
-def _resolve(
+def _solve_by(
     model: nn.Module, activations: Choice | None, weights: Choice | None, pattern: Pattern | None
 ) -> None:
     for side, one in zip(_SIDES, (activations, weights), strict=True):
@@ -199,7 +201,7 @@ def _arguments(side: str, one: Choice, pattern: Pattern | None) -> dict[str, Any
     return {side: one.rule, "pattern": pattern, **one.options}
 
 
-class _Run:
+class _SweepRun:
     """The measurements of one sweep."""
 
     def __init__(
@@ -229,7 +231,7 @@ class _Run:
             activations, weights = pair
             # Weights are read anew, so they are solved when their rule changes.
             again = weights if weights != self._weights else None
-            _resolve(self.model, activations, again, self.pattern)
+            _solve_by(self.model, activations, again, self.pattern)
             self._weights = weights
         return self._evaluate()
 

@@ -1,1 +1,1 @@
-"""Running data through a prepared model, on one process or several, and solving again without it."""
+"""Running data through a prepared model, on one process or many; solving again without data."""

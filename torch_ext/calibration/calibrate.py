@@ -18,9 +18,11 @@ from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import PreparedModel
 from torch_ext.quantizers.restore import restored_on_error, watched
 from torch_ext.quantizers.set_state import change_states
-from torch_ext.quantizers.state_table import FakeQuantState, parse_state
+from torch_ext.quantizers.state_table import FakeQuantState, StateName, parse_state
+from torch_ext.utils.arguments import bounded, check_callable, parse_flag
 from torch_ext.utils.batches import (
     Forward,
+    check_batches,
     default_forward,
     digest,
     model_device,
@@ -87,7 +89,7 @@ def calibrate(
     fresh: bool = True,
     checkpoint: PathLike | None = None,
     every: int = 16,
-    state: FakeQuantState | str = FakeQuantState.VALIDATION,
+    state: FakeQuantState | StateName = FakeQuantState.VALIDATION,
     allow_unobserved: bool = False,
 ) -> CalibrationSummary:
     """Observes the loader's batches in CALIBRATION and leaves it, which solves every quantizer.
@@ -114,19 +116,24 @@ def calibrate(
     """
     quantizers = PreparedModel(_WHO, model).quantizers
     target = parse_state(_WHO, state)
+    check_batches(_WHO, "loader", loader)
+    check_callable(_WHO, "forward", forward)
+    for name, flag in (("fresh", fresh), ("allow_unobserved", allow_unobserved)):
+        parse_flag(_WHO, name, flag)
     _check_count("limit", limit)
     _check_count("every", every)
+    where = model_device(_WHO, model, device)
     begun = time.perf_counter()
     with contextlib.ExitStack() as stack:
         stack.enter_context(restored_on_error(quantizers))
         stack.enter_context(eval_mode(model))
         stack.enter_context(forked_rng(model))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(autocasting(autocast, model_device(model, device)))
+        stack.enter_context(autocasting(autocast, where))
         if fresh:
             for quantizer in quantizers.values():
                 quantizer.observer.reset_()
-        run = _Run(model, quantizers, forward or default_forward, model_device(model, device))
+        run = _CalibrationRun(model, quantizers, forward or default_forward(_WHO), where)
         resumed = run.resume(checkpoint) if checkpoint is not None else 0
         for quantizer in quantizers.values():
             quantizer.enter(FakeQuantState.CALIBRATION)
@@ -155,7 +162,7 @@ def calibrate(
     )
 
 
-class _Run:
+class _CalibrationRun:
     """The batches of one calibration, counted."""
 
     def __init__(
@@ -216,7 +223,7 @@ def _check_count(name: str, value: int | None) -> None:
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{_WHO}: expected {name} to be a number of batches, got {value!r}")
+        raise TypeError(f"{_WHO}: expected {name} to be a number of batches, got {bounded(value)}")
     if value < 1:
         raise ValueError(f"{_WHO}: expected {name} to be 1 or more, got {value}")
 

@@ -19,6 +19,7 @@ from torch_ext.files.quantizer_params import (
 )
 from torch_ext.files.storage import FileError, PathLike, read_tensors, write_tensors
 from torch_ext.quantizers.fake_quantize import FakeQuantize
+from torch_ext.utils.arguments import bounded
 
 _KIND = "calibration"
 _VERSION = 1
@@ -65,7 +66,7 @@ def read_progress(path: PathLike, quantizers: Mapping[str, FakeQuantize]) -> Pro
     batches, samples = (_count(path, content, key) for key in ("batches", "samples"))
     last = content.get("last_digest")
     if not isinstance(last, str):
-        raise FileError(path, f"last_digest: expected text, got {last!r}")
+        raise FileError(path, f"last_digest: expected text, got {bounded(last)}")
 
     loaded: list[tuple[Tensor, Tensor]] = []
     for name, quantizer in quantizers.items():
@@ -83,7 +84,7 @@ def read_progress(path: PathLike, quantizers: Mapping[str, FakeQuantize]) -> Pro
 def _count(path: PathLike, content: Mapping[str, Any], key: str) -> int:
     value = content.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise FileError(path, f"{key}: expected a count, got {value!r}")
+        raise FileError(path, f"{key}: expected a count, got {bounded(value)}")
     return value
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from torch_ext.utils.arguments import bounded
 from torch_ext.utils.text import shown
 
 Facts = Mapping[str, Mapping[str, Any]]
@@ -32,7 +33,9 @@ class Ranks:
         if group is outside:
             raise ValueError(f"{who}: expected group to have this process as a member, got another")
         if not (group is None or isinstance(group, dist.ProcessGroup)):
-            raise TypeError(f"{who}: expected group to be a ProcessGroup or None, got {group!r}")
+            raise TypeError(
+                f"{who}: expected group to be a ProcessGroup or None, got {bounded(group)}"
+            )
         config = str(dist.get_backend_config(group))  # such as "cpu:gloo,cuda:nccl"
         self.device_types = [part.split(":")[0] for part in config.split(",")]
 

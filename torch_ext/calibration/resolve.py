@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from torch_ext.ops.registry import OptionValue, observer_info
+from torch_ext.ops.registry_names import Rule
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import Pattern, PreparedModel
 from torch_ext.quantizers.observer import Observer
@@ -20,8 +21,8 @@ _WHO = "resolve"
 
 def resolve(
     model: nn.Module,
-    activation_observer: str | None = None,
-    weight_observer: str | None = None,
+    activation_observer: Rule | None = None,
+    weight_observer: Rule | None = None,
     pattern: Pattern | None = None,
     **options: OptionValue,
 ) -> None:
@@ -49,14 +50,14 @@ class ResolvePlan(NamedTuple):
     """What a call of :func:`resolve` would do, checked; by name of the quantizer."""
 
     chosen: dict[str, FakeQuantize]
-    rules: dict[str, str]
+    rules: dict[str, Rule]
     settings: dict[str, dict[str, Any]]
 
 
 def plan_resolve(
     prepared: PreparedModel,
-    activation_observer: str | None = None,
-    weight_observer: str | None = None,
+    activation_observer: Rule | None = None,
+    weight_observer: Rule | None = None,
     pattern: Pattern | None = None,
     **options: OptionValue,
 ) -> ResolvePlan:
@@ -103,7 +104,7 @@ def _options(
 
 def _check(
     chosen: Mapping[str, FakeQuantize],
-    rules: Mapping[str, str],
+    rules: Mapping[str, Rule],
     settings: Mapping[str, Mapping[str, OptionValue]],
 ) -> None:
     without = [
@@ -125,7 +126,7 @@ def _check(
 
 
 def _apply(prepared: PreparedModel, plan: ResolvePlan) -> None:
-    before: dict[Observer, tuple[str, dict[str, OptionValue]]] = {
+    before: dict[Observer, tuple[Rule, dict[str, OptionValue]]] = {
         q.observer: (q.observer.name, q.observer.options) for q in plan.chosen.values()
     }
     try:

@@ -21,6 +21,7 @@ from torch_ext.export.common.entries import Entry, ExportReport, check_path, ent
 from torch_ext.files.quantizer_params import STATISTIC, Params, params_from, spec_of
 from torch_ext.files.storage import FileError, PathLike, name_problem, read_object, write_atomically
 from torch_ext.quantizers.find import PreparedModel
+from torch_ext.utils.text import label_of
 
 _FORMAT = "torch_ext.calibration"
 _VERSION = 1
@@ -140,7 +141,7 @@ def read_json(path: PathLike) -> Calibration:
         try:
             found[name] = _parse_record(record)
         except ValueError as error:
-            raise FileError(path, f"{name or 'model'}.{error}") from error
+            raise FileError(path, f"{label_of(name)}.{error}") from error
     return Calibration(found, document["left_out"])
 
 

@@ -33,6 +33,7 @@ from torch_ext.export.common.trace import trace
 from torch_ext.export.ncnn_layers import Layer, layers_of
 from torch_ext.files.storage import FileError, PathLike, name_problem, write_atomically
 from torch_ext.quantizers.find import PreparedModel
+from torch_ext.utils.arguments import bounded
 from torch_ext.utils.text import shown
 
 _WEIGHT = "_param_"
@@ -226,7 +227,9 @@ def _check_keys(who: str, keys: Mapping[str, tuple[str, ...]]) -> None:
     for layer, listed in keys.items():
         for key in listed:
             if " " in key or _WEIGHT in key:
-                problems[layer] = f"expected its name to be without ' ' and {_WEIGHT}, got {key!r}"
+                problems[layer] = (
+                    f"expected its name to be without ' ' and {_WEIGHT}, got {bounded(key)}"
+                )
             elif len(f"{key}{_WEIGHT}0".encode()) > _LONGEST_KEY:
                 problems[layer] = f"expected its key to be of at most {_LONGEST_KEY} bytes"
     refuse(who, problems, "pass names={module: name in the network}")

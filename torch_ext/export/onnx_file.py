@@ -6,7 +6,7 @@ import contextlib
 import io
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -27,8 +27,10 @@ from torch_ext.export.onnx_qdq import PLAIN_OPSET, OnnxGrid, Rewriter
 from torch_ext.export.tensorrt.onnx_rules import grid_problem, violations
 from torch_ext.files.storage import PathLike, write_atomically
 from torch_ext.quantizers.find import PreparedModel
+from torch_ext.utils.arguments import bounded
 
-PROFILES = (None, "tensorrt", "float")
+Profile = Literal["tensorrt", "float"]
+PROFILES = (None, *get_args(Profile))
 _LIMIT = 2**31 - 2**20  # protobuf holds no more in one message
 
 
@@ -36,7 +38,7 @@ def onnx(
     model: nn.Module,
     example_inputs: Any,
     path: PathLike,
-    profile: str | None = None,
+    profile: Profile | None = None,
     quantized_weights: bool = False,
     opset: int | None = None,
     dynamic_batch: bool = True,
@@ -108,7 +110,7 @@ def _check_opset(who: str, opset: int | None, least: int, packages: Any) -> int:
     if isinstance(opset, bool) or not isinstance(opset, int) or not least <= opset <= newest:
         raise ValueError(
             f"{who}: expected opset to be between {least}, which the grids need, and {newest}, "
-            f"got {opset!r}"
+            f"got {bounded(opset)}"
         )
     return opset
 

@@ -26,6 +26,8 @@ from torch_ext.export.common.entries import (
 from torch_ext.files.storage import FileError, PathLike, name_problem, read_object, write_atomically
 from torch_ext.quantizers.find import PreparedModel
 from torch_ext.quantizers.grid import dtype_name
+from torch_ext.utils.arguments import bounded
+from torch_ext.utils.text import label_of
 
 _FORMAT = "torch_ext.tvm"
 _VERSION = 1
@@ -85,7 +87,7 @@ def tvm_scales(
         known = ", ".join(_WEIGHT_SCALES)
         raise ValueError(f"{who}: unknown weight_scale {weight_scale!r}; known: {known}")
     if global_scale is not None and not _positive(global_scale):
-        raise ValueError(f"{who}: expected global_scale to be above 0, got {global_scale!r}")
+        raise ValueError(f"{who}: expected global_scale to be above 0, got {bounded(global_scale)}")
     chosen, left_out = entries(PreparedModel(who, model))
     problems = {
         name: why for name, e in chosen.items() if (why := _problem(e, weight_scale, global_scale))
@@ -167,7 +169,7 @@ def read_tvm_scales(path: PathLike) -> TvmScales:
 
 def _parse(path: PathLike, name: str, record: Any) -> TvmScale:
     if not isinstance(record, dict) or record.keys() != _FIELDS or record["of"] not in _ROLES:
-        raise FileError(path, f"{name or 'model'}: expected of and {sorted(_FIELDS - {'of'})}")
+        raise FileError(path, f"{label_of(name)}: expected of and {sorted(_FIELDS - {'of'})}")
     made = TvmScale(**record)
     whole = all(
         isinstance(n, int) and not isinstance(n, bool) for n in (made.clip_min, made.clip_max)
@@ -179,5 +181,5 @@ def _parse(path: PathLike, name: str, record: Any) -> TvmScale:
         and made.clip_min == -made.clip_max < 0
         and made.dom_scale * (made.clip_max + 1) == made.threshold
     ):
-        raise FileError(path, f"{name or 'model'}: its numbers contradict each other")
+        raise FileError(path, f"{label_of(name)}: its numbers contradict each other")
     return made

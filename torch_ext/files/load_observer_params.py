@@ -17,7 +17,7 @@ from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import PreparedModel
 from torch_ext.quantizers.float_state_dict import float_state_dict, load_float_state_dict
 from torch_ext.quantizers.solve import Solution
-from torch_ext.utils.arguments import bounded
+from torch_ext.utils.arguments import bounded, parse_flag
 
 _WHO = "load_observer_params"
 
@@ -41,8 +41,8 @@ class LoadReport:
     def complete(self) -> bool:
         return not (self.missing or self.unexpected or self.mismatched)
 
-    def text(self, verbose: bool = False) -> str:
-        """Counts, and the names of all but the loaded; with ``verbose`` those too."""
+    def text(self, loaded: bool = False) -> str:
+        """Counts, and the names of what was not loaded as it is; with ``loaded`` all names."""
         lines = [
             f"observer parameters from {self.source}: {len(self.loaded)} loaded, "
             f"{len(self.missing)} missing, {len(self.unexpected)} unexpected, "
@@ -57,7 +57,7 @@ class LoadReport:
             "without a range": self.unsolved,
             "kept": self.kept,
         }
-        if verbose:
+        if loaded:
             groups |= {
                 "loaded": self.loaded,
                 "converted": self.converted,
@@ -78,9 +78,9 @@ def load_observer_params(
     to_model: nn.Module,
     weights: bool = False,
     strict: bool = True,
-    verbose: bool = False,
+    verbose: bool = True,
 ) -> LoadReport:
-    """Copies ranges, quantization parameters and statistics, by quantizer name; prints a report.
+    """Copies ranges, quantization parameters and statistics, by quantizer name.
 
     Works between any two observers. For another grid the parameters are computed anew from the
     range; one range serves all channels, and channels join in one range. Statistics are copied
@@ -89,9 +89,17 @@ def load_observer_params(
     Args:
         from_model: a prepared model, or a file of :func:`save_observer_params`.
         weights: copy the float weights and buffers too (from a model only).
-        strict: refuse missing, unexpected and mismatched quantizers; nothing is changed then.
-        verbose: print the loaded names as well.
+        strict: raise for missing, unexpected and mismatched quantizers; nothing is changed then.
+        verbose: print the report; it is returned either way, and ``report.text(loaded=True)`` has
+            the names of what was loaded too.
+
+    Raises:
+        TypeError: ``to_model`` is no module, or ``from_model`` neither a module nor a path.
+        ValueError: no quantizers, no ranges to load, or with ``strict`` names that do not match.
+        FileError, OSError: a file that cannot be read.
     """
+    for flag, value in (("weights", weights), ("strict", strict), ("verbose", verbose)):
+        parse_flag(_WHO, flag, value)
     target = PreparedModel(_WHO, to_model, "to_model").quantizers
     if isinstance(from_model, nn.Module):
         label = type(from_model).__name__
@@ -123,7 +131,8 @@ def load_observer_params(
         report.weights = list(state)
     for change in changes:
         change.carry_out()
-    print(report.text(verbose))
+    if verbose:
+        print(report)
     return report
 
 

@@ -17,7 +17,9 @@ from torch_ext.files.storage import FileError, PathLike
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import named_quantizers
 from torch_ext.quantizers.solve import solve_observers
+from torch_ext.utils.arguments import bounded
 from torch_ext.utils.progress import progress_bar
+from torch_ext.utils.text import label_of
 
 _WHO = "merge_observer_params"
 
@@ -35,7 +37,7 @@ class MergeReport:
     def __str__(self) -> str:
         lines = [f"{self.path}: {self.quantizers} quantizers from {len(self.files)} files"]
         lines += [f"  counted once, as another rank's: {file}" for file in self.again]
-        lines += [f"  without a range: {name or '(the model itself)'}" for name in self.unsolved]
+        lines += [f"  without a range: {label_of(name)}" for name in self.unsolved]
         return "\n".join(lines)
 
 
@@ -118,7 +120,7 @@ def _check_ranges(file: str, found: Mapping[str, FakeQuantize]) -> None:
         if not quantizer.observer.saw_data or not _equal(before[name], _copies(quantizer)):
             raise FileError(
                 file,
-                f"{name or 'model'}.range: expected what {quantizer.observer.name} gives of the "
+                f"{label_of(name)}.range: expected what {quantizer.observer.name} gives of the "
                 "statistic, got another, trained since or loaded: merge files of calibrations",
             )
 
@@ -153,7 +155,7 @@ def _check_same(
             if theirs.get(key) != value:
                 have = theirs.get(key)
                 raise FileError(
-                    file, f"{name}.{key}: expected {value!r} as in {first}, got {have!r}"
+                    file, f"{name}.{key}: expected {value!r} as in {first}, got {bounded(have)}"
                 )
         if not quantizer.accumulates_data:
             mine, own = tensors_of(merged[name]), tensors_of(quantizer)

@@ -17,6 +17,7 @@ from torch_ext.files.quantizer_params import (
 )
 from torch_ext.files.storage import FileError, PathLike, name_problem, read_tensors, write_tensors
 from torch_ext.quantizers.find import PreparedModel
+from torch_ext.utils.text import label_of
 
 _KIND = "observer_params"
 _VERSION = 1
@@ -43,7 +44,7 @@ def write_params(who: str, found: Mapping[str, Params], path: PathLike) -> None:
             check_parameters(params)
             check_statistic(own)
         except ValueError as error:
-            raise ValueError(f"{who}: {name or 'model'}.{error}") from error
+            raise ValueError(f"{who}: {label_of(name)}.{error}") from error
         specs[name] = {**params.spec, "synced": params.synced}
         tensors |= {f"{name}.{key}".strip("."): value for key, value in own.items()}
     write_tensors(path, tensors, _KIND, _VERSION, {"quantizers": specs})
@@ -69,7 +70,7 @@ def read_observer_params(path: PathLike) -> dict[str, Params]:
         try:
             found[name] = params_from(own, spec)
         except ValueError as error:
-            raise FileError(path, f"{name or 'model'}.{error}") from error
+            raise FileError(path, f"{label_of(name)}.{error}") from error
     if used != len(tensors):
         known = {f"{name}.{key}".strip(".") for name in specs for key in FIELDS}
         stranger = next((key for key in tensors if key not in known), "quantizers")

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_ext.ops.functions import ScaleRule
 from torch_ext.ops.registry import observer_info
+from torch_ext.ops.registry_names import Rule
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.grid import dtype_name, parse_grid
 from torch_ext.quantizers.learned import LearnedFakeQuantize
@@ -38,12 +40,12 @@ class Params:
     """A quantizer's tensors and the grid they are for."""
 
     tensors: Mapping[str, Tensor]
-    observer: str
+    observer: Rule
     quant_min: int
     quant_max: int
     symmetric: bool
     ch_axis: int
-    scale_rule: str
+    scale_rule: ScaleRule
     power_of_two: bool
     spec: Mapping[str, Any]  # all keys of the quantizer, as `spec_of` gives them
     synced: bool = False  # whether the statistic holds the data of all ranks
@@ -60,7 +62,7 @@ class Params:
         return self.tensors["range"].shape[0]
 
     @property
-    def grid(self) -> tuple[int, int, bool, str, bool]:
+    def grid(self) -> tuple[int, int, bool, ScaleRule, bool]:
         return (
             self.quant_min, self.quant_max, self.symmetric, self.scale_rule, self.power_of_two
         )  # fmt: skip

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from torch import Tensor
 
 from torch_ext.ops.loader import NATIVE
 from torch_ext.ops.registry import Options, OptionValue, encode_options
+from torch_ext.ops.registry_names import LearnedMethod, Rule
+
+Mask = Literal["rounded", "paper"]
+Rounding = Literal["half_even", "half_away", "floor_half_up"]
+ScaleRule = Literal["grid", "tvm"]
+HistogramVariant = Literal["slides", "modelopt", "ncnn", "tvm", "onnxruntime", "horizon"]
 
 
 def fake_quant(
@@ -17,8 +24,8 @@ def fake_quant(
     quant_min: int,
     quant_max: int,
     ch_axis: int = -1,
-    mask: str = "rounded",
-    rounding: str = "half_even",
+    mask: Mask = "rounded",
+    rounding: Rounding = "half_even",
 ) -> Tensor:
     """Quantizes and dequantizes ``x``; differentiable in ``x``.
 
@@ -83,7 +90,7 @@ def pact(x: Tensor, alpha: Tensor, quant_min: int, quant_max: int) -> Tensor:
 
 def learned_fake_quant(
     x: Tensor,
-    method: str,
+    method: LearnedMethod,
     parameter: Tensor,
     zero_point: Tensor | None,
     quant_min: int,
@@ -132,14 +139,14 @@ def merge_(
 
 
 def solve(
-    rule: str,
+    rule: Rule,
     extrema: Tensor,
     tally: Tensor,
     counts: Tensor,
     quant_min: int,
     quant_max: int,
     symmetric: bool,
-    scale_rule: str = "grid",
+    scale_rule: ScaleRule = "grid",
     power_of_two: bool = False,
     **options: OptionValue,
 ) -> Tensor:
@@ -202,7 +209,7 @@ def qparams(
     quant_min: int,
     quant_max: int,
     symmetric: bool,
-    scale_rule: str = "grid",
+    scale_rule: ScaleRule = "grid",
     power_of_two: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Scale [C] float32 and zero point [C] int32 of ranges [C,2].
@@ -225,11 +232,11 @@ def follow_(
     zero_point: Tensor,
     solved: Tensor,
     averaging_constant: float,
-    rule: str,
+    rule: Rule,
     quant_min: int,
     quant_max: int,
     symmetric: bool,
-    scale_rule: str = "grid",
+    scale_rule: ScaleRule = "grid",
     power_of_two: bool = False,
     options: Options | None = None,
     ch_axis: int = -1,
@@ -272,18 +279,18 @@ def follow_fake_quant(
     zero_point: Tensor,
     solved: Tensor,
     averaging_constant: float,
-    rule: str,
+    rule: Rule,
     quant_min: int,
     quant_max: int,
     symmetric: bool,
-    scale_rule: str = "grid",
+    scale_rule: ScaleRule = "grid",
     power_of_two: bool = False,
     options: Options | None = None,
     ch_axis: int = -1,
     mantissa_bits: int = 10,
     octaves: int = 16,
-    mask: str = "rounded",
-    rounding: str = "half_even",
+    mask: Mask = "rounded",
+    rounding: Rounding = "half_even",
 ) -> Tensor:
     """:func:`follow_`, then :func:`fake_quant` of ``x`` with the range it left: a step of training.
 
@@ -315,7 +322,7 @@ def follow_fake_quant(
 
 
 def kl_threshold(
-    counts: Tensor, bin_width: Tensor, levels: int = 128, variant: str = "slides"
+    counts: Tensor, bin_width: Tensor, levels: int = 128, variant: HistogramVariant = "slides"
 ) -> tuple[Tensor, Tensor]:
     """KL search on linear histograms, as other engines define it.
 

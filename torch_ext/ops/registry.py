@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from torch_ext import _C
+from torch_ext.ops.registry_names import Rule
 from torch_ext.utils.text import joined
 
 OptionValue = float | str
 Options = Mapping[str, OptionValue] | Sequence[float]
 
 
-def rule_names() -> tuple[str, ...]:
+def rule_names() -> tuple[Rule, ...]:
     """The rules, in the registry's order."""
     return _C.observers()
 

@@ -8,7 +8,6 @@ torch's Transformer layers, which would not call the submodules, switched off.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from torch_ext.prepare.input_quantizers import InputQuantizers
+from torch_ext.prepare.module_classes import Undo, parametrize_weight
 from torch_ext.prepare.quantizable_modules import is_float_functional
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import INPUTS
@@ -25,8 +25,6 @@ SUFFIX = "_quantizer"  # of every quantizer that is a child, less a number
 _FUNCTIONAL_OUTPUT = "activation_post_process"
 
 _CHILD = re.compile(rf"{SUFFIX}(_\d+)?$")
-
-Undo = Callable[[], None]
 
 
 def attached(module: nn.Module) -> str | None:
@@ -90,12 +88,9 @@ def check_weight(who: str, name: str, module: nn.Module, parameter: str) -> None
 
 def attach_weight(module: nn.Module, parameter: str, quantizer: nn.Module) -> Undo:
     order = list(module._parameters)
-    parametrize.register_parametrization(module, parameter, quantizer)
-    # The class is this module's own, which torch made.
-    type(module).__getstate__ = _refuse_pickling  # type: ignore[method-assign]
+    parametrize_weight(module, parameter, quantizer)
     chains = module.parametrizations
     assert isinstance(chains, nn.ModuleDict)
-    chains.train(module.training)
 
     def undo() -> None:
         chain = chains[parameter]
@@ -108,14 +103,6 @@ def attach_weight(module: nn.Module, parameter: str, quantizer: nn.Module) -> Un
                 module._parameters[name] = module._parameters.pop(name)
 
     return undo
-
-
-def _refuse_pickling(module: nn.Module) -> None:
-    raise RuntimeError(
-        f"pickle: expected a model without parametrizations, got a {type(module).__name__} whose "
-        "weight is quantized by one; save state_dict() (torch.save or safetensors) and load it "
-        "into prepare_qat of a new float model, or keep the ranges with save_observer_params"
-    )
 
 
 def attach_child(module: nn.Module, name: str, quantizer: FakeQuantize) -> Undo:
@@ -138,6 +125,18 @@ def attach_output(module: nn.Module, quantizer: FakeQuantize) -> Undo:
         delattr(module, OUTPUT)
 
     return undo
+
+
+def detach_children(module: nn.Module) -> None:
+    """Removes the quantizers that hang on a module as children, and the hook that runs one."""
+    if is_float_functional(module):
+        module.activation_post_process = nn.Identity()
+    for name, child in list(module.named_children()):
+        if isinstance(child, (FakeQuantize, InputQuantizers)):
+            delattr(module, name)
+    hooks = module._forward_hooks
+    for key in [key for key, hook in hooks.items() if hook is _quantize_output]:
+        del hooks[key]
 
 
 def _quantize_output(module: nn.Module, args: Any, output: Any) -> Any:

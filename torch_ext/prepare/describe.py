@@ -8,7 +8,7 @@ from torch import nn
 
 from torch_ext.prepare.attach import attached
 from torch_ext.quantizers.fake_quantize import FakeQuantize
-from torch_ext.quantizers.find import named_quantizers, role_of, unwrap
+from torch_ext.quantizers.find import check_model, named_quantizers, role_of
 from torch_ext.quantizers.grid import dtype_name
 from torch_ext.utils.text import text_table
 
@@ -51,10 +51,11 @@ class Description:
 
 def describe(model: nn.Module) -> Description:
     """The quantizers of a model and the leaf modules that have none."""
-    quantizers = named_quantizers(model)
+    root = check_model("describe", model)
+    quantizers = named_quantizers(root)
     inside = tuple(f"{name}." for name in quantizers)
     left = []
-    for name, module in unwrap(model).named_modules():
+    for name, module in root.named_modules():
         own = isinstance(module, FakeQuantize) or name.startswith(inside)
         if not name or own or attached(module) or any(module.children()):
             continue

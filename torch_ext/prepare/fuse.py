@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from torch_ext.quantizers.find import check_model, named_quantizers
+from torch_ext.utils.arguments import bounded
 from torch_ext.utils.modes import eval_mode, forked_rng
 
 _WHO = "fuse"
@@ -62,7 +63,7 @@ def _given(model: nn.Module, pairs: Iterable[Sequence[str]]) -> list[Pair]:
     chosen: list[Pair] = []
     for pair in pairs:
         if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(n, str) for n in pair):
-            raise TypeError(f"{_WHO}: expected pairs of two names, got {pair!r}")
+            raise TypeError(f"{_WHO}: expected pairs of two names, got {bounded(pair)}")
         for name in pair:
             if name not in modules:
                 raise ValueError(f'{_WHO}: no module is named "{name}"')

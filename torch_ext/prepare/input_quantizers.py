@@ -7,14 +7,14 @@ graph and would make a second graph for the quantizers of each state.
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from torch_ext.prepare.module_classes import Undo, class_with_forward, swap_class
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import INPUTS
 
@@ -80,20 +80,19 @@ def input_arguments(host: nn.Module) -> dict[str, inspect.Parameter]:
     }
 
 
-def attach_inputs(host: nn.Module, quantizers: Mapping[str, FakeQuantize]) -> Callable[[], None]:
-    """Adds the quantizers as a child and turns the class; returns what undoes it."""
+def attach_inputs(host: nn.Module, quantizers: Mapping[str, FakeQuantize]) -> Undo:
+    """Adds the quantizers as a child and swaps the class; returns what undoes it."""
     remove = add_inputs(host, quantizers)
-    before = type(host)
-    host.__class__ = _quantized_class(before)  # type: ignore[arg-type]
+    swap_back = swap_class(host, class_with_inputs)
 
     def undo() -> None:
-        host.__class__ = before
+        swap_back()
         remove()
 
     return undo
 
 
-def add_inputs(host: nn.Module, quantizers: Mapping[str, FakeQuantize]) -> Callable[[], None]:
+def add_inputs(host: nn.Module, quantizers: Mapping[str, FakeQuantize]) -> Undo:
     """Adds the quantizers as a child, for a forward that calls them; returns what undoes it."""
     parameters = inspect.signature(host.forward).parameters.values()
     positional = tuple(
@@ -108,37 +107,19 @@ def add_inputs(host: nn.Module, quantizers: Mapping[str, FakeQuantize]) -> Calla
     return lambda: delattr(host, INPUTS)
 
 
-@functools.cache
-def _quantized_class(base: type[nn.Module]) -> type[nn.Module]:
+def class_with_inputs(base: type[nn.Module]) -> type[nn.Module]:
+    """A class whose forward quantizes the arguments before it calls that of ``base``."""
+    return _class_with_inputs(base)  # type: ignore[arg-type]
+
+
+@functools.cache  # so that models of one class go on sharing theirs
+def _class_with_inputs(base: type[nn.Module]) -> type[nn.Module]:
     @functools.wraps(base.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         new_args, new_kwargs = _quantize(self, args, kwargs)
         return base.forward(self, *new_args, **new_kwargs)
 
-    def reduce_ex(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-        # By the base class, which can be found by its name.
-        return _new_instance, (base,), self.__dict__.copy()
-
-    def deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
-        # The base class copies in a way of its own (a GraphModule: what its graph calls).
-        self.__class__ = base
-        try:
-            made = copy.deepcopy(self, memo)
-        finally:
-            self.__class__ = turned
-        made.__class__ = _quantized_class(type(made))  # type: ignore[arg-type]
-        return made
-
-    members = {"forward": forward, "__reduce_ex__": reduce_ex, "__module__": base.__module__}
-    if hasattr(base, "__deepcopy__"):
-        members["__deepcopy__"] = deepcopy
-    turned = type(f"Quantized{base.__name__}", (base,), members)
-    return turned
-
-
-def _new_instance(base: type[nn.Module]) -> nn.Module:
-    made = _quantized_class(base)  # type: ignore[arg-type]
-    return made.__new__(made)
+    return class_with_forward(base, forward, class_with_inputs)
 
 
 def _quantize(

@@ -17,12 +17,14 @@ from torch_ext.prepare.fuse import foldable_norms
 from torch_ext.prepare.insertion import rewrite
 from torch_ext.prepare.insertion.capture import bound, capture
 from torch_ext.prepare.insertion.placement import Names, Placement, Site
+from torch_ext.prepare.module_classes import Undo
 from torch_ext.prepare.qconfig import Factory, QConfig
-from torch_ext.prepare.qconfig_mapping import Configs, Mapped
+from torch_ext.prepare.qconfig_mapping import Mapped, QConfigMapping
 from torch_ext.prepare.quantizable_modules import OUTPUT_ONLY, Target, skips_output, target_of
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import INPUTS, check_model
 from torch_ext.quantizers.folded_weight import FoldedWeight
+from torch_ext.utils.arguments import bounded, parse_flag
 
 _WHO = "prepare_qat"
 M = TypeVar("M", bound=nn.Module)
@@ -38,6 +40,7 @@ _FROM_MODEL = _FromModel()
 def prepare_qat(
     model: M,
     inplace: bool = False,
+    *,
     mapping: Mapping[Mapped, QConfig | None] | None = None,
     input_qconfig: QConfig | _FromModel | None = _FROM_MODEL,
     verbose: bool = False,
@@ -86,14 +89,22 @@ def prepare_qat(
             quantized as it is; per output channel that comes to the same, but for the scale's
             value. To fold for good, before training: :func:`fuse`.
     """
+    for name, flag in (("verbose", verbose), ("fold_batch_norms", fold_batch_norms)):
+        parse_flag(_WHO, name, flag)
+    if isinstance(inplace, Mapping):
+        raise TypeError(
+            f"{_WHO}: expected inplace to be True or False, got {bounded(inplace)}; "
+            "pass mapping=... by name"
+        )
+    parse_flag(_WHO, "inplace", inplace)
     if check_model(_WHO, model) is not model:
         raise ValueError(
             f"{_WHO}: expected a plain model, got a {type(model).__name__}; prepare before wrapping"
         )
     _refuse_prepared(model)
-    configs = Configs(_WHO, model, mapping)
+    configs = QConfigMapping(_WHO, model, mapping)
     prepared = model if inplace else copy.deepcopy(model)
-    plan = _Plan(prepared, configs)
+    plan = _Attachments(prepared, configs)
     if example_inputs is not None:
         plan.add_captured(input_qconfig, example_inputs, fold_batch_norms)
     elif fold_batch_norms:
@@ -132,22 +143,24 @@ def _refuse_prepared(model: nn.Module) -> None:
 
 def _checked(given: object) -> QConfig | None:
     if given is not None and not isinstance(given, QConfig):
-        raise TypeError(f"{_WHO}: expected input_qconfig to be a QConfig or None, got {given!r}")
+        raise TypeError(
+            f"{_WHO}: expected input_qconfig to be a QConfig or None, got {bounded(given)}"
+        )
     return given
 
 
-class _Plan:
+class _Attachments:
     """The quantizers to attach, all built before the first is attached."""
 
-    def __init__(self, root: nn.Module, configs: Configs) -> None:
+    def __init__(self, root: nn.Module, configs: QConfigMapping) -> None:
         self.root = root
         self.configs = configs
-        self.steps: list[Callable[[], attach.Undo]] = []
+        self.steps: list[Callable[[], Undo]] = []
         self.made: list[FakeQuantize] = []
         self.inputs: dict[str, FakeQuantize] = {}  # of a captured forward
 
     def carry_out(self) -> None:
-        done: list[attach.Undo] = []
+        done: list[Undo] = []
         try:
             for step in self.steps:
                 done.append(step())
@@ -175,7 +188,7 @@ class _Plan:
             rewrite.insert(tracer, site.readers, target)
         if self.steps:
             forward = rewrite.compiled(tracer)
-            self.steps.append(lambda: rewrite.turn(self.root, forward))
+            self.steps.append(lambda: rewrite.replace_forward(self.root, forward))
 
     def _is_float(self, name: str) -> bool:
         """Whether nothing in the module of that name is to be quantized."""
@@ -298,7 +311,7 @@ class _Plan:
             raise type(error)(f"{_WHO}: {where}: {error}") from error
         if not isinstance(made, FakeQuantize):
             raise TypeError(
-                f"{_WHO}: {where}: expected the factory to make a FakeQuantize, got {made!r}"
+                f"{_WHO}: {where}: expected the factory to make a FakeQuantize, got {bounded(made)}"
             )
         if any(made is other for other in self.made):
             raise ValueError(

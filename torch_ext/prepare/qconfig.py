@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from torch_ext.ops.registry import fake_quant_info, observer_info
+from torch_ext.ops.registry_names import Method, Rule
 from torch_ext.quantizers.fake_quantize import KEYS, FakeQuantize
 from torch_ext.quantizers.observer import check_keys
+from torch_ext.utils.arguments import bounded
 
 Factory = Callable[..., FakeQuantize]
 
@@ -52,15 +54,15 @@ class QConfig:
                 )
             if factory is not None and not callable(factory):
                 raise TypeError(
-                    f"QConfig: expected {side} to be a factory or None, got {factory!r}"
+                    f"QConfig: expected {side} to be a factory or None, got {bounded(factory)}"
                 )
 
 
 def get_default_qconfig(
-    activation_fake_quant: str | None = "fake_quant",
-    weight_fake_quant: str | None = "fake_quant",
-    activation_observer: str | None = "min_max",
-    weight_observer: str | None = "min_max",
+    activation_fake_quant: Method | None = "fake_quant",
+    weight_fake_quant: Method | None = "fake_quant",
+    activation_observer: Rule | None = "min_max",
+    weight_observer: Rule | None = "min_max",
     activation_qkwargs: Mapping[str, Any] | None = None,
     weight_qkwargs: Mapping[str, Any] | None = None,
 ) -> QConfig:
@@ -85,10 +87,10 @@ def get_default_qconfig(
 
 
 def get_default_calib_qconfig(
-    activation_fake_quant: str | None = "fake_quant",
-    weight_fake_quant: str | None = "fake_quant",
-    activation_observer: str | None = "percentile",
-    weight_observer: str | None = "min_max",
+    activation_fake_quant: Method | None = "fake_quant",
+    weight_fake_quant: Method | None = "fake_quant",
+    activation_observer: Rule | None = "percentile",
+    weight_observer: Rule | None = "min_max",
     activation_qkwargs: Mapping[str, Any] | None = None,
     weight_qkwargs: Mapping[str, Any] | None = None,
 ) -> QConfig:
@@ -104,10 +106,10 @@ def get_default_calib_qconfig(
 
 
 def _factory(
-    side: str, method: str | None, observer: str | None, qkwargs: Mapping[str, Any] | None
+    side: str, method: Method | None, observer: Rule | None, qkwargs: Mapping[str, Any] | None
 ) -> Factory | None:
     if qkwargs is not None and not isinstance(qkwargs, Mapping):
-        raise TypeError(f"expected {side}_qkwargs to be a mapping, got {qkwargs!r}")
+        raise TypeError(f"expected {side}_qkwargs to be a mapping, got {bounded(qkwargs)}")
     given = dict(qkwargs or {})
     if method is None:
         if given:

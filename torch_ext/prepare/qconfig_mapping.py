@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from torch import nn
 
 from torch_ext.prepare.qconfig import QConfig
+from torch_ext.utils.arguments import bounded
 
 Mapped = str | type[nn.Module]
 _ATTRIBUTE = "qconfig"
 
 
-class Configs:
+class QConfigMapping:
     """Resolves attribute > name > type > parent, for every module of a model."""
 
     def __init__(
@@ -26,7 +27,7 @@ class Configs:
         self._found: dict[str, QConfig | None] = {}
         self._chosen: set[str] = set()
         self._read(model, mapping)
-        self._resolve(model, "", None)
+        self._assign(model, "", None)
         if not any(self._found.values()):
             raise ValueError(
                 f"{who}: expected a qconfig on the model, on a submodule or in mapping, found none"
@@ -43,7 +44,9 @@ class Configs:
 
     def _read(self, model: nn.Module, mapping: Mapping[Mapped, QConfig | None] | None) -> None:
         if mapping is not None and not isinstance(mapping, Mapping):
-            raise TypeError(f"{self._who}: expected mapping to be a mapping, got {mapping!r}")
+            raise TypeError(
+                f"{self._who}: expected mapping to be a mapping, got {bounded(mapping)}"
+            )
         known = [name for name, _ in model.named_modules(remove_duplicate=False)]
         for key, config in (mapping or {}).items():
             self._check(f"mapping[{key!r}]", config)
@@ -60,22 +63,30 @@ class Configs:
             else:
                 raise TypeError(
                     f"{self._who}: expected keys of mapping to be names or module types, "
-                    f"got {key!r}"
+                    f"got {bounded(key)}"
                 )
 
     def _check(self, where: str, config: object) -> None:
-        if config is not None and not isinstance(config, QConfig):
-            raise TypeError(
-                f"{self._who}: expected {where} to be a QConfig or None, got {config!r}"
+        if config is None or isinstance(config, QConfig):
+            return
+        hint = ""
+        if type(config).__name__ == "QConfig":  # torch.ao's, or that of a package with its names
+            hint = (
+                f", which is {type(config).__module__}'s: take torch_ext.get_default_qconfig(), "
+                'or QConfig(functools.partial(FakeQuantize, observer="percentile"), ...)'
             )
+        raise TypeError(
+            f"{self._who}: expected {where} to be a torch_ext.QConfig or None, got "
+            f"{bounded(config)}{hint}"
+        )
 
-    def _resolve(self, module: nn.Module, name: str, inherited: QConfig | None) -> None:
+    def _assign(self, module: nn.Module, name: str, inherited: QConfig | None) -> None:
         config = self._own(module, name, inherited)
         self._found[name] = config
         for child_name, child in module._modules.items():  # shared ones under each of their names
             if child is None:
                 continue
-            self._resolve(child, f"{name}.{child_name}" if name else child_name, config)
+            self._assign(child, f"{name}.{child_name}" if name else child_name, config)
 
     def _own(self, module: nn.Module, name: str, inherited: QConfig | None) -> QConfig | None:
         if hasattr(module, _ATTRIBUTE):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,23 +14,25 @@ from typing_extensions import Self
 
 from torch_ext import ops
 from torch_ext.ops.registry import fake_quant_info, observer_info
+from torch_ext.ops.registry_names import Method, Rule
 from torch_ext.quantizers.observer import KEYS as OBSERVER_KEYS
 from torch_ext.quantizers.observer import Observer, TensorMap, check_keys, keep_dtype
 from torch_ext.quantizers.solve import Solution, WeightSolution
 from torch_ext.quantizers.state_table import (
     ACCUMULATE,
-    CHANGES,
     FOLLOW,
     QUANTIZE,
     FakeQuantState,
+    StateName,
     parse_state,
 )
-from torch_ext.quantizers.transition import change_state
-from torch_ext.utils.arguments import parse_flag
+from torch_ext.quantizers.transition import QuantizationWarning, change_state, check_export
+from torch_ext.utils.arguments import bounded, parse_flag
 from torch_ext.utils.text import span
 
 # The class to make, by whether the method learns its range, where it is not FakeQuantize itself.
 _CLASSES: dict[bool, type[FakeQuantize]] = {}
+_STATE = "state"  # the key of a checkpoint's metadata
 
 
 class FakeQuantize(nn.Module):
@@ -69,15 +72,15 @@ class FakeQuantize(nn.Module):
         if learns:
             _CLASSES[True] = cls
 
-    def __new__(cls, method: str = "fake_quant", *args: Any, **keys: Any) -> FakeQuantize:
+    def __new__(cls, method: Method = "fake_quant", *args: Any, **keys: Any) -> FakeQuantize:
         if cls is FakeQuantize:
             return super().__new__(_CLASSES.get(fake_quant_info(method)["learned"], cls))
         return super().__new__(cls)
 
     def __init__(
         self,
-        method: str = "fake_quant",
-        observer: str = "min_max",
+        method: Method = "fake_quant",
+        observer: Rule = "min_max",
         averaging_constant: float = 0.01,
         *,
         optional: bool = False,
@@ -90,7 +93,7 @@ class FakeQuantize(nn.Module):
         fake_quant_info(method)
         observer_info(observer)
         check_keys(f"FakeQuantize({observer})", keys, observer, KEYS)
-        self.method = method
+        self.method: Method = method
         self.averaging_constant = _parse_constant(averaging_constant)
         self.optional = parse_flag("FakeQuantize", "optional", optional)
         self.unobserved_allowed = False
@@ -117,7 +120,9 @@ class FakeQuantize(nn.Module):
         if parse_flag(who, "learn_zero_point", learn_zero_point):
             raise ValueError(f"{who}: expected learn_zero_point to be False, got True: take lsq")
         if alpha is not None:
-            raise ValueError(f"{who}: expected alpha to be None, got {alpha!r}: pact has one")
+            raise ValueError(
+                f"{who}: expected alpha to be None, got {bounded(alpha)}: pact has one"
+            )
         channels = self.observer.channel_len
         self.register_buffer("range", torch.empty(channels, 2, dtype=torch.float32))
         self.register_buffer("scale", torch.empty(channels, dtype=torch.float32))
@@ -128,7 +133,7 @@ class FakeQuantize(nn.Module):
         return self._state
 
     @state.setter
-    def state(self, state: FakeQuantState | str) -> None:
+    def state(self, state: FakeQuantState | StateName) -> None:
         who = "FakeQuantize.state"
         # As set_fake_quantize does for a model. The weight of a model is out of sight here.
         change_state(who, {self.label: self}, parse_state(who, state), lambda _: None)
@@ -165,12 +170,8 @@ class FakeQuantize(nn.Module):
         # One attribute decides, so a compiled graph is guarded by it alone.
         action = self._action
         observer = self.observer
-        if action in CHANGES and torch.compiler.is_exporting():
-            raise RuntimeError(
-                f"torch.export: expected quantizers to be in VALIDATION or FLOAT, got {action}: "
-                "the program would go on changing its ranges; call "
-                'set_fake_quantize(model, "validation") first'
-            )
+        if torch.compiler.is_exporting():
+            check_export(action)
         if action in ACCUMULATE and not observer.transient:
             observer(x)
         if action not in QUANTIZE:
@@ -271,6 +272,14 @@ class FakeQuantize(nn.Module):
         if self.observer.statistic == "none":
             self.take_(Solution(self.observer.range(), *self.observer.calculate_qparams()))
 
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if metadata is not None:  # beside the version; the state is no tensor
+            metadata[_STATE] = self._state.value
+
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -290,6 +299,15 @@ class FakeQuantize(nn.Module):
             unexpected_keys,
             error_msgs,
         )
+        saved_in = local_metadata.get(_STATE)
+        if self._state is FakeQuantState.FLOAT and saved_in == FakeQuantState.VALIDATION.value:
+            warnings.warn(
+                "load_state_dict: the checkpoint was saved in VALIDATION, and the model is in "
+                "FLOAT, where it computes without quantization; call "
+                'set_fake_quantize(model, "validation")',
+                QuantizationWarning,
+                stacklevel=2,
+            )
         if self._state is not FakeQuantState.VALIDATION:
             return
         has_range = bool(self.solved)
@@ -325,7 +343,9 @@ class FakeQuantize(nn.Module):
 
 def _parse_constant(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"FakeQuantize: expected averaging_constant to be a number, got {value!r}")
+        raise TypeError(
+            f"FakeQuantize: expected averaging_constant to be a number, got {bounded(value)}"
+        )
     if not 0 <= value <= 1:
         raise ValueError(
             f"FakeQuantize: expected averaging_constant to be between 0 and 1, got {value}"

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from torch_ext import _C, ops
 from torch_ext.ops.registry import fake_quant_info
+from torch_ext.ops.registry_names import LearnedMethod, Rule
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import PreparedModel
 from torch_ext.quantizers.solve import Solution
 from torch_ext.quantizers.state_table import DIFFERENTIATE, FOLLOW, QUANTIZE, FakeQuantState
-from torch_ext.utils.arguments import parse_flag
+from torch_ext.utils.arguments import bounded, parse_flag
 from torch_ext.utils.text import joined, label_of
 
 # The rule whose scale an uncalibrated method starts from.
-_START = "mean_abs"
+_START: Rule = "mean_abs"
 
 
 class LearnedFakeQuantize(FakeQuantize, learns=True):
@@ -63,7 +64,9 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
         if self._start_value:
             self._start_value = self._parse_start(alpha)
         elif alpha is not None:
-            raise ValueError(f"{self._who}: expected alpha to be None, got {alpha!r}: pact has one")
+            raise ValueError(
+                f"{self._who}: expected alpha to be None, got {bounded(alpha)}: pact has one"
+            )
         channels = self.observer.channel_len
         # Not by register_parameter: a property of the class may have the name.
         self._parameters[self._parameter] = nn.Parameter(torch.ones(channels, dtype=torch.float32))
@@ -105,7 +108,7 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
         if alpha is None:
             return self._start_value
         if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-            raise TypeError(f"{self._who}: expected alpha to be a number, got {alpha!r}")
+            raise TypeError(f"{self._who}: expected alpha to be a number, got {bounded(alpha)}")
         if not (alpha > 0 and math.isfinite(alpha)):
             raise ValueError(f"{self._who}: expected alpha to be finite and above 0, got {alpha}")
         return float(alpha)
@@ -229,7 +232,7 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
         try:
             return ops.learned_fake_quant(
                 x,
-                self.method,
+                cast("LearnedMethod", self.method),
                 parameter if learns else parameter.detach(),
                 zero_point,
                 observer.quant_min,

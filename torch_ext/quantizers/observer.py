@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from torch_ext import ops
+from torch_ext.ops.functions import ScaleRule
 from torch_ext.ops.registry import OptionValue, encode_options, observer_info
+from torch_ext.ops.registry_names import Rule
 from torch_ext.quantizers.grid import DType, Grid, dtype_name, parse_grid
 from torch_ext.utils.arguments import parse_flag, parse_integer
 from torch_ext.utils.text import joined
@@ -83,7 +85,7 @@ class Observer(nn.Module):
 
     def __init__(
         self,
-        name: str,
+        name: Rule,
         dtype: DType = torch.int8,
         qscheme: torch.qscheme | str = torch.per_tensor_symmetric,
         ch_axis: int = -1,
@@ -91,7 +93,7 @@ class Observer(nn.Module):
         quant_min: int | None = None,
         quant_max: int | None = None,
         *,
-        scale_rule: str = "grid",
+        scale_rule: ScaleRule = "grid",
         power_of_two: bool = False,
         mantissa_bits: int | None = None,
         octaves: int | None = None,
@@ -116,7 +118,7 @@ class Observer(nn.Module):
         self.dtype, self.qscheme = grid.dtype, grid.qscheme
         self.quant_min, self.quant_max = grid.quant_min, grid.quant_max
         self.ch_axis = grid.ch_axis
-        self.scale_rule = scale_rule
+        self.scale_rule: ScaleRule = scale_rule
         self.power_of_two = parse_flag(who, "power_of_two", power_of_two)
         default = _LAYOUT_PER_CHANNEL if grid.per_channel else _LAYOUT_PER_TENSOR
         given = (mantissa_bits, octaves)
@@ -167,18 +169,18 @@ class Observer(nn.Module):
         """The same as the numbers that ops take."""
         return self._encoded
 
-    def set_rule(self, name: str, **options: OptionValue) -> None:
+    def set_rule(self, name: Rule, **options: OptionValue) -> None:
         """Takes another rule, or other options; the statistic stays. Refused: nothing changes."""
         encoded = self.check_rule(name, **options)
         info = observer_info(name)
-        self.name: str = name
+        self.name: Rule = name
         self._statistic: str = info["statistic"]
         self._options = {
             row["name"]: options.get(row["name"], row["default"]) for row in info["options"]
         }
         self._encoded: tuple[float, ...] = tuple(encoded)
 
-    def check_rule(self, name: str, **options: OptionValue) -> list[float]:
+    def check_rule(self, name: Rule, **options: OptionValue) -> list[float]:
         """Raises unless the rule and its options hold together with this grid and layout."""
         encoded = encode_options(name, options)
         reads = observer_info(name)["statistic"] == "histogram"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from torch_ext.quantizers.find import Pattern, PreparedModel
-from torch_ext.quantizers.state_table import FakeQuantState, parse_state
+from torch_ext.quantizers.state_table import FakeQuantState, StateName, parse_state
 from torch_ext.quantizers.transition import change_state
 from torch_ext.utils.arguments import parse_flag
 
@@ -14,7 +14,7 @@ _WHO = "set_fake_quantize"
 
 def set_fake_quantize(
     model: nn.Module,
-    state: FakeQuantState | str,
+    state: FakeQuantState | StateName,
     pattern: Pattern | None = None,
     allow_unobserved: bool = False,
 ) -> None:
@@ -45,7 +45,7 @@ def set_fake_quantize(
 def change_states(
     who: str,
     model: nn.Module,
-    state: FakeQuantState | str,
+    state: FakeQuantState | StateName,
     pattern: Pattern | None = None,
     allow_unobserved: bool = False,
 ) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import enum
+from typing import Literal
 
 from torch_ext import _C
+
+StateName = Literal["calibration", "qat", "validation", "float"]
 
 
 class FakeQuantState(enum.Enum):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 
+import torch
+
 from torch_ext.quantizers.solve import (
     Q,
     Quantizer,
@@ -13,7 +15,7 @@ from torch_ext.quantizers.solve import (
     has_range,
     solve_quantizers,
 )
-from torch_ext.quantizers.state_table import FakeQuantState
+from torch_ext.quantizers.state_table import CHANGES, QUANTIZE, FakeQuantState
 from torch_ext.utils.text import shown
 
 
@@ -56,6 +58,29 @@ def change_state(
         quantizer.enter(target, pass_through=name in without)
     if notes := [*solutions.findings(), *_idle_inputs(without, chosen)]:
         warnings.warn("\n".join([f"{who}:", *notes]), QuantizationWarning, stacklevel=4)
+
+
+def check_export(state: str) -> None:
+    """Raises where the program of an export would go on changing its ranges.
+
+    Warns in torch.onnx's own export, which has no operator for a quantizer: an exception it would
+    hide, and try again in another way.
+    """
+    if state in CHANGES:
+        raise RuntimeError(
+            f"torch.export: expected quantizers to be in VALIDATION or FLOAT, got {state}: "
+            "the program would go on changing its ranges; call "
+            'set_fake_quantize(model, "validation") first'
+        )
+    compiling = torch.compiler.is_dynamo_compiling()
+    if state in QUANTIZE and not compiling and torch.onnx.is_in_onnx_export():
+        warnings.warn(
+            "torch.onnx.export: expected a float model, got one in VALIDATION, whose quantizers "
+            "are no operators of ONNX; torch_ext.export.onnx(model, example_inputs, path) writes "
+            "them as QuantizeLinear and DequantizeLinear",
+            QuantizationWarning,
+            stacklevel=3,
+        )
 
 
 def _without_range(chosen: Mapping[str, Quantizer], solutions: Solutions) -> list[str]:

@@ -27,6 +27,12 @@ def parse_flag(who: str, name: str, value: object) -> bool:
     return value
 
 
+def check_callable(who: str, name: str, value: object) -> None:
+    """Raises TypeError for what is neither None nor can be called."""
+    if value is not None and not callable(value):
+        raise TypeError(f"{who}: expected {name} to be a function or None, got {bounded(value)}")
+
+
 def parse_integer(who: str, name: str, value: object, low: int, high: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{who}: expected {name} to be an integer, got {bounded(value)}")

@@ -3,30 +3,63 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from torch_ext.utils.arguments import bounded
+
 Forward = Callable[[nn.Module, Any], object]
 
 
-def default_forward(model: nn.Module, batch: Any) -> object:
-    """A tensor is the argument; of a tuple or list the first entry is; a mapping holds keywords."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, (tuple, list)):
-        if not batch:
-            raise ValueError("calibrate: expected batches to hold inputs, got an empty one")
-        return model(batch[0])
-    return model(batch)
+def default_forward(who: str) -> Forward:
+    """Calls a model with a batch, for the function that errors are to name.
+
+    A tensor is the argument; of a tuple or list the first entry is; a mapping holds keywords.
+    """
+
+    def forward(model: nn.Module, batch: Any) -> object:
+        if isinstance(batch, Mapping):
+            return model(**batch)
+        if isinstance(batch, (tuple, list)):
+            if not batch:
+                raise ValueError(f"{who}: expected batches to hold inputs, got an empty one")
+            return model(batch[0])
+        return model(batch)
+
+    return forward
 
 
-def model_device(model: nn.Module, device: torch.device | str | None) -> torch.device:
-    """Where batches go: what is asked for, else to the model's first parameter."""
+def check_batches(who: str, argument: str, batches: object) -> None:
+    """Raises TypeError for what is no iterable of batches.
+
+    A tensor would be taken apart into samples, text into characters, a mapping into its keys.
+    """
+    if isinstance(batches, Tensor):
+        raise TypeError(
+            f"{who}: expected {argument} to be batches, got {bounded(batches)}, which is one: "
+            "pass a list, such as tensor.split(32), or a DataLoader"
+        )
+    if isinstance(batches, (str, bytes, Mapping, nn.Module)) or not isinstance(batches, Iterable):
+        raise TypeError(f"{who}: expected {argument} to be batches, got {bounded(batches)}")
+
+
+def model_device(who: str, model: nn.Module, device: torch.device | str | None) -> torch.device:
+    """Where batches go: what is asked for, else to the model's first parameter.
+
+    Raises TypeError or ValueError for what is no device.
+    """
     if device is not None:
-        return torch.device(device)
+        if not isinstance(device, (str, torch.device)):
+            raise TypeError(f"{who}: expected device to be a device, got {bounded(device)}")
+        try:
+            return torch.device(device)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{who}: expected device to be a device, got {bounded(device)}: {error}"
+            ) from error
     first = next(iter((*model.parameters(), *model.buffers())))
     return first.device
 

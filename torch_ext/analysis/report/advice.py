@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from torch_ext.analysis.report.quality import RuleLine
-from torch_ext.analysis.report.quantizer_report import Subject
+from torch_ext.analysis.report.quantizer_report import QuantizerReport
 from torch_ext.quantizers.solve import dead_channels, listed
 
 # When something is worth a word.
@@ -29,7 +29,7 @@ class Note(NamedTuple):
     text: str
 
 
-def notes(subject: Subject) -> list[Note]:
+def notes(subject: QuantizerReport) -> list[Note]:
     """The most serious first."""
     found = [*_data_notes(subject)]
     if subject.params.solved:
@@ -37,7 +37,7 @@ def notes(subject: Subject) -> list[Note]:
     return sorted(found, key=lambda note: not note.flag)
 
 
-def _data_notes(subject: Subject) -> list[Note]:
+def _data_notes(subject: QuantizerReport) -> list[Note]:
     params, given = subject.params, subject.params.observer == "fixed_scale"
     finite, zeros, _, infinite, nan = subject.counts
     found = []
@@ -71,7 +71,7 @@ def _data_notes(subject: Subject) -> list[Note]:
     return found
 
 
-def _range_notes(subject: Subject) -> list[Note]:
+def _range_notes(subject: QuantizerReport) -> list[Note]:
     params = subject.params
     extrema = subject.statistic.extrema
     low, high = float(extrema[:, 0].min()), float(extrema[:, 1].max())
@@ -98,7 +98,7 @@ def _range_notes(subject: Subject) -> list[Note]:
     return found
 
 
-def _noise_notes(subject: Subject, used: RuleLine) -> list[Note]:
+def _noise_notes(subject: QuantizerReport, used: RuleLine) -> list[Note]:
     best = subject.suggestion()
     gain = best.quality.sqnr - used.quality.sqnr if best is not None else 0.0
     advice = ""
@@ -129,7 +129,7 @@ def _noise_notes(subject: Subject, used: RuleLine) -> list[Note]:
     return found
 
 
-def _outlier(subject: Subject, used: RuleLine) -> str:
+def _outlier(subject: QuantizerReport, used: RuleLine) -> str:
     """In words, that a few values take most of the range; empty where they do not."""
     if subject.channels > 1:
         return ""
@@ -149,7 +149,7 @@ def _outlier(subject: Subject, used: RuleLine) -> str:
     return who + text
 
 
-def _call(subject: Subject, line: RuleLine) -> str:
+def _call(subject: QuantizerReport, line: RuleLine) -> str:
     assert line.choice is not None
     side = "weight_observer" if subject.of == "weight" else "activation_observer"
     options = "".join(f", {key}={value!r}" for key, value in line.choice.options.items())
@@ -157,7 +157,7 @@ def _call(subject: Subject, line: RuleLine) -> str:
     return f'resolve(model, {side}="{line.choice.rule}"{options}, pattern={pattern})'
 
 
-def _reach(subject: Subject, line: RuleLine) -> str:
+def _reach(subject: QuantizerReport, line: RuleLine) -> str:
     if subject.channels > 1:
         return f"{line.share:.3g} of each channel's largest value (median)"
     low, high = line.range[0].tolist()

@@ -10,8 +10,9 @@ from torch_ext import _C
 from torch_ext.analysis.report.advice import Note
 from torch_ext.analysis.report.picture import colour_of, picture
 from torch_ext.analysis.report.quality import RuleLine
-from torch_ext.analysis.report.quantizer_report import Subject
+from torch_ext.analysis.report.quantizer_report import QuantizerReport
 from torch_ext.analysis.rule_choices import choice
+from torch_ext.utils.text import label_of
 
 _STYLE = """
 body{font:14px/1.45 sans-serif;color:#222;margin:24px;max-width:1500px}
@@ -57,7 +58,7 @@ document.getElementById("filter").addEventListener("input",event=>{
 Cell = tuple[str, float | str]  # what is shown, and what it is sorted by
 
 
-def page(title: str, about: str, subjects: Sequence[tuple[Subject, list[Note]]]) -> str:
+def page(title: str, about: str, subjects: Sequence[tuple[QuantizerReport, list[Note]]]) -> str:
     body = "\n".join(_section(i, subject, found) for i, (subject, found) in enumerate(subjects))
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -77,7 +78,7 @@ def page(title: str, about: str, subjects: Sequence[tuple[Subject, list[Note]]])
 """
 
 
-def _warnings(subjects: Sequence[tuple[Subject, list[Note]]]) -> str:
+def _warnings(subjects: Sequence[tuple[QuantizerReport, list[Note]]]) -> str:
     rows = [
         f"<li>{_link(i, subject)} {_flag(note)} {html.escape(note.text)}</li>"
         for i, (subject, found) in enumerate(subjects)
@@ -89,26 +90,26 @@ def _warnings(subjects: Sequence[tuple[Subject, list[Note]]]) -> str:
     return f'<h2>Warnings ({len(rows)})</h2><ul id="warnings">{"".join(rows)}</ul>'
 
 
-def _link(index: int, subject: Subject) -> str:
+def _link(index: int, subject: QuantizerReport) -> str:
     return f'<a href="#q{index}">{html.escape(_name(subject))}</a>'
 
 
-def _name(subject: Subject) -> str:
-    return subject.name or "(the model itself)"
+def _name(subject: QuantizerReport) -> str:
+    return label_of(subject.name)
 
 
 def _flag(note: Note) -> str:
     return f'<span class="flag">{html.escape(note.flag)}</span>'
 
 
-def _rule(subject: Subject) -> str:
+def _rule(subject: QuantizerReport) -> str:
     params = subject.params
     rule = str(choice(params.observer, params.spec["options"]))
     method = params.spec["method"]
     return rule if method == "fake_quant" else f"{method}, from {rule}"
 
 
-def _grid(subject: Subject) -> str:
+def _grid(subject: QuantizerReport) -> str:
     params = subject.params
     scheme = params.spec["qscheme"].replace("_", " ")
     return f"{params.spec['dtype']} [{params.quant_min}, {params.quant_max}], {scheme}"
@@ -129,26 +130,26 @@ def _span(low: float, high: float) -> Cell:
     return (f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"), high
 
 
-_Column = tuple[str, str, bool, Callable[[Subject], Cell]]
+_Column = tuple[str, str, bool, Callable[[QuantizerReport], Cell]]
 
 
 def _columns() -> list[_Column]:
     """Head, explanation, whether it is text, and the cell."""
 
-    def text(get: Callable[[Subject], str]) -> Callable[[Subject], Cell]:
+    def text(get: Callable[[QuantizerReport], str]) -> Callable[[QuantizerReport], Cell]:
         return lambda s: (get(s), get(s))
 
-    def solved(get: Callable[[Subject], Cell]) -> Callable[[Subject], Cell]:
+    def solved(get: Callable[[QuantizerReport], Cell]) -> Callable[[QuantizerReport], Cell]:
         return lambda s: get(s) if s.params.solved else ("", "")
 
-    def quality(field: str, shown: Callable[[float], Cell]) -> Callable[[Subject], Cell]:
+    def quality(field: str, shown: Callable[[float], Cell]) -> Callable[[QuantizerReport], Cell]:
         return lambda s: shown(getattr(s.quality, field)) if s.quality else ("", "")
 
-    def span(s: Subject) -> Cell:
+    def span(s: QuantizerReport) -> Cell:
         scale = s.params["scale"]
         return _span(float(scale.min()), float(scale.max()))
 
-    def zeros(s: Subject) -> Cell:
+    def zeros(s: QuantizerReport) -> Cell:
         finite, none, *_ = s.counts
         return _share(none / finite) if finite else ("", "")
 
@@ -173,7 +174,7 @@ def _columns() -> list[_Column]:
     ]  # fmt: skip
 
 
-def _overview(subjects: Sequence[tuple[Subject, list[Note]]]) -> str:
+def _overview(subjects: Sequence[tuple[QuantizerReport, list[Note]]]) -> str:
     columns = _columns()
     head = '<th class="t">quantizer</th>'
     for title, hint, text, _ in columns:
@@ -196,7 +197,7 @@ def _overview(subjects: Sequence[tuple[Subject, list[Note]]]) -> str:
     return f'<table id="overview"><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>'
 
 
-def _section(index: int, subject: Subject, found: list[Note]) -> str:
+def _section(index: int, subject: QuantizerReport, found: list[Note]) -> str:
     name = html.escape(_name(subject))
     said = "".join(
         f"<li>{_flag(note) if note.flag else ''} "
@@ -217,7 +218,7 @@ def _section(index: int, subject: Subject, found: list[Note]) -> str:
     )
 
 
-def _rules(subject: Subject) -> str:
+def _rules(subject: QuantizerReport) -> str:
     """What is in use, then the rules by their noise."""
     lines = sorted(subject.lines, key=_order)
     if not lines:
@@ -238,7 +239,7 @@ def _order(line: RuleLine) -> float:
     return math.inf if math.isnan(sqnr) else -sqnr
 
 
-def _rule_row(subject: Subject, line: RuleLine) -> str:
+def _rule_row(subject: QuantizerReport, line: RuleLine) -> str:
     quality = line.quality
     low, high = line.range[0].tolist()
     reach = f"{line.share:.3f}" if subject.channels > 1 else f"{low:.4g} to {high:.4g}"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from torch_ext.analysis.report.quality import Bins, RuleLine
-from torch_ext.analysis.report.quantizer_report import Subject
+from torch_ext.analysis.report.quantizer_report import QuantizerReport
 from torch_ext.analysis.rule_choices import rules_that_look
 from torch_ext.analysis.svg import COLOURS, GREY, Svg
 
@@ -24,7 +24,7 @@ def colour_of(line: RuleLine) -> str:
     return COLOURS[rules.index(line.choice.rule) % len(COLOURS)]
 
 
-def picture(subject: Subject) -> str:
+def picture(subject: QuantizerReport) -> str:
     """An SVG; empty where there are no values to show."""
     bins = subject.bins
     if bins is None or not any(map(sum, bins.counts)):
@@ -35,7 +35,7 @@ def picture(subject: Subject) -> str:
 class _Picture:
     """Both axes of magnitude are the same; 0 is the channel's largest magnitude, in octaves."""
 
-    def __init__(self, subject: Subject, bins: Bins) -> None:
+    def __init__(self, subject: QuantizerReport, bins: Bins) -> None:
         self.subject = subject
         self.bins = bins
         lines = [*subject.lines, *([subject.in_use] if subject.in_use else [])]

@@ -38,7 +38,7 @@ _VALUES = 2**14
 _PIECE = 2**22
 
 
-class Seen:
+class WatchedData:
     """What passed through a quantizer while data ran through the model."""
 
     def __init__(self, quantizer: FakeQuantize) -> None:
@@ -81,7 +81,7 @@ class Seen:
 
 
 @dataclass
-class Subject:
+class QuantizerReport:
     """Everything the page says; None where there is nothing to say it from."""
 
     name: str
@@ -115,11 +115,15 @@ class Subject:
 
 
 def measured(
-    name: str, of: str, params: Params, weight: Tensor | None = None, seen: Seen | None = None
-) -> Subject:
+    name: str,
+    of: str,
+    params: Params,
+    weight: Tensor | None = None,
+    seen: WatchedData | None = None,
+) -> QuantizerReport:
     """Measures on the weight, on what was seen, or on the histogram that is kept."""
     statistic = Statistic(*(params[key] for key in STATISTIC))
-    subject = Subject(name, of, params, statistic)
+    subject = QuantizerReport(name, of, params, statistic)
     if weight is not None:
         weight = weight.detach().cpu()
         sample: Sample | None = weight_sample(weight, params.ch_axis)
@@ -145,7 +149,7 @@ def _qparams(params: Params) -> tuple[Tensor, Tensor]:
     return params["scale"], params["zero_point"]
 
 
-def _compare(subject: Subject, sample: Sample, weight: Tensor | None) -> None:
+def _compare(subject: QuantizerReport, sample: Sample, weight: Tensor | None) -> None:
     """Every rule, and the error by threshold, on some of the channels."""
     params = subject.params
     step = -(-params.channels // _CHANNELS)

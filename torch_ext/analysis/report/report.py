@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from torch_ext.analysis.report.advice import notes
 from torch_ext.analysis.report.page import page
-from torch_ext.analysis.report.quantizer_report import Seen, measured
+from torch_ext.analysis.report.quantizer_report import WatchedData, measured
 from torch_ext.files.quantizer_params import Params, params_of
 from torch_ext.files.saved_quantizers import SavedQuantizers, read_quantizers
 from torch_ext.files.storage import PathLike, write_atomically
@@ -25,9 +25,11 @@ from torch_ext.quantizers.restore import restored
 from torch_ext.quantizers.set_state import change_states
 from torch_ext.quantizers.state_table import FakeQuantState
 from torch_ext.quantizers.transition import QuantizationWarning
-from torch_ext.utils.batches import Forward, default_forward, model_device, to_device
+from torch_ext.utils.arguments import check_callable
+from torch_ext.utils.batches import Forward, check_batches, default_forward, model_device, to_device
 from torch_ext.utils.modes import eval_mode, forked_rng
 from torch_ext.utils.progress import progress_bar
+from torch_ext.utils.text import label_of
 
 _WHO = "report"
 
@@ -42,7 +44,7 @@ class ReportSummary:
 
     def __str__(self) -> str:
         lines = [f"{self.path}: {self.quantizers} quantizers, {len(self.warnings)} warnings"]
-        lines += [f"  {name or '(the model itself)'}: {text}" for name, text in self.warnings]
+        lines += [f"  {label_of(name)}: {text}" for name, text in self.warnings]
         return "\n".join(lines)
 
 
@@ -91,8 +93,9 @@ def report(
     title = title or f"Quantizers of {type(prepared.root).__name__}"
     if data is not None and isinstance(model, SavedQuantizers):
         raise ValueError(f"{_WHO}: expected data to be None with a file, which is no whole model")
-    if data is not None and (isinstance(data, str) or not isinstance(data, Iterable)):
-        raise TypeError(f"{_WHO}: expected data to be batches or None, got {data!r}")
+    if data is not None:
+        check_batches(_WHO, "data", data)
+    check_callable(_WHO, "forward", forward)
     with contextlib.ExitStack() as stack:
         stack.enter_context(restored(quantizers))
         stack.enter_context(torch.no_grad())
@@ -101,11 +104,11 @@ def report(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", QuantizationWarning)  # the page has its own words
                 change_states(_WHO, model, FakeQuantState.VALIDATION, allow_unobserved=True)
-        seen: dict[str, Seen] = {}
+        seen: dict[str, WatchedData] = {}
         if data is not None:
             batches = progress_bar(data, _length(data), f"{_WHO}, data", progress)
-            at = model_device(model, device)
-            seen = _watch(prepared, batches, forward or default_forward, at)
+            at = model_device(_WHO, model, device)
+            seen = _watch(prepared, batches, forward or default_forward(_WHO), at)
         subjects = []
         for name in progress_bar(quantizers, len(quantizers), _WHO, progress):
             quantizer = quantizers[name]
@@ -137,15 +140,15 @@ def _watch(
     batches: Iterable[Any],
     forward: Forward,
     device: torch.device,
-) -> dict[str, Seen]:
+) -> dict[str, WatchedData]:
     """Runs the batches; what passes through each activation's quantizer, by name."""
-    seen: dict[str, Seen] = {}
+    seen: dict[str, WatchedData] = {}
     with contextlib.ExitStack() as stack:
         stack.enter_context(eval_mode(prepared.root))
         stack.enter_context(forked_rng(prepared.root))
         for name, quantizer in prepared.quantizers.items():
             if not quantizer.transient and not quantizer.passes_through:
-                one = seen[name] = Seen(quantizer)
+                one = seen[name] = WatchedData(quantizer)
                 stack.callback(quantizer.register_forward_hook(_hook(one)).remove)
         empty = True
         for batch in batches:
@@ -156,5 +159,5 @@ def _watch(
     return {name: one for name, one in seen.items() if one.largest is not None}
 
 
-def _hook(seen: Seen) -> Callable[[FakeQuantize, tuple[Tensor, ...], Tensor], None]:
+def _hook(seen: WatchedData) -> Callable[[FakeQuantize, tuple[Tensor, ...], Tensor], None]:
     return lambda quantizer, inputs, out: seen.add(quantizer, inputs[0], out)

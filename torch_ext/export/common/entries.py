@@ -14,6 +14,8 @@ from torch_ext.files.storage import FileError, PathLike
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import PreparedModel, role_of
 from torch_ext.quantizers.state_table import FakeQuantState
+from torch_ext.utils.arguments import bounded
+from torch_ext.utils.text import label_of
 
 _SUFFIXES = {".onnx": "ONNX", ".json": "JSON", ".table": "ncnn", ".safetensors": "safetensors"}
 TO_FLOAT = 'set_fake_quantize(model, "float", pattern=[...]) leaves them out'
@@ -99,7 +101,7 @@ def _on_cpu(params: Params) -> Params:
 def refuse(who: str, problems: Mapping[str, str], advice: str) -> None:
     """Raises ValueError with every offending quantizer and its reason, if there is one."""
     if problems:
-        lines = [f"  {name or '(the model itself)'}: {why}" for name, why in problems.items()]
+        lines = [f"  {label_of(name)}: {why}" for name, why in problems.items()]
         raise ValueError(
             "\n".join(
                 [
@@ -114,7 +116,7 @@ def refuse(who: str, problems: Mapping[str, str], advice: str) -> None:
 def check_path(who: str, path: PathLike, suffix: str | None) -> Path:
     """Refuses the suffix of another format; None: the format has none of its own."""
     if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"{who}: expected path to be a file's path, got {path!r}")
+        raise TypeError(f"{who}: expected path to be a file's path, got {bounded(path)}")
     target = Path(path)
     if suffix is None:
         if kind := _SUFFIXES.get(target.suffix.lower()):

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch_ext.export.common.entries import refuse
 from torch_ext.files.storage import PathLike, name_problem
+from torch_ext.utils.arguments import bounded
 from torch_ext.utils.text import shown
 
 Names = Mapping[str, str | Sequence[str]] | PathLike | None
@@ -30,7 +31,9 @@ def network_names(who: str, names: Names, wanted: Iterable[str]) -> dict[str, tu
 
         given = read_onnx_names(names)
     else:
-        raise TypeError(f"{who}: expected names to be a mapping or an ONNX file, got {names!r}")
+        raise TypeError(
+            f"{who}: expected names to be a mapping or an ONNX file, got {bounded(names)}"
+        )
     found: dict[str, tuple[str, ...]] = {}
     problems: dict[str, str] = {}
     owners: dict[str, str] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,20 +35,17 @@ def symbols(quantizers: Mapping[str, FakeQuantize]) -> Iterator[dict[str, Traced
     """Inside, each quantizer traces as one operator of ONNX that has nothing but its name."""
     seen = {name: TracedInput() for name in quantizers}
 
-    def symbol(name: str, x: Tensor, action: str) -> Tensor:
+    def symbol(name: str, x: Tensor) -> Tensor:
         seen[name].dtypes.add(x.dtype)
         seen[name].rank = x.dim()
         return torch.onnx.ops.symbolic(
             "::".join(SYMBOL), (x,), {"quantizer": name}, dtype=x.dtype, shape=x.shape, version=1
         )
 
-    try:
+    with ExitStack() as stack:
         for name, quantizer in quantizers.items():
-            quantizer.__dict__["_quantize"] = functools.partial(symbol, name)
+            stack.enter_context(quantizer.replaced(functools.partial(symbol, name)))
         yield seen
-    finally:
-        for quantizer in quantizers.values():
-            quantizer.__dict__.pop("_quantize", None)
 
 
 def trace(who: str, model: nn.Module, example_inputs: Any, dynamic_batch: bool) -> ExportedProgram:

@@ -30,6 +30,7 @@ from torch_ext.export.common.entries import (
 from torch_ext.export.common.network_names import Names, network_names
 from torch_ext.files.storage import FileError, PathLike, name_problem, write_atomically
 from torch_ext.quantizers.find import PreparedModel
+from torch_ext.utils.arguments import bounded
 
 ALGORITHMS = ("EntropyCalibration2", "MinMaxCalibration")
 _LAST_MAJOR = 10  # 11 has no calibrators
@@ -131,7 +132,7 @@ def _encode_version(who: str, version: str | None) -> int:
         version = tensorrt.__version__
     found = re.match(r"(\d{1,2})\.(\d{1,2})\.(\d{1,2})(\.|$)", str(version))
     if not found or not isinstance(version, str):
-        raise ValueError(f'{who}: expected version to be such as "8.6.1", got {version!r}')
+        raise ValueError(f'{who}: expected version to be such as "8.6.1", got {bounded(version)}')
     major, minor, patch = (int(part) for part in found.groups()[:3])
     if major > _LAST_MAJOR:
         raise ValueError(
@@ -139,7 +140,7 @@ def _encode_version(who: str, version: str | None) -> int:
             'calibrators; take export.onnx(..., profile="tensorrt")'
         )
     if major < _LAST_MAJOR and minor > 9:
-        raise ValueError(f'{who}: expected version to be such as "8.6.1", got {version!r}')
+        raise ValueError(f'{who}: expected version to be such as "8.6.1", got {bounded(version)}')
     return major * (10000 if major >= _LAST_MAJOR else 1000) + minor * 100 + patch
 
 

@@ -11,10 +11,10 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from torch import Tensor, fx, nn
-from torch.nn.utils import parametrize
+from torch import Tensor, fx
 
 from torch_ext.prepare.insertion.tracer import Tracer
+from torch_ext.prepare.module_classes import own_type
 from torch_ext.prepare.quantizable_modules import is_quant_stub
 
 
@@ -40,7 +40,7 @@ class Row(NamedTuple):
 _NEW = "a new value"
 _SAME = "on the grid of the input"
 
-PLACEMENT = (
+PLACEMENT_TABLE = (
     Row(
         Kind.WEIGHTED,
         "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear",
@@ -68,7 +68,7 @@ PLACEMENT = (
     Row(Kind.OTHER, "everything else: activations, norms, softmax, mean, ...", _NEW),
 )
 
-_KINDS = {name: row.kind for row in PLACEMENT for name in row.operations.split()}
+_KINDS = {name: row.kind for row in PLACEMENT_TABLE for name in row.operations.split()}
 
 # Where an operation's quantized inputs stand: position, and names as a keyword.
 _FIRST = (0, ("input", "tensors", "self"))
@@ -84,7 +84,7 @@ _CHUNKS = ("chunk", "split", "getitem")
 def placement_table() -> str:
     """The table in Markdown."""
     lines = ["| operation | quantized | its result |", "|---|---|---|"]
-    for row in PLACEMENT:
+    for row in PLACEMENT_TABLE:
         names = row.operations.split()
         known = row.kind not in (Kind.STUB, Kind.OTHER)
         shown = " ".join(f"`{name}`" for name in names) if known else row.operations
@@ -116,11 +116,6 @@ _IN_PLACE = ("iadd", "imul", "imatmul")
 
 def _plain(name: str) -> str:
     return name.rstrip("_") if not name.startswith("_") else name
-
-
-def own_type(module: nn.Module) -> type[nn.Module]:
-    """The module's class, without the one that a parametrization puts before it."""
-    return next(kind for kind in type(module).__mro__ if kind.__module__ != parametrize.__name__)
 
 
 def kind_of(tracer: Tracer, node: fx.Node) -> Kind:

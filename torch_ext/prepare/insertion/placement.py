@@ -19,7 +19,7 @@ from torch_ext.prepare.insertion.operations import (
 )
 from torch_ext.prepare.insertion.tracer import Tracer
 from torch_ext.prepare.qconfig import Factory
-from torch_ext.prepare.qconfig_mapping import Configs
+from torch_ext.prepare.qconfig_mapping import QConfigMapping
 from torch_ext.prepare.quantizable_modules import TRANSPOSED, WEIGHTED, Target, target_of
 
 # A value, and the nodes that are to read it quantized.
@@ -51,7 +51,9 @@ class Site:
 class Placement:
     """``sites`` and ``weights`` of a captured forward, in the order of its operations."""
 
-    def __init__(self, tracer: Tracer, configs: Configs, inputs: Factory | bool | None) -> None:
+    def __init__(
+        self, tracer: Tracer, configs: QConfigMapping, inputs: Factory | bool | None
+    ) -> None:
         """``inputs``: of the model's arguments; True: as for other values; None: not quantized."""
         self.tracer = tracer
         self.configs = configs

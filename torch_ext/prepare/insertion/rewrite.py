@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import linecache
-from collections.abc import Callable
 from itertools import count
 from typing import Any
 
 from torch import fx, nn
 
-from torch_ext.prepare.attach import Undo
 from torch_ext.prepare.insertion.placement import Readers
 from torch_ext.prepare.insertion.tracer import Tracer
+from torch_ext.prepare.module_classes import Forward, Undo, class_with_forward, swap_class
 
-Forward = Callable[..., Any]
 _numbers = count()
 
 
@@ -43,42 +40,20 @@ def compiled(tracer: Tracer) -> Forward:
     return functools.wraps(type(tracer.model).forward)(scope["forward"])
 
 
-def turn(model: nn.Module, forward: Forward) -> Undo:
+def replace_forward(model: nn.Module, forward: Forward) -> Undo:
     """Gives the model a class of its own with this forward; returns what undoes it.
 
     The modules stay as they are, so names, types, checkpoints and modules that the forward does
     not call stay too.
     """
-    before = type(model)
-    model.__class__ = _turned(before, forward)
 
-    def undo() -> None:
-        model.__class__ = before
+    def make_class(base: type[nn.Module]) -> type[nn.Module]:
+        def reduce_ex(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
+            raise RuntimeError(
+                f"pickle: expected a model without a captured forward, got a {base.__name__}; save "
+                "state_dict() and load it into prepare_qat of a new float model"
+            )
 
-    return undo
+        return class_with_forward(base, forward, make_class, reduce_ex)
 
-
-def _turned(base: type[nn.Module], forward: Forward) -> type[nn.Module]:
-    def reduce_ex(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-        raise RuntimeError(
-            f"{base.__name__}: a model with a captured forward is saved through state_dict() only; "
-            "prepare a new one to load it into"
-        )
-
-    def deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
-        self.__class__ = base
-        try:
-            made = copy.deepcopy(self, memo)
-        finally:
-            self.__class__ = turned
-        made.__class__ = _turned(type(made), forward)
-        return made
-
-    members = {
-        "forward": forward,
-        "__reduce_ex__": reduce_ex,
-        "__deepcopy__": deepcopy,
-        "__module__": base.__module__,
-    }
-    turned = type(f"Quantized{base.__name__}", (base,), members)
-    return turned
+    return swap_class(model, make_class)

@@ -27,7 +27,9 @@ from torch._subclasses.fake_tensor import (
 from torch.nn.utils import parametrize
 
 from torch_ext.prepare.insertion.proxies import Factories, Value
+from torch_ext.prepare.module_classes import own_type
 from torch_ext.prepare.quantizable_modules import is_quant_stub
+from torch_ext.utils.arguments import bounded
 from torch_ext.utils.modes import eval_mode
 
 # Whether a module, by name, is called as a whole.
@@ -54,7 +56,7 @@ def as_captured(value: Any, want: Any, where: str) -> None:
     if value != want:
         raise ValueError(
             f"{where}: expected what decides here to be {want!r}, as for the example_inputs of "
-            f"prepare_qat, got {value!r}; prepare with inputs of these sizes"
+            f"prepare_qat, got {bounded(value)}; prepare with inputs of these sizes"
         )
 
 
@@ -162,7 +164,7 @@ class Tracer(fx.Tracer):
             return True
         if isinstance(m, parametrize.ParametrizationList):
             return True
-        own = next(k for k in type(m).__mro__ if k.__module__ != parametrize.__name__)
+        own = own_type(m)
         children = {name for name, _ in m.named_children()} - {"parametrizations"}
         return own.__module__.startswith(("torch.nn.", "torch.ao.nn.")) and not children
 

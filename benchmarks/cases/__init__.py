@@ -1,0 +1,1 @@
+"""The CPU's cases, with their peers and goals; ../run.py runs them."""

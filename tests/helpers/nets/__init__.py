@@ -1,0 +1,1 @@
+"""The nets of the tests, a file for each."""

@@ -1,0 +1,1 @@
+"""Several processes that form a process group, and what they run."""

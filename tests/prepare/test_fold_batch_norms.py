@@ -1,0 +1,152 @@
+"""Training convolution and batch norm apart, quantized as folded."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torch_ext
+from nets.tiny_net import images, tiny_net
+from prepare_steps import CONFIG, names, ready, run_calibration
+from snapshots import same_bits
+from torch_ext import (
+    FakeQuantize,
+    get_default_qconfig,
+    named_quantizers,
+    prepare_qat,
+    set_fake_quantize,
+)
+
+WEIGHT = "parametrizations.weight.1"
+PER_TENSOR = get_default_qconfig(weight_qkwargs={"qscheme": "per_tensor_symmetric"})
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Layers(nn.Module):
+    """Each kind of layer with a batch norm behind it, with gains of both signs and of zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn1 = nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4)
+        self.up, self.bn2 = nn.ConvTranspose2d(4, 6, 2), nn.BatchNorm2d(6, affine=False)
+        self.fc, self.bn3 = nn.Linear(6, 5), nn.BatchNorm1d(5)
+        for norm in (self.bn1, self.bn2, self.bn3):
+            nn.init.normal_(norm.running_mean)
+            nn.init.uniform_(norm.running_var, 0.1, 4)
+        with torch.no_grad():
+            self.bn1.weight.copy_(torch.tensor([0.3, -2, 0, 1.5]))
+            nn.init.normal_(self.bn3.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn2(self.up(self.bn1(self.conv(x)).relu())).relu()
+        out: Tensor = self.bn3(self.fc(x.mean((2, 3))))
+        return out
+
+
+def layers(dtype: torch.dtype = torch.float64) -> Layers:
+    torch.manual_seed(0)
+    return Layers().to(dtype).eval()
+
+
+@pytest.mark.parametrize("config", [CONFIG, PER_TENSOR], ids=["per_channel", "per_tensor"])
+def test_validation_is_the_folded_model_quantized(config: torch_ext.QConfig) -> None:
+    plain, x = layers(), images().double()
+    apart = ready(plain, config, example_inputs=x, fold_batch_norms=True)
+    folded = ready(torch_ext.fuse(plain), config, example_inputs=x)
+    for net in (apart, folded):
+        run_calibration(net, x)
+    assert {n.replace(".weight.1", ".weight.0") for n in names(apart)} == names(folded)
+    quantizers = named_quantizers(folded)
+    for name, quantizer in named_quantizers(apart).items():
+        other = quantizers[name.replace(".weight.1", ".weight.0")]
+        wanted = other.scale.clone()
+        if name == f"conv.{WEIGHT}" and len(wanted) > 1:
+            wanted[2] = quantizer.scale[2]  # folded, this channel is all zero
+        assert torch.allclose(quantizer.scale, wanted, rtol=1e-6), name
+    have, want = apart(x).detach(), folded(x).detach()
+    assert torch.allclose(have, want, rtol=0, atol=1e-6 * float(want.abs().max()))
+    set_fake_quantize(folded, "float")
+    assert not torch.allclose(have, folded(x).detach(), rtol=0, atol=1e-3)
+
+
+def test_float_and_calibration_do_not_touch_the_weights() -> None:
+    plain, x = layers(torch.float32), images()
+    net = ready(plain, example_inputs=x, fold_batch_norms=True)
+    for state in ("float", "calibration"):
+        set_fake_quantize(net, state)
+        for training in (False, True):
+            twins = [copy.deepcopy(one).train(training) for one in (plain, net)]
+            assert same_bits(*[twin(x).detach() for twin in twins])
+    assert torch_ext.float_state_dict(net).keys() == plain.state_dict().keys()
+    torch_ext.load_float_state_dict(net, plain.state_dict())
+
+
+def test_training_moves_the_batch_norm_and_the_scale() -> None:
+    x = images()
+    net = ready(layers(torch.float32), example_inputs=x, fold_batch_norms=True).train()
+    set_fake_quantize(net, "qat")
+    before = copy.deepcopy(net.state_dict())
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        net(x).square().mean().backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+        optimizer.step()
+    net(x)
+    after = net.state_dict()
+    for key in ("bn1.running_var", "bn1.weight", "conv.parametrizations.weight.original"):
+        assert not torch.equal(before[key], after[key]), key
+    source = net.get_submodule("conv").parametrizations.weight
+    assert isinstance(source[1], FakeQuantize)
+    set_fake_quantize(net.eval(), "validation")
+    fused = ready(torch_ext.fuse(_float(net)), example_inputs=x)
+    run_calibration(fused, x)
+    report = torch_ext.load_observer_params(net, fused, strict=False)
+    assert "relu_quantizer" in report.loaded
+    have, want = net(x).detach(), fused(x).detach()
+    assert torch.allclose(have, want, rtol=0, atol=0.05 * float(have.abs().max()))
+
+
+def _float(net: nn.Module) -> Layers:
+    plain = layers(torch.float32)
+    plain.load_state_dict(torch_ext.float_state_dict(net))
+    return plain
+
+
+def test_compile_export_copies() -> None:
+    x = images()
+    net = ready(layers(torch.float32), example_inputs=x, fold_batch_norms=True)
+    run_calibration(net, x)
+    twin = copy.deepcopy(net)
+    with torch.no_grad():
+        twin.bn1.weight.mul_(3)
+        assert not same_bits(twin(x), net(x))
+        torch._dynamo.reset()
+        compiled = torch.compile(net, backend="eager", fullgraph=True)
+        for state in ("float", "qat", "validation"):
+            set_fake_quantize(net, state)
+            twin = copy.deepcopy(net)
+            assert same_bits(compiled(x), twin(x))
+        program = torch.export.export(net, (x,))
+        assert same_bits(program.module()(x), net(x))
+
+
+def test_what_is_not_folded_and_what_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected example_inputs with fold_batch_norms=True"):
+        ready(tiny_net(), fold_batch_norms=True)
+
+    class Two(Layers):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            out: Tensor = self.bn1(y) + y
+            return out
+
+    plain = Two()
+    plain.qconfig = CONFIG  # type: ignore[assignment]
+    net = prepare_qat(plain, example_inputs=images(), fold_batch_norms=True)
+    assert "conv.parametrizations.weight.0" in names(net)

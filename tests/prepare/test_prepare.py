@@ -1,0 +1,289 @@
+"""prepare_qat: what is quantized, under which names and configuration, and what stays."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torch_ext
+from nets.tiny_net import ACTIVATIONS, WEIGHTS, TinyNet, images, tiny_net
+from prepare_steps import CONFIG, OTHER, names, ready, run_calibration
+from snapshots import same_bits
+from torch_ext import (
+    FakeQuantize,
+    get_default_qconfig,
+    named_quantizers,
+    prepare_qat,
+    set_fake_quantize,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_prepared_model_computes_what_it_did(training: bool, dtype: torch.dtype) -> None:
+    plain = tiny_net().to(dtype).train(training)
+    plain.dropout.train(not training)
+    modes = {name: module.training for name, module in plain.named_modules()}
+    net = ready(copy.deepcopy(plain))
+    x = images().to(dtype)
+    outs = []
+    for model in (plain, net):
+        torch.manual_seed(7)
+        outs.append(model(x))
+    assert same_bits(outs[0].detach().double(), outs[1].detach().double())
+    assert outs[1].dtype == dtype
+    assert names(net) == {*ACTIVATIONS, *WEIGHTS}
+    for name, module in net.named_modules():
+        host = name.partition(".parametrizations")[0].removesuffix(".activation_quantizer")
+        host = host.removesuffix(".observer").removesuffix(".activation_quantizer")
+        host = "" if host.startswith("input_quantizers") else host
+        assert module.training == modes[host], name
+    weight = net.get_parameter("conv1.parametrizations.weight.original")
+    assert weight.dtype == dtype
+    assert net.get_buffer("fc.activation_quantizer.scale").dtype == torch.float32
+
+
+def test_the_model_itself_stays_unless_inplace() -> None:
+    plain = tiny_net()
+    net = ready(plain)
+    assert net is not plain
+    assert "QuantizedTinyNet" not in repr(plain)
+    assert not any(isinstance(m, FakeQuantize) for m in plain.modules())
+    assert prepare_qat(plain, inplace=True) is plain
+    assert names(plain) == names(net)
+
+
+LAYERS: list[tuple[nn.Module, tuple[int, ...], dict[str, tuple[int, ...]], bool]] = [
+    (nn.Conv1d(4, 6, 3), (2, 4, 8), {"weight": (0, 6)}, True),
+    (nn.Conv2d(4, 6, 3, groups=2), (2, 4, 8, 8), {"weight": (0, 6)}, True),
+    (nn.Conv3d(4, 6, 3), (2, 4, 5, 5, 5), {"weight": (0, 6)}, True),
+    (nn.ConvTranspose1d(4, 6, 3), (2, 4, 8), {"weight": (1, 6)}, True),
+    (nn.ConvTranspose2d(4, 6, 3, groups=2), (2, 4, 8, 8), {"weight": (1, 3)}, True),
+    (nn.ConvTranspose3d(4, 6, 3), (2, 4, 5, 5, 5), {"weight": (1, 6)}, True),
+    (nn.Linear(4, 6), (2, 4), {"weight": (0, 6)}, True),
+    *[(cls(), (2, 4), {}, True) for cls in (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Mish)],
+    *[(cls(), (2, 4), {}, True) for cls in (nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh)],
+    *[(cls(), (2, 4), {}, True) for cls in (nn.PReLU, nn.LeakyReLU, nn.ELU, nn.Softplus)],
+    (nn.Softmax(-1), (2, 4), {}, True),
+    (nn.GLU(), (2, 4), {}, True),
+    (torch_ext.QuantStub(), (2, 4), {}, True),
+    *[(m, (2, 4), {}, False) for m in (nn.Dropout(), nn.Identity(), nn.LogSoftmax(-1))],
+    (nn.BatchNorm1d(4), (2, 4), {}, False),
+]
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "weights", "output"), LAYERS, ids=[type(row[0]).__name__ for row in LAYERS]
+)
+def test_what_is_quantized_of_each_layer(
+    layer: nn.Module, shape: tuple[int, ...], weights: dict[str, tuple[int, int]], output: bool
+) -> None:
+    net = ready(nn.Sequential(nn.ReLU(), copy.deepcopy(layer)), input_qconfig=None)
+    want = {"0.activation_quantizer"} | ({"1.activation_quantizer"} if output else set())
+    want |= {f"1.parametrizations.{name}.0" for name in weights}
+    assert names(net) == want
+    for name, (axis, count) in weights.items():
+        observer = named_quantizers(net)[f"1.parametrizations.{name}.0"].observer
+        assert (observer.ch_axis, observer.channel_len) == (axis, count)
+    run_calibration(net, torch.randn(shape))
+    assert isinstance(net, nn.Sequential)
+    out = net(torch.randn(shape))
+    if output:
+        scale = named_quantizers(net)["1.activation_quantizer"].scale
+        assert torch.equal((out / scale).round() * scale, out)
+
+
+def test_embeddings_have_quantized_weights_only() -> None:
+    for kind in (nn.Embedding, nn.EmbeddingBag):
+        net = ready(nn.Sequential(kind(10, 4), nn.Linear(4, 2)), input_qconfig=None)
+        assert names(net) == {
+            "0.parametrizations.weight.0",
+            "1.parametrizations.weight.0",
+            "1.activation_quantizer",
+        }
+        run_calibration(net, torch.tensor([[1, 2], [3, 9]]))
+
+
+class Operators(nn.Module):
+    """One module per operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add, self.mul = torch_ext.Add(), torch_ext.Mul()
+        self.cat, self.matmul = torch_ext.Cat(1), torch_ext.MatMul()
+        self.stub = torch_ext.QuantStub()
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        joined = self.cat([self.add(a, b), self.mul(a, 2.0)])
+        out: Tensor = self.stub(self.matmul(joined, joined.T).mean(1))
+        return out
+
+
+def test_operations_as_modules_compute_and_are_quantized() -> None:
+    plain = Operators()
+    a, b = torch.randn(3, 4), torch.randn(3, 4)
+    joined = torch.cat([a + b, a * 2], 1)
+    assert torch.equal(plain(a, b), (joined @ joined.T).mean(1))
+    net = ready(plain)
+    assert names(net) == {
+        *(f"{name}.activation_quantizer" for name in ("add", "mul", "cat", "matmul", "stub")),
+        "input_quantizers.a",
+        "input_quantizers.b",
+    }
+    run_calibration(net, a, b)
+
+
+def test_torch_ao_modules() -> None:
+    quantized = pytest.importorskip("torch.ao.nn.quantized")
+    stubs = pytest.importorskip("torch.ao.quantization")
+
+    class Old(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.quant, self.ops = stubs.QuantStub(), quantized.FloatFunctional()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.quant(x)
+            out: Tensor = self.ops.add(x, x)
+            return out
+
+    net = ready(Old(), input_qconfig=None)
+    assert names(net) == {"quant.activation_quantizer", "ops.activation_post_process"}
+    run_calibration(net, torch.randn(5))
+
+
+def test_attention_and_transformers_see_data_in_their_fast_paths() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    net = ready(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval())
+    found = names(net)
+    assert "layers.1.self_attn.parametrizations.in_proj_weight.0" in found
+    assert "layers.1.self_attn.out_proj.parametrizations.weight.0" in found
+    assert "layers.1.self_attn.activation_quantizer" in found
+    assert "layers.1.self_attn.out_proj.activation_quantizer" not in found
+    x = torch.randn(3, 5, 8)
+    run_calibration(net, x)
+    with torch.no_grad():
+        out = net(x)
+    set_fake_quantize(net, "float")
+    assert 0 < float((out - net(x)).detach().abs().max()) < 0.5
+
+
+def test_another_parametrization_comes_first() -> None:
+    net = nn.Sequential(nn.Linear(3, 2))
+    nn.utils.parametrizations.weight_norm(net[0])
+    made = ready(net)
+    run_calibration(made, torch.randn(4, 3))
+    quantizer = named_quantizers(made)["0.parametrizations.weight.1"]
+    assert isinstance(made, nn.Sequential)
+    chain = made[0].parametrizations.weight
+    weight = chain[0](chain.original0, chain.original1)
+    assert torch.allclose(quantizer.range[:, 1], weight.amax(1))
+
+
+def test_the_meta_device() -> None:
+    with torch.device("meta"):
+        net = TinyNet()
+    net.qconfig = CONFIG  # type: ignore[assignment]
+    made = prepare_qat(net)
+    assert {t.device.type for t in (*made.parameters(), *made.buffers())} == {"meta"}
+
+
+def test_names_are_the_same_for_every_configuration() -> None:
+    assert names(ready(tiny_net(), CONFIG)) == names(ready(tiny_net(), OTHER))
+
+
+def test_deep_copies_are_apart() -> None:
+    net = ready(tiny_net()).eval()
+    twin = copy.deepcopy(net)
+    run_calibration(twin, images())
+    assert isinstance(twin, TinyNet)
+    assert all(not bool(q.solved) for q in named_quantizers(net).values())
+    assert same_bits(net(images()).detach(), tiny_net().eval()(images()).detach())
+
+
+def test_float_checkpoints_load_by_their_own_keys() -> None:
+    source, net = tiny_net(seed=8), ready(tiny_net()).eval()
+    torch_ext.load_float_state_dict(net, source.state_dict())
+    assert same_bits(net(images()).detach(), source.eval()(images()).detach())
+    back = torch_ext.float_state_dict(net)
+    assert back.keys() == source.state_dict().keys()
+    for key, value in source.state_dict().items():
+        assert torch.equal(back[key], value)
+
+
+def test_other_checkpoints_are_refused_whole() -> None:
+    net = ready(tiny_net())
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    state = tiny_net(seed=8).state_dict()
+    cases = [
+        ({k: v for k, v in state.items() if k != "fc.weight"}, True, "missing: fc.weight"),
+        (state | {"head": torch.ones(1)}, True, "unexpected: head"),
+        (state | {"fc.weight": torch.ones(3, 5)}, False, "of shape [3, 4], got [3, 5]"),
+        (state | {"fc.weight": 3}, False, "of shape [3, 4], got 3"),
+    ]
+    for bad, strict, text in cases:
+        with pytest.raises(ValueError, match="load_float_state_dict: expected") as caught:
+            torch_ext.load_float_state_dict(net, bad, strict)
+        assert text in str(caught.value)
+        assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def test_the_table_tells_what_was_done(capsys: pytest.CaptureFixture[str]) -> None:
+    net = ready(tiny_net(), verbose=True)
+    text = capsys.readouterr().out
+    found = torch_ext.describe(net)
+    assert str(found) + "\n" == text
+    assert {row.name for row in found.quantizers} == names(net)
+    assert {row.of for row in found.quantizers} == {"input", "output", "weight"}
+    assert dict(found.float_modules) == {
+        "bn1": "BatchNorm2d",
+        "bn2": "BatchNorm2d",
+        "dropout": "Dropout",
+    }
+    assert "none yet" in text
+    run_calibration(net.eval(), images())
+    assert "none yet" not in str(torch_ext.describe(net))
+    assert "validation" in str(torch_ext.describe(net))
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_compiling_gives_one_graph_per_state(sequential: bool) -> None:
+    plain = nn.Sequential(nn.Linear(4, 4), nn.ReLU()) if sequential else tiny_net()
+    x = torch.randn(3, 4) if sequential else images(3)
+    net = ready(plain.eval(), get_default_qconfig(activation_observer="percentile"))
+    graphs: list[torch.fx.GraphModule] = []
+
+    def count(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(net, backend=count, fullgraph=True)
+    for round_ in range(2):
+        for state in ("float", "calibration", "validation", "qat"):
+            set_fake_quantize(net, state)
+            want_model = copy.deepcopy(net)
+            with torch.no_grad():
+                assert same_bits(compiled(x), want_model(x))
+            quantizers = named_quantizers(want_model)
+            for name, quantizer in named_quantizers(net).items():
+                assert same_bits(quantizer.range, quantizers[name].range)
+                assert same_bits(quantizer.observer.tally, quantizers[name].observer.tally)
+        assert len(graphs) == 4, round_
+
+
+def test_export_keeps_names_and_values() -> None:
+    net = ready(tiny_net().eval())
+    run_calibration(net, images())
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(net, (images(),), dynamic_shapes={"x": {0: batch}})
+    targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert targets.count("torch_ext.fake_quant.default") == len(ACTIVATIONS + WEIGHTS)
+    x = images(4, seed=5)
+    assert same_bits(program.module()(x).detach(), net(x).detach())

@@ -1,0 +1,1 @@
+"""The command line: each command registers its own parser."""

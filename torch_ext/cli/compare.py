@@ -1,0 +1,100 @@
+"""``torch-ext compare``: ranges and scales of two files side by side."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from torch_ext.cli.arguments import Commands, add_command, count, tolerance
+from torch_ext.cli.terminal import print_json, print_table, range_text, scale_text
+from torch_ext.files.compare import Comparison, Difference, compare
+from torch_ext.files.observer_params import read_observer_params
+from torch_ext.files.quantizer_params import Params
+from torch_ext.utils.text import label_of
+
+_HEADER = (
+    "quantizer", "difference", "range A", "range B", "scale A", "scale B", "zero point",
+    "observers",
+)  # fmt: skip
+
+
+def register(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "compare",
+        run,
+        "shows ranges and scales of two files side by side, the largest difference first",
+        "compare a.safetensors b.safetensors --tolerance 0.01",
+    )
+    parser.add_argument("a", metavar="A")
+    parser.add_argument("b", metavar="B")
+    parser.add_argument("--top", type=count, metavar="N", help="only the N that differ most")
+    parser.add_argument(
+        "--tolerance",
+        type=tolerance,
+        metavar="X",
+        help="exit with 1 if a range or scale differs by more, relatively, or the names do",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    first, second = (read_observer_params(file) for file in (arguments.a, arguments.b))
+    comparison = compare(first, second)
+    if arguments.json:
+        print_json(_record(comparison, first, second))
+    else:
+        _print(comparison, first, second, arguments.top)
+    fine = arguments.tolerance is None or comparison.within(arguments.tolerance)
+    return 0 if fine else 1
+
+
+def _print(
+    comparison: Comparison,
+    first: Mapping[str, Params],
+    second: Mapping[str, Params],
+    top: int | None,
+) -> None:
+    rows = [_cells(row, first[row.name], second[row.name]) for row in comparison.rows]
+    if rows[:top]:
+        print_table(_HEADER, rows[:top])
+    if len(rows[:top]) < len(rows):
+        print(f"... and {len(rows) - len(rows[:top])} that differ less")
+    for side, names in (("A", comparison.only_first), ("B", comparison.only_second)):
+        if names:
+            print(f"only in {side}: {', '.join(map(label_of, names))}")
+    differing = sum(row.largest > 0 for row in comparison.rows)
+    print(f"{len(rows)} quantizers in both, {differing} of them differ")
+
+
+def _cells(row: Difference, first: Params, second: Params) -> list[str]:
+    observers = dict.fromkeys((first.observer, second.observer))
+    return [
+        *(label_of(row.name), row.note or _percent(row.largest)),
+        *(range_text(first), range_text(second), scale_text(first), scale_text(second)),
+        *(f"{row.zero_point} apart" if row.zero_point else "", ", ".join(observers)),
+    ]
+
+
+def _record(
+    comparison: Comparison, first: Mapping[str, Params], second: Mapping[str, Params]
+) -> dict[str, Any]:
+    def side(params: Params) -> dict[str, Any]:
+        fields = ("range", "scale", "zero_point")
+        values = {field: params[field].tolist() for field in fields} if params.solved else {}
+        return {"observer": params.observer, **values}
+
+    rows = [
+        {**asdict(row), "a": side(first[row.name]), "b": side(second[row.name])}
+        for row in comparison.rows
+    ]
+    return {
+        "quantizers": rows,
+        "only_a": comparison.only_first,
+        "only_b": comparison.only_second,
+    }
+
+
+def _percent(difference: float) -> str:
+    return f"{100 * difference:.3g} %" if difference else "equal"

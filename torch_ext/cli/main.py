@@ -1,0 +1,59 @@
+"""``torch-ext``, or ``python -m torch_ext``: the parser of all commands, and their exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+
+from torch_ext._C import build_info
+from torch_ext.cli import compare, convert, info, merge, report, show, solve
+
+_COMMANDS = (info, show, solve, compare, merge, convert, report)
+_EXITS = """exit status:
+  0  done
+  1  compare: the files differ by more than --tolerance
+  2  bad input or usage; nothing was written
+"""
+_PIPE_CLOSED, _INTERRUPTED = 141, 130  # as shells report SIGPIPE and SIGINT
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code; errors go to standard error."""
+    with contextlib.suppress(AttributeError):  # a stream that is not a text file's
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    try:
+        arguments = _parser().parse_args(argv)
+    except SystemExit as stop:  # help was asked for, or is needed
+        return stop.code if isinstance(stop.code, int) else 0
+    try:
+        code: int = arguments.run(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # What reads the output is done with it; nothing more must reach it at exit.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _PIPE_CLOSED
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except (OSError, ValueError, TypeError, RuntimeError, ImportError, MemoryError) as error:
+        text = str(error) or type(error).__name__
+        print(f"torch-ext {arguments.command}: {text}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="torch-ext",
+        description="Looks at, solves, joins and converts files of save_observer_params.",
+        epilog=_EXITS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=build_info()["version"])
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in _COMMANDS:
+        command.register(commands)
+    return parser

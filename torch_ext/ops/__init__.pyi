@@ -1,0 +1,100 @@
+# tools/typing_stubs.py writes this file from the registry.
+
+from torch import Tensor
+
+from torch_ext.ops.functions import fake_quant as fake_quant
+from torch_ext.ops.functions import follow_ as follow_
+from torch_ext.ops.functions import follow_fake_quant as follow_fake_quant
+from torch_ext.ops.functions import kl_threshold as kl_threshold
+from torch_ext.ops.functions import learned_fake_quant as learned_fake_quant
+from torch_ext.ops.functions import lsq as lsq
+from torch_ext.ops.functions import merge_ as merge_
+from torch_ext.ops.functions import observe_ as observe_
+from torch_ext.ops.functions import pact as pact
+from torch_ext.ops.functions import qparams as qparams
+from torch_ext.ops.functions import solve as solve
+from torch_ext.ops.functions import solve_many as solve_many
+from torch_ext.ops.registry_names import KlVariant
+
+def min_max(
+    x: Tensor,
+    quant_min: int = ...,
+    quant_max: int = ...,
+    symmetric: bool = ...,
+    ch_axis: int = ...,
+) -> Tensor: ...
+def fixed_scale(
+    x: Tensor,
+    quant_min: int = ...,
+    quant_max: int = ...,
+    symmetric: bool = ...,
+    ch_axis: int = ...,
+    *,
+    scale: float = ...,
+    zero_point: float = ...,
+) -> Tensor: ...
+def clip(
+    x: Tensor,
+    quant_min: int = ...,
+    quant_max: int = ...,
+    symmetric: bool = ...,
+    ch_axis: int = ...,
+    *,
+    xmin: float = ...,
+    xmax: float = ...,
+) -> Tensor: ...
+def percentile(
+    x: Tensor,
+    quant_min: int = ...,
+    quant_max: int = ...,
+    symmetric: bool = ...,
+    ch_axis: int = ...,
+    *,
+    percentile: float = ...,
+) -> Tensor: ...
+def clip_std(
+    x: Tensor,
+    quant_min: int = ...,
+    quant_max: int = ...,
+    symmetric: bool = ...,
+    ch_axis: int = ...,
+    *,
+    std_scale: float = ...,
+) -> Tensor: ...
+def kl(
+    x: Tensor,
+    quant_min: int = ...,
+    quant_max: int = ...,
+    symmetric: bool = ...,
+    ch_axis: int = ...,
+    *,
+    variant: KlVariant = ...,
+) -> Tensor: ...
+def mse(
+    x: Tensor,
+    quant_min: int = ...,
+    quant_max: int = ...,
+    symmetric: bool = ...,
+    ch_axis: int = ...,
+) -> Tensor: ...
+def mix(
+    x: Tensor,
+    quant_min: int = ...,
+    quant_max: int = ...,
+    symmetric: bool = ...,
+    ch_axis: int = ...,
+) -> Tensor: ...
+def aciq(
+    x: Tensor,
+    quant_min: int = ...,
+    quant_max: int = ...,
+    symmetric: bool = ...,
+    ch_axis: int = ...,
+) -> Tensor: ...
+def mean_abs(
+    x: Tensor,
+    quant_min: int = ...,
+    quant_max: int = ...,
+    symmetric: bool = ...,
+    ch_axis: int = ...,
+) -> Tensor: ...
