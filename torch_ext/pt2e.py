@@ -216,6 +216,7 @@ class _Adapter(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *arguments: Any
     ) -> None:
+        # The shape of the saved statistic says how many channels there are.
         statistic = "inner" if isinstance(self.inner, Observer) else "inner.observer"
         extrema = state_dict.get(f"{prefix}{statistic}.extrema")
         if not self._fitted and isinstance(extrema, Tensor) and extrema.dim() == 2:
@@ -274,6 +275,7 @@ class PT2EFakeQuantize(_Adapter, FakeQuantizeBase):  # type: ignore[misc]
         return FakeQuantState.VALIDATION if switches["fake_quant"] else FakeQuantState.FLOAT
 
     def _switch(self, **switched: bool) -> None:
+        """Sets the state for switches that are about to change, before torchao changes them."""
         state = self._chosen(**switched)
         # Only VALIDATION needs a range already; in QAT the first batch sets it.
         allow_unobserved = state is not FakeQuantState.VALIDATION
@@ -302,7 +304,7 @@ class PT2EFakeQuantize(_Adapter, FakeQuantizeBase):  # type: ignore[misc]
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *arguments: Any
     ) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)  # torchao's switches too
         self.inner.enter(self._chosen())
 
 

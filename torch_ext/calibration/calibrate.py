@@ -168,7 +168,7 @@ def calibrate(
         for quantizer in quantizers.values():
             quantizer.enter(FakeQuantState.CALIBRATION)
         with watched(_WHO, model):
-            for batch in _bar(_limited(loader, limit), loader, limit, progress):
+            for batch in _with_progress(_limited(loader, limit), loader, limit, progress):
                 ran = run.step(batch)
                 if ran and checkpoint is not None and run.batches % every == 0:
                     run.save(checkpoint, batch)
@@ -267,7 +267,7 @@ def _limited(loader: Iterable[Any], limit: int | None) -> Iterator[Any]:
             return
 
 
-def _bar(
+def _with_progress(
     batches: Iterator[Any], loader: Iterable[Any], limit: int | None, progress: bool | None
 ) -> Iterable[Any]:
     total = None

@@ -96,6 +96,7 @@ def _count(path: PathLike, content: Mapping[str, Any], key: str) -> int:
 
 
 def _check_specs(path: PathLike, specs: Any, quantizers: Mapping[str, FakeQuantize]) -> None:
+    """Raises FileError if the specs of the file are not those of the quantizers."""
     if not isinstance(specs, dict):
         raise FileError(path, "quantizers: missing from the description")
     if set(specs) != set(quantizers):
