@@ -1,13 +1,24 @@
 # make example   the whole path on real images      make bench   speed, side by side with the peers
 # make test      GoogleTest and pytest              make lint    format, lint and types
 # make build     only set up and compile            make clean   everything but .venv
-# make docs      the guide, into build/docs
+# make docs      the guide, into build/docs         make constraints   newer versions of packages
 # make cuda-check   compile the CUDA sources without torch, show what each kernel takes
 # make gpu-check    on a machine with a GPU: build for it, test, sanitize, benchmark
 #
-# Every target first sets up what it needs in .venv; a second run starts at once. Those two set up
-# nothing: cuda-check needs nvcc, gpu-check an interpreter that has torch and pytest, which is PYTHON,
-# or else .venv's, or else python3. Results go to OUT, by default build/gpu-check.
+# Every target first brings what it needs, and keeps what another has brought; a second run starts at
+# once. Into .venv, in the versions of tools/constraints.txt:
+#   build     torch, numpy, safetensors, tqdm, rich, matplotlib; compiles the library
+#   example   the same; where Fashion-MNIST is not to be had, scikit-learn for its digits
+#   bench     the same, onnx and onnxruntime
+#   docs      the same as build, and Sphinx with its theme
+#   test      the same as docs, pytest, the engines and model zoos; compiles the C++ tests
+#   lint      torch and the linters; compiles nothing
+# With apt-get, where it may: a C++ compiler, Python's headers and venv where they are missing,
+# Fashion-MNIST (example, test), GoogleTest and Chromium (test).
+# cuda-check and gpu-check set up nothing: cuda-check needs nvcc, gpu-check an interpreter that has
+# torch and pytest, which is PYTHON, or else .venv's, or else python3. Results go to OUT, by default
+# build/gpu-check. constraints resolves pyproject.toml's ranges anew, writes tools/constraints.txt,
+# makes .venv anew and runs the tests with what it found: commit the file when they pass.
 #   TORCH=2.13.0    the PyTorch release to install and build against, 2.11 or newer
 #   CUDA=1          1 builds the CUDA kernels, 0 does not; default: where torch is a CUDA build
 #                   and its nvcc is found
@@ -19,20 +30,20 @@
 TORCH ?= 2.13.0
 export TORCH CUDA CUDA_ARCH PYTHON DATA JOBS
 
-.PHONY: build setup example test bench lint docs clean cuda-check gpu-check
-build: setup
+.PHONY: build example test bench lint docs constraints clean cuda-check gpu-check
+build:
+	@tools/setup.sh build
 
-setup:
-	@tools/setup.sh
-
-example: setup
+example:
+	@tools/setup.sh example
 	@.venv/bin/python examples/fashion_mnist.py $(if $(DATA),--data "$$DATA")
 
 test:
-	@tools/setup.sh --tests
+	@tools/setup.sh test
 	@tools/test.sh
 
-bench: setup
+bench:
+	@tools/setup.sh bench
 	@.venv/bin/python benchmarks/run.py
 
 cuda-check:
@@ -42,16 +53,22 @@ gpu-check:
 	@"$${PYTHON:-$$(command -v .venv/bin/python || echo python3)}" tools/gpu_check.py
 
 lint:
-	@tools/setup.sh --no-compile
+	@tools/setup.sh lint
 	@find csrc tests benchmarks examples \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.inc' \) -print0 | \
 	    xargs -0 .venv/bin/clang-format --dry-run -Werror
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
 	@.venv/bin/mypy
 
-docs: setup
+docs:
+	@tools/setup.sh docs
 	@.venv/bin/python -m sphinx -W --keep-going -q -b html docs build/docs
 	@echo "build/docs/index.html"
+
+constraints:
+	@"$${PYTHON:-python3}" tools/packages.py raise
+	@rm -rf .venv
+	@$(MAKE) test
 
 clean:
 	@rm -rf build dist *.egg-info torch_ext/*.so torch_ext/include torch_ext/share examples/output benchmarks/output

@@ -1,9 +1,8 @@
 #!/usr/bin/env bash
-# Brings a checkout to the point where every target of the Makefile can run: system packages, .venv,
-# PyTorch, Python packages, native build. What is done already is not done again.
-#   tools/setup.sh [--tests | --no-compile]
-#     --tests       without GoogleTest there is no point in going on
-#     --no-compile  sources may have changed since the last build
+# Brings a checkout to the point where one target of the Makefile can run: system packages, .venv,
+# PyTorch, Python packages, native build. What is done already is not done again, and what another
+# target has brought stays.
+#   tools/setup.sh build | example | bench | docs | lint | test
 # Variables (see the Makefile): TORCH CUDA CUDA_ARCH PYTHON DATA JOBS. CMAKE_ARGS goes to the configuration.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -29,26 +28,30 @@ check_variables() {
 
 finds_header() { echo "#include <$1>" | "${CXX:-c++}" -E -x c++ "${@:2}" - >/dev/null 2>&1; }
 
-# Debian's names of the packages that are missing.
+# Debian's names of the packages that this mode needs and that are missing.
 missing_packages() {
     local interpreter=$python
     [[ ! -x .venv/bin/python ]] || interpreter=.venv/bin/python
-    command -v "${CXX:-c++}" >/dev/null || echo g++
-    finds_header gtest/gtest.h || echo libgtest-dev
     "$interpreter" -c 'import ensurepip' 2>/dev/null || echo python3-venv
+    [[ $mode != lint ]] || return 0
+    command -v "${CXX:-c++}" >/dev/null || echo g++
     finds_header Python.h \
         "-I$("$interpreter" -c 'import sysconfig; print(sysconfig.get_path("include"))')" ||
         echo python3-dev
-    [[ -n ${DATA:-} || -d /usr/share/datasets/fashion-mnist ]] || echo dataset-fashion-mnist
+    if [[ $mode == example || $mode == test ]]; then
+        [[ -n ${DATA:-} || -d /usr/share/datasets/fashion-mnist ]] || echo dataset-fashion-mnist
+    fi
+    [[ $mode == test ]] || return 0
+    finds_header gtest/gtest.h || echo libgtest-dev
     command -v chromium >/dev/null || command -v google-chrome >/dev/null || echo chromium
 }
 
 # What apt-get cannot bring is tried once, not at every start.
 install_system_packages() {
-    local missing as_root=() package
+    local missing as_root=() package stamp=.venv/.stamp-system-$mode
     missing=$(missing_packages | xargs)
     [[ -n $missing ]] || return 0
-    if [[ ! -f .venv/.stamp-system || $(<.venv/.stamp-system) != "$missing" ]]; then
+    if [[ ! -f $stamp || $(<"$stamp") != "$missing" ]]; then
         ((EUID == 0)) || as_root=(sudo -n)
         if command -v apt-get >/dev/null && "${as_root[@]}" true 2>/dev/null; then
             say "installing system packages: $missing"
@@ -63,11 +66,9 @@ install_system_packages() {
     for package in $missing; do
         case $package in
         dataset-fashion-mnist)
-            say "no $package package: \`make example\` takes scikit-learn's digits, or give DATA=" ;;
+            say "no $package package: the examples take scikit-learn's digits, or give DATA=" ;;
         chromium) say "no $package package: the test that looks at a report in a browser is skipped" ;;
-        libgtest-dev)
-            [[ $mode != --tests ]] || die "the C++ tests need GoogleTest: install $package"
-            say "no $package package: building without the C++ tests" ;;
+        libgtest-dev) die "the C++ tests need GoogleTest: install $package" ;;
         *) die "cannot build: install $package" ;;
         esac
     done
@@ -86,57 +87,106 @@ make_venv() {
             die "expected PYTHON to be $have as .venv was made with, got \"$PYTHON\" ($wanted);" \
                 "remove .venv to change it"
     fi
-    printf '%s' "$still_missing" >.venv/.stamp-system
+    printf '%s' "$still_missing" >.venv/.stamp-system-"$mode"
 }
 
 installed() { .venv/bin/python -c "import importlib.metadata as m; print(m.version('$1'))" 2>/dev/null; }
+
+# The tested versions, and the release of torch, which torchvision would change.
+write_constraints() {
+    {
+        cat tools/constraints.txt
+        printf 'torch==%s\n' "$1"
+        sed -n "s/^#torch ${1%%+*}: //p" tools/constraints.txt
+    } >.venv/constraints.txt
+}
+
+pip_install() { .venv/bin/pip install -q -c .venv/constraints.txt "$@"; }
 
 install_torch() {
     local have
     have=$(installed torch || true)
     if [[ $have != "$torch" && ${have%%+*} != "$torch" ]]; then
         say "installing torch $torch"
-        .venv/bin/pip install -q "torch==$torch" numpy ||
+        write_constraints "$torch"
+        pip_install "torch==$torch" numpy ||
             die "expected TORCH to be a release that pip can install, got \"$torch\""
         have=$(installed torch)
     fi
     torch=$have
+    write_constraints "$torch"
 }
 
-# The first build goes through pip, for the metadata; later ones straight through CMake.
+# The packages of pyproject.toml's extras that this mode needs, beside those that other modes needed.
+install_packages() {
+    local stamp=.venv/.stamp-packages key old='' have='' extra extras=(workflow) added=() requirements
+    case $mode in
+    bench) extras+=(peers) ;;
+    docs | lint) extras+=("$mode") ;;
+    test) extras+=(test docs) ;; # one test builds the guide
+    esac
+    [[ $mode != example || $still_missing != *dataset-fashion-mnist* ]] || extras+=(digits)
+    key="torch $torch, $(cksum pyproject.toml tools/constraints.txt | xargs)"
+    [[ ! -f $stamp ]] || { read -r old && read -r have; } <"$stamp" || true
+    for extra in "${extras[@]}"; do
+        [[ " $have " == *" $extra "* ]] || added+=("$extra")
+    done
+    [[ $old != "$key" || ${#added[@]} != 0 ]] || return 0
+    have=$(xargs <<<"$have ${added[*]}")
+    say "installing Python packages: $have"
+    # shellcheck disable=SC2086 # a word for each extra
+    mapfile -t requirements < <(.venv/bin/python tools/packages.py list $have)
+    pip_install "${requirements[@]}"
+    printf '%s\n' "$key" "$have" >"$stamp"
+}
+
+# Compiles with CMake. pip only adds the package's metadata, after the first build.
 build() {
-    local chosen folder nvcc stamp=.venv/.stamp-install tests=ON key tool
+    local chosen folder nvcc tool key tests=OFF targets=(torch_ext _C) stamp=.venv/.stamp-install
+    local configured='^BUILD_TESTING:BOOL=ON'
+    for tool in cmake ninja; do
+        command -v "$tool" >/dev/null || pip_install "$tool"
+    done
     chosen=$(.venv/bin/python tools/toolchain.py) || exit 2
     { read -r folder && read -r nvcc; } <<<"$chosen"$'\n'
-    [[ $still_missing != *libgtest-dev* ]] || tests=OFF
-    key="$folder, tests $tests, nvcc $nvcc ${CUDA_ARCH:-}, ${CMAKE_ARGS:-},"
+    # Once configured, the tests stay in the build tree; they are compiled for `make test` alone.
+    if [[ $mode == test ]]; then
+        tests=ON targets=(all)
+    elif grep -qs "$configured" "build/$folder/CMakeCache.txt" && finds_header gtest/gtest.h; then
+        tests=ON
+    fi
+    key="$folder, nvcc $nvcc ${CUDA_ARCH:-}, ${CMAKE_ARGS:-},"
     key+=" $(cksum pyproject.toml setup.py tools/toolchain.py | xargs)"
     if [[ ! -f build/$folder/build.ninja || ! -f $stamp || $(<"$stamp") != "$key" ]]; then
-        for tool in cmake ninja; do
-            command -v "$tool" >/dev/null || .venv/bin/pip install -q "$tool"
-        done
-        say "installing the Python packages and building for torch $torch" \
-            "$([[ -z $nvcc ]] && echo without || echo with) CUDA kernels"
-        .venv/bin/pip install -q "setuptools>=77"
-        printf 'torch==%s\n' "$torch" >.venv/.torch # torchvision would bring a torch of its own
-        CMAKE_ARGS="-DBUILD_TESTING=$tests ${CMAKE_ARGS:-}" MAX_JOBS=$jobs .venv/bin/pip install \
-            -q --no-build-isolation -c .venv/.torch -e ".[workflow,test,lint,docs]"
-        ln -sfn "$folder" build/current
+        say "building for torch $torch $([[ -z $nvcc ]] && echo without || echo with) CUDA kernels"
+        export CMAKE_ARGS="-DBUILD_TESTING=$tests ${CMAKE_ARGS:-}"
+        .venv/bin/python tools/toolchain.py --configure "build/$folder" >/dev/null
+        rm -f "$stamp"
+    elif [[ $tests == ON ]] && ! grep -qs "$configured" "build/$folder/CMakeCache.txt"; then
+        cmake -DBUILD_TESTING=ON "build/$folder" >/dev/null
+    fi
+    cmake --build "build/$folder" --parallel "$jobs" --target "${targets[@]}"
+    if [[ ! -f $stamp ]]; then
+        MAX_JOBS=$jobs pip_install --no-build-isolation --no-deps -e .
         printf '%s' "$key" >"$stamp"
     fi
-    [[ $mode != --no-compile ]] || return 0
-    cmake --build "build/$folder" --parallel "$jobs"
     cmake --install "build/$folder" --prefix torch_ext >/dev/null
+    ln -sfn "$folder" build/current
 }
 
 torch=${TORCH?run this through make}
 python=${PYTHON:-python3}
 jobs=${JOBS:-$(nproc)}
-mode=${1:-}
+mode=${1-}
+case $mode in
+build | example | bench | docs | lint | test) ;;
+*) die "expected setup.sh's mode to be build, example, bench, docs, lint or test, got \"$mode\"" ;;
+esac
 still_missing=
 check_variables
 install_system_packages
 make_venv
 PATH=$PATH:$PWD/.venv/bin
 install_torch
-build
+install_packages
+[[ $mode == lint ]] || build

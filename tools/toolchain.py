@@ -2,9 +2,10 @@
 
 setup.py and the programs beside this one import it. tools/setup.sh runs it for the answer as two
 lines: the build folder's name, and nvcc's path, which is empty where the kernels are not built.
-    python tools/toolchain.py [--values | --build FOLDER]
-    --values  only say whether the variables have sensible values
-    --build   build in that folder, and put the libraries into torch_ext/
+    python tools/toolchain.py [--values | --configure FOLDER | --build FOLDER]
+    --values     only say whether the variables have sensible values
+    --configure  have CMake write its files into that folder
+    --build      configure and build in that folder, and put the libraries into torch_ext/
 
 Variables: CUDA (1 or 0; unset, the kernels are built where torch is a CUDA build and nvcc is found)
 and CUDA_ARCH (compute capabilities, such as 90 or 80,90). nvcc is CUDACXX, or looked for in PATH,
@@ -171,11 +172,12 @@ def main(arguments: list[str]) -> None:
         return
     torch = find_torch()
     nvcc = choose_nvcc(torch)
-    if arguments[:1] == ["--build"]:
+    if arguments[:1] in (["--configure"], ["--build"]):
         build = ROOT / arguments[1]
         configure(build, torch, nvcc, names)
+    if arguments[:1] == ["--build"]:
         compile_into(ROOT / "torch_ext", build, jobs("JOBS"))
-    else:
+    if not arguments:
         print(folder_name(torch, nvcc), nvcc or "", sep="\n")
 
 

@@ -207,8 +207,12 @@ def test_weights_come_along_on_request(capsys: pytest.CaptureFixture[str]) -> No
     before = target.fc.parametrizations.weight.original.clone()
     load_observer_params(source, target)
     assert torch.equal(target.fc.parametrizations.weight.original, before)
-    report = load_observer_params(source, target, weights=True, verbose=True)
-    assert "float tensors: fc.weight" in capsys.readouterr().out
+    report = load_observer_params(source, target, weights=True)
+    assert capsys.readouterr().out.endswith(f"{report}\n")
+    assert "float tensors: fc.weight" in report.text(loaded=True)
+    assert "float tensors: fc.weight" not in str(report)
+    assert load_observer_params(source, target, verbose=False).loaded == report.loaded
+    assert capsys.readouterr().out == ""
     assert "bn1.running_mean" in report.weights
     set_fake_quantize(target, "validation")
     assert same_bits(target(images()).detach(), source(images()).detach())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-pytest.importorskip("torchao.quantization.pt2e", reason="needs torchao: run `make`")
+pytest.importorskip("torchao.quantization.pt2e", reason="needs torchao: run `make test`")
 
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e, prepare_qat_pt2e
 from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (

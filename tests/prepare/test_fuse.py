@@ -159,7 +159,7 @@ def test_norms_that_cannot_be_folded_stay_and_are_named(model: nn.Module, why: s
     sample = {"example_inputs": x} if isinstance(model, Hidden) else {}
     with pytest.warns(UserWarning, match="batch norms left as they are") as caught:
         fused = fuse(model, **sample)
-    assert why in str(caught[0].message)
+    assert any(why in str(warning.message) for warning in caught)
     assert kinds(fused, nn.BatchNorm2d)
     assert torch.equal(fused(x), model(x))
 
@@ -186,7 +186,7 @@ def test_norms_that_follow_no_layer_stay_in_silence() -> None:
         nn.Sequential(nn.BatchNorm2d(1), nn.Conv2d(1, 2, 3), nn.ReLU(), nn.BatchNorm2d(2))
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.filterwarnings("error", message="fuse: ")
         fused = fuse(model)
     assert kinds(fused, nn.BatchNorm2d) == ["0", "3"]
 

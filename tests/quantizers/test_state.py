@@ -210,7 +210,7 @@ def test_allowed_unobserved_quantizers_pass_through_and_then_learn() -> None:
     assert net.fc.activation_quantizer(x) is x
     set_fake_quantize(net, FLOAT)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", QuantizationWarning)
         set_fake_quantize(net, VALIDATION)  # allowed before
     assert net.fc.activation_quantizer.passes_through
     set_fake_quantize(net, QAT)
@@ -344,7 +344,7 @@ def test_compiled_parts_do_not_change_names() -> None:
 
 def test_ordinary_data_gives_no_warning() -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", QuantizationWarning)
         calibrated()
 
 

@@ -247,7 +247,7 @@ def test_fields_that_the_page_lists_by_hand() -> None:
 
 
 def test_it_builds_without_a_warning(tmp_path: Path) -> None:
-    pytest.importorskip("sphinx", reason="needs Sphinx: run `make`")
+    pytest.importorskip("sphinx", reason="needs Sphinx: run `make test`")
     build = [sys.executable, "-m", "sphinx", "-W", "-q", "-b", "html", DOCS, tmp_path]
     done = subprocess.run(
         build,

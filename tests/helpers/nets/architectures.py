@@ -36,13 +36,13 @@ def _declare_operators() -> None:
 
 
 def _torchvision(name: str, **keys: object) -> nn.Module:
-    models = pytest.importorskip("torchvision.models", reason="needs torchvision: run `make`")
+    models = pytest.importorskip("torchvision.models", reason="needs torchvision: run `make test`")
     made: nn.Module = getattr(models, name)(**keys)
     return made
 
 
 def _timm(name: str, **keys: object) -> nn.Module:
-    timm = pytest.importorskip("timm", reason="needs timm: run `make`")
+    timm = pytest.importorskip("timm", reason="needs timm: run `make test`")
     made: nn.Module = timm.create_model(name, **keys)
     return made
 
