@@ -105,7 +105,11 @@ class TestConfiguration:
             ({"head.*": None}, ValueError, 'no module is named "head.*"'),
             ({3: CONFIG}, TypeError, "names or module types, got 3"),
             ({int: CONFIG}, TypeError, "names or module types, got <class 'int'>"),
-            ({"fc": "int8"}, TypeError, "mapping['fc'] to be a torch_ext.QConfig or None, got 'int8'"),
+            (
+                {"fc": "int8"},
+                TypeError,
+                "mapping['fc'] to be a torch_ext.QConfig or None, got 'int8'",
+            ),
             ([("fc", CONFIG)], TypeError, "mapping to be a mapping"),
         ],
     )
