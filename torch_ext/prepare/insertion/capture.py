@@ -48,9 +48,9 @@ def bound(who: str, model: nn.Module, example_inputs: Any) -> dict[str, Any]:
 
 
 def capture(who: str, model: nn.Module, example: Mapping[str, Any], float_only: IsWhole) -> Tracer:
-    """Traces the forward; modules that ``float_only`` names are not looked into.
+    """Traces the forward. Modules matched by ``float_only`` stay leaves.
 
-    Functions that are marked by ``torch.fx.wrap`` are, unless something in them cannot be captured.
+    Functions marked by ``torch.fx.wrap`` are traced through; if that fails, they stay leaves.
     """
     try:
         with unwrapped():

@@ -1,7 +1,7 @@
-"""Where quantizers go in a captured forward: one table, which the README shows.
+"""The table of operations whose inputs are quantized; docs/guides/placement.md shows it.
 
-Operations are called by torch's names; modules by those of their functions (``AvgPool2d`` is
-``avg_pool2d``), in-place variants and Python's operators by the plain name (``+=`` is ``add``).
+Operations have torch's names. A module has the name of its function (``AvgPool2d`` is
+``avg_pool2d``), an in-place variant or an operator that of the function (``+=`` is ``add``).
 """
 
 from __future__ import annotations
@@ -19,22 +19,24 @@ from torch_ext.prepare.quantizable_modules import is_quant_stub
 
 
 class Kind(enum.Enum):
-    """What a row of the table does to its operations' inputs."""
+    """What the operations of a row have quantized; the values are the table's texts."""
 
     WEIGHTED = "the input, and the weight per output channel; not the bias"
     PRODUCT = "every factor"
     PAIR = "both operands, if both are computed; beside a parameter, buffer or number: nothing"
     JOIN = "all operands, by one quantizer, so that they share a scale"
     RESAMPLE = "the input"
-    CARRY = "nothing of its own: what is quantized behind it is quantized before it"
+    CARRY = "nothing: it only moves or picks values, so a quantizer for its result goes before it"
     STUB = "its output, always"
     OTHER = "nothing"
 
 
 class Row(NamedTuple):
+    """A row of the table."""
+
     kind: Kind
-    operations: str  # names, or a description where there are none
-    output: str
+    operations: str  # names, separated by spaces; a description for STUB and OTHER
+    output: str  # how the result's grid relates to the input's
 
 
 _NEW = "a new value"
@@ -70,7 +72,7 @@ PLACEMENT_TABLE = (
 
 _KINDS = {name: row.kind for row in PLACEMENT_TABLE for name in row.operations.split()}
 
-# Where an operation's quantized inputs stand: position, and names as a keyword.
+# The quantized arguments of an operation: position, and the names as keywords.
 _FIRST = (0, ("input", "tensors", "self"))
 _OPERANDS: dict[str, tuple[tuple[int, tuple[str, ...]], ...]] = {
     "baddbmm": ((1, ("batch1",)), (2, ("batch2",))),
@@ -93,7 +95,7 @@ def placement_table() -> str:
 
 
 def operation(tracer: Tracer, node: fx.Node) -> str:
-    """Torch's name of what a node does; empty for what is not torch's."""
+    """The name of a node's operation as in the table; empty if it is not torch's."""
     if node.op == "call_method":
         return _plain(str(node.target))
     if node.op == "call_function":
@@ -119,12 +121,12 @@ def _plain(name: str) -> str:
 
 
 def kind_of(tracer: Tracer, node: fx.Node) -> Kind:
+    """The row of the table that a node belongs to."""
     if node.op == "call_module" and is_quant_stub(tracer.model.get_submodule(str(node.target))):
         return Kind.STUB
-    if node in tracer.written or node.op in ("placeholder", "get_attr", "output"):
-        written = _KINDS.get(operation(tracer, node), Kind.OTHER)
-        return written if written is Kind.PAIR else Kind.OTHER
     kind = _KINDS.get(operation(tracer, node), Kind.OTHER)
+    if node in tracer.written or node.op in ("placeholder", "get_attr", "output"):
+        return kind if kind is Kind.PAIR else Kind.OTHER
     if kind is Kind.RESAMPLE and _is_nearest(tracer, node):
         return Kind.CARRY
     if kind is Kind.OTHER and _returns_its_input(tracer, node):
@@ -144,7 +146,7 @@ def _is_nearest(tracer: Tracer, node: fx.Node) -> bool:
 
 
 def _returns_its_input(tracer: Tracer, node: fx.Node) -> bool:
-    """In eval mode: stochastic depth, a conversion to the dtype that the value has."""
+    """Whether an operation returns its input in eval mode, as stochastic depth does."""
     value = tracer.values.get(node)
     first = node.args[0] if node.args else None
     return (
@@ -155,17 +157,17 @@ def _returns_its_input(tracer: Tracer, node: fx.Node) -> bool:
 
 
 def inputs_of(tracer: Tracer, node: fx.Node) -> list[fx.Node]:
-    """The nodes that a node's row speaks of: its quantized inputs, or what it carries."""
+    """The inputs of a node that its row concerns: those quantized, or passed through by CARRY."""
     name = operation(tracer, node)
     if name == "einsum":
-        found: list[Any] = [node.args[1:]]
+        operands: list[Any] = [node.args[1:]]
     else:
-        found = [_operand(node, *place) for place in _OPERANDS.get(name, (_FIRST,))]
-    return [one for one in _flat(found) if isinstance(one, fx.Node)]
+        operands = [_operand(node, *place) for place in _OPERANDS.get(name, (_FIRST,))]
+    return [operand for operand in _flat(operands) if isinstance(operand, fx.Node)]
 
 
 def weight_of(node: fx.Node) -> fx.Node | None:
-    """The weight of a convolution or a linear layer that is called as a function."""
+    """The weight argument of a convolution or linear function; None for other nodes."""
     weight = _operand(node, *_WEIGHT)
     return weight if node.op == "call_function" and isinstance(weight, fx.Node) else None
 
@@ -178,14 +180,17 @@ def _operand(node: fx.Node, position: int, names: tuple[str, ...]) -> Any:
 
 def _flat(value: Any) -> Iterator[Any]:
     if isinstance(value, (tuple, list)):
-        for one in value:
-            yield from _flat(one)
+        for entry in value:
+            yield from _flat(entry)
     else:
         yield value
 
 
 def weight_source(tracer: Tracer, node: fx.Node) -> fx.Node:
-    """The parameter that a weight is, or is a part of by output channels; else the node."""
+    """The node of the parameter that ``node`` is, or is a slice of output channels of.
+
+    ``node`` itself if it is neither.
+    """
     step = node
     while (name := operation(tracer, step)) in _CHUNKS and isinstance(step.args[0], fx.Node):
         before = step.args[0]

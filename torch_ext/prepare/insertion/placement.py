@@ -1,4 +1,4 @@
-"""Applies the table of placement to a captured forward: which values get which quantizer."""
+"""Applies the table of operations to a captured forward: which values get which quantizer."""
 
 from __future__ import annotations
 
@@ -22,47 +22,59 @@ from torch_ext.prepare.qconfig import Factory
 from torch_ext.prepare.qconfig_mapping import QConfigMapping
 from torch_ext.prepare.quantizable_modules import TRANSPOSED, WEIGHTED, Target, target_of
 
-# A value, and the nodes that are to read it quantized.
+# By value: the nodes that read it quantized.
 Readers = dict[fx.Node, set[fx.Node]]
 
 
 class WeightSite(NamedTuple):
     """A parameter that is quantized as a weight."""
 
-    owner: str
+    owner: str  # the module's name
     parameter: str
     target: Target
     factory: Factory
 
 
 class Site:
-    """A quantizer of values: of one, or of those that share a scale."""
+    """A quantizer in the graph: the values that it quantizes, and which nodes read the results.
+
+    Args:
+        factory: makes the quantizer.
+        weight: output axis and shape, if the value is a weight that the forward computes.
+    """
 
     def __init__(self, factory: Factory, weight: tuple[int, torch.Size] | None = None) -> None:
         self.factory = factory
-        self.weight = weight  # output axis and shape, of a weight that the forward computes
+        self.weight = weight
         self.readers: Readers = {}
         self.named_after: fx.Node | None = None
 
     def add(self, value: fx.Node, readers: Iterable[fx.Node]) -> None:
+        """Lets ``readers`` read ``value`` quantized."""
         self.readers.setdefault(value, set()).update(readers)
 
 
 class Placement:
-    """``sites`` and ``weights`` of a captured forward, in the order of its operations."""
+    """The quantizers of a captured forward: ``sites`` and ``weights``, in the graph's order.
+
+    Args:
+        tracer: the captured forward.
+        configs: the QConfig of each module.
+        inputs: the factory for the model's arguments. True: as for other values; None: they stay
+            float.
+    """
 
     def __init__(
         self, tracer: Tracer, configs: QConfigMapping, inputs: Factory | bool | None
     ) -> None:
-        """``inputs``: of the model's arguments; True: as for other values; None: not quantized."""
         self.tracer = tracer
         self.configs = configs
         self.inputs = inputs
         self.weights: dict[tuple[str, str], WeightSite] = {}
         self._kinds = {node: kind_of(tracer, node) for node in tracer.graph.nodes}
-        self._joined: set[fx.Node] = set()
-        self._computed: set[fx.Node] = set()
-        self._of: dict[fx.Node, Site] = {}
+        self._joined: set[fx.Node] = set()  # JOIN nodes whose operands share a quantizer
+        self._computed: set[fx.Node] = set()  # nodes that depend on the model's arguments
+        self._site_of: dict[fx.Node, Site] = {}
         for node in tracer.graph.nodes:
             if node.op == "placeholder" or not self._computed.isdisjoint(node.all_input_nodes):
                 self._computed.add(node)
@@ -71,9 +83,11 @@ class Placement:
 
     @property
     def sites(self) -> list[Site]:
-        return list(dict.fromkeys(self._of.values()))
+        """Every quantizer of values once."""
+        return list(dict.fromkeys(self._site_of.values()))
 
     def _place(self, node: fx.Node) -> None:
+        """Adds the quantizers that the QConfig of the node's module gives its weight and inputs."""
         owner = self.tracer.owners[node]
         config = self.configs.of(owner)
         if config is None:
@@ -83,24 +97,24 @@ class Placement:
         if config.activation is None:
             return
         kind = self._kinds[node]
-        asked = kind is Kind.STUB or (node.op == "call_module" and self._is_asked_for(owner))
-        if asked and self._is_floating(node):
-            self._join([(node, reader) for reader in node.users], config.activation)
-        wanted = [list(self._roots(value, node)) for value in self._wanted(node, kind)]
-        if kind is Kind.JOIN and any(wanted):
+        output = kind is Kind.STUB or (node.op == "call_module" and self._is_chosen(owner))
+        if output and self._is_floating(node):
+            self._share([(node, reader) for reader in node.users], config.activation)
+        operands = [list(self._roots(value, node)) for value in self._quantized(node, kind)]
+        if kind is Kind.JOIN and any(operands):
             self._joined.add(node)
-            self._join([one for found in wanted for one in found], config.activation, node)
+            self._share([read for reads in operands for read in reads], config.activation, node)
         else:
-            for found in wanted:
-                self._join(found, config.activation)
+            for reads in operands:
+                self._share(reads, config.activation)
 
-    def _is_asked_for(self, name: str) -> bool:
-        """A module of an unlisted kind that the mapping names, by name or type."""
+    def _is_chosen(self, name: str) -> bool:
+        """Whether it is a module of an unlisted type that the mapping names, by name or type."""
         module = self.tracer.model.get_submodule(name)
         return self.configs.chosen(name) and target_of(module) is None
 
-    def _wanted(self, node: fx.Node, kind: Kind) -> list[fx.Node]:
-        """What the table says a node reads quantized."""
+    def _quantized(self, node: fx.Node, kind: Kind) -> list[fx.Node]:
+        """The inputs of a node that are quantized according to the table."""
         if kind not in (Kind.WEIGHTED, Kind.PRODUCT, Kind.PAIR, Kind.JOIN, Kind.RESAMPLE):
             return []
         values = [value for value in inputs_of(self.tracer, node) if self._is_floating(value)]
@@ -113,20 +127,25 @@ class Placement:
         return isinstance(value, Tensor) and value.is_floating_point()
 
     def _roots(self, value: fx.Node, reader: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
-        """The values behind what carries their grid, each with the node that reads it."""
+        """The values to quantize so that ``value`` is on a grid, each with the node that reads it.
+
+        That is ``value``, read by ``reader``, or, if its operation keeps the grid of its inputs
+        (CARRY, or JOIN with a shared quantizer), the roots of these.
+        """
         kind = self._kinds[value]
-        before = inputs_of(self.tracer, value) if self._carries(value, kind) else []
-        for source in before:
+        sources = inputs_of(self.tracer, value) if self._keeps_grid(value, kind) else []
+        for source in sources:
             yield from self._roots(source, value)
-        if not before and self._is_floating(value) and not self._stays_float(value):
+        if not sources and self._is_floating(value) and not self._stays_float(value):
             yield value, reader
 
-    def _carries(self, value: fx.Node, kind: Kind) -> bool:
+    def _keeps_grid(self, value: fx.Node, kind: Kind) -> bool:
+        """Whether a result is on the grid of its operation's inputs."""
         if kind is Kind.JOIN:
             return value in self._joined
         if kind is not Kind.CARRY:
             return False
-        # One of several results (of an LSTM, say) is a value of its own; a chunk is not.
+        # getitem of a tuple: an LSTM's output is a new value, but a chunk of a tensor is not.
         return all(
             isinstance(self.tracer.values[source], Tensor) or self._kinds[source] is Kind.CARRY
             for source in inputs_of(self.tracer, value)
@@ -135,29 +154,35 @@ class Placement:
     def _stays_float(self, value: fx.Node) -> bool:
         return self.inputs is None and is_input(value)
 
-    def _join(
+    def _share(
         self,
-        found: list[tuple[fx.Node, fx.Node]],
+        reads: list[tuple[fx.Node, fx.Node]],
         factory: Factory,
         named_after: fx.Node | None = None,
     ) -> None:
-        """Lets values share a site; the first configuration that asks for one of them decides."""
-        known = list(dict.fromkeys(self._of[value] for value, _ in found if value in self._of))
-        if not found:
+        """Quantizes values, each for its reader, by one site. Merges sites that they have already.
+
+        The first of these keeps its factory. A new site uses ``factory``, or, if the first value is
+        an argument of the model, ``inputs``.
+        """
+        if not reads:
             return
-        if not known and callable(self.inputs) and is_input(found[0][0]):
+        sites = [self._site_of[value] for value, _ in reads if value in self._site_of]
+        sites = list(dict.fromkeys(sites))
+        if not sites and callable(self.inputs) and is_input(reads[0][0]):
             factory = self.inputs
-        site = known[0] if known else Site(factory)
-        for other in known[1:]:
+        site = sites[0] if sites else Site(factory)
+        for other in sites[1:]:
             for value, readers in other.readers.items():
                 site.add(value, readers)
             site.named_after = site.named_after or other.named_after
-        for value, reader in found:
+        for value, reader in reads:
             site.add(value, [reader])
         site.named_after = site.named_after or named_after
-        self._of.update(dict.fromkeys(site.readers, site))
+        self._site_of.update(dict.fromkeys(site.readers, site))
 
     def _place_weights(self, node: fx.Node, factory: Factory) -> None:
+        """Adds the weights of a module, or the weight that a function reads."""
         owner = self.tracer.owners[node]
         if node.op == "call_module":
             if (listed := target_of(self.tracer.model.get_submodule(owner))) is not None:
@@ -175,9 +200,9 @@ class Placement:
             if config is not None and config.weight is not None:
                 key = (holder, parameter)
                 self.weights.setdefault(key, WeightSite(*key, target, config.weight))
-        elif weight not in self._of:
+        elif weight not in self._site_of:
             shape = self.tracer.values[weight].shape
-            site = self._of[weight] = Site(factory, (target.ch_axis, shape))
+            site = self._site_of[weight] = Site(factory, (target.ch_axis, shape))
             site.add(weight, [node])
 
     def _is_parameter(self, holder: str, name: str) -> bool:
@@ -186,7 +211,7 @@ class Placement:
 
 
 def is_input(value: fx.Node) -> bool:
-    """An argument of the model, or an entry of one that is a list or a mapping."""
+    """Whether a value is an argument of the model, or an entry of one."""
     while value.op == "call_function" and getattr(value.target, "__name__", "") == "getitem":
         source = value.args[0]
         assert isinstance(source, fx.Node)
@@ -195,30 +220,33 @@ def is_input(value: fx.Node) -> bool:
 
 
 class Names:
-    """Where a quantizer hangs: a module's name, and the child's.
+    """The module that each quantizer is attached to, and the name of the child.
 
-    A result of a leaf module: ``<module>.activation_quantizer``. A function's: on the module whose
-    forward calls it, ``add_quantizer``. A parameter: ``<parameter>_quantizer``. From the second
-    call of the same in the forward on, a number follows: ``add_quantizer_1``.
+    The quantizer of a leaf module's result is that module's ``activation_quantizer``. That of a
+    function's result is a child of the module whose forward calls it, such as ``add_quantizer``;
+    that of a parameter is ``<parameter>_quantizer``. The second call of the same function in a
+    forward has the name ``add_quantizer_1``.
     """
 
     def __init__(self, tracer: Tracer) -> None:
         self._tracer = tracer
-        self._of: dict[fx.Node, tuple[str, str]] = {}
+        self._names: dict[fx.Node, tuple[str, str]] = {}
         calls: dict[tuple[str, str], int] = {}
         for node in tracer.graph.nodes:
             host, stem = self._home(node)
             count = calls[host, stem] = calls.get((host, stem), -1) + 1
-            self._of[node] = (host, f"{stem}_{count}" if count else stem)
+            self._names[node] = (host, f"{stem}_{count}" if count else stem)
 
     def of(self, node: fx.Node) -> tuple[str, str]:
-        return self._of[node]
+        """The name of the module, and the child's name in it."""
+        return self._names[node]
 
     def _home(self, node: fx.Node) -> tuple[str, str]:
+        """The module's name, and the child's without a number."""
         target = str(node.target)
         if node.op == "call_module":
             module = self._tracer.model.get_submodule(target)
-            # One that has children may run each of them.
+            # A module that has children may call each of them.
             steps = {name for name, _ in module.named_children()} - {"parametrizations"}
             return self._above(target, OUTPUT) if steps else (target, OUTPUT)
         if node.op == "get_attr":
@@ -228,11 +256,11 @@ class Names:
         return self._host(self._tracer.owners[node], f"{kind}{SUFFIX}")
 
     def _host(self, name: str, stem: str) -> tuple[str, str]:
-        """The module itself, or the next one above that is no container of steps."""
+        """The module, or the nearest one above it that is no container, with the child's name."""
         module = self._tracer.model.get_submodule(name)
         containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
         return self._above(name, stem) if name and isinstance(module, containers) else (name, stem)
 
     def _above(self, name: str, stem: str) -> tuple[str, str]:
-        parent, _, own = name.rpartition(".")
-        return self._host(parent, f"{own}_{stem}")
+        parent, _, child = name.rpartition(".")
+        return self._host(parent, f"{child}_{stem}")

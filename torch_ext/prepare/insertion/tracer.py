@@ -52,7 +52,7 @@ class Uncapturable(Exception):
 
 @fx.node.has_side_effect
 def as_captured(value: Any, want: Any, where: str) -> None:
-    """Refuses a call that would go another way through the forward than the example went."""
+    """Raises in a call that would take another branch of the forward than the example took."""
     if value != want:
         raise ValueError(
             f"{where}: expected what decides here to be {want!r}, as for the example_inputs of "
@@ -251,7 +251,7 @@ class Tracer(fx.Tracer):
 
 
 def _of_zeros(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """The result of what looks at values, for its shapes."""
+    """Runs a data-dependent function on zeros, to learn its output's shapes."""
     with unset_fake_temporarily():
         args, kwargs = fx.node.map_aggregate(
             (args, kwargs),
