@@ -180,6 +180,7 @@ _LEARNED = ("use_grad_scaling", "learn_zero_point")
 
 
 def _check_keys(path: PathLike, where: str, have: Mapping[str, Any], want: set[str]) -> None:
+    """Raises FileError for the first key that is missing or unknown."""
     for key in (*sorted(want - have.keys()), *sorted(have.keys() - want)):
         raise FileError(
             path, f"{where}: {'missing' if key in want else 'unknown'} key {key[:80]!r}"

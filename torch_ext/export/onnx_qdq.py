@@ -34,6 +34,7 @@ class OnnxGrid:
 
     @classmethod
     def of(cls, quantizer: FakeQuantize) -> OnnxGrid:
+        """A quantizer's grid in the smallest type of 4, 8 or 16 bits that holds it."""
         observer = quantizer.observer
         name = dtype_name(observer.dtype)
         bits = int(name.partition("int")[2])

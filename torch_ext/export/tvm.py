@@ -190,6 +190,7 @@ def read_tvm_scales(path: PathLike) -> TvmScales:
 
 
 def _parse_record(path: PathLike, name: str, record: Any) -> TvmScale:
+    """Reads a quantizer's record; raises FileError for other fields or inconsistent numbers."""
     if not isinstance(record, dict) or record.keys() != _FIELDS or record["of"] not in _ROLES:
         raise FileError(
             path,
