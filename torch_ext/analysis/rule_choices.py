@@ -27,7 +27,9 @@ _USUAL: Mapping[Rule, Mapping[str, Sequence[OptionValue]]] = {
 class Choice:
     """A rule with values for all its options; as text ``percentile(99.9)``."""
 
+    #: The rule's name.
     rule: Rule
+    #: All its options by name.
     options: Mapping[str, OptionValue]
 
     def __str__(self) -> str:
