@@ -45,7 +45,7 @@ class SensitivityRow:
 
     #: The quantizer's name.
     name: str
-    #: What it quantizes: ``"input"``, ``"output"`` or ``"weight"``.
+    #: ``"input"``, ``"output"`` or ``"weight"``, whichever it quantizes.
     of: str
     #: The metric with this quantizer alone.
     on: float
@@ -67,7 +67,7 @@ class Sensitivity:
     floating: float
     #: The metric with all quantizers.
     quantized: float
-    #: What was measured: ``"on"``, ``"off"`` or both.
+    #: The ways that were measured, ``"on"``, ``"off"`` or both.
     ways: tuple[Way, ...]
     #: The metric's name.
     metric: str

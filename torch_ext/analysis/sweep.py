@@ -59,7 +59,7 @@ class Sweep:
     as_it_is: float
     #: Whether a higher metric is better.
     higher_is_better: bool
-    #: Which quantizers were solved, as in ``set_fake_quantize``; None: all.
+    #: Which quantizers were solved, as in ``set_fake_quantize``; None for all.
     pattern: Pattern | None
 
     @property

@@ -36,10 +36,10 @@ SCHEMA = Path(__file__).with_name("calibration.schema.json")
 class QuantizerRecord:
     """A quantizer of a file of :func:`json`; C is its number of channels, 1 per tensor."""
 
-    #: What it quantizes: ``"input"``, ``"output"`` or ``"weight"``.
+    #: ``"input"``, ``"output"`` or ``"weight"``, whichever it quantizes.
     of: str
-    #: Its settings: ``method``, ``observer``, ``options``, ``dtype``, ``qscheme``, ``quant_min``
-    #: and so on.
+    #: Its settings, such as ``method``, ``observer``, ``options``, ``dtype``, ``qscheme`` and
+    #: ``quant_min``.
     spec: Mapping[str, Any]
     #: The ends of the range, float32 [C,2].
     range: Tensor

@@ -49,7 +49,7 @@ _UNREAD = "no Convolution, ConvolutionDepthWise or InnerProduct of ncnn reads it
 class NcnnTable:
     """The contents of a calibration table: multipliers (1 / scale) by key."""
 
-    #: Of weights, such as ``"conv1_param_0"``: one per output channel, or one per group.
+    #: Of weights, such as ``"conv1_param_0"``, one per output channel or one per group.
     weights: Mapping[str, tuple[float, ...]]
     #: Of layers' inputs, such as ``"conv1"``.
     activations: Mapping[str, tuple[float, ...]]

@@ -41,9 +41,9 @@ _FIELDS = {"of", "threshold", "dom_scale", "clip_min", "clip_max"}
 class TvmScale:
     """How TVM quantizes the tensor of one quantizer."""
 
-    #: What the quantizer quantizes: ``"input"``, ``"output"`` or ``"weight"``.
+    #: ``"input"``, ``"output"`` or ``"weight"``, whichever the quantizer quantizes.
     of: str
-    #: t: the magnitude that 2^(b-1) steps reach, for b bits.
+    #: The threshold t, the magnitude that 2^(b-1) steps reach for b bits.
     threshold: float
     #: The scale, t / 2^(b-1).
     dom_scale: float

@@ -42,7 +42,7 @@ class ReportSummary:
     path: str
     #: The number of quantizers in it.
     quantizers: int
-    #: The warnings in it: name of the quantizer, and text.
+    #: The warnings in it, each with the name of the quantizer and a text.
     warnings: tuple[tuple[str, str], ...]
 
     def __str__(self) -> str:
