@@ -1,4 +1,4 @@
-"""Packages that only an export needs, imported when it is used."""
+"""Optional packages that only exports need, imported when an export is called."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def onnx_packages(who: str) -> Any:
-    """The package onnx; onnxscript, which torch.onnx needs, is there too."""
+    """The package onnx; raises ImportError without it or onnxscript, which torch.onnx needs."""
     try:
         import onnx
         import onnx.checker

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from torch_ext.prepare.insertion.tracer import Tracer
 from torch_ext.prepare.module_classes import own_type
 from torch_ext.prepare.quantizable_modules import is_quant_stub
+from torch_ext.utils.operations import KEEP_VALUES
 
 
 class Kind(enum.Enum):
@@ -57,15 +58,7 @@ PLACEMENT_TABLE = (
         "adaptive_avg_pool3d interpolate upsample",
         _NEW,
     ),
-    Row(
-        Kind.CARRY,
-        "max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d "
-        "adaptive_max_pool3d reshape view flatten unflatten permute transpose swapaxes movedim t "
-        "squeeze unsqueeze expand repeat getitem select narrow chunk split unbind roll flip pad "
-        "pixel_shuffle pixel_unshuffle channel_shuffle contiguous clone identity dropout dropout1d "
-        "dropout2d dropout3d",
-        _SAME,
-    ),
+    Row(Kind.CARRY, " ".join(KEEP_VALUES), _SAME),
     Row(Kind.STUB, "`torch_ext.QuantStub`", _NEW),
     Row(Kind.OTHER, "everything else: activations, norms, softmax, mean, ...", _NEW),
 )
