@@ -383,7 +383,7 @@ def kl_threshold(
             the variants ``"tvm"`` and ``"onnxruntime"``, whose histograms are centred on 0.
         bin_width: float64 [N], above 0.
         levels: quantization levels, 2 to 65536 and at most B.
-        variant: the engine whose search is computed: ``"slides"`` (TensorRT's GTC 2017 slides),
+        variant: the engine whose search is computed: ``"slides"`` (TensorRT's published search),
             ``"modelopt"``, ``"ncnn"``, ``"tvm"``, ``"onnxruntime"`` or ``"horizon"``.
 
     Returns:
