@@ -143,7 +143,9 @@ class TestConfiguration:
         with pytest.raises(ValueError, match="to make a new quantizer at each call"):
             ready(tiny_net(), config)
         config = QConfig(activation=lambda **_: nn.Identity(), weight=None)
-        with pytest.raises(TypeError, match="the factory to make a FakeQuantize, got a Identity"):
+        with pytest.raises(
+            TypeError, match="the factory to make a FakeQuantize, got a module Identity"
+        ):
             ready(tiny_net(), config)
         config = QConfig(activation=None, weight=lambda: FakeQuantize())
         with pytest.raises(TypeError, match=r"conv1\.weight.*unexpected keyword"):

@@ -65,7 +65,7 @@ class CalibrationSummary:
 
     #: Number of batches, those of a checkpoint included.
     batches: int
-    #: Number of samples: the sum of the batches' first dimensions.
+    #: Number of samples, which is the sum of the batches' first dimensions.
     samples: int
     #: Number of batches that came from a checkpoint and were not run again.
     resumed_from: int

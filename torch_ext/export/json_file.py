@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from json import dumps
 from pathlib import Path
@@ -181,10 +181,17 @@ _LEARNED = ("use_grad_scaling", "learn_zero_point")
 
 def _check_keys(path: PathLike, where: str, have: Mapping[str, Any], want: set[str]) -> None:
     """Raises FileError for the first key that is missing or unknown."""
-    for key in (*sorted(want - have.keys()), *sorted(have.keys() - want)):
-        raise FileError(
-            path, f"{where}: {'missing' if key in want else 'unknown'} key {key[:80]!r}"
-        )
+    if problem := _key_problem(have, want):
+        raise FileError(path, f"{where}.{problem}")
+
+
+def _key_problem(
+    have: Mapping[str, Any], want: set[str], optional: Collection[str] = ()
+) -> str | None:
+    """The first key that is missing or unknown, and which of both it is."""
+    for key in (*sorted(want - have.keys()), *sorted(have.keys() - want - set(optional))):
+        return f"{key[:80]}: {'missing' if key in want else 'unknown'}"
+    return None
 
 
 def _parse_record(record: Any) -> QuantizerRecord:
@@ -192,9 +199,8 @@ def _parse_record(record: Any) -> QuantizerRecord:
     if not isinstance(record, dict):
         raise ValueError(f"expected an object, got {_shown(record)}")
     want = {"of", *_SPEC, *_VALUES, "statistic"}
-    for key in (*sorted(want - record.keys()), *sorted(record.keys() - want - {*_LEARNED})):
-        kind = "missing" if key in want else "unknown"
-        raise ValueError(f"{key[:80]}: {kind}")
+    if problem := _key_problem(record, want, _LEARNED):
+        raise ValueError(problem)
     if record["of"] not in _ROLES:
         raise ValueError(f"of: expected one of {', '.join(_ROLES)}, got {_shown(record['of'])}")
     statistic = record["statistic"]

@@ -34,7 +34,7 @@ class LoadReport:
     missing: list[str] = field(default_factory=list)
     #: In the source, but not in the model.
     unexpected: list[str] = field(default_factory=list)
-    #: Not loaded, and why: the number or the axis of the channels differs.
+    #: Not loaded, as the number or the axis of the channels differs; with the difference.
     mismatched: dict[str, str] = field(default_factory=dict)
     #: Loaded for another grid or number of channels, and what was done.
     converted: dict[str, str] = field(default_factory=dict)

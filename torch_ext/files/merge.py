@@ -32,7 +32,7 @@ class MergeReport:
     path: str
     #: The files that were merged.
     files: tuple[str, ...]
-    #: Files that were skipped: their data, of all ranks of a run, was in another file already.
+    #: Files that were skipped, as another file held their data, that of all ranks, already.
     again: tuple[str, ...]
     #: Number of quantizers.
     quantizers: int

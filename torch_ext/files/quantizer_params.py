@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch_ext.ops.functions import ScaleRule
 from torch_ext.ops.registry import observer_info
 from torch_ext.ops.registry_names import Rule
+from torch_ext.ops.statistics import ScaleRule
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.grid import dtype_name, parse_grid
 from torch_ext.quantizers.learned import LearnedFakeQuantize
@@ -57,6 +57,11 @@ class Params:
     def solved(self) -> bool:
         """Whether there is a range."""
         return bool(self.tensors["solved"])
+
+    def on_cpu(self) -> Params:
+        """The same with detached tensors on the CPU."""
+        tensors = {field: tensor.detach().cpu() for field, tensor in self.tensors.items()}
+        return replace(self, tensors=tensors)
 
     @property
     def channels(self) -> int:

@@ -31,22 +31,17 @@ ARG to be WANT, got HAVE``. The values of CUDA tensors are not checked, because 
 synchronize with the host: a bad scale or statistic gives NaN there.
 """
 
-from torch_ext.ops.functions import (
+from torch_ext.ops.quantizing import (
     fake_quant,
     follow_,
     follow_fake_quant,
-    kl_threshold,
     learned_fake_quant,
     lsq,
-    merge_,
-    observe_,
     pact,
-    qparams,
-    solve,
-    solve_many,
 )
 from torch_ext.ops.registry import rule_names
 from torch_ext.ops.rule_functions import RuleFunction, rule_function
+from torch_ext.ops.statistics import kl_threshold, merge_, observe_, qparams, solve, solve_many
 
 __all__ = [
     "fake_quant",

@@ -27,7 +27,7 @@ class QuantizerRow:
     method: str
     #: The rule with its options, such as ``"percentile(percentile=99.9)"``.
     observer: str
-    #: The dtype, its integers and the scheme: ``"int8 [-128, 127], per tensor symmetric"``.
+    #: The dtype, its integers and the scheme, as ``int8 [-128, 127], per tensor symmetric``.
     grid: str
     #: The value of its :class:`FakeQuantState`.
     state: str

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from torch_ext.quantizers.find import check_model, named_quantizers
-from torch_ext.utils.arguments import bounded
+from torch_ext.utils.arguments import bounded, split_arguments
 from torch_ext.utils.modes import eval_mode, forked_rng
 
 _WHO = "fuse"
@@ -247,12 +247,9 @@ def _verified(
 
 
 def _run(model: nn.Module, example_inputs: Any) -> Any:
+    args, kwargs = split_arguments(_WHO, example_inputs)
     with torch.no_grad(), eval_mode(model), forked_rng(model):
-        if isinstance(example_inputs, Mapping):
-            return model(**example_inputs)
-        if isinstance(example_inputs, (tuple, list)):
-            return model(*example_inputs)
-        return model(example_inputs)
+        return model(*args, **kwargs)
 
 
 def _close(have: Any, want: Any) -> bool:

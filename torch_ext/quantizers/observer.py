@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from torch_ext import ops
-from torch_ext.ops.functions import ScaleRule
 from torch_ext.ops.registry import OptionValue, encode_options, observer_info
 from torch_ext.ops.registry_names import Rule
+from torch_ext.ops.statistics import ScaleRule
 from torch_ext.quantizers.grid import DType, Grid, dtype_name, parse_grid
 from torch_ext.utils.arguments import parse_flag, parse_integer
 from torch_ext.utils.text import joined

@@ -20,7 +20,7 @@ def bounded(value: object) -> str:
     if isinstance(value, Tensor):
         return f"a tensor {value.dtype} of shape {list(value.shape)}"
     if isinstance(value, nn.Module):
-        return f"a {type(value).__name__}"
+        return f"a module {type(value).__name__}"
     text = repr(value)
     if len(text) <= _MAX_SHOWN:
         return text
@@ -54,6 +54,24 @@ def parse_integer(who: str, name: str, value: object, low: int, high: int) -> in
     return value
 
 
+def split_arguments(who: str, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """An example as positional and keyword arguments.
+
+    A tensor is the only argument, a tuple or list holds positional ones, a mapping those by name.
+    Raises TypeError for anything else.
+    """
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,), {}
+    raise TypeError(
+        f"{who}: expected example_inputs to be a tensor, a tuple of arguments or a mapping of "
+        f"keyword arguments, got {bounded(example_inputs)}"
+    )
+
+
 def bound_arguments(who: str, model: nn.Module, example_inputs: Any) -> dict[str, Any]:
     """Binds example inputs to the parameters of the model's forward.
 
@@ -69,19 +87,7 @@ def bound_arguments(who: str, model: nn.Module, example_inputs: Any) -> dict[str
     Raises:
         TypeError: ``example_inputs`` is of another type, or does not fit the signature.
     """
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = {}
-    if isinstance(example_inputs, Mapping):
-        kwargs = dict(example_inputs)
-    elif isinstance(example_inputs, (tuple, list)):
-        args = tuple(example_inputs)
-    elif isinstance(example_inputs, Tensor):
-        args = (example_inputs,)
-    else:
-        raise TypeError(
-            f"{who}: expected example_inputs to be a tensor, a tuple of arguments or a mapping of "
-            f"keyword arguments, got {bounded(example_inputs)}"
-        )
+    args, kwargs = split_arguments(who, example_inputs)
     try:
         return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
     except TypeError as error:

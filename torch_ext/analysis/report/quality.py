@@ -25,7 +25,7 @@ _STEPS, _OCTAVES = 49, 6
 # The picture's histogram: octaves below the largest magnitude, and bins per octave.
 _DEPTH, _PER_OCTAVE = 16, 8
 # Values that are processed at a time, to bound the memory.
-_PIECE = 2**22
+MAX_PIECE = 2**22
 
 
 class Sample(NamedTuple):
@@ -46,8 +46,8 @@ class Sample(NamedTuple):
         return Sample(self.x[channels, ::step], self.ends[channels], times)
 
     def pieces(self) -> Iterator[Sample]:
-        """The sample in parts of at most ``_PIECE`` values."""
-        width = max(1, _PIECE // len(self.x))
+        """The sample in parts of at most ``MAX_PIECE`` values."""
+        width = max(1, MAX_PIECE // len(self.x))
         for begin in range(0, self.x.shape[1], width):
             part = slice(begin, begin + width)
             times = None if self.times is None else self.times[:, part]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from torch_ext.analysis.report.quality import (
+    MAX_PIECE,
     Bins,
     Quality,
     RuleLine,
@@ -34,8 +35,6 @@ from torch_ext.quantizers.observer import Observer
 _CHANNELS = 16
 # About the most values of a weight's channel that the error curve is computed for, evenly spread.
 _VALUES = 2**14
-# Values of an activation that are processed at a time, to bound the memory.
-_PIECE = 2**22
 
 
 class WatchedData:
@@ -63,7 +62,7 @@ class WatchedData:
             self.observer.to(x.device)(x)
         axis = quantizer.observer.ch_axis
         step = quantizer.calculate_qparams()[0]
-        rows = max(1, _PIECE * len(x) // x.numel())
+        rows = max(1, MAX_PIECE * len(x) // x.numel())
         if axis >= 0:
             step = step.view([-1 if i == axis else 1 for i in range(x.dim())])
         steps = torch.split(step, rows) if axis == 0 else itertools.repeat(step)

@@ -6,7 +6,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch_ext.analysis.report.advice import notes
 from torch_ext.analysis.report.page import page
 from torch_ext.analysis.report.quantizer_report import WatchedData, measured
-from torch_ext.files.quantizer_params import Params, params_of
+from torch_ext.files.quantizer_params import params_of
 from torch_ext.files.saved_quantizers import SavedQuantizers, read_quantizers
 from torch_ext.files.storage import PathLike, write_atomically
 from torch_ext.quantizers.fake_quantize import FakeQuantize
@@ -128,7 +128,7 @@ def report(
             quantizer = quantizers[name]
             weight = prepared.read_weight(quantizer)
             role = role_of(name, quantizer)
-            subject = measured(name, role, _on_cpu(quantizer), weight, seen.get(name))
+            subject = measured(name, role, params_of(quantizer).on_cpu(), weight, seen.get(name))
             subjects.append((subject, notes(subject)))
     kinds = [subject.of for subject, _ in subjects]
     about = ", ".join(f"{kind} {kinds.count(kind)}" for kind in dict.fromkeys(kinds))
@@ -141,12 +141,6 @@ def report(
         if note.flag
     )
     return ReportSummary(os.fspath(path), len(subjects), flagged)
-
-
-def _on_cpu(quantizer: FakeQuantize) -> Params:
-    params = params_of(quantizer)
-    tensors = {field: tensor.cpu() for field, tensor in params.tensors.items()}
-    return replace(params, tensors=tensors)
 
 
 def _length(data: Iterable[Any]) -> int | None:

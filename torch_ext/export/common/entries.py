@@ -93,7 +93,7 @@ def entries(prepared: PreparedModel) -> tuple[dict[str, Entry], dict[str, str]]:
             problems[name] = "it has no range"
         else:
             try:
-                params = _on_cpu(params_of(quantizer))
+                params = params_of(quantizer).on_cpu()
                 check_parameters(params)
             except ValueError as error:
                 problems[name] = str(error)
@@ -103,11 +103,6 @@ def entries(prepared: PreparedModel) -> tuple[dict[str, Entry], dict[str, str]]:
         problems = left_out
     refuse(prepared.who, problems, 'calibrate first, then set_fake_quantize(model, "validation")')
     return chosen, left_out
-
-
-def _on_cpu(params: Params) -> Params:
-    tensors = {key: value.detach().cpu() for key, value in params.tensors.items()}
-    return Params(**{**vars(params), "tensors": tensors})
 
 
 def refuse(who: str, problems: Mapping[str, str], advice: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from torch_ext.export.common.packages import onnx_packages
+from torch_ext.export.common.packages import load_onnx
 from torch_ext.files.storage import FileError, PathLike
 
 METADATA_KEY = "torch_ext"
@@ -40,13 +40,7 @@ def read_onnx_metadata(path: PathLike) -> dict[str, Any]:
         FileNotFoundError: if there is no such file.
         ImportError: if the packages onnx and onnxscript are missing.
     """
-    packages = onnx_packages("export.read_onnx_metadata")
-    try:
-        proto = packages.load(str(path), load_external_data=False)
-    except OSError:
-        raise
-    except Exception as error:  # protobuf raises its own class of error
-        raise FileError(path, f"not an ONNX file: {error}") from error
+    _, proto = load_onnx("export.read_onnx_metadata", path, weights=False)
     text = next((prop.value for prop in proto.metadata_props if prop.key == METADATA_KEY), None)
     try:
         content = json.loads(text or "null")

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 from torch_ext.export.common.entries import Entry
-from torch_ext.export.common.packages import onnx_packages
+from torch_ext.export.common.packages import load_onnx
 from torch_ext.export.onnx_qdq import OnnxGrid
-from torch_ext.files.storage import FileError, PathLike
+from torch_ext.files.storage import PathLike
 
 _PAIR = ("QuantizeLinear", "DequantizeLinear")
 _LEAST_OPSET = 13  # the first with an axis
@@ -46,13 +46,7 @@ def tensorrt_violations(path: PathLike) -> dict[str, str]:
         FileNotFoundError: if there is no such file.
         ImportError: if the packages onnx and onnxscript are missing.
     """
-    packages = onnx_packages("export.tensorrt_violations")
-    try:
-        proto = packages.load(str(path))
-    except OSError:
-        raise
-    except Exception as error:  # protobuf raises its own class of error
-        raise FileError(path, f"not an ONNX file: {error}") from error
+    packages, proto = load_onnx("export.tensorrt_violations", path)
     return violations(packages, proto)
 
 
