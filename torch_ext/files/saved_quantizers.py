@@ -28,9 +28,9 @@ class SavedQuantizers(nn.Module):
         found: the quantizers' parameters by name, as :func:`read_quantizers` reads them.
     """
 
-    def __init__(self, found: Mapping[str, Params]) -> None:
+    def __init__(self, quantizers: Mapping[str, Params]) -> None:
         super().__init__()
-        for name, params in found.items():
+        for name, params in quantizers.items():
             # The names have dots, as in the model; add_module would raise.
             self._modules[name] = _restored(params)
 
