@@ -19,7 +19,6 @@ from torch_ext.quantizers.folded_weight import FoldedWeight
 
 Undo = Callable[[], None]
 Forward = Callable[..., Any]
-Reduce = Callable[[nn.Module, Any], tuple[Any, ...]]
 MakeClass = Callable[[type[nn.Module]], type[nn.Module]]
 
 _MADE_BY = "_torch_ext_made_by"  # in the namespace of a class that was made here
@@ -78,13 +77,13 @@ def class_with_forward(
     base: type[nn.Module],
     forward: Forward,
     make_class: MakeClass,
-    reduce_ex: Reduce = reduce_prepared,
+    prefix: str = "Quantized",
 ) -> type[nn.Module]:
     """A class with another forward, named after its base, such as ``QuantizedResNet``.
 
     Args:
         make_class: makes the class of a copy, which may have another base.
-        reduce_ex: the class's ``__reduce_ex__``.
+        prefix: of its name.
     """
 
     def deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
@@ -101,12 +100,12 @@ def class_with_forward(
 
     members = {
         "forward": forward,
-        "__reduce_ex__": reduce_ex,
+        "__reduce_ex__": reduce_prepared,
         "__deepcopy__": deepcopy,
         "__module__": base.__module__,
         _MADE_BY: staticmethod(make_class),
     }
-    swapped = type(f"Quantized{base.__name__}", (base,), members)
+    swapped = type(f"{prefix}{base.__name__}", (base,), members)
     return swapped
 
 

@@ -14,9 +14,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch_ext.prepare import attach, input_quantizers
 from torch_ext.prepare.describe import describe
 from torch_ext.prepare.fuse import foldable_norms
-from torch_ext.prepare.insertion import rewrite
-from torch_ext.prepare.insertion.capture import bound, capture
-from torch_ext.prepare.insertion.placement import Names, Placement, Site
+from torch_ext.prepare.insertion.assign import Assignment, make_plan
+from torch_ext.prepare.insertion.names import Names
+from torch_ext.prepare.insertion.placement import Placement, Site
+from torch_ext.prepare.insertion.recording import record_modes
+from torch_ext.prepare.insertion.tracking import tracked_modules
+from torch_ext.prepare.insertion.running import track
+from torch_ext.prepare.insertion.plan import Link, Place
 from torch_ext.prepare.module_classes import Undo
 from torch_ext.prepare.qconfig import Factory, QConfig
 from torch_ext.prepare.qconfig_mapping import Mapped, QConfigMapping
@@ -106,7 +110,7 @@ def prepare_qat(
     prepared = model if inplace else copy.deepcopy(model)
     plan = _Attachments(prepared, configs)
     if example_inputs is not None:
-        plan.add_captured(input_qconfig, example_inputs, fold_batch_norms)
+        plan.add_inserted(input_qconfig, example_inputs, fold_batch_norms)
     elif fold_batch_norms:
         raise ValueError(f"{_WHO}: expected example_inputs with fold_batch_norms=True, got None")
     else:
@@ -156,51 +160,75 @@ class _Attachments:
         self.root = root
         self.configs = configs
         self.steps: list[Callable[[], Undo]] = []
+        self.first_steps: list[Callable[[], Undo]] = []
         self.made: list[FakeQuantize] = []
         self.inputs: dict[str, FakeQuantize] = {}  # of a captured forward
 
     def carry_out(self) -> None:
         done: list[Undo] = []
         try:
-            for step in self.steps:
+            for step in (*self.first_steps, *self.steps):
                 done.append(step())
         except BaseException:
             for undo in reversed(done):
                 undo()
             raise
 
-    def add_captured(
+    def add_inserted(
         self, given: QConfig | _FromModel | None, example_inputs: Any, fold: bool
     ) -> None:
-        """Quantizers for what the forward computes, and the forward that calls them."""
-        example = bound(_WHO, self.root, example_inputs)
-        tracer = capture(_WHO, self.root, example, self._is_float)
+        """Quantizers for what the forward computes, and the plan by which it calls them."""
+        recordings = record_modes(_WHO, self.root, example_inputs, self._is_float)
         config = None if isinstance(given, _FromModel) else _checked(given)
         inputs = None if config is None else config.activation
-        placement = Placement(tracer, self.configs, given is _FROM_MODEL or inputs)
-        names = Names(tracer)
-        norms = foldable_norms(self.root, tracer.graph) if fold else {}
-        for weight in placement.weights.values():
-            module = self.root.get_submodule(weight.owner)
-            self._add_weight(weight.owner, module, *weight[1:], norm=norms.get(weight.owner))
-        for site in placement.sites:
-            target = self._add_site(site, names)
-            rewrite.insert(tracer, site.readers, target)
+        names = Names(recordings)
+        norms = foldable_norms(self.root, recordings[0].graph) if fold else {}
+
+        def make(placement: Placement, site: Site) -> str:
+            name = self._add_site(placement, site, names)
+            # Calibration in eval mode does not come by what only train mode has.
+            self.made[-1].optional |= placement.recording is not recordings[0]
+            return name
+
+        assignment = Assignment(make)
+        done: set[tuple[str, str]] = set()
+        for recording in recordings:
+            placement = Placement(recording, self.configs, given is _FROM_MODEL or inputs)
+            for key, weight in placement.weights.items():
+                if key not in done:
+                    module, norm = self.root.get_submodule(weight.owner), norms.get(weight.owner)
+                    self._add_weight(weight.owner, module, *weight[1:], norm=norm)
+                done.add(key)
+            assignment.add(placement)
         if self.steps:
-            forward = rewrite.compiled(tracer)
-            self.steps.append(lambda: rewrite.replace_forward(self.root, forward))
+            link = Link(make_plan(recordings, self._layers()))
+            for name in tracked_modules(self.root, recordings, link.plan):
+                place = Place(name, link)
+                module = self.root.get_submodule(name)
+                # Before weights are parametrized, which gives each module a class of its own.
+                self.first_steps.append(functools.partial(track, module, place))
+
+    def _layers(self) -> frozenset[str]:
+        """Modules whose every call reads something quantized."""
+        found = set()
+        for name, module in self.root.named_modules():
+            target, config = target_of(module), self.configs.of(name)
+            embeds = isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+            if target and target.weights and config and config.activation and not embeds:
+                found.add(name)
+        return frozenset(found)
 
     def _is_float(self, name: str) -> bool:
         """Whether nothing in the module of that name is to be quantized."""
         inside = self.root.get_submodule(name).named_modules(prefix=name)
-        return not any(self.configs.of(one) for one, _ in inside)
+        return not any(self.configs.of(inner) for inner, _ in inside)
 
-    def _add_site(self, site: Site, names: Names) -> str:
-        """Plans a quantizer of values; returns the name under which the forward calls it."""
-        value = site.named_after or next(iter(site.readers))
+    def _add_site(self, placement: Placement, site: Site, names: Names) -> str:
+        """Plans a quantizer of values; returns its name."""
+        value = site.name_giver
         if value.op == "placeholder":
             return self._add_input(str(value.target), site.factory)
-        host_name, name = names.of(value)
+        host_name, name = names.of(placement.recording.keys[value])
         host = self.root.get_submodule(host_name)
         attach.check_free(_WHO, host_name, host, name)
         where, device = f"{host_name}.{name}".strip("."), self._device(host)

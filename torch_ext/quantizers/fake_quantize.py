@@ -178,6 +178,19 @@ class FakeQuantize(nn.Module):
             return x
         return self._quantize(x, action)
 
+    def quantize_only(self, x: Tensor) -> Tensor:
+        """Quantizes ``x`` as ``forward`` does, and observes nothing: for what it saw elsewhere."""
+        action = self._action
+        if torch.compiler.is_exporting():
+            check_export(action)
+        if action not in QUANTIZE:
+            return x
+        return self._quantize(x, self._fixed(action))
+
+    def _fixed(self, action: str) -> str:
+        """The action that quantizes as this one does, with the range that there is."""
+        return FakeQuantState.VALIDATION.value
+
     @contextlib.contextmanager
     def replaced(self, quantize: Callable[[Tensor], Tensor]) -> Iterator[None]:
         """Within, ``quantize`` takes the place of quantizing: what an export traces."""
