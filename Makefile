@@ -10,7 +10,7 @@
 #   build     torch, numpy, safetensors, tqdm, rich, matplotlib; compiles the library
 #   example   the same; where Fashion-MNIST is not to be had, scikit-learn for its digits
 #   bench     the same, onnx and onnxruntime
-#   docs      the same as build, and Sphinx with its theme
+#   docs      the same as build, Sphinx with its theme, and torchao
 #   test      the same as docs, pytest, the engines and model zoos; compiles the C++ tests
 #   lint      torch and the linters; compiles nothing
 # With apt-get, where it may: a C++ compiler, Python's headers and venv where they are missing,

@@ -19,9 +19,9 @@
 #include "observers/mse.h"
 #include "observers/percentile.h"
 
-// What exists. An observer or a fake-quant is added by its header and its line here; ops, Python,
-// saving, documentation tests and law tests find it through these lists. The order is the order
-// users see.
+// The lists of all observers and fake-quants. A new one is added with its header and a line here;
+// ops, Python, files, documentation tests and law tests find it through these lists. Users see them
+// in this order.
 namespace torch_ext {
 
 template <class... T>
@@ -34,7 +34,7 @@ struct List {
     int32_t index = 0;
     (visit.template operator()<T>(index++), ...);
   }
-  // The same for a visitor that runs on the host alone.
+  // The same for a visitor that only runs on the host.
   template <class Visit>
   static void for_each_on_host(const Visit& visit) {
     int32_t index = 0;
@@ -76,10 +76,10 @@ struct Learned<List<F...>> {
   using type = Joined<std::conditional_t<core::LearnedFakeQuant<F>, List<F>, List<>>...>::type;
 };
 
-// Those with a learned parameter.
+// The fake-quants with a learned parameter.
 using LearnedFakeQuants = Learned<FakeQuants>::type;
 
-// What a channel of a job is quantized with.
+// Scale and zero point of a channel of a job, with its grid. C is the computing type.
 template <typename C>
 TE_HD core::Affine<C> affine_of(const core::FakeQuantJob& job, int64_t channel) {
   const float parameter = job.scale[channel];
@@ -94,7 +94,7 @@ TE_HD core::Affine<C> affine_of(const core::FakeQuantJob& job, int64_t channel) 
   return affine;
 }
 
-// The gradient of a channel's parameter, from the sum of what its elements add.
+// The gradient of a channel's parameter, given the sum of its elements' terms.
 TE_HD float parameter_gradient(const core::LearnedJob& job, int64_t channel, double sum) {
   double gradient = 0;
   LearnedFakeQuants::for_each([&]<class F>(int32_t index) {

@@ -19,7 +19,7 @@ constexpr RuleRow row_of() {
   if constexpr (core::SearchRule<R>) {
     row.search_words = [](core::HistogramLayout layout, const core::Grid& grid,
                           const double* options) { return R::search_words(layout, grid, options); };
-    row.most_candidates = [](core::HistogramLayout layout) { return R::most_candidates(layout); };
+    row.max_candidates = [](core::HistogramLayout layout) { return R::max_candidates(layout); };
   }
   if constexpr (core::ChecksOptions<R>)
     row.complaint = [](const core::Grid& grid, core::HistogramLayout layout,
@@ -77,7 +77,7 @@ int64_t work_words(int32_t rule, core::HistogramLayout layout, const core::Grid&
     std::vector<double> defaults;
     for (const core::Option& option : other.options) defaults.push_back(option.value);
     words = std::max(
-        words, other.search_words(layout, grid, defaults.data()) + other.most_candidates(layout));
+        words, other.search_words(layout, grid, defaults.data()) + other.max_candidates(layout));
   }
   return words;
 }

@@ -7,8 +7,8 @@
 #include "core/histogram.h"
 #include "core/option.h"
 
-// The registry as plain data, in its order. Whoever only asks about a rule includes this and not
-// registry.h: a change to one rule's header then compiles no binding anew.
+// The registry as plain data, in its order. Files that only need a rule's properties include this
+// instead of registry.h, so that a change to one rule's header does not recompile the bindings.
 namespace torch_ext {
 
 struct RuleRow {
@@ -17,9 +17,10 @@ struct RuleRow {
   bool composite;
   int32_t max_bits;
   std::span<const core::Option> options;
-  // Null where the rule is no search, has no complaints, follows from the range.
+  // Null where they do not apply: the rule is no search (the first two), does not check its
+  // options, computes qparams from the range.
   int64_t (*search_words)(core::HistogramLayout, const core::Grid&, const double* options);
-  int64_t (*most_candidates)(core::HistogramLayout);
+  int64_t (*max_candidates)(core::HistogramLayout);
   core::Complaint (*complaint)(const core::Grid&, core::HistogramLayout, const double* options);
   core::QParams (*given_qparams)(const core::Grid&, const double* options);
 };
@@ -28,7 +29,7 @@ std::span<const RuleRow> rules();
 
 struct FakeQuantRow {
   const char* name;
-  int32_t learned;  // index in LearnedFakeQuants, or -1: then the rest says nothing
+  int32_t learned;  // index in LearnedFakeQuants; -1: it does not learn, and the rest is unused
   const char* parameter;
   bool per_channel;
   double start;
@@ -37,8 +38,8 @@ struct FakeQuantRow {
 
 std::span<const FakeQuantRow> fake_quants();
 
-// Words that a rule's searches work in. A composite rule runs any of them with its default options,
-// and keeps their objectives there too.
+// 64-bit words of memory that solving a rule needs beside its view. A composite rule runs searches
+// with their default options, and keeps their objectives there too.
 int64_t work_words(int32_t rule, core::HistogramLayout layout, const core::Grid& grid,
                    const double* options);
 

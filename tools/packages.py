@@ -68,7 +68,7 @@ def on_linux(line: str) -> str | None:
     pin, _, marker = line.partition(" ; ")
     if OTHER_SYSTEMS.search(marker):
         return None
-    clauses = [clause for clause in marker.split(" and ") if clause.startswith("python_")]
+    clauses = [clause for clause in marker.split(" and ") if re.search(r"\bpython_", clause)]
     return f"{pin} ; {' and '.join(clauses)}" if clauses else pin
 
 
@@ -82,7 +82,7 @@ def resolve(torch: str, *, held: list[str]) -> list[str]:
     given.write_text("\n".join([*everything, *BUILD_TOOLS]) + "\n")
     limits.write_text("\n".join([f"torch=={torch}", *held]) + "\n")
     command = [str(RESOLVE / "bin" / "uv"), "pip", "compile", "--quiet", "--universal"]
-    command += ["--python-version", "3.10", "--no-annotate", "--no-header", "--upgrade"]
+    command += ["--python-version", "3.10", "--no-annotate", "--no-header"]
     for path in (str(limits), *pip_constraints()):
         command += ["--constraint", path]
     done = subprocess.run([*command, str(given)], capture_output=True, text=True)

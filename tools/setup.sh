@@ -122,7 +122,8 @@ install_packages() {
     local stamp=.venv/.stamp-packages key old='' have='' extra extras=(workflow) added=() requirements
     case $mode in
     bench) extras+=(peers) ;;
-    docs | lint) extras+=("$mode") ;;
+    docs) extras+=(pt2e docs) ;; # the guide's reference imports torch_ext.pt2e
+    lint) extras+=(lint) ;;
     test) extras+=(test docs) ;; # one test builds the guide
     esac
     [[ $mode != example || $still_missing != *dataset-fashion-mnist* ]] || extras+=(digits)

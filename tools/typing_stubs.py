@@ -64,13 +64,12 @@ def files() -> dict[Path, str]:
             "",
         ]
     )
-    functions = "".join(
-        f"from torch_ext.ops.functions import {name} as {name}\n"
-        for name in sorted(torch_ext.ops.__all__)
-    )
     known = ", ".join(_choices_of(rule, row) for rule, row in chosen)
-    stub = f"# {_MADE_BY}\n\nfrom torch import Tensor\n\n{functions}"
-    stub += f"from torch_ext.ops.registry_names import {known}\n\n"
+    imports = [f"from torch_ext.ops.registry_names import {known}\n"]
+    for name in torch_ext.ops.__all__:
+        home = getattr(torch_ext.ops, name).__module__
+        imports.append(f"from {home} import {name} as {name}\n")
+    stub = f"# {_MADE_BY}\n\nfrom torch import Tensor\n\n{''.join(sorted(imports))}\n"
     stub += "".join(_rule_stub(rule) for rule in rules)
     folder = ROOT / "torch_ext" / "ops"
     return {folder / "registry_names.py": names, folder / "__init__.pyi": stub}

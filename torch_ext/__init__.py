@@ -1,6 +1,6 @@
 """Native observers and fake-quantization for PyTorch, and the workflow around them."""
 
-from torch_ext.ops import loader  # isort: skip # First: it says what is wrong with the build.
+from torch_ext.ops import loader  # isort: skip # First: explains a broken build.
 from torch_ext import export, ops
 from torch_ext._C import build_info, fake_quants, observers
 from torch_ext.analysis.report.report import ReportSummary, report

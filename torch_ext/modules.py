@@ -1,8 +1,8 @@
-"""Modules for what a forward usually computes with operators, so that the result is quantized.
+"""Modules in place of operators such as ``+``, so that ``prepare_qat`` can quantize their results.
 
-``prepare_qat`` quantizes outputs of modules; an addition written as ``a + b`` has none. Each
-module here stands for one operation, and one instance for one place in the forward: an instance
-that is called at two places shares one range between them. ``QuantStub`` quantizes any tensor::
+``prepare_qat`` quantizes the outputs of modules, and ``a + b`` in a forward is not a module. Use
+one instance for each place in the forward: an instance that is called at two places has one range
+for both. ``QuantStub`` makes any tensor the output of a module::
 
     self.add = torch_ext.Add()                 # in __init__
     x = self.add(self.branch(x), x)            # in forward
@@ -20,35 +20,39 @@ from torch import Tensor, nn
 
 
 class QuantStub(nn.Module):
-    """Returns its input; ``prepare_qat`` quantizes it."""
+    """Returns its input, a tensor of any shape, which ``prepare_qat`` then quantizes."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x
 
 
 class Add(nn.Module):
-    """``a + b``."""
+    """``a + b``, of tensors whose shapes broadcast, or of a tensor and a number."""
 
     def forward(self, a: Tensor, b: Tensor | float) -> Tensor:
         return a + b
 
 
 class Mul(nn.Module):
-    """``a * b``."""
+    """``a * b``, of tensors whose shapes broadcast, or of a tensor and a number."""
 
     def forward(self, a: Tensor, b: Tensor | float) -> Tensor:
         return a * b
 
 
 class MatMul(nn.Module):
-    """``a @ b``."""
+    """``a @ b``, of tensors as ``torch.matmul`` takes them."""
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         return a @ b
 
 
 class Cat(nn.Module):
-    """``torch.cat(tensors, dim)``."""
+    """``torch.cat(tensors, dim)``, of a sequence of tensors.
+
+    Args:
+        dim: the dimension to join along; 1, the channels of images, by default.
+    """
 
     def __init__(self, dim: int = 1) -> None:
         super().__init__()

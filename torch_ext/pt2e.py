@@ -1,15 +1,15 @@
-"""The observers and fake-quants of this package for torchao's PT2E, as quantization specs.
+"""Quantization specs for torchao's PT2E that use the observers and fake-quants of this package.
 
-Imported by name only; it needs torchao (``pip install "torch_ext[pt2e]"``). A PT2E quantizer
-annotates a graph with specs, which say how a value is to be quantized::
+This module has to be imported explicitly, and needs torchao (``pip install "torch_ext[pt2e]"``). A
+PT2E quantizer annotates a graph with such specs, which say how each value is quantized::
 
     from torch_ext import pt2e
 
     activation = pt2e.observer_spec("kl", dtype="uint8", qscheme="per_tensor_affine")
     weight = pt2e.observer_spec("min_max", qscheme="per_channel_symmetric", ch_axis=0)
 
-``prepare_pt2e`` takes specs of :func:`observer_spec`, ``prepare_qat_pt2e`` those of
-:func:`fake_quant_spec`; ``convert_pt2e`` writes the scales found into the graph.
+Use :func:`observer_spec` with ``prepare_pt2e`` and :func:`fake_quant_spec` with
+``prepare_qat_pt2e``; ``convert_pt2e`` writes the resulting scales into the graph.
 """
 
 from __future__ import annotations
@@ -40,10 +40,11 @@ except ImportError as error:
 
 __all__ = ["PT2EFakeQuantize", "PT2EObserver", "fake_quant_spec", "observer_spec"]
 
-# What the graph says and no spec can: the channels of a value, and that it is a weight.
-_OF_THE_GRAPH = ("channel_len", "transient", "optional")
-# Integers of this width and sign are what a converted graph holds; int4 is a part of int8.
-_HELD_IN = {
+# Keys that a spec cannot have, because the number of channels and the role depend on the graph.
+_SET_BY_GRAPH = ("channel_len", "transient", "optional")
+# The dtype of a converted graph, by whether the grid is signed and has more than 8 bits. int4 is
+# stored in int8.
+_STORED_IN = {
     (True, False): torch.int8,
     (False, False): torch.uint8,
     (True, True): torch.int16,
@@ -60,18 +61,26 @@ def observer_spec(
     quant_max: int | None = None,
     **keys: Any,
 ) -> QuantizationSpec:
-    """A spec for ``prepare_pt2e``: the value is observed by a rule of :class:`Observer`.
+    """A spec for ``prepare_pt2e`` that observes a value with an :class:`Observer`.
+
+    The number of channels comes from the data.
 
     Args:
-        observer, dtype, qscheme, ch_axis, quant_min, quant_max: as an :class:`Observer` takes
-            them; the number of channels is taken from the data.
-        keys: its other keys (``power_of_two=True``) and the rule's options (``percentile=99.9``).
+        observer: the name of the rule.
+        dtype: the grid's dtype, as in :class:`Observer`.
+        qscheme: symmetric or affine, per tensor or per channel.
+        ch_axis: the axis of the channels; -1 with a per-tensor scheme.
+        quant_min: the smallest integer of the grid; by default, the dtype's.
+        quant_max: the largest integer of the grid; by default, the dtype's.
+        **keys: other keys of :class:`Observer` (``power_of_two=True``), and options of the rule
+            (``percentile=99.9``).
 
     Raises:
-        ValueError, TypeError, RuntimeError: what :class:`Observer` refuses, here and not in
-            ``prepare_pt2e``.
+        TypeError: an argument has a wrong type.
+        ValueError: a key, a rule, a dtype or a scheme is unknown, or arguments do not fit together.
+        RuntimeError: the rule does not accept its options or the grid.
     """
-    found: dict[str, Any] = {
+    spec_keys: dict[str, Any] = {
         "observer": observer,
         "dtype": dtype,
         "qscheme": qscheme,
@@ -81,7 +90,7 @@ def observer_spec(
         **keys,
     }
     _check("observer_spec", keys, observer, OBSERVER_KEYS)
-    return _spec("observer_spec", PT2EObserver, found)
+    return _spec("observer_spec", PT2EObserver, spec_keys)
 
 
 def fake_quant_spec(
@@ -94,16 +103,23 @@ def fake_quant_spec(
     quant_max: int | None = None,
     **keys: Any,
 ) -> QuantizationSpec:
-    """A spec for ``prepare_qat_pt2e``: the value is quantized by a :class:`FakeQuantize`.
+    """A spec for ``prepare_qat_pt2e`` that quantizes a value with a :class:`FakeQuantize`.
 
-    Arguments and errors as in :func:`observer_spec`. ``method`` is one of
-    ``torch_ext.fake_quants()``, and ``keys`` may hold those of :class:`FakeQuantize` too, such as
-    ``averaging_constant``: 0.01 for activations, take 1 for weights.
+    The number of channels comes from the first batch. With per-channel ``lsq``, that batch replaces
+    the learned parameters: run one before you make the optimizer.
 
-    How many channels there are shows in the first batch. Per channel, ``lsq`` has its parameters
-    from then on: run one before the optimizer is made.
+    Args:
+        method: one of ``torch_ext.fake_quants()``.
+        observer, dtype, qscheme, ch_axis, quant_min, quant_max: as in :func:`observer_spec`.
+        **keys: keys as in :func:`observer_spec`, and those of :class:`FakeQuantize`. Its
+            ``averaging_constant`` is 0.01 by default, which suits activations; pass 1 for weights.
+
+    Raises:
+        TypeError: as :func:`observer_spec`.
+        ValueError: as :func:`observer_spec`, and for an unknown method.
+        RuntimeError: as :func:`observer_spec`.
     """
-    found: dict[str, Any] = {
+    spec_keys: dict[str, Any] = {
         "method": method,
         "observer": observer,
         "dtype": dtype,
@@ -114,19 +130,21 @@ def fake_quant_spec(
         **keys,
     }
     _check("fake_quant_spec", keys, observer, FAKE_QUANT_KEYS)
-    return _spec("fake_quant_spec", PT2EFakeQuantize, found)
+    return _spec("fake_quant_spec", PT2EFakeQuantize, spec_keys)
 
 
 def _check(who: str, keys: dict[str, Any], observer: str, known: tuple[str, ...]) -> None:
-    check_keys(who, keys, observer, [key for key in known if key not in _OF_THE_GRAPH])
+    """Raises ValueError for keys that a spec does not take."""
+    check_keys(who, keys, observer, [key for key in known if key not in _SET_BY_GRAPH])
 
 
 def _spec(who: str, adapter: type[Any], keys: dict[str, Any]) -> QuantizationSpec:
+    """The spec that makes ``adapter(**keys)``; builds one to check the keys."""
     _, low, high = parse_dtype(who, keys["dtype"])
-    keys["dtype"] = _HELD_IN[low < 0, high - low > 255]
+    keys["dtype"] = _STORED_IN[low < 0, high - low > 255]
     for name, bound in (("quant_min", low), ("quant_max", high)):
         keys[name] = bound if keys[name] is None else keys[name]
-    probe = adapter(**keys).observer  # refuses what does not fit together
+    probe = adapter(**keys).observer  # raises if the keys do not fit together
     if not low <= probe.quant_min < probe.quant_max <= high:
         raise ValueError(
             f"{who}: expected quant_min and quant_max to be between {low} and {high}, "
@@ -143,15 +161,16 @@ def _spec(who: str, adapter: type[Any], keys: dict[str, Any]) -> QuantizationSpe
 
 
 class _Adapter(nn.Module):
-    """What PT2E asks of an observer, answered by a module of ours, ``inner``.
+    """The interface that PT2E expects of an observer, for the module ``inner``.
 
-    Nobody says how many channels there are before data comes, or a state dict: until then
-    ``inner`` has one.
+    The number of channels is known from the first batch, or from a state dict. Until then
+    ``inner`` has one channel; then it is replaced, see :meth:`_fit`.
     """
 
     inner: Observer | FakeQuantize
 
-    def _hold(self, make: functools.partial[Any]) -> None:
+    def _set_factory(self, make: functools.partial[Any]) -> None:
+        """``make(channel_len=C)`` gives the inner module."""
         self._make = make
         self._fitted = False
         self.inner = make(channel_len=1)
@@ -160,7 +179,7 @@ class _Adapter(nn.Module):
     def observer(self) -> Observer:
         return self.inner if isinstance(self.inner, Observer) else self.inner.observer
 
-    # convert_pt2e reads these, and ``dtype``.
+    # convert_pt2e reads these properties, and ``dtype``.
     @property
     def qscheme(self) -> torch.qscheme:
         return self.observer.qscheme
@@ -184,18 +203,20 @@ class _Adapter(nn.Module):
         return out
 
     def _fit(self, channels: int) -> None:
+        """Replaces ``inner`` by a module for that many channels, in the same state and mode."""
         self._fitted = True
         if channels == self.observer.channel_len:
             return
-        made = self._make(channel_len=channels).to(self.observer.tally.device)
-        made.train(self.training)
+        fitted = self._make(channel_len=channels).to(self.observer.tally.device)
+        fitted.train(self.training)
         if isinstance(self.inner, FakeQuantize):
-            made.enter(self.inner.state)
-        self.inner = made
+            fitted.enter(self.inner.state)
+        self.inner = fitted
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *arguments: Any
     ) -> None:
+        # The shape of the saved statistic says how many channels there are.
         statistic = "inner" if isinstance(self.inner, Observer) else "inner.observer"
         extrema = state_dict.get(f"{prefix}{statistic}.extrema")
         if not self._fitted and isinstance(extrema, Tensor) and extrema.dim() == 2:
@@ -204,23 +225,24 @@ class _Adapter(nn.Module):
 
 
 class PT2EObserver(_Adapter, ObserverBase):  # type: ignore[misc]
-    """An :class:`Observer` in a graph that ``prepare_pt2e`` made."""
+    """An :class:`Observer` in a graph of ``prepare_pt2e``; made by :func:`observer_spec`."""
 
     def __init__(self, observer: Rule, is_dynamic: bool = False, **keys: Any) -> None:
-        _refuse_dynamic("observer_spec", is_dynamic)
+        _check_static("observer_spec", is_dynamic)
         super().__init__(dtype=keys["dtype"])
-        self._hold(functools.partial(Observer, observer, **keys))
+        self._set_factory(functools.partial(Observer, observer, **keys))
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
-        """Scale [C] float32 and zero point [C] int32; RuntimeError without data."""
-        _refuse_unobserved(self.observer)
+        """Scale [C] float32 and zero point [C] int32; raises RuntimeError if it saw no data."""
+        _check_observed(self.observer)
         return self.observer.calculate_qparams()
 
 
 class PT2EFakeQuantize(_Adapter, FakeQuantizeBase):  # type: ignore[misc]
-    """A :class:`FakeQuantize` in a graph that ``prepare_qat_pt2e`` made.
+    """A :class:`FakeQuantize` in a graph of ``prepare_qat_pt2e``; made by :func:`fake_quant_spec`.
 
-    It begins in QAT. torchao's switches choose the state, and ``set_fake_quantize`` does:
+    It starts in QAT. torchao's switches (``enable_observer``, ``disable_fake_quant``, ...) set its
+    state as below; :func:`set_fake_quantize` works too:
 
     =============  ===============  ===========
     observer       fake-quant       state
@@ -237,14 +259,14 @@ class PT2EFakeQuantize(_Adapter, FakeQuantizeBase):  # type: ignore[misc]
     def __init__(
         self, method: Method, observer: Rule, is_dynamic: bool = False, **keys: Any
     ) -> None:
-        _refuse_dynamic("fake_quant_spec", is_dynamic)
+        _check_static("fake_quant_spec", is_dynamic)
         super().__init__()
         self.dtype: torch.dtype = keys["dtype"]
-        self._hold(functools.partial(FakeQuantize, method, observer, **keys))
+        self._set_factory(functools.partial(FakeQuantize, method, observer, **keys))
         self.inner.enter(self._chosen())
 
     def _chosen(self, **switched: bool) -> FakeQuantState:
-        """The state that the switches choose."""
+        """The state for torchao's switches, with those that are being switched."""
         switches = {
             name: bool(getattr(self, f"{name}_enabled")[0]) for name in ("observer", "fake_quant")
         } | switched
@@ -253,10 +275,11 @@ class PT2EFakeQuantize(_Adapter, FakeQuantizeBase):  # type: ignore[misc]
         return FakeQuantState.VALIDATION if switches["fake_quant"] else FakeQuantState.FLOAT
 
     def _switch(self, **switched: bool) -> None:
+        """Sets the state for switches that are about to change, before torchao changes them."""
         state = self._chosen(**switched)
-        # Refused without a range; in QAT the first batch sets it.
-        waits = state is not FakeQuantState.VALIDATION
-        set_fake_quantize(self.inner, state, allow_unobserved=waits)
+        # Only VALIDATION needs a range already; in QAT the first batch sets it.
+        allow_unobserved = state is not FakeQuantState.VALIDATION
+        set_fake_quantize(self.inner, state, allow_unobserved=allow_unobserved)
 
     def enable_fake_quant(self, enabled: bool = True) -> None:
         self._switch(fake_quant=enabled)
@@ -267,9 +290,9 @@ class PT2EFakeQuantize(_Adapter, FakeQuantizeBase):  # type: ignore[misc]
         super().enable_observer(enabled)
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
-        """Scale [C] float32 and zero point [C] int32; RuntimeError without a range."""
+        """Scale [C] float32 and zero point [C] int32; raises RuntimeError without a range."""
         if self.inner.state is FakeQuantState.CALIBRATION:  # not solved yet
-            _refuse_unobserved(self.observer)
+            _check_observed(self.observer)
             return self.observer.calculate_qparams()
         if not bool(self.inner.solved):
             raise RuntimeError(
@@ -281,19 +304,19 @@ class PT2EFakeQuantize(_Adapter, FakeQuantizeBase):  # type: ignore[misc]
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *arguments: Any
     ) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)  # torchao's switches too
         self.inner.enter(self._chosen())
 
 
-def _refuse_dynamic(who: str, is_dynamic: bool) -> None:
+def _check_static(who: str, is_dynamic: bool) -> None:
     if is_dynamic:
         raise ValueError(
-            f"{who}: expected is_dynamic to be False, got True: a range of the running batch "
-            "is torchao's own choice, no observer of ours"
+            f"{who}: expected is_dynamic to be False, got True: dynamic quantization "
+            "needs torchao's own observers"
         )
 
 
-def _refuse_unobserved(observer: Observer) -> None:
+def _check_observed(observer: Observer) -> None:
     if observer.statistic != "none" and not observer.saw_data:
         raise RuntimeError(
             f"convert_pt2e: expected every observer to have seen data, got none in {observer}; "

@@ -11,7 +11,7 @@
 
 namespace torch_ext::bindings {
 
-// The stream through LibTorch's device-generic interface: no header of CUDA is needed here.
+// The stream comes through LibTorch's device-generic interface, so no CUDA header is needed here.
 Backend::Backend(const char* op, const at::Tensor& on)
     : op_(op),
       device_(on.device()),
@@ -71,9 +71,9 @@ void Backend::qparams(const at::Tensor& range, const core::Grid& grid, at::Tenso
     const core::Range ends_of{ends[2 * c], ends[2 * c + 1]};
     expect(core::is_valid_range(ends_of), op_, "range", "finite and in order", ends_of.lo, " to ",
            ends_of.hi, " in channel ", c);
-    const core::QParams found = core::qparams(ends_of, grid);
-    scales[c] = found.scale;
-    zero_points[c] = found.zero_point;
+    const core::QParams q = core::qparams(ends_of, grid);
+    scales[c] = q.scale;
+    zero_points[c] = q.zero_point;
   }
 }
 
@@ -83,13 +83,13 @@ void Backend::kl_threshold(const at::Tensor& counts, const at::Tensor& bin_width
   const int64_t rows = counts.size(0), bins = counts.size(1);
   const int64_t* const histogram = counts.const_data_ptr<int64_t>();
   const double* const width = bin_width.const_data_ptr<double>();
-  int64_t* const kept = index.mutable_data_ptr<int64_t>();
-  double* const found = threshold.mutable_data_ptr<double>();
+  int64_t* const indices = index.mutable_data_ptr<int64_t>();
+  double* const thresholds = threshold.mutable_data_ptr<double>();
   if (!is_cuda())
-    return cpu::kl_threshold(histogram, width, rows, bins, levels, variant, kept, found);
+    return cpu::kl_threshold(histogram, width, rows, bins, levels, variant, indices, thresholds);
   on_stream([&] {
     const at::Tensor memory = scratch(cuda::kl_threshold_scratch(rows, bins, levels, variant));
-    cuda::kl_threshold(histogram, width, rows, bins, levels, variant, kept, found,
+    cuda::kl_threshold(histogram, width, rows, bins, levels, variant, indices, thresholds,
                        memory.mutable_data_ptr(), stream_);
   });
 }

@@ -9,15 +9,15 @@
 
 namespace torch_ext::bindings {
 
-// The device split: the drivers of the device that an op's tensors are on, called on its current
-// stream with that device current. Operands have been checked.
+// The device split: calls the CPU drivers, or the CUDA drivers on the current stream of the
+// tensors' device, with that device as the current one. Operands have been checked already.
 class Backend {
  public:
   Backend(const char* op, const at::Tensor& on);
 
   bool is_cuda() const { return device_.is_cuda(); }
 
-  // On the CPU the statistic is initialised and mode is empty.
+  // On the CPU `into` has to be initialised and `mode` is ignored.
   void observe(const core::TensorView& x, int64_t ch_axis, const core::Statistic& into,
                cuda::ObserveMode mode = {}) const;
   void merge(const core::Statistic& into, const core::Statistic& from) const;
@@ -27,7 +27,8 @@ class Backend {
   void kl_threshold(const at::Tensor& counts, const at::Tensor& bin_width, int64_t levels,
                     observers::KlVariant variant, at::Tensor& index, at::Tensor& threshold) const;
   void fake_quant_forward(core::DType dtype, const core::FakeQuantJob& job) const;
-  // Whether the next can be: the range follows and the data is quantized in one pass over memory.
+  // Whether follow_on_chip() can run: it moves the range and quantizes the data in one pass over
+  // memory.
   bool follows_on_chip(int32_t rule, core::DType dtype, const core::FakeQuantJob& map) const;
   void follow_on_chip(const core::SolveJob& job, core::DType dtype,
                       const core::FakeQuantJob& map) const;

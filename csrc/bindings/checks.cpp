@@ -44,8 +44,8 @@ core::DType check_data(const char* op, const char* argument, const at::Tensor& x
 int64_t check_axis(const char* op, const at::Tensor& x, int64_t ch_axis) {
   const bool valid = ch_axis >= -1 && ch_axis < x.dim();
   if (!valid)
-    expect(false, op, "ch_axis", "-1 or an axis of the " + std::to_string(x.dim()) + " of x",
-           ch_axis);
+    expect(false, op, "ch_axis",
+           "-1 or an axis of the " + std::to_string(x.dim()) + "-dimensional x", ch_axis);
   return ch_axis < 0 ? 1 : x.size(ch_axis);
 }
 
@@ -80,31 +80,31 @@ core::Statistic check_statistic(const char* op, const at::Tensor& extrema, const
   check(counts, "counts", at::kLong);
   expect(extrema.dim() == 2 && extrema.size(1) == 2, op, name("extrema").c_str(), "of shape [C, 2]",
          extrema.sizes());
-  const int64_t found = extrema.size(0);
-  if (channels >= 0 && found != channels)
+  const int64_t rows = extrema.size(0);
+  if (channels >= 0 && rows != channels)
     expect(false, op, name("extrema").c_str(), "of shape [" + std::to_string(channels) + ", 2]",
            extrema.sizes());
-  if (!(tally.dim() == 2 && tally.size(0) == found && tally.size(1) == core::kTallyColumns))
-    expect(false, op, name("tally").c_str(), "of shape [" + std::to_string(found) + ", 5]",
+  if (!(tally.dim() == 2 && tally.size(0) == rows && tally.size(1) == core::kTallyColumns))
+    expect(false, op, name("tally").c_str(), "of shape [" + std::to_string(rows) + ", 5]",
            tally.sizes());
-  const bool four = counts.dim() == 4 && counts.size(0) == found && counts.size(1) == 2;
-  const int64_t octaves = four ? counts.size(2) : 0, bins = four ? counts.size(3) : 0;
+  const bool is_counts = counts.dim() == 4 && counts.size(0) == rows && counts.size(1) == 2;
+  const int64_t octaves = is_counts ? counts.size(2) : 0, bins = is_counts ? counts.size(3) : 0;
   int64_t mantissa_bits = 0;
   while ((int64_t{1} << mantissa_bits) < bins) ++mantissa_bits;
-  const bool none = octaves == 0 && bins == 0;
-  const bool kept = octaves >= 4 && octaves <= 32 && mantissa_bits >= 5 && mantissa_bits <= 10 &&
-                    bins == int64_t{1} << mantissa_bits;
-  if (!four || !(none || kept))
+  const bool has_none = octaves == 0 && bins == 0;
+  const bool has_histogram = octaves >= 4 && octaves <= 32 && mantissa_bits >= 5 &&
+                             mantissa_bits <= 10 && bins == int64_t{1} << mantissa_bits;
+  if (!is_counts || !(has_none || has_histogram))
     expect(false, op, name("counts").c_str(),
-           "of shape [" + std::to_string(found) +
-               ", 2, octaves (4 to 32), 2^mantissa_bits (5 to 10)] or [" + std::to_string(found) +
+           "of shape [" + std::to_string(rows) +
+               ", 2, octaves (4 to 32), 2^mantissa_bits (5 to 10)] or [" + std::to_string(rows) +
                ", 2, 0, 0]",
            counts.sizes());
-  if (extrema.is_meta()) return {nullptr, nullptr, nullptr, found, {}};
+  if (extrema.is_meta()) return {nullptr, nullptr, nullptr, rows, {}};
   return {extrema.mutable_data_ptr<float>(),
           tally.mutable_data_ptr<int64_t>(),
-          none ? nullptr : counts.mutable_data_ptr<int64_t>(),
-          found,
+          has_none ? nullptr : counts.mutable_data_ptr<int64_t>(),
+          rows,
           {static_cast<int32_t>(mantissa_bits), static_cast<int32_t>(octaves)}};
 }
 

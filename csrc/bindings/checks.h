@@ -11,59 +11,62 @@
 #include "core/option.h"
 #include "rule_table.h"
 
-// The contracts of the ops, checked once, above the device split.
+// Checks of the ops' arguments, done once, before the device split.
 namespace torch_ext::bindings {
 
 inline std::string_view text(c10::string_view s) { return {s.data(), s.size()}; }
 
-// A breach reads `op: expected ARG to be WANT, got HAVE`.
+// Raises `op: expected ARG to be WANT, got HAVE` unless `holds`.
 template <class Want, class... Have>
 void expect(bool holds, const char* op, const char* argument, const Want& want,
             const Have&... have) {
   TORCH_CHECK(holds, op, ": expected ", argument, " to be ", want, ", got ", have...);
 }
 
-// A strided tensor on the CPU, or on another device this build has kernels for.
+// A strided tensor on the CPU or the meta device, or on CUDA where this build has the kernels.
 void check_device(const char* op, const char* argument, const at::Tensor& t);
 
-// Element type of data, which is on such a device.
+// The element type of a tensor that passes check_device(): float32, float64, float16 or bfloat16.
 core::DType check_data(const char* op, const char* argument, const at::Tensor& x);
 
-// Number of channels: 1 for ch_axis -1.
+// Number of channels of x: 1 for ch_axis -1.
 int64_t check_axis(const char* op, const at::Tensor& x, int64_t ch_axis);
 
-// Contiguous data of x's shape as [outer, channels, inner].
+// The shape of x as [outer, channels, inner]; the data is contiguous.
 core::ChannelLayout channel_layout(const at::Tensor& x, int64_t ch_axis);
 
-// Tensors of a statistic, of `channels` channels, or of as many as they have for -1.
+// The statistic in these tensors: extrema float32 [C, 2], tally int64 [C, 5], counts int64 [C, 2,
+// octaves, 2^mantissa_bits] or [C, 2, 0, 0]. C has to be `channels`, unless that is -1. `prefix`
+// goes before the tensors' names in errors.
 core::Statistic check_statistic(const char* op, const at::Tensor& extrema, const at::Tensor& tally,
                                 const at::Tensor& counts, int64_t channels,
                                 const char* prefix = "");
 
 core::HistogramLayout check_layout(const char* op, int64_t mantissa_bits, int64_t octaves);
 
-// quant_min <= 0 <= quant_max, at most 16 bits; a tvm scale only on a symmetric grid.
+// Needs quant_min <= 0 <= quant_max and at most 16 bits; scale rule tvm needs a symmetric grid.
 core::Grid check_grid(const char* op, int64_t quant_min, int64_t quant_max, bool symmetric,
                       std::string_view scale_rule, bool power_of_two);
 
-// A contiguous tensor of this type and device with one dimension (or none) of `channels` elements.
+// A contiguous tensor of this type and device, of shape [channels] ([] too for one channel).
 void check_per_channel(const char* op, const char* argument, const at::Tensor& t,
                        at::ScalarType type, int64_t channels, const at::Device& device);
 
 core::Mask parse_mask(const char* op, std::string_view name);
 core::Rounding parse_rounding(const char* op, std::string_view name);
 
-// Index of a rule in the registry. Unknown names list the known.
+// Index of a rule in the registry. Raises for an unknown name, listing the known ones.
 int32_t check_rule(const char* op, std::string_view name);
 
-// The method of this name, which learns. Unknown names list the known.
+// The fake-quant method of this name, one with a learned parameter. Raises for an unknown name,
+// listing the known ones.
 const FakeQuantRow& check_method(std::string_view name);
 
-// That the rule is defined on this grid and layout, with these option values.
+// Raises unless the rule is defined for this grid, layout and option values.
 void check_rule_use(const char* op, int32_t rule, const core::Grid& grid,
                     core::HistogramLayout layout, const double* options, int64_t option_count);
 
-// Number of options, and what the rule reads.
+// Number of options of a rule; what it reads of the statistic.
 int64_t option_count_of(int32_t rule);
 core::Needs needs_of(int32_t rule);
 

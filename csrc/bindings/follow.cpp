@@ -3,35 +3,32 @@
 
 #include <tuple>
 
+#include "bindings/arguments.h"
 #include "bindings/backend.h"
 #include "bindings/checks.h"
 #include "bindings/recomputing.h"
 #include "bindings/rules.h"
 
-// Ops of quantization-aware training: a range that follows the batches, alone and with what is
-// quantized by it.
+// Ops of quantization-aware training: follow_ moves a range towards the ranges of the batches,
+// follow_fake_quant also quantizes the batch with it.
 namespace torch_ext::bindings {
 namespace {
 
-// Checked arguments.
+// An op's arguments, checked.
 struct Follow {
-  Follow(const char* op, const at::Tensor& x, const at::Tensor& range, const at::Tensor& scale,
-         const at::Tensor& zero_point, const at::Tensor& solved, double averaging_constant,
-         c10::string_view rule, int64_t quant_min, int64_t quant_max, bool symmetric,
-         c10::string_view scale_rule, bool power_of_two, at::ArrayRef<double> options,
-         int64_t ch_axis, int64_t mantissa_bits, int64_t octaves);
+  Follow(const char* op, const FollowArguments& arguments);
 
-  // What the op does to the range. `transient` is its batch's statistic.
-  core::SolveJob job(const Transient& transient) const;
-  bool frozen() const { return averaging_constant == 0; }
-  uint8_t* solved_flag() const { return solved.mutable_data_ptr<uint8_t>(); }
-  Transient transient() const { return {x, channels, needs_of(rule), layout}; }
+  // The statistic of this batch, empty at first.
+  Transient statistic() const { return {a.x, channels, needs_of(rule), layout}; }
+  // Solves the rule from the batch's statistic and moves range, scale and zero point in place.
+  core::SolveJob job(const Transient& statistic) const;
+  // Observes the batch and solves, unless the range is to stay as it is.
   void run(const Backend& backend) const;
+  // With averaging_constant 0 the range stays what the first batch made it.
+  bool frozen() const { return a.averaging_constant == 0; }
+  uint8_t* solved_flag() const { return a.solved.mutable_data_ptr<uint8_t>(); }
 
-  const at::Tensor &x, &range, &scale, &zero_point, &solved;
-  const double averaging_constant;
-  const int64_t ch_axis;
-  const at::ArrayRef<double> options;
+  const FollowArguments& a;
   core::DType dtype;
   int64_t channels;
   int32_t rule;
@@ -39,96 +36,71 @@ struct Follow {
   core::HistogramLayout layout;
 };
 
-Follow::Follow(const char* op, const at::Tensor& x, const at::Tensor& range,
-               const at::Tensor& scale, const at::Tensor& zero_point, const at::Tensor& solved,
-               double averaging_constant, c10::string_view rule_name, int64_t quant_min,
-               int64_t quant_max, bool symmetric, c10::string_view scale_rule, bool power_of_two,
-               at::ArrayRef<double> options, int64_t ch_axis, int64_t mantissa_bits,
-               int64_t octaves)
-    : x(x),
-      range(range),
-      scale(scale),
-      zero_point(zero_point),
-      solved(solved),
-      averaging_constant(averaging_constant),
-      ch_axis(ch_axis),
-      options(options) {
-  dtype = check_data(op, "x", x);
-  channels = check_axis(op, x, ch_axis);
-  check_range(op, range, channels, x.device());
-  check_per_channel(op, "scale", scale, at::kFloat, channels, x.device());
-  check_per_channel(op, "zero_point", zero_point, at::kInt, channels, x.device());
-  check_per_channel(op, "solved", solved, at::kByte, 1, x.device());
-  expect(averaging_constant >= 0 && averaging_constant <= 1, op, "averaging_constant",
-         "between 0 and 1", averaging_constant);
-  rule = check_rule(op, text(rule_name));
-  grid = check_grid(op, quant_min, quant_max, symmetric, text(scale_rule), power_of_two);
-  layout = check_layout(op, mantissa_bits, octaves);
-  check_rule_use(op, rule, grid, layout, options.data(), static_cast<int64_t>(options.size()));
+Follow::Follow(const char* op, const FollowArguments& arguments) : a(arguments) {
+  const at::Device device = a.x.device();
+  dtype = check_data(op, "x", a.x);
+  channels = check_axis(op, a.x, a.ch_axis);
+  check_range(op, a.range, channels, device);
+  check_per_channel(op, "scale", a.scale, at::kFloat, channels, device);
+  check_per_channel(op, "zero_point", a.zero_point, at::kInt, channels, device);
+  check_per_channel(op, "solved", a.solved, at::kByte, 1, device);
+  expect(a.averaging_constant >= 0 && a.averaging_constant <= 1, op, "averaging_constant",
+         "between 0 and 1", a.averaging_constant);
+  rule = check_rule(op, text(a.rule));
+  grid = check_grid(op, a.quant_min, a.quant_max, a.symmetric, text(a.scale_rule), a.power_of_two);
+  layout = check_layout(op, a.mantissa_bits, a.octaves);
+  check_rule_use(op, rule, grid, layout, a.options.data(), static_cast<int64_t>(a.options.size()));
 }
 
-core::SolveJob Follow::job(const Transient& transient) const {
+core::SolveJob Follow::job(const Transient& statistic) const {
   return {rule,
           grid,
-          options.data(),
-          transient.statistic(),
-          range.mutable_data_ptr<float>(),
-          scale.mutable_data_ptr<float>(),
-          zero_point.mutable_data_ptr<int32_t>(),
+          a.options.data(),
+          statistic.statistic(),
+          a.range.mutable_data_ptr<float>(),
+          a.scale.mutable_data_ptr<float>(),
+          a.zero_point.mutable_data_ptr<int32_t>(),
           solved_flag(),
-          averaging_constant};
+          a.averaging_constant};
 }
 
 void Follow::run(const Backend& backend) const {
   if (recomputing() || (frozen() && !backend.is_cuda() && *solved_flag() != 0)) return;
-  const Transient batch = transient();
+  const Transient batch = statistic();
   if (needs_of(rule) != core::Needs::nothing)
-    backend.observe(view_of(x, dtype), ch_axis, batch.statistic(),
+    backend.observe(view_of(a.x, dtype), a.ch_axis, batch.statistic(),
                     batch.mode(frozen() ? solved_flag() : nullptr));
   backend.solve({job(batch)});
 }
 
-void follow_(const at::Tensor& x, const at::Tensor& range, const at::Tensor& scale,
-             const at::Tensor& zero_point, const at::Tensor& solved, double averaging_constant,
-             c10::string_view rule, int64_t quant_min, int64_t quant_max, bool symmetric,
-             c10::string_view scale_rule, bool power_of_two, at::ArrayRef<double> options,
-             int64_t ch_axis, int64_t mantissa_bits, int64_t octaves) {
+void follow_(const FollowArguments& arguments) {
   constexpr const char* op = "follow_";
-  const Follow follow(op, x, range, scale, zero_point, solved, averaging_constant, rule, quant_min,
-                      quant_max, symmetric, scale_rule, power_of_two, options, ch_axis,
-                      mantissa_bits, octaves);
-  follow.run(Backend(op, x));
+  const Follow follow(op, arguments);
+  follow.run(Backend(op, arguments.x));
 }
 
-// The range follows x, and x is quantized with it. The second result is the packed mask, empty
-// unless `with_mask`.
-std::tuple<at::Tensor, at::Tensor> forward(
-    const at::Tensor& x, const at::Tensor& range, const at::Tensor& scale,
-    const at::Tensor& zero_point, const at::Tensor& solved, double averaging_constant,
-    c10::string_view rule, int64_t quant_min, int64_t quant_max, bool symmetric,
-    c10::string_view scale_rule, bool power_of_two, at::ArrayRef<double> options, int64_t ch_axis,
-    int64_t mantissa_bits, int64_t octaves, c10::string_view mask, c10::string_view rounding,
-    bool with_mask) {
+// x quantized with the range that has followed it, and the packed mask: uint8
+// [(numel + 7) / 8], or [0] without `with_mask`.
+std::tuple<at::Tensor, at::Tensor> forward(const FollowArguments& a) {
   constexpr const char* op = "follow_fake_quant";
-  const Follow follow(op, x, range, scale, zero_point, solved, averaging_constant, rule, quant_min,
-                      quant_max, symmetric, scale_rule, power_of_two, options, ch_axis,
-                      mantissa_bits, octaves);
-  const c10::MaybeOwned<at::Tensor> data = x.expect_contiguous();
-  at::Tensor out = at::empty(x.sizes(), x.options());
-  at::Tensor bits = at::empty({with_mask ? (x.numel() + 7) / 8 : 0}, x.options().dtype(at::kByte));
+  const Follow follow(op, a);
+  const c10::MaybeOwned<at::Tensor> data = a.x.expect_contiguous();
+  at::Tensor out = at::empty(a.x.sizes(), a.x.options());
+  at::Tensor bits =
+      at::empty({a.with_mask ? (a.x.numel() + 7) / 8 : 0}, a.x.options().dtype(at::kByte));
   const core::FakeQuantJob map{data->const_data_ptr(),
                                out.mutable_data_ptr(),
-                               with_mask ? bits.mutable_data_ptr<uint8_t>() : nullptr,
-                               channel_layout(x, ch_axis),
-                               scale.const_data_ptr<float>(),
-                               zero_point.const_data_ptr<int32_t>(),
-                               static_cast<int32_t>(quant_min),
-                               static_cast<int32_t>(quant_max),
-                               parse_rounding(op, text(rounding)),
-                               parse_mask(op, text(mask))};
-  const Backend backend(op, x);
+                               a.with_mask ? bits.mutable_data_ptr<uint8_t>() : nullptr,
+                               channel_layout(a.x, a.ch_axis),
+                               a.scale.const_data_ptr<float>(),
+                               a.zero_point.const_data_ptr<int32_t>(),
+                               static_cast<int32_t>(a.quant_min),
+                               static_cast<int32_t>(a.quant_max),
+                               parse_rounding(op, text(a.rounding)),
+                               parse_mask(op, text(a.mask))};
+  const Backend backend(op, a.x);
   if (!recomputing() && backend.follows_on_chip(follow.rule, follow.dtype, map)) {
-    const Transient batch = follow.transient();
+    const Transient batch = follow.statistic();
     backend.follow_on_chip(follow.job(batch), follow.dtype, map);
   } else {
     follow.run(backend);
@@ -137,22 +109,14 @@ std::tuple<at::Tensor, at::Tensor> forward(
   return {std::move(out), std::move(bits)};
 }
 
-at::Tensor follow_fake_quant(const at::Tensor& x, const at::Tensor& range, const at::Tensor& scale,
-                             const at::Tensor& zero_point, const at::Tensor& solved,
-                             double averaging_constant, c10::string_view rule, int64_t quant_min,
-                             int64_t quant_max, bool symmetric, c10::string_view scale_rule,
-                             bool power_of_two, at::ArrayRef<double> options, int64_t ch_axis,
-                             int64_t mantissa_bits, int64_t octaves, c10::string_view mask,
-                             c10::string_view rounding) {
-  return std::get<0>(forward(x, range, scale, zero_point, solved, averaging_constant, rule,
-                             quant_min, quant_max, symmetric, scale_rule, power_of_two, options,
-                             ch_axis, mantissa_bits, octaves, mask, rounding, false));
+at::Tensor follow_fake_quant(const FollowArguments& arguments) {
+  return std::get<0>(forward(arguments));
 }
 
 void register_ops(torch::Library& m) {
-  m.impl("follow_", TORCH_FN(follow_));
-  m.impl("follow_fake_quant", TORCH_FN(follow_fake_quant));
-  m.impl("_follow_fake_quant_forward", TORCH_FN(forward));
+  impl<FollowOp, follow_>(m);
+  impl<FollowFakeQuantOp, follow_fake_quant>(m);
+  impl<FollowForwardOp, forward>(m);
 }
 
 }  // namespace

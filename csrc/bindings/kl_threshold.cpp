@@ -13,7 +13,7 @@ namespace {
 constexpr const char* kOp = "kl_threshold";
 
 observers::KlVariant parse_variant(std::string_view name) {
-  // In the order of KlVariant, from its second on: log_linear searches a statistic, not a
+  // In the order of KlVariant, without its first, log_linear: that searches a statistic, not a
   // histogram.
   constexpr const char* names[] = {"slides", "modelopt", "ncnn", "tvm", "onnxruntime", "horizon"};
   int32_t variant = 1;
@@ -25,8 +25,9 @@ observers::KlVariant parse_variant(std::string_view name) {
   return observers::KlVariant::slides;
 }
 
-// Sums that the search takes are exact in float64. On a CUDA device looking would mean waiting for
-// it: there such a row gives index -1 and threshold NaN.
+// Raises for counts whose sum float64 does not hold exactly, and for widths that are not positive
+// and finite. On CUDA reading the values would wait for the device: there such a row gives index -1
+// and threshold NaN.
 void check_values(const at::Tensor& counts, const at::Tensor& bin_width) {
   if (!counts.is_cpu()) return;
   const int64_t* const histogram = counts.const_data_ptr<int64_t>();
@@ -36,10 +37,10 @@ void check_values(const at::Tensor& counts, const at::Tensor& bin_width) {
     int64_t total = 0;
     for (int64_t j = 0; j < bins; ++j) {
       const int64_t count = histogram[row * bins + j];
-      expect(count >= 0 && count <= observers::kl_reference::kMostCounts, kOp, "counts",
+      expect(count >= 0 && count <= observers::kl_reference::kMaxCounts, kOp, "counts",
              "between 0 and 2^53", count, " in row ", row, ", bin ", j);
       total += count;
-      expect(total <= observers::kl_reference::kMostCounts, kOp, "counts", "at most 2^53 in sum",
+      expect(total <= observers::kl_reference::kMaxCounts, kOp, "counts", "at most 2^53 in sum",
              total, " in row ", row);
     }
     expect(widths[row] > 0 && std::isfinite(widths[row]), kOp, "bin_width", "positive and finite",

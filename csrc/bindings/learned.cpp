@@ -1,4 +1,3 @@
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/clamp.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/round.h>
@@ -9,11 +8,12 @@
 #include <cmath>
 #include <tuple>
 
+#include "bindings/arguments.h"
 #include "bindings/backend.h"
 #include "bindings/checks.h"
 #include "rule_table.h"
 
-// Ops of fake-quants with a learned parameter.
+// Fake-quants with a learned parameter: one op for all methods, and an op of each method's name.
 namespace torch_ext::bindings {
 namespace {
 
@@ -22,7 +22,7 @@ void check_grid_of(const char* op, int64_t quant_min, int64_t quant_max) {
   expect(quant_max >= 1 && quant_max <= 65535, op, "quant_max", "between 1 and 65535", quant_max);
 }
 
-// On a CUDA device a look would be a wait: there the output is NaN.
+// On CUDA reading the values would wait for the device: there the output becomes NaN instead.
 void check_finite(const char* op, const char* argument, const at::Tensor& t) {
   if (!t.is_cpu()) return;
   const float* const values = t.const_data_ptr<float>();
@@ -33,10 +33,10 @@ void check_finite(const char* op, const char* argument, const at::Tensor& t) {
 struct Checked {
   int32_t method;
   core::DType dtype;
-  at::Tensor parameter, zero_point;  // the zero point as integers, undefined where all are 0
+  at::Tensor parameter, zero_point;  // zero point int32, undefined: all 0
   bool learns_zero_point;
   int64_t ch_axis, quant_min, quant_max;
-  double elements;  // for each parameter, in its gradient scale; 0: it is 1
+  double elements;  // per parameter, for its gradient scale; 0: no scaling
 
   const int32_t* zero_points() const {
     return zero_point.defined() ? zero_point.const_data_ptr<int32_t>() : nullptr;
@@ -72,98 +72,78 @@ Gradients backward_of(const char* op, const Checked& l, const at::Tensor& grad,
   expect(grad.device() == x.device(), op, "grad", x.device(), grad.device());
   const c10::MaybeOwned<at::Tensor> data = x.expect_contiguous(),
                                     upstream = grad.expect_contiguous();
-  Gradients found{at::empty(x.sizes(), x.options()),
-                  at::empty(l.parameter.sizes(), l.parameter.options()),
-                  l.learns_zero_point ? at::empty(l.parameter.sizes(), l.parameter.options())
-                                      : at::zeros(l.parameter.sizes(), l.parameter.options())};
+  Gradients gradients{at::empty(x.sizes(), x.options()),
+                      at::empty(l.parameter.sizes(), l.parameter.options()),
+                      l.learns_zero_point ? at::empty(l.parameter.sizes(), l.parameter.options())
+                                          : at::zeros(l.parameter.sizes(), l.parameter.options())};
   const core::LearnedJob job{
       l.method,
       data->const_data_ptr(),
       upstream->const_data_ptr(),
-      found.dx.mutable_data_ptr(),
+      gradients.dx.mutable_data_ptr(),
       channel_layout(x, l.ch_axis),
       l.parameter.const_data_ptr<float>(),
       l.zero_points(),
       static_cast<int32_t>(l.quant_min),
       static_cast<int32_t>(l.quant_max),
       l.elements,
-      found.parameter.mutable_data_ptr<float>(),
-      l.learns_zero_point ? found.zero_point.mutable_data_ptr<float>() : nullptr};
+      gradients.parameter.mutable_data_ptr<float>(),
+      l.learns_zero_point ? gradients.zero_point.mutable_data_ptr<float>() : nullptr};
   Backend(op, x).learned_backward(l.dtype, job);
-  return found;
+  return gradients;
 }
 
-Checked check(const FakeQuantRow& row, const at::Tensor& x, const at::Tensor& parameter,
-              const std::optional<at::Tensor>& given, int64_t quant_min, int64_t quant_max,
-              int64_t ch_axis, bool use_grad_scaling, int64_t batch_axis) {
+Checked check(const FakeQuantRow& row, const LearnedArguments& a) {
   const char* const op = row.name;
-  const core::DType dtype = check_data(op, "x", x);
-  const int64_t channels = check_axis(op, x, ch_axis);
-  expect(row.per_channel || ch_axis == -1, op, "ch_axis", "-1: it has one parameter", ch_axis);
-  check_per_channel(op, row.parameter, parameter, at::kFloat, channels, x.device());
-  const bool learned = given && given->scalar_type() == at::kFloat;
-  expect(row.per_channel || !given, op, "zero_point", "None: it has none", "a tensor");
-  if (given)
-    check_per_channel(op, "zero_point", *given, learned ? at::kFloat : at::kInt, channels,
-                      x.device());
-  check_grid_of(op, quant_min, quant_max);
-  expect(batch_axis >= -1 && batch_axis < std::max<int64_t>(x.dim(), 1), op, "batch_axis",
-         "-1 or an axis of x", batch_axis);
-  expect(batch_axis < 0 || batch_axis != ch_axis, op, "batch_axis", "another axis than ch_axis",
-         batch_axis);
-  check_finite(op, row.parameter, parameter);
-  if (learned) check_finite(op, "zero_point", *given);
-  // Learned, it is used as the engines will: a whole number on the grid.
-  const at::Tensor whole = learned ? given->round().clamp_(quant_min, quant_max).to(at::kInt)
-                                   : given.value_or(at::Tensor());
+  const core::DType dtype = check_data(op, "x", a.x);
+  const int64_t channels = check_axis(op, a.x, a.ch_axis);
+  expect(row.per_channel || a.ch_axis == -1, op, "ch_axis", "-1, as there is one parameter",
+         a.ch_axis);
+  check_per_channel(op, row.parameter, a.parameter, at::kFloat, channels, a.x.device());
+  const bool learned = a.zero_point && a.zero_point->scalar_type() == at::kFloat;
+  expect(row.per_channel || !a.zero_point, op, "zero_point",
+         "None, as the method has no zero point", "a tensor");
+  if (a.zero_point)
+    check_per_channel(op, "zero_point", *a.zero_point, learned ? at::kFloat : at::kInt, channels,
+                      a.x.device());
+  check_grid_of(op, a.quant_min, a.quant_max);
+  expect(a.batch_axis >= -1 && a.batch_axis < std::max<int64_t>(a.x.dim(), 1), op, "batch_axis",
+         "-1 or an axis of x", a.batch_axis);
+  expect(a.batch_axis < 0 || a.batch_axis != a.ch_axis, op, "batch_axis",
+         "another axis than ch_axis", a.batch_axis);
+  check_finite(op, row.parameter, a.parameter);
+  if (learned) check_finite(op, "zero_point", *a.zero_point);
+  // A learned zero point is used as the engines will use it: rounded, and on the grid.
+  const at::Tensor whole = learned
+                               ? a.zero_point->round().clamp_(a.quant_min, a.quant_max).to(at::kInt)
+                               : a.zero_point.value_or(at::Tensor());
   double elements = 0;
-  if (use_grad_scaling && x.numel() > 0) {
-    elements = static_cast<double>(x.numel() / channels);
-    if (batch_axis >= 0 && x.dim() > 0) elements /= static_cast<double>(x.size(batch_axis));
+  if (a.use_grad_scaling && a.x.numel() > 0) {
+    elements = static_cast<double>(a.x.numel() / channels);
+    if (a.batch_axis >= 0 && a.x.dim() > 0) elements /= static_cast<double>(a.x.size(a.batch_axis));
   }
-  return {row.learned, dtype, parameter, whole, learned, ch_axis, quant_min, quant_max, elements};
+  return {row.learned, dtype,       a.parameter, whole,   learned,
+          a.ch_axis,   a.quant_min, a.quant_max, elements};
 }
 
-at::Tensor learned_fake_quant(const at::Tensor& x, c10::string_view method,
-                              const at::Tensor& parameter,
-                              const std::optional<at::Tensor>& zero_point, int64_t quant_min,
-                              int64_t quant_max, int64_t ch_axis, bool use_grad_scaling,
-                              int64_t batch_axis) {
-  const FakeQuantRow& row = check_method(text(method));
-  return forward_of(row.name,
-                    check(row, x, parameter, zero_point, quant_min, quant_max, ch_axis,
-                          use_grad_scaling, batch_axis),
-                    x);
+at::Tensor learned_fake_quant(const LearnedArguments& a) {
+  const FakeQuantRow& row = check_method(text(a.method));
+  return forward_of(row.name, check(row, a), a.x);
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
-    const at::Tensor& grad, const at::Tensor& x, c10::string_view method,
-    const at::Tensor& parameter, const std::optional<at::Tensor>& zero_point, int64_t quant_min,
-    int64_t quant_max, int64_t ch_axis, bool use_grad_scaling, int64_t batch_axis) {
-  const FakeQuantRow& row = check_method(text(method));
-  Gradients g = backward_of(row.name,
-                            check(row, x, parameter, zero_point, quant_min, quant_max, ch_axis,
-                                  use_grad_scaling, batch_axis),
-                            grad, x);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const LearnedBackwardArguments& a) {
+  const FakeQuantRow& row = check_method(text(a.forward.method));
+  Gradients g = backward_of(row.name, check(row, a.forward), a.grad, a.forward.x);
   return {std::move(g.dx), std::move(g.parameter), std::move(g.zero_point)};
 }
 
 void register_ops(torch::Library& m) {
-  m.impl("learned_fake_quant", TORCH_FN(learned_fake_quant));
-  m.impl("_learned_fake_quant_backward", TORCH_FN(backward));
+  impl<LearnedOp, learned_fake_quant>(m);
+  impl<LearnedBackwardOp, backward>(m);
 }
 
-at::Tensor call(const char* method, const at::Tensor& x, const at::Tensor& parameter,
-                const std::optional<at::Tensor>& zero_point, int64_t quant_min, int64_t quant_max,
-                int64_t ch_axis, bool use_grad_scaling, int64_t batch_axis) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("torch_ext::learned_fake_quant", "")
-                             .typed<decltype(learned_fake_quant)>();
-  return op.call(x, method, parameter, zero_point, quant_min, quant_max, ch_axis, use_grad_scaling,
-                 batch_axis);
-}
-
-// The op of one method, by its own name: its arguments are those of method_schema() in schema.cpp.
+// Boxed kernel of the op that has the method's name. Its arguments are those of method_schema() in
+// schema.cpp; the rest is learned_fake_quant.
 void by_name(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const std::string name = op.schema().name().substr(sizeof("torch_ext::") - 1);
   const FakeQuantRow& row = check_method(name);
@@ -180,8 +160,9 @@ void by_name(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     use_grad_scaling = (next++)->toBool();
     batch_axis = (next++)->toInt();
   }
-  torch::jit::push(*stack, call(row.name, x, parameter, zero_point, quant_min, quant_max, ch_axis,
-                                use_grad_scaling, batch_axis));
+  torch::jit::push(
+      *stack, call_op<LearnedOp>(x, c10::string_view(row.name), parameter, zero_point, quant_min,
+                                 quant_max, ch_axis, use_grad_scaling, batch_axis));
 }
 
 }  // namespace

@@ -5,17 +5,19 @@
 #include <initializer_list>
 #include <tuple>
 
+#include "bindings/arguments.h"
 #include "bindings/checks.h"
 #include "rule_table.h"
 
-// Shapes and types of results, for tracing. Sizes may be symbols, so only what needs no value is
-// checked.
+// Meta kernels: shapes and types of the results, for tracing. Sizes may be symbolic, so only what
+// needs no concrete size is checked.
 namespace torch_ext::bindings {
 namespace {
 
 using Text = c10::string_view;
 
-// A tensor on another device than the rest would otherwise end here, and nothing would be computed.
+// Dispatch comes here if any tensor is on meta. A call that mixes devices would then return without
+// computing anything, so it raises.
 struct Named {
   const char* name;
   const at::Tensor& tensor;
@@ -28,17 +30,19 @@ void expect_meta(const char* op, std::initializer_list<Named> arguments) {
 
 at::Tensor like(const at::Tensor& x) { return at::empty_symint(x.sym_sizes(), x.options()); }
 
-at::Tensor fake_quant(const at::Tensor& x, const at::Tensor& scale, const at::Tensor& zero_point,
-                      int64_t, int64_t, int64_t, Text, Text) {
-  expect_meta("fake_quant", {{"x", x}, {"scale", scale}, {"zero_point", zero_point}});
-  return like(x);
+// One bit per element, in bytes.
+at::Tensor mask_of(const at::Tensor& x, bool kept = true) {
+  const c10::SymInt bytes = kept ? (x.sym_numel() + 7) / 8 : c10::SymInt(0);
+  return at::empty_symint({bytes}, x.options().dtype(at::kByte));
 }
 
-std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& x, const at::Tensor& scale,
-                                           const at::Tensor& zero_point, int64_t, int64_t, int64_t,
-                                           Text, Text) {
-  expect_meta("fake_quant", {{"x", x}, {"scale", scale}, {"zero_point", zero_point}});
-  return {like(x), at::empty_symint({(x.sym_numel() + 7) / 8}, x.options().dtype(at::kByte))};
+at::Tensor fake_quant(const FakeQuantArguments& a) {
+  expect_meta("fake_quant", {{"x", a.x}, {"scale", a.scale}, {"zero_point", a.zero_point}});
+  return like(a.x);
+}
+
+std::tuple<at::Tensor, at::Tensor> forward(const FakeQuantArguments& a) {
+  return {fake_quant(a), mask_of(a.x)};
 }
 
 at::Tensor backward(const at::Tensor& grad, const at::Tensor& mask) {
@@ -46,13 +50,11 @@ at::Tensor backward(const at::Tensor& grad, const at::Tensor& mask) {
   return like(grad);
 }
 
-at::Tensor learned_fake_quant(const at::Tensor& x, Text method, const at::Tensor& parameter,
-                              const std::optional<at::Tensor>& zero_point, int64_t, int64_t,
-                              int64_t, bool, int64_t) {
-  const FakeQuantRow& row = check_method(text(method));
-  expect_meta(row.name, {{"x", x}, {row.parameter, parameter}});
-  if (zero_point) expect_meta(row.name, {{"zero_point", *zero_point}});
-  return like(x);
+at::Tensor learned_fake_quant(const LearnedArguments& a) {
+  const FakeQuantRow& row = check_method(text(a.method));
+  expect_meta(row.name, {{"x", a.x}, {row.parameter, a.parameter}});
+  if (a.zero_point) expect_meta(row.name, {{"zero_point", *a.zero_point}});
+  return like(a.x);
 }
 
 at::Tensor like_parameter(const at::Tensor& p) {
@@ -60,12 +62,10 @@ at::Tensor like_parameter(const at::Tensor& p) {
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> learned_fake_quant_backward(
-    const at::Tensor& grad, const at::Tensor& x, Text method, const at::Tensor& parameter,
-    const std::optional<at::Tensor>& zero_point, int64_t, int64_t, int64_t, bool, int64_t) {
-  const FakeQuantRow& row = check_method(text(method));
-  expect_meta(row.name, {{"grad", grad}, {"x", x}, {row.parameter, parameter}});
-  if (zero_point) expect_meta(row.name, {{"zero_point", *zero_point}});
-  return {like(x), like_parameter(parameter), like_parameter(parameter)};
+    const LearnedBackwardArguments& a) {
+  expect_meta(check_method(text(a.forward.method)).name, {{"grad", a.grad}});
+  return {learned_fake_quant(a.forward), like_parameter(a.forward.parameter),
+          like_parameter(a.forward.parameter)};
 }
 
 void observe_(const at::Tensor& x, const at::Tensor& extrema, const at::Tensor& tally,
@@ -84,39 +84,22 @@ void merge_(const at::Tensor& extrema, const at::Tensor& tally, const at::Tensor
                          {"other_counts", other_counts}});
 }
 
-void follow_(const at::Tensor& x, const at::Tensor& range, const at::Tensor& scale,
-             const at::Tensor& zero_point, const at::Tensor& solved, double, Text, int64_t, int64_t,
-             bool, Text, bool, at::ArrayRef<double>, int64_t, int64_t, int64_t) {
-  expect_meta("follow_", {{"x", x},
-                          {"range", range},
-                          {"scale", scale},
-                          {"zero_point", zero_point},
-                          {"solved", solved}});
+void expect_meta_follow(const char* op, const FollowArguments& a) {
+  expect_meta(op, {{"x", a.x},
+                   {"range", a.range},
+                   {"scale", a.scale},
+                   {"zero_point", a.zero_point},
+                   {"solved", a.solved}});
 }
 
-std::tuple<at::Tensor, at::Tensor> follow_forward(
-    const at::Tensor& x, const at::Tensor& range, const at::Tensor& scale,
-    const at::Tensor& zero_point, const at::Tensor& solved, double, Text, int64_t, int64_t, bool,
-    Text, bool, at::ArrayRef<double>, int64_t, int64_t, int64_t, Text, Text, bool with_mask) {
-  expect_meta("follow_fake_quant", {{"x", x},
-                                    {"range", range},
-                                    {"scale", scale},
-                                    {"zero_point", zero_point},
-                                    {"solved", solved}});
-  const c10::SymInt bytes = with_mask ? (x.sym_numel() + 7) / 8 : c10::SymInt(0);
-  return {like(x), at::empty_symint({bytes}, x.options().dtype(at::kByte))};
+void follow_(const FollowArguments& a) { expect_meta_follow("follow_", a); }
+
+std::tuple<at::Tensor, at::Tensor> follow_forward(const FollowArguments& a) {
+  expect_meta_follow("follow_fake_quant", a);
+  return {like(a.x), mask_of(a.x, a.with_mask)};
 }
 
-at::Tensor follow_fake_quant(const at::Tensor& x, const at::Tensor& range, const at::Tensor& scale,
-                             const at::Tensor& zero_point, const at::Tensor& solved, double c,
-                             Text rule, int64_t quant_min, int64_t quant_max, bool symmetric,
-                             Text scale_rule, bool power_of_two, at::ArrayRef<double> options,
-                             int64_t ch_axis, int64_t mantissa_bits, int64_t octaves, Text mask,
-                             Text rounding) {
-  return std::get<0>(follow_forward(x, range, scale, zero_point, solved, c, rule, quant_min,
-                                    quant_max, symmetric, scale_rule, power_of_two, options,
-                                    ch_axis, mantissa_bits, octaves, mask, rounding, false));
-}
+at::Tensor follow_fake_quant(const FollowArguments& a) { return std::get<0>(follow_forward(a)); }
 
 at::Tensor range_of(const at::Tensor& extrema) {
   return at::empty_symint({extrema.sym_size(0), 2}, extrema.options().dtype(at::kFloat));
@@ -177,16 +160,16 @@ void one_shot(const c10::OperatorHandle& handle, torch::jit::Stack* stack) {
 }
 
 TORCH_LIBRARY_IMPL(torch_ext, Meta, m) {
-  m.impl("fake_quant", TORCH_FN(fake_quant));
-  m.impl("_fake_quant_forward", TORCH_FN(forward));
+  impl<FakeQuantOp, fake_quant>(m);
+  impl<FakeQuantForwardOp, forward>(m);
   m.impl("_fake_quant_backward", TORCH_FN(backward));
-  m.impl("learned_fake_quant", TORCH_FN(learned_fake_quant));
-  m.impl("_learned_fake_quant_backward", TORCH_FN(learned_fake_quant_backward));
+  impl<LearnedOp, learned_fake_quant>(m);
+  impl<LearnedBackwardOp, learned_fake_quant_backward>(m);
   m.impl("observe_", TORCH_FN(observe_));
   m.impl("merge_", TORCH_FN(merge_));
-  m.impl("follow_", TORCH_FN(follow_));
-  m.impl("follow_fake_quant", TORCH_FN(follow_fake_quant));
-  m.impl("_follow_fake_quant_forward", TORCH_FN(follow_forward));
+  impl<FollowOp, follow_>(m);
+  impl<FollowFakeQuantOp, follow_fake_quant>(m);
+  impl<FollowForwardOp, follow_forward>(m);
   m.impl("solve", TORCH_FN(solve));
   m.impl("solve_many", TORCH_FN(solve_many));
   m.impl("qparams", TORCH_FN(qparams));

@@ -9,8 +9,8 @@
 #include "cuda/driver.h"
 #include "rule_table.h"
 
-// What an op cannot carry: names and option tables of the registry, the state table, facts of the
-// build.
+// The pybind11 module, for what is no op: names and option tables of the registry, the state table,
+// facts of the build.
 namespace py = pybind11;
 
 namespace torch_ext {
@@ -81,7 +81,7 @@ py::dict observer_info(const std::string& name) {
   throw py::value_error("unknown observer \"" + name + "\"; known: " + known);
 }
 
-// What the values of a method's parameter quantize with.
+// The scales that a method quantizes with, for these values of its parameter.
 std::vector<float> learned_scales(const std::string& name, const std::vector<float>& parameter,
                                   int32_t quant_min, int32_t quant_max) {
   std::vector<float> scales;
@@ -114,7 +114,7 @@ py::dict build_info() {
   return info;
 }
 
-// (mantissa_bits, octaves) of the statistic kept unless asked otherwise.
+// (mantissa_bits, octaves) of the default statistic.
 py::tuple default_layout(bool per_channel) {
   const core::HistogramLayout layout = per_channel ? core::kPerChannel : core::kPerTensor;
   return py::make_tuple(layout.mantissa_bits, layout.octaves);

@@ -10,13 +10,14 @@
 
 namespace torch_ext::bindings {
 
-// An empty statistic (on a CUDA device: memory for one) for values like x's, for a rule that needs
-// this much of it.
+// A temporary statistic on x's device for a rule that reads `needs` of it. Empty on the CPU; on
+// CUDA uninitialised memory, which observe() in mode() takes as empty.
 struct Transient {
   Transient(const at::Tensor& x, int64_t channels, core::Needs needs, core::HistogramLayout layout);
 
   core::Statistic statistic() const;
-  // How it is observed into for the first time, unless a flag on the device is set.
+  // The mode of the first observe() into it. `unless`: a flag on the device, or null; where it is
+  // set nothing is observed.
   cuda::ObserveMode mode(const uint8_t* unless) const;
 
   const core::HistogramLayout layout;
@@ -26,11 +27,12 @@ struct Transient {
 
 const char* rule_name(int32_t rule);
 
-// A range [channels, 2] in float32, contiguous.
+// Raises unless `range` is float32 [channels, 2], contiguous and on `device`; any number of
+// channels for -1.
 void check_range(const char* op, const at::Tensor& range, int64_t channels,
                  const at::Device& device);
 
-// The range [C, 2] of one tensor by a rule, with the default statistic.
+// The range float32 [C, 2] of x by a rule, from a temporary statistic in the default layout.
 at::Tensor solve_tensor(const at::Tensor& x, int64_t ch_axis, int32_t rule, const core::Grid& grid,
                         const std::vector<double>& options);
 

@@ -4,11 +4,11 @@
 
 #include "rule_table.h"
 
-// The whole op surface. A rule's options travel as float[] in the order of its option table;
-// Python's ops.py turns names into that list.
+// The schemas of all ops. A rule's options are a float[] in the order of its option table; the
+// Python package torch_ext.ops turns option names into that list.
 namespace {
 
-// The one-shot op of a rule: one tensor in, its range out, with the rule's options by name.
+// The one-shot op of a rule: one tensor in, its range [C, 2] out, with the rule's options by name.
 std::string one_shot_schema(const torch_ext::RuleRow& rule) {
   std::string schema = std::string(rule.name) +
                        "(Tensor x, int quant_min=-128, int quant_max=127, bool symmetric=True, "
@@ -25,7 +25,8 @@ std::string one_shot_schema(const torch_ext::RuleRow& rule) {
   return schema + ") -> Tensor";
 }
 
-// The op of a method with a learned parameter, which has the method's name for it.
+// The op that has the name of a method with a learned parameter; the parameter has the method's
+// name for it.
 std::string method_schema(const torch_ext::FakeQuantRow& method) {
   const bool per_channel = method.per_channel;
   return std::string(method.name) + "(Tensor x, Tensor " + method.parameter +
@@ -39,7 +40,8 @@ std::string method_schema(const torch_ext::FakeQuantRow& method) {
 TORCH_LIBRARY(torch_ext, m) {
   m.set_python_module("torch_ext.ops");
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
-  // An observer reads values, in whatever order they lie: no layout copy for it.
+  // Observers count values in any memory order, so a compiler need not copy their input to another
+  // layout.
   const std::vector<at::Tag> any_layout = {at::Tag::pt2_compliant_tag, at::Tag::flexible_layout};
 
   m.def(
@@ -87,7 +89,8 @@ TORCH_LIBRARY(torch_ext, m) {
       "scale_rule=\"grid\", "
       "bool power_of_two=False) -> (Tensor scale, Tensor zero_point)",
       tags);
-  // A range that follows the batches: what it is moved by, and its quantizer.
+  // `follow`: how a range is moved towards those of the batches. `quantize`: how x is quantized
+  // with it.
   const std::string follow =
       "(Tensor x, Tensor(a!) range, Tensor(b!) scale, Tensor(c!) zero_point, Tensor(d!) solved, "
       "float averaging_constant, str rule, int quant_min, int quant_max, bool symmetric, "

@@ -10,7 +10,8 @@
 #include "bindings/rules.h"
 #include "rule_table.h"
 
-// Ops that turn statistics into ranges and ranges into qparams.
+// solve and solve_many turn statistics into ranges, qparams turns ranges into scales and zero
+// points.
 namespace torch_ext::bindings {
 
 const char* rule_name(int32_t rule) { return rules()[rule].name; }
@@ -122,7 +123,8 @@ double option_value(const char* op, const core::Option& option, const c10::IValu
   return 0;
 }
 
-// The one-shot op of every rule, boxed, because its arguments are the rule's options.
+// Kernel of each rule's one-shot op (one tensor in, its range out). Boxed, because the arguments
+// depend on the rule's options.
 void one_shot(const c10::OperatorHandle& handle, torch::jit::Stack* stack) {
   const std::string name = handle.schema().name().substr(sizeof("torch_ext::") - 1);
   const char* op = name.c_str();

@@ -10,7 +10,7 @@
 #include "bindings/recomputing.h"
 #include "bindings/rules.h"
 
-// Ops that fill statistics: observe_, merge_, and every rule on one tensor.
+// observe_ and merge_, which fill statistics, and the range of one tensor by a rule.
 namespace torch_ext::bindings {
 
 Transient::Transient(const at::Tensor& x, int64_t channels, core::Needs needs,
@@ -20,7 +20,7 @@ Transient::Transient(const at::Tensor& x, int64_t channels, core::Needs needs,
       tally(at::empty({channels, core::kTallyColumns}, x.options().dtype(at::kLong))) {
   if (layout.octaves != 0)
     counts = at::empty({channels, layout.size()}, x.options().dtype(at::kLong));
-  if (!x.is_cpu()) return;  // observe() takes it as empty
+  if (!x.is_cpu()) return;  // observe() in mode() takes the memory as empty
   float* const ends = extrema.mutable_data_ptr<float>();
   for (int64_t i = 0; i < 2 * channels; ++i)
     ends[i] = i % 2 == 0 ? std::numeric_limits<float>::infinity()
@@ -76,7 +76,8 @@ at::Tensor solve_tensor(const at::Tensor& x, int64_t ch_axis, int32_t rule, cons
   check_rule_use(op, rule, grid, layout, options.data(), static_cast<int64_t>(options.size()));
   const Backend backend(op, x);
   at::Tensor range = at::empty({channels, 2}, x.options().dtype(at::kFloat));
-  // A statistic for all channels of a large weight would be larger than the weight: some at a time.
+  // The statistic of all channels of a large weight would take more memory than the weight, so it
+  // is solved in slices of channels.
   constexpr int64_t kChannelsAtOnce = 512;
   for (int64_t begin = 0; begin < channels; begin += kChannelsAtOnce) {
     const int64_t count = std::min(kChannelsAtOnce, channels - begin);

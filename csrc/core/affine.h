@@ -9,8 +9,8 @@
 // QuantizeLinear / DequantizeLinear. T is the computing type, float or double.
 namespace torch_ext::core {
 
-// half_even: ONNX, torch, TensorRT. half_away: ncnn. floor_half_up: BPU. The latter two add the
-// half in the computing type, as the engines do, so that 0.49999997f + 0.5f is 1.
+// half_even: ONNX, torch, TensorRT. half_away: ncnn. floor_half_up: BPU. The latter two add 0.5 in
+// the computing type, as those engines do: the float32 nearest below 0.5 rounds to 1.
 enum class Rounding : int32_t { half_even = 0, half_away = 1, floor_half_up = 2 };
 
 // Where the straight-through gradient passes. rounded: the code is on the grid before clamping,
@@ -27,9 +27,9 @@ struct Affine {
 
 TE_HD bool is_valid_scale(float scale) { return scale > 0 && scale <= 0x1.fffffep127f; }
 
-// Integers are exact in float up to 2^24. An invalid scale, or a zero point off the grid, becomes
-// scale NaN, which makes every output NaN: where a check would be a sync, the result is never a
-// plausible number.
+// Zero points and codes are exact in float, which holds integers up to 2^24. An invalid scale, or a
+// zero point off the grid, becomes scale NaN and so makes every output NaN: on CUDA, where raising
+// would need a host sync, a wrong qparam then never gives a plausible number.
 template <typename T>
 TE_HD Affine<T> make_affine(float scale, int32_t zero_point, int32_t quant_min, int32_t quant_max) {
   const bool valid = is_valid_scale(scale) && quant_min <= zero_point && zero_point <= quant_max;

@@ -7,11 +7,12 @@
 #include "core/grid.h"
 #include "core/option.h"
 
-// What a rule has to offer. Each header under observers/ ends with a static_assert of one of these.
+// The interface of a rule, as concepts. Each header under observers/ ends with a static_assert of
+// one of them.
 namespace torch_ext::core {
 
-// Every rule: its name, what it reads of the statistic, the widest grid it is defined for, its
-// options.
+// Every rule: its name, what it reads of the statistic, the most bits of a grid it is defined for,
+// its options.
 template <class R>
 concept Rule = requires {
   { R::name } -> std::convertible_to<const char*>;
@@ -21,22 +22,23 @@ concept Rule = requires {
   { R::option_count } -> std::convertible_to<int32_t>;
 };
 
-// Closed: the range follows from the view.
+// Closed: the range is computed from the view directly.
 template <class R>
 concept ClosedRule =
     Rule<R> && requires(const View& view, const Grid& grid, const double* options) {
       { R::solve(view, grid, options) } -> std::same_as<Range>;
     };
 
-// Search: candidates are prepared once per channel, their objectives are computed apart from each
-// other, and the least wins. objectives<kLanes> has the same bits whatever kLanes is: how many
-// numbers a loop may run over side by side, 16 where that vectorises, 1 on a GPU thread.
+// Search: candidates are prepared once per channel, their objectives are computed independently of
+// each other, and the smallest objective wins. kLanes is how many candidates, or levels of one, a
+// loop may process side by side: 16 on the CPU, where that vectorises, 1 in a GPU thread. The
+// results have the same bits for any kLanes.
 template <class R>
 concept SearchRule =
     Rule<R> && requires(const View& view, const Grid& grid, const double* options, int64_t* words,
                         const typename R::Search& search, double* out, HistogramLayout layout) {
       { R::search_words(layout, grid, options) } -> std::same_as<int64_t>;
-      { R::most_candidates(layout) } -> std::same_as<int64_t>;
+      { R::max_candidates(layout) } -> std::same_as<int64_t>;
       { R::prepare(view, grid, options, words) } -> std::same_as<typename R::Search>;
       { search.count } -> std::convertible_to<int64_t>;
       { search.last_wins } -> std::convertible_to<bool>;
@@ -44,7 +46,7 @@ concept SearchRule =
       { R::threshold(search, int64_t{}) } -> std::same_as<double>;
     };
 
-// Composite: closed, but over the results of search rules, which the driver provides:
+// Composite: closed, but computed from the results of search rules, which the driver provides:
 // thresholds.template operator()<OtherRule>(options) is that rule's threshold on the same view.
 struct AnyThresholds {
   template <class R>
@@ -61,13 +63,13 @@ concept CompositeRule = Rule<R> && requires(const View& view, const Grid& grid,
 template <class R>
 concept AnyRule = ClosedRule<R> || SearchRule<R> || CompositeRule<R>;
 
-// Optional: what is wrong with option values that each lie within their own bounds.
+// Optional: what is wrong with options that are each within their own bounds, or with the grid.
 template <class R>
 concept ChecksOptions = requires(const Grid& grid, HistogramLayout layout, const double* options) {
   { R::complaint(grid, layout, options) } -> std::same_as<Complaint>;
 };
 
-// Optional: qparams that are given and do not follow from the range.
+// Optional: scale and zero point that are options, not computed from the range.
 template <class R>
 concept GivesQParams = requires(const Grid& grid, const double* options) {
   { R::qparams(grid, options) } -> std::same_as<QParams>;

@@ -6,28 +6,29 @@
 #include "core/option.h"
 
 // The view of one channel's statistic that every rule is solved from: prefix sums over the window's
-// bins, ascending in |x|, one row per sign. Sums are integers, exact and free of order; octaves are
-// combined in ascending order in float64, so every device finds the same bits.
+// bins, ascending in |x|, one row per sign. The sums within an octave are integers, so they are
+// exact in any order; octaves are combined in ascending order in float64. So every device computes
+// the same bits.
 namespace torch_ext::core {
 
 enum Sign { kNegative = 0, kPositive = 1 };
 
 struct View {
   HistogramLayout layout;
-  int32_t bottom, top;  // octaves of the window (biased exponents); top 0: there is none
+  int32_t bottom, top;  // octaves of the window (biased exponents); top 0: no window
   double min, max;      // 0, 0 where nothing was observed
   int64_t finite, zeros, tiny;
   int64_t bins;             // bins of one sign in the window, bottom to top
   const int64_t* below[2];  // [bins + 1] values of a sign in the first i bins
-  const double* magnitude;  // [bins + 1] values of either sign, tiny included, below bin i
+  const double* magnitude;  // [bins + 1] values of both signs, and tiny, below bin i
   const int64_t*
       first[2];  // [octaves, 2^m + 1] within an octave: sums of count * k over the first k
   const int64_t* second[2];  // the same of count * k^2
-  double sum, squares;       // of the values; moments only
+  double sum, squares;       // of x and of x^2; for Needs::moments only
 
   TE_HD double largest() const { return -min > max ? -min : max; }
   TE_HD bool one_sided() const { return min >= 0 || max <= 0; }
-  // Lower edge of the window: below it values are tiny. At least 2^-126.
+  // Lower edge of the window, at least 2^-126. Smaller magnitudes are counted as tiny.
   TE_HD double floor() const { return exp2_of(bottom - kBias); }
   // The value that stands for window bin i: its edge of least magnitude.
   TE_HD double value(int64_t i) const {
@@ -36,7 +37,7 @@ struct View {
     const double mantissa = static_cast<double>(width + (i & (width - 1)));
     return mantissa * exp2_of(bottom - kBias - m + static_cast<int32_t>(i >> m));
   }
-  // How many window bins stand for a magnitude below t.
+  // Number of window bins whose value() is less than t.
   TE_HD int64_t position(double t) const {
     if (!(t > floor())) return 0;
     const uint64_t bits = __builtin_bit_cast(uint64_t, t);
@@ -46,7 +47,8 @@ struct View {
     const int64_t above = (bits & ((uint64_t{1} << drop) - 1)) != 0 ? bin + 1 : bin;
     return above < bins ? above : bins;
   }
-  // Non-zero values with |x| < t, linear inside the bin t falls into; tiny is one bin [0, floor).
+  // Number of non-zero values with |x| < t, interpolated linearly inside the bin that t falls into;
+  // the tiny values count as one bin [0, floor).
   TE_HD double count_below(double t) const {
     const uint64_t bits = __builtin_bit_cast(uint64_t, t);
     const int32_t drop = 52 - layout.mantissa_bits;
@@ -54,10 +56,10 @@ struct View {
     const int64_t bin = static_cast<int64_t>(bits >> drop) - base;
     const int64_t least = bin < 0 ? 0 : bin;
     const int64_t inside = least < bins ? least : bins - 1;
-    const uint64_t rest = bits & ((uint64_t{1} << drop) - 1);
-    // rest < 2^52 becomes a double through the mantissa of 2^52.
+    const uint64_t low_bits = bits & ((uint64_t{1} << drop) - 1);
+    // low_bits < 2^52 becomes a double through the mantissa of 2^52.
     const double fraction =
-        (__builtin_bit_cast(double, rest | 0x4330000000000000u) - 0x1p52) * exp2_of(-drop);
+        (__builtin_bit_cast(double, low_bits | 0x4330000000000000u) - 0x1p52) * exp2_of(-drop);
     // All cases are computed and one is selected, so that a loop over t vectorises.
     const double all = magnitude[bins], begin = magnitude[inside], end = magnitude[inside + 1];
     const double in_tiny = static_cast<double>(tiny) * (t * exp2_of(kBias - bottom));
@@ -78,7 +80,7 @@ TE_HD int64_t view_words(HistogramLayout layout, Needs needs) {
 }
 
 // Sum of (x - v)^2 over `count` values x = 2^m + k of one octave, given their sums of k and k^2.
-// Exact up to the last steps: it is taken about the integer nearest to v, so no large terms cancel.
+// The sum is taken about the integer nearest to v in integers, so no large float terms cancel.
 TE_HD double octave_error(int64_t count, int64_t first, int64_t second, double v, int32_t m) {
   const int64_t width = int64_t{1} << m;
   if (v > static_cast<double>(4 * width)) {
@@ -88,7 +90,7 @@ TE_HD double octave_error(int64_t count, int64_t first, int64_t second, double v
   }
   const int64_t near = static_cast<int64_t>(v + 0.5);
   const double offset = v - static_cast<double>(near);
-  // Modulo 2^64: the intermediate terms may wrap, the sum does not.
+  // Unsigned, modulo 2^64: intermediate terms may overflow, the sum itself fits.
   const uint64_t shift = static_cast<uint64_t>(near - width);
   const uint64_t n = static_cast<uint64_t>(count), s1 = static_cast<uint64_t>(first);
   const int64_t about1 = static_cast<int64_t>(s1 - shift * n);
@@ -151,7 +153,7 @@ TE_HD double squared_deviation(const View& view, double mean) {
          toward * toward * static_cast<double>(at_zero + far);
 }
 
-// Where a view's sums lie in its words.
+// Where the arrays of a view are in its memory.
 struct ViewArrays {
   int64_t* below[2];
   double* magnitude;
@@ -176,11 +178,11 @@ TE_HD View frame_view(HistogramLayout layout, Needs needs, const float* extrema,
   view.finite = tally[kFinite];
   view.zeros = tally[kZeros];
   view.tiny = tally[kTiny];
-  const bool seen = view.finite > 0;
-  view.min = seen ? static_cast<double>(extrema[0]) : 0.0;
-  view.max = seen ? static_cast<double>(extrema[1]) : 0.0;
+  const bool has_values = view.finite > 0;
+  view.min = has_values ? static_cast<double>(extrema[0]) : 0.0;
+  view.max = has_values ? static_cast<double>(extrema[1]) : 0.0;
   if (needs < Needs::counts) return view;
-  view.top = seen ? top_octave(extrema[0], extrema[1]) : 0;
+  view.top = has_values ? top_octave(extrema[0], extrema[1]) : 0;
   view.bottom = layout.bottom(view.top);
   view.bins = view.top == 0 ? 0 : int64_t{view.top - view.bottom + 1} << layout.mantissa_bits;
   const ViewArrays arrays = view_arrays(layout, words);
@@ -193,8 +195,8 @@ TE_HD View frame_view(HistogramLayout layout, Needs needs, const float* extrema,
   return view;
 }
 
-// Sums over bins so far: of the count, from the window's bottom, and of count * k and count * k^2,
-// from the octave's.
+// Running sums over bins: of the count, since the bottom of the window, and of count * k and count
+// * k^2, since the bottom of the octave.
 struct Prefix {
   int64_t count, first, second;
 };
@@ -209,7 +211,8 @@ TE_HD Prefix prefix_of(const int64_t* bins, int64_t begin, int64_t end) {
   return sum;
 }
 
-// Fills in the sums behind bins [begin, end) of one sign's octave, from those before them.
+// Writes the prefix sums after each of the bins [begin, end) of one sign's octave; `before` are the
+// sums before `begin`.
 TE_HD void fill_octave(const ViewArrays& arrays, HistogramLayout layout, Needs needs, int sign,
                        int64_t octave, const int64_t* bins, int64_t begin, int64_t end,
                        Prefix before) {
@@ -230,7 +233,7 @@ TE_HD double magnitude_below(const View& view, const ViewArrays& arrays, int64_t
   return static_cast<double>(view.tiny + arrays.below[kNegative][i] + arrays.below[kPositive][i]);
 }
 
-// What follows from the filled arrays.
+// Computes view.sum and view.squares from the filled arrays.
 TE_HD void add_moments(View& view) {
   view.sum =
       magnitude_sum(view, kPositive, 0, view.bins) - magnitude_sum(view, kNegative, 0, view.bins);

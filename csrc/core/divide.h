@@ -4,8 +4,8 @@
 
 #include "core/host_device.h"
 
-// Division of sizes and indices, a >= 0 and b > 0. Those of 64 bits cost a GPU several times those
-// of 32, which nearly all fit.
+// Division of sizes and indices, a >= 0 and b > 0. A GPU takes several times longer for 64 bits
+// than for 32, in which nearly all operands fit.
 namespace torch_ext::core {
 
 TE_HD bool fits_32_bits(int64_t a, int64_t b) { return (a | b) >> 32 == 0; }

@@ -27,8 +27,8 @@ struct Grid {
   TE_HD bool is_unsigned() const { return quant_min >= 0; }
 };
 
-// A clipping range in the units of the data, lo <= hi. Float64: it is rounded once, when it is
-// stored.
+// A clipping range in the units of the data, lo <= hi. In float64, so that it is rounded only once,
+// when it is stored as float32.
 struct Range {
   double lo;
   double hi;

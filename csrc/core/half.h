@@ -5,8 +5,9 @@
 
 #include "core/host_device.h"
 
-// Storage of the 16-bit floating types, and their exact conversions. Integer code, because it is
-// the same on every device, ignores the flush-to-zero mode, and is auto-vectorised without F16C.
+// Storage of the 16-bit floating types, and their exact conversions. In integer arithmetic, because
+// that gives the same bits on every device, does not depend on the flush-to-zero mode, and
+// vectorises without F16C.
 namespace torch_ext::core {
 
 struct half {  // IEEE binary16: 1 sign, 5 exponent, 10 mantissa bits

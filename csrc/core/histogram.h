@@ -6,8 +6,8 @@
 
 // The log-linear histogram (as HdrHistogram's, on the bits of a float32): a finite normal value
 // falls into octave e, its biased exponent, and sub-bin k, its top `mantissa_bits` mantissa bits.
-// Kept are the `octaves` octaves that end at the octave of the largest |x|: the window. What lies
-// below it is counted as tiny.
+// Only a window is kept: the `octaves` octaves up to that of the largest |x|. Smaller non-zero
+// values are counted as tiny.
 namespace torch_ext::core {
 
 constexpr uint32_t kAbsBits = 0x7fffffffu;
@@ -23,7 +23,7 @@ TE_HD double exp2_of(int exponent) {
   return __builtin_bit_cast(double, static_cast<uint64_t>(exponent + 1023) << 52);
 }
 
-// Integers that order as the floats they stand for. Comparing them is exact for subnormals whatever
+// Integer keys in the order of the floats. Comparing them is exact for subnormals whatever
 // the processor's denormal mode, and NaN and infinity lie outside [kMinFiniteKey, kMaxFiniteKey].
 constexpr int32_t kMaxFiniteKey = 0x7f7fffff;
 constexpr int32_t kMinFiniteKey = -0x7f7fffff - 1;
@@ -48,13 +48,14 @@ struct HistogramLayout {
   // Bins of one sign.
   TE_HD int64_t bins() const { return int64_t{octaves} << mantissa_bits; }
   TE_HD int64_t size() const { return 2 * bins(); }
-  // Lowest octave (biased exponent) of the window that ends at octave `top`; subnormals have none.
+  // Lowest octave (biased exponent) of the window that ends at octave `top`. At least 1: subnormals
+  // belong to no octave.
   TE_HD int32_t bottom(int32_t top) const {
     const int32_t lowest = top - octaves + 1;
     return lowest < 1 ? 1 : lowest;
   }
-  // Where octave `biased` lives: its unbiased exponent mod octaves. Growth re-uses the slots of the
-  // octaves that leave the window, so nothing is ever moved.
+  // The slot that stores octave `biased`: its unbiased exponent mod octaves. When the window rises,
+  // new octaves take the slots of those that leave it, so no counts are moved.
   TE_HD int32_t slot(int32_t biased) const {
     const int32_t residue = (biased - kBias) % octaves;
     return residue < 0 ? residue + octaves : residue;
@@ -65,15 +66,16 @@ struct HistogramLayout {
   }
 };
 
-// The window as the index computation needs it.
+// The window in the form that the computation of bin indices needs.
 struct Window {
-  uint32_t first;   // number of the window's first bin: bottom << mantissa_bits
+  uint32_t first;   // bits >> shift of the window's lower edge: bottom << mantissa_bits
   uint32_t width;   // bins of one sign that the window spans
-  uint32_t rotate;  // where the first bin lives: its octave's slot << mantissa_bits
+  uint32_t rotate;  // index of the first bin in the table: its octave's slot << mantissa_bits
   uint32_t bins;    // bins of one sign in the table
   int32_t shift;    // 23 - mantissa_bits
 
-  // Bins from the window's first; `width` and more, modulo 2^32, lies outside.
+  // Distance in bins from the window's first bin. At least `width`, modulo 2^32, for values
+  // outside.
   TE_HD uint32_t relative(uint32_t bits) const { return ((bits & kAbsBits) >> shift) - first; }
   // Index in the counts of a value inside the window.
   TE_HD uint32_t index(uint32_t bits) const {
@@ -93,7 +95,7 @@ TE_HD Window window_of(HistogramLayout layout, int32_t top) {
           kMantissa - m};
 }
 
-// What is kept unless asked otherwise: 256 KiB per tensor, 24 KiB per channel.
+// The default layouts: 256 KiB for a tensor, 24 KiB for each channel.
 constexpr HistogramLayout kPerTensor = {10, 16};
 constexpr HistogramLayout kPerChannel = {7, 12};
 
@@ -104,8 +106,8 @@ TE_HD int32_t top_octave(float min, float max) {
   return static_cast<int32_t>((lo > hi ? lo : hi) >> kMantissa);
 }
 
-// Moves the window of one channel's counts from octave `top` up to `new_top`: clears the octaves
-// that fall out of it and returns how many values they held (they become tiny).
+// Raises the window of one channel's counts from octave `top` to `new_top`: clears the octaves that
+// leave it and returns how many values they held. The caller adds these to tiny.
 TE_HD int64_t raise_window(int64_t* counts, HistogramLayout layout, int32_t top, int32_t new_top) {
   if (top == 0 || new_top <= top) return 0;
   const int32_t end = layout.bottom(new_top) <= top ? layout.bottom(new_top) : top + 1;
@@ -130,7 +132,8 @@ struct ChannelStatistic {
   int64_t* counts;  // [2, octaves, 2^mantissa_bits]
 };
 
-// Widens the extrema by [min, max] (finite or the empty state) and moves the window along.
+// Widens the extrema to include [min, max] (finite, or +inf and -inf for no values), and raises the
+// window accordingly.
 TE_HD void extend(ChannelStatistic into, HistogramLayout layout, float min, float max) {
   const int32_t old_top = layout.octaves == 0 ? 0 : top_octave(into.extrema[0], into.extrema[1]);
   if (key_of(min) < key_of(into.extrema[0])) into.extrema[0] = positive_zero(min);
@@ -140,7 +143,8 @@ TE_HD void extend(ChannelStatistic into, HistogramLayout layout, float min, floa
   into.tally[kTiny] += raise_window(into.counts, layout, old_top, new_top);
 }
 
-// into = statistic of the values of both. Exact and in any order, as all it does is integer sums.
+// Makes `into` the statistic of the values of both. All sums are integers, so the result is exact
+// and does not depend on the order of merges.
 TE_HD void merge_channel(ChannelStatistic into, HistogramLayout layout, const float* extrema,
                          const int64_t* tally, const int64_t* counts) {
   extend(into, layout, extrema[0], extrema[1]);

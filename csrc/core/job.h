@@ -7,7 +7,7 @@
 #include "core/grid.h"
 #include "core/histogram.h"
 
-// What the drivers of both devices are called with: raw pointers and sizes.
+// Arguments of the drivers of both devices: raw pointers and sizes.
 namespace torch_ext::core {
 
 struct TensorView {
@@ -32,9 +32,10 @@ struct Statistic {
   }
 };
 
-// One quantizer to solve. `options` holds the rule's option values. Outputs per channel; where
-// `solved` is not null the range follows: it moves by averaging_constant towards the solved one
-// (all the way while *solved is 0), and a channel without values leaves it.
+// One quantizer to solve. `options` holds the rule's option values. With `solved` null the outputs
+// are overwritten. Else the range moves by the fraction averaging_constant from its value towards
+// the newly solved one, all the way while *solved is 0, and a channel without values keeps its
+// range.
 struct SolveJob {
   int32_t rule;
   Grid grid;
@@ -56,7 +57,7 @@ struct ChannelLayout {
   TE_HD int64_t numel() const { return outer * channels * inner; }
 };
 
-// Element-wise fake-quant. Data is contiguous; x and out must not overlap.
+// Element-wise fake-quant of contiguous data; x and out must not overlap.
 struct FakeQuantJob {
   const void* x;
   void* out;
@@ -68,11 +69,12 @@ struct FakeQuantJob {
   int32_t quant_max;
   Rounding rounding;
   Mask mask_kind;
-  // Where `scale` is the learned parameter of a method: its index in LearnedFakeQuants.
+  // Index in LearnedFakeQuants of the method whose learned parameter is in `scale`; -1: it is the
+  // scale.
   int32_t learned = -1;
 };
 
-// Backward of a learned fake-quant. Data is contiguous; dx overlaps nothing.
+// Backward of a learned fake-quant on contiguous data; dx must not overlap x or grad.
 struct LearnedJob {
   int32_t method;  // index in LearnedFakeQuants
   const void* x;
@@ -83,7 +85,7 @@ struct LearnedJob {
   const int32_t* zero_point;  // [channels], or null: all 0
   int32_t quant_min;
   int32_t quant_max;
-  double elements;      // for each parameter, in its gradient scale; 0: it is 1
+  double elements;      // per parameter, for its gradient scale; 0: no scaling
   float* d_parameter;   // [channels]
   float* d_zero_point;  // [channels] or null
 };

@@ -5,7 +5,7 @@
 #include "core/cumulative.h"
 #include "core/grid.h"
 
-// The thresholds that search rules try, and how the best is chosen.
+// The candidate thresholds of search rules, and the choice of the best.
 namespace torch_ext::core {
 
 constexpr int64_t kPerOctave = 128;
@@ -48,10 +48,10 @@ TE_HD Lattice make_lattice(const View& view) {
   return {view.bottom, first, first <= last && last < size ? last - first + 1 : 0};
 }
 
-// The most candidates a lattice can have.
+// An upper bound of the number of candidates.
 TE_HD int64_t lattice_size(HistogramLayout layout) { return layout.octaves * kPerOctave; }
 
-// Objectives up to this bound tie with the least.
+// Objectives up to this bound count as equal to the least: rounding must not decide.
 TE_HD double tie_bound(double least) { return least + 1e-12 * __builtin_fabs(least) + 1e-14; }
 
 // Index of the least objective, or -1 where none is finite. Ties go to the smallest index, or to
@@ -69,7 +69,7 @@ TE_HD int64_t argmin(const double* objective, int64_t count, bool last) {
 
 TE_HD double clamp(double x, double lo, double hi) { return x < lo ? lo : (x > hi ? hi : x); }
 
-// The range that a threshold means.
+// The range [-t, t], cut to the range of the data.
 TE_HD Range range_of_threshold(const View& view, double t) {
   return {clamp(view.min, -t, t), clamp(view.max, -t, t)};
 }

@@ -6,11 +6,12 @@
 #include "core/affine.h"
 #include "core/host_device.h"
 
-// Fake-quants with a learned parameter for each channel, and the order in which their gradients are
-// summed.
+// The interface of fake-quants with a learned parameter per channel (or one in all), and the order
+// in which their gradients are summed.
 namespace torch_ext::core {
 
-// What one element adds: its own gradient, and those of the parameter and of the zero point.
+// What backward gives for one element: the gradient of x, and its terms of the gradients of the
+// parameter and of the zero point.
 template <typename T>
 struct Terms {
   T dx;
@@ -22,27 +23,29 @@ template <class F>
 concept LearnedFakeQuant = requires(float parameter, int32_t n, double x) {
   { F::name } -> std::convertible_to<const char*>;
   { F::parameter } -> std::convertible_to<const char*>;
-  { F::per_channel } -> std::convertible_to<bool>;  // else one parameter and no zero point
-  { F::start } -> std::convertible_to<double>;      // 0: from the data, by the rule mean_abs
+  { F::per_channel } -> std::convertible_to<bool>;  // false: one parameter and no zero point
+  { F::start } -> std::convertible_to<double>;  // start value; 0: from the data, by rule mean_abs
   { F::effective(parameter) } -> std::same_as<float>;
   { F::sign(parameter) } -> std::same_as<double>;
   { F::gradient_scale(x, n) } -> std::same_as<double>;
   { F::template affine<float>(parameter, n, n, n) } -> std::same_as<Affine<float>>;
-  // Of one element, with its upstream gradient, the effective parameter and 1 / scale.
+  // x, its upstream gradient, the affine, the effective parameter, 1 / scale.
   {
     F::template backward<float>(parameter, parameter, Affine<float>{}, parameter, x)
   } -> std::same_as<Terms<float>>;
 };
 
-// A sum in one order on every device and for any number of threads: value i goes to lane i mod 32,
-// in ascending order, and the lanes are added in pairs 16, 8, 4, 2 and 1 apart.
+// Sums are taken in one fixed order, on every device and for any number of threads: value i is
+// added to lane i mod 32, in ascending order; then lane l + d is added to lane l for d = 16, 8, 4,
+// 2, 1.
 constexpr int kSumLanes = 32;
-// Values that are summed so at a time; their sums are values again.
+// At most so many values are summed that way; the sums of longer data are summed again in the same
+// way.
 constexpr int64_t kSumLength = 4096;
 
 TE_HD double sum_lanes(double (&lane)[kSumLanes]) {
-  for (int apart = kSumLanes / 2; apart > 0; apart /= 2)
-    for (int l = 0; l < apart; ++l) lane[l] += lane[l + apart];
+  for (int distance = kSumLanes / 2; distance > 0; distance /= 2)
+    for (int l = 0; l < distance; ++l) lane[l] += lane[l + distance];
   return lane[0];
 }
 

@@ -6,7 +6,7 @@
 
 namespace torch_ext::core {
 
-// An option of a rule. Values travel as doubles; a choice is the index of its name.
+// An option of a rule. Values are passed as doubles; a choice is passed as the index of its name.
 struct Option {
   const char* name;
   double value;    // default
@@ -22,14 +22,15 @@ struct NoOptions {
   static constexpr int32_t option_count = 0;
 };
 
-// What a rule finds wrong with its options on this grid; `want` null means nothing.
+// What is wrong with a rule's options on a grid, for `expected ARGUMENT to be WANT, got HAVE`;
+// `want` null: nothing.
 struct Complaint {
   const char* argument = nullptr;
   const char* want = nullptr;
   double have = 0;
 };
 
-// What a rule reads.
+// What a rule reads of a statistic: nothing, extrema, also counts, or also sums of x and x^2.
 enum class Needs : int32_t { nothing = 0, extrema = 1, counts = 2, moments = 3 };
 
 }  // namespace torch_ext::core

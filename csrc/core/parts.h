@@ -5,17 +5,18 @@
 #include "core/job.h"
 #include "core/learned.h"
 
-// How contiguous data [outer, channels, inner] is cut into the parts that are summed first.
+// How contiguous data [outer, channels, inner] is cut into parts for the gradients of learned
+// parameters. Each part is summed first, then the parts.
 namespace torch_ext::core {
 
-// Rows shorter than this, of several channels, are summed element after element, some rows at a
-// time; longer ones in lanes.
+// Rows shorter than this, where there are several channels, are summed element after element, a few
+// rows in a part; longer ones in lanes (core/learned.h).
 constexpr int64_t kLongRow = 32;
 constexpr int64_t kShortPart = 64;
 
 struct Parts {
-  bool rows;         // whole outer rows, of all channels
-  int64_t per_part;  // outer rows, or values of one row
+  bool rows;         // a part is whole outer rows of a channel, else a piece of one row
+  int64_t per_part;  // outer rows where `rows`, else values
   int64_t per_row;   // parts of a row (1 where `rows`)
   int64_t count;     // parts of a channel
 };

@@ -11,7 +11,7 @@
 namespace torch_ext::core {
 
 constexpr double kLargestFloat = 0x1.fffffep127;
-// Half a unit above the largest float32: from here on a value rounds to infinity.
+// From half an ulp above the largest float32 on, a value rounds to infinity.
 constexpr double kRoundsToInfinity = 0x1.ffffffp127;
 constexpr double kLeastScale = 0x1p-126;
 
@@ -19,20 +19,21 @@ TE_HD bool is_valid_range(const Range& range) {
   return range.lo >= -kLargestFloat && range.lo <= range.hi && range.hi <= kLargestFloat;
 }
 
-// The largest magnitude a symmetric grid has to reach: an unsigned one leaves negative values out.
+// The largest magnitude that a symmetric grid has to represent. An unsigned one ignores negative
+// values.
 TE_HD double symmetric_bound(const Range& range, const Grid& grid) {
   const double below = grid.is_unsigned() || range.lo > 0 ? 0 : -range.lo;
   const double above = range.hi > 0 ? range.hi : 0;
   return below > above ? below : above;
 }
 
-// An affine grid always holds zero.
+// The range extended to 0, which an affine grid always represents exactly.
 TE_HD Range with_zero(const Range& range) {
   return {range.lo < 0 ? range.lo : 0, range.hi > 0 ? range.hi : 0};
 }
 
-// Nothing to quantize: all zero, no positive value on an unsigned symmetric grid, or never
-// observed, which is the range (0, 0).
+// Whether there is nothing to quantize: all values zero, none positive on an unsigned symmetric
+// grid, or none observed (the range is then (0, 0)).
 TE_HD bool is_dead(const Range& range, const Grid& grid) {
   if (grid.symmetric) return symmetric_bound(range, grid) == 0;
   return range.lo == 0 && range.hi == 0;
@@ -60,8 +61,8 @@ TE_HD double next_power_of_two(double value) {
   return __builtin_bit_cast(double, exact ? power : power + (uint64_t{1} << 52));
 }
 
-// The largest float32 scale whose every dequantized value is finite in float32, given the zero
-// point.
+// The largest float32 scale with which every code of the grid dequantizes to a finite float32,
+// given the zero point.
 TE_HD float largest_scale(const Grid& grid, int32_t zero_point) {
   const double below = static_cast<double>(zero_point) - grid.quant_min;
   const double above = static_cast<double>(grid.quant_max) - zero_point;
@@ -80,8 +81,9 @@ TE_HD int32_t zero_point_on_grid(double value, const Grid& grid) {
   return static_cast<int32_t>(rounded);
 }
 
-// Needs quant_min < quant_max, and 0 in between for a symmetric grid. A range that is not finite in
-// float32, or not in order, gives scale NaN, which fake-quant refuses or turns into NaN.
+// Scale and zero point of a range. Needs quant_min < quant_max, and quant_min <= 0 <= quant_max on
+// a symmetric grid. A range that is not finite in float32, or not in order, gives scale NaN, for
+// which fake-quant raises (CPU) or outputs NaN (CUDA).
 TE_HD QParams qparams(const Range& range, const Grid& grid) {
   if (!is_valid_range(range)) return {__builtin_nanf(""), 0};
   if (is_dead(range, grid)) return {1.0f, 0};
@@ -96,9 +98,10 @@ TE_HD QParams qparams(const Range& range, const Grid& grid) {
     const double steps = from_scale ? wide.lo / scale : wide.lo * grid_width(grid) / width;
     zero_point = zero_point_on_grid(grid.quant_min - steps, grid);
   }
-  // The cap comes last and leaves the zero point alone: another one could need a smaller cap.
-  const float most = largest_scale(grid, zero_point);
-  return {scale < static_cast<double>(most) ? static_cast<float>(scale) : most, zero_point};
+  // The cap comes last and does not change the zero point: another zero point could need a smaller
+  // cap.
+  const float cap = largest_scale(grid, zero_point);
+  return {scale < static_cast<double>(cap) ? static_cast<float>(scale) : cap, zero_point};
 }
 
 }  // namespace torch_ext::core

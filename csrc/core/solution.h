@@ -4,11 +4,12 @@
 #include "core/job.h"
 #include "core/qparams.h"
 
-// What the drivers do with what a rule found.
+// How the drivers of both devices check a statistic and store what a rule computed from it.
 namespace torch_ext::core {
 
-// Whether a statistic can be one: it may come from a file or from anybody's hands. `held` are the
-// values in its counts, if it keeps any.
+// A statistic may come from a file or from user code, so it is checked: has_extrema() tells whether
+// its extrema are finite and in order, values_held() is the number of values in zeros, tiny and
+// counts, which has to be the number of finite values.
 TE_HD bool has_extrema(const ChannelStatistic& s) {
   return s.extrema[0] <= s.extrema[1] && s.extrema[0] - s.extrema[0] == 0 &&
          s.extrema[1] - s.extrema[1] == 0;
@@ -18,20 +19,21 @@ TE_HD int64_t values_held(const View& view) {
   return view.bins == 0 ? at_zero : at_zero + view.below[0][view.bins] + view.below[1][view.bins];
 }
 
-// Stores channel c's range; where the job follows (`moves`), part of the way. Returns the range
-// stored.
+// Stores channel c's range; where `moves`, the stored range moves part of the way to `solved`.
+// Returns the range stored.
 TE_HD Range store_range(const SolveJob& job, int64_t c, const Range& solved, bool moves) {
   float* const range = job.range + 2 * c;
-  const float found[2] = {static_cast<float>(solved.lo), static_cast<float>(solved.hi)};
+  const float target[2] = {static_cast<float>(solved.lo), static_cast<float>(solved.hi)};
   for (int end = 0; end < 2; ++end) {
     const double from = range[end];
-    range[end] = moves ? static_cast<float>(from + job.averaging_constant * (found[end] - from))
-                       : found[end];
+    range[end] = moves ? static_cast<float>(from + job.averaging_constant * (target[end] - from))
+                       : target[end];
   }
   return {range[0], range[1]};
 }
 
-// Whether a job's range moves by averaging: not the first time, and not with constant 1.
+// Whether a job's range moves by averaging: not on the first batch, and not with
+// averaging_constant 1.
 TE_HD bool moves(const SolveJob& job) {
   return job.solved != nullptr && *job.solved != 0 && job.averaging_constant != 1;
 }

@@ -1,6 +1,6 @@
 #pragma once
 
-// What a quantizer does in each state. The one table: Python reads it, nothing else says it again.
+// What a quantizer does in each state. The only such table: Python reads it through the module _C.
 namespace torch_ext::core {
 
 struct StateRow {

@@ -13,10 +13,10 @@ struct Dim {
   int64_t stride;
 };
 
-// The dimensions that one channel's values span: innermost in memory first, merged where they run
-// on, expanded ones (stride 0) last.
+// The dimensions that the values of one channel span, innermost in memory first. Neighbours that
+// are contiguous to each other are merged; expanded ones (stride 0) come last.
 struct Walk {
-  // Of sizes of at least 2, more would not fit an int64.
+  // A tensor with more dimensions of size 2 or more would have more than 2^63 elements.
   static constexpr int kMaxDims = 64;
   Dim dims[kMaxDims];
   int32_t count;  // at least 1
@@ -27,7 +27,7 @@ struct Walk {
     return n;
   }
   TE_HD int64_t operator()(int64_t i) const { return offset(i); }
-  // Where value i lies, in elements.
+  // Offset of value i, in elements.
   TE_HD int64_t offset(int64_t i) const {
     int64_t at = 0;
     for (int32_t d = 0; d + 1 < count; ++d) {
@@ -38,7 +38,7 @@ struct Walk {
   }
 };
 
-// The walk over one channel's values of x; ch_axis -1: over all.
+// The walk over the values of one channel of x; over all values for ch_axis -1.
 inline Walk walk_of(const TensorView& x, int32_t ch_axis) {
   Walk walk{};
   const auto comes_after = [](const Dim& a, const Dim& b) {

@@ -16,17 +16,21 @@ namespace {
 
 using core::Walk;
 
-// Elements below which a task counts straight into the statistic, and the least worth a thread.
+// Below kDirect values, a task counts straight into the statistic. A thread gets at least
+// kPerThread values.
 constexpr int64_t kDirect = 4096;
 constexpr int64_t kPerThread = 1 << 15;
-// Channels read together where they lie side by side in memory: one cache line of float32.
-constexpr int64_t kTogether = 16;
-// The same where only their extrema are wanted: as many as their summaries fit the cache.
-constexpr int64_t kColumns = 1024;
-// Row stride of their staging, off the power of two that would map all rows to one cache set.
+// Channels that a task reads together where they are adjacent in memory: one cache line of float32.
+constexpr int64_t kTransposedChannels = 16;
+// The same where only extrema are kept: as many channels as have summaries that fit in the
+// first-level cache.
+constexpr int64_t kRowChannels = 1024;
+// Row stride of the staging of transposed channels. No power of two, which would map all rows to
+// the same cache sets.
 constexpr int64_t kStagingStride = kGroup + 16;
 
-// Walks value indices [begin, end) as runs along the innermost dimension: body(offset, n).
+// Splits value indices [begin, end) into runs along the innermost dimension and calls body(offset,
+// n) for each.
 template <class Body>
 void for_each_run(const Walk& walk, int64_t begin, int64_t end, const Body& body) {
   const int64_t inner = walk.dims[0].size;
@@ -51,7 +55,8 @@ void widen(const AccumulateKernels& k, const core::bfloat16* x, int64_t n, float
   k.widen_bf16(x, n, out);
 }
 
-// Feeds one channel's values to an accumulator in groups, without a copy where they lie in order.
+// Passes one channel's values to an accumulator in groups; contiguous float32 values are not
+// copied.
 template <class T>
 class Feeder {
  public:
@@ -123,11 +128,11 @@ void observe_channel(const Task& task, int64_t channel, int64_t begin, int64_t e
   finish(accumulator, task.mutex);
 }
 
-// Values [begin, end) of `count` <= kTogether channels that lie side by side: read once,
-// transposed.
+// Values [begin, end) of `count` <= kTransposedChannels adjacent channels: read row by row and
+// transposed into a staging buffer.
 template <class T>
-void observe_together(const Task& task, int64_t channel, int64_t count, int64_t begin,
-                      int64_t end) {
+void observe_transposed(const Task& task, int64_t channel, int64_t count, int64_t begin,
+                        int64_t end) {
   const AccumulateKernels& k = kernels().accumulate;
   std::vector<std::unique_ptr<Accumulator>> accumulators;
   for (int64_t c = 0; c < count; ++c)
@@ -156,16 +161,18 @@ void observe_together(const Task& task, int64_t channel, int64_t count, int64_t 
   for (auto& accumulator : accumulators) finish(*accumulator, task.mutex);
 }
 
-// The same where no histogram is kept: a row of channels at a time, nothing is transposed.
+// The same without a histogram: extrema and zeros of `count` <= kRowChannels channels are updated a
+// row at a time, without transposing. A channel with a value that is not finite is read again, by
+// observe_channel().
 template <class T>
 void observe_rows(const Task& task, int64_t channel, int64_t count, int64_t begin, int64_t end) {
   const AccumulateKernels& k = kernels().accumulate;
-  int32_t min_key[kColumns], max_key[kColumns], zeros[kColumns];
-  int64_t all_zeros[kColumns] = {};
+  int32_t min_key[kRowChannels], max_key[kRowChannels], zeros[kRowChannels];
+  int64_t all_zeros[kRowChannels] = {};
   std::fill_n(min_key, count, INT32_MAX);
   std::fill_n(max_key, count, INT32_MIN);
   std::fill_n(zeros, count, 0);
-  float wide[kColumns];
+  float wide[kRowChannels];
   int64_t rows = 0;
   const auto carry = [&] {
     for (int64_t c = 0; c < count; ++c) all_zeros[c] += std::exchange(zeros[c], 0);
@@ -176,18 +183,18 @@ void observe_rows(const Task& task, int64_t channel, int64_t count, int64_t begi
     const int64_t stride = task.walk.dims[0].stride;
     constexpr int64_t kRowsPerCarry = 1 << 30;
     for (int64_t i = 0; i < n;) {
-      const int64_t some = std::min(n - i, kRowsPerCarry - rows);
+      const int64_t rows_now = std::min(n - i, kRowsPerCarry - rows);
       const T* from = base + offset + i * stride;
       if constexpr (std::is_same_v<T, float>) {
-        k.summarize_rows(from, some, stride, count, min_key, max_key, zeros);
+        k.summarize_rows(from, rows_now, stride, count, min_key, max_key, zeros);
       } else {
-        for (int64_t r = 0; r < some; ++r) {
+        for (int64_t r = 0; r < rows_now; ++r) {
           widen(k, from + r * stride, count, wide);
           k.summarize_rows(wide, 1, 0, count, min_key, max_key, zeros);
         }
       }
-      i += some;
-      rows += some;
+      i += rows_now;
+      rows += rows_now;
       if (rows == kRowsPerCarry) carry();
     }
   });
@@ -211,8 +218,9 @@ void observe_as(const TensorView& x, int32_t ch_axis, const Statistic& into) {
   const int64_t channel_stride = ch_axis < 0 ? 0 : x.strides[ch_axis];
   const bool side_by_side = into.channels > 1 && channel_stride == 1 && walk.dims[0].stride > 1;
   const bool in_rows = side_by_side && into.layout.octaves == 0;
-  const int64_t together = in_rows ? kColumns : (side_by_side ? kTogether : 1);
-  const int64_t blocks = (into.channels + together - 1) / together;
+  const int64_t channels_per_task =
+      in_rows ? kRowChannels : (side_by_side ? kTransposedChannels : 1);
+  const int64_t blocks = (into.channels + channels_per_task - 1) / channels_per_task;
   const int64_t threads = num_threads();
   int64_t splits = 1;
   if (blocks < threads)
@@ -225,17 +233,18 @@ void observe_as(const TensorView& x, int32_t ch_axis, const Statistic& into) {
                   channel_stride,
                   splits == 1 && values < kDirect,
                   splits == 1 ? nullptr : &mutex};
-  const int64_t grain = std::max<int64_t>(1, kPerThread / std::max<int64_t>(1, values * together));
+  const int64_t grain =
+      std::max<int64_t>(1, kPerThread / std::max<int64_t>(1, values * channels_per_task));
   parallel_for(0, blocks * splits, splits > 1 ? 1 : grain, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
-      const int64_t channel = i / splits * together, part = i % splits;
+      const int64_t channel = i / splits * channels_per_task, part = i % splits;
       const int64_t begin = values / splits * part + std::min(part, values % splits);
       const int64_t end = begin + values / splits + (part < values % splits ? 1 : 0);
-      const int64_t count = std::min(together, into.channels - channel);
+      const int64_t count = std::min(channels_per_task, into.channels - channel);
       if (in_rows)
         observe_rows<T>(task, channel, count, begin, end);
       else if (side_by_side)
-        observe_together<T>(task, channel, count, begin, end);
+        observe_transposed<T>(task, channel, count, begin, end);
       else
         observe_channel<T>(task, channel, begin, end);
     }

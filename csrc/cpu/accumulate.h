@@ -8,15 +8,15 @@
 
 namespace torch_ext::cpu {
 
-// Values are handled in groups that stay in the first-level cache between the passes over them.
+// Values are processed in groups that stay in the first-level cache between the passes over them.
 constexpr int kGroup = 1024;
-// The same where only a summary is wanted: more at a time, as nothing is kept of the values.
+// The same without a histogram: larger, because there is only one pass.
 constexpr int kLongGroup = 1 << 14;
-// Bins past both signs' that take the values outside the window, one per lane: a run of zeros would
-// otherwise wait for its own increments.
+// Extra bins behind those of both signs for the values outside the window. There is one per lane,
+// because a run of zeros in one bin would wait for its own increments.
 constexpr int kSpill = 64;
 
-// What one pass over a group finds.
+// The result of one pass over a group.
 struct GroupSummary {
   int32_t min_key;
   int32_t max_key;
@@ -26,8 +26,9 @@ struct GroupSummary {
   bool finite() const { return min_key >= core::kMinFiniteKey && max_key <= core::kMaxFiniteKey; }
 };
 
-// Counters of one thread, 8 bits wide so that the bins in use stay in the first-level cache: two
-// tables (equal neighbours do not wait for each other) and a carry worth 256 for each bin.
+// Counters of one thread. They have 8 bits, so that the bins in use stay in the first-level cache,
+// and a carry that counts 256s for each bin. There are two tables, for even and odd positions, so
+// that equal neighbouring values do not wait for each other.
 struct NarrowTables {
   uint8_t* even;    // [size + kSpill]
   uint8_t* odd;     // [size + kSpill]
@@ -38,10 +39,10 @@ struct NarrowTables {
 struct AccumulateKernels {
   // Extrema and zeros of n values.
   GroupSummary (*summarize)(const float* x, int64_t n);
-  // Rows of n values, one per channel, into the channels' extrema and zeros.
+  // Folds rows of n values, one value per channel, into the channels' extrema and zeros.
   void (*summarize_rows)(const float* x, int64_t rows, int64_t stride, int64_t n, int32_t* min_key,
                          int32_t* max_key, int32_t* zeros);
-  // As summarize, and the index of each value: its bin in `counts`, or a spill bin.
+  // As summarize; also writes the index of each value: its bin in `counts`, or a spill bin.
   GroupSummary (*classify)(const float* x, int64_t n, core::Window window, uint32_t* index);
   // One increment per index.
   void (*count)(const uint32_t* index, int64_t n, NarrowTables tables);

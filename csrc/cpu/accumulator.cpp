@@ -6,8 +6,8 @@
 
 namespace torch_ext::cpu {
 
-// Counters and staging of one accumulator. Kept between calls: fresh memory would cost more page
-// faults than a small tensor costs to observe. Counters are zero whenever a workspace is in the
+// Counters and staging of one accumulator, kept in a pool between calls: the page faults of fresh
+// memory take longer than observing a small tensor. Counters are zero while a workspace is in the
 // pool.
 struct Workspace {
   explicit Workspace(int64_t size)
@@ -25,10 +25,10 @@ class Pool {
       std::lock_guard<std::mutex> lock(mutex_);
       for (auto& slot : free_) {
         if (static_cast<int64_t>(slot->even.size()) != size + kSpill) continue;
-        std::unique_ptr<Workspace> found = std::move(slot);
+        std::unique_ptr<Workspace> workspace = std::move(slot);
         slot = std::move(free_.back());
         free_.pop_back();
-        return found;
+        return workspace;
       }
     }
     return std::make_unique<Workspace>(size);
@@ -72,8 +72,8 @@ void Accumulator::set_top(int32_t top) {
   window_ = core::window_of(layout_, top);
 }
 
-// Takes what the narrow tables hold of an octave, both signs, into counts or, where that is null,
-// away; returns how many values that were.
+// Clears an octave's bins of both signs in the narrow tables and returns how many values they held.
+// Adds these to `counts` unless it is null.
 int64_t Accumulator::drain(int32_t octave, int64_t* counts) {
   const int64_t width = int64_t{1} << layout_.mantissa_bits;
   const NarrowTables t = tables();
@@ -160,7 +160,7 @@ void Accumulator::finish() {
   if (tally_[core::kFinite] != 0) {
     const float min = core::float_of_key(min_key_), max = core::float_of_key(max_key_);
     if (direct_ && layout_.octaves != 0) {
-      // The window of the target has moved along with the counting.
+      // raise() has moved the target's window already.
       const core::ChannelStatistic extrema_only = {target_.extrema, target_.tally, nullptr};
       core::extend(extrema_only, {layout_.mantissa_bits, 0}, min, max);
     } else {

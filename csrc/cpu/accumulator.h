@@ -9,9 +9,9 @@ namespace torch_ext::cpu {
 
 struct Workspace;
 
-// The statistic of the values one task sees of one channel. Values go either into narrow tables
-// that finish() adds to the channel, or (few values, nobody else writing) straight into the
-// channel.
+// The statistic of those values of one channel that one task reads. Values are counted in narrow
+// tables, which finish() adds to the channel, or, with `direct` (few values, and no other task
+// writes to the channel), straight in the channel's counts.
 class Accumulator {
  public:
   Accumulator(const AccumulateKernels& kernels, core::HistogramLayout layout,
@@ -20,12 +20,12 @@ class Accumulator {
   Accumulator(const Accumulator&) = delete;
   Accumulator& operator=(const Accumulator&) = delete;
 
-  // How many values add() takes at most.
+  // The most values that add() takes.
   int64_t group() const { return layout_.octaves == 0 ? kLongGroup : kGroup; }
   void add(const float* x, int64_t n);
-  // Adds n finite values by what is known of them; only where no histogram is kept.
+  // Adds n finite values by their summary; only without a histogram.
   void add_summary(int32_t min_key, int32_t max_key, int64_t zeros, int64_t n);
-  // Adds all of it to the channel; nothing may be added afterwards.
+  // Adds the result to the channel; nothing may be added afterwards.
   void finish();
 
  private:

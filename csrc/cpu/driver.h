@@ -5,24 +5,26 @@
 #include "core/job.h"
 #include "observers/kl_reference_tables.h"
 
-// The CPU drivers: raw pointers in, no torch. Results do not depend on the number of threads.
+// The CPU drivers, on raw pointers and without torch. Results do not depend on the number of
+// threads.
 namespace torch_ext::cpu {
 
 using core::SolveJob;
 using core::Statistic;
 using core::TensorView;
 
-// Adds the values of x to the statistic; `ch_axis` -1 is per tensor.
+// Adds the values of x to the statistic; `ch_axis` -1: per tensor.
 void observe(const TensorView& x, int32_t ch_axis, const Statistic& into);
 
-// Adds the values behind another statistic of the same shape.
+// Adds another statistic of the same shape.
 void merge(const Statistic& into, const Statistic& from);
 
-// Solves all jobs. Throws std::invalid_argument where a statistic contradicts itself.
+// Solves all jobs. Throws std::invalid_argument for a statistic that contradicts itself
+// (core/solution.h).
 void solve(const SolveJob* jobs, int64_t count);
 
-// index [rows] and threshold [rows] of linear histograms counts [rows, bins] of width bin_width
-// [rows].
+// The kl thresholds of linear histograms counts [rows, bins] with bins of width bin_width [rows]:
+// index [rows], the bins kept, and threshold [rows].
 void kl_threshold(const int64_t* counts, const double* bin_width, int64_t rows, int64_t bins,
                   int64_t levels, observers::KlVariant variant, int64_t* index, double* threshold);
 

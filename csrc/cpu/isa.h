@@ -1,7 +1,7 @@
 #pragma once
 
-// All that isa.inc needs, included outside its namespace. Nothing here may leave a function that is
-// not inlined: the linker would keep one instruction set's copy for everybody.
+// The headers that isa.inc needs, included outside its namespace. All their functions have to be
+// inlined: of one that is not, the linker would keep one instruction set's copy for all callers.
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif

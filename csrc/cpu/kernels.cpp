@@ -13,16 +13,16 @@ struct Runnable {
 };
 
 Runnable find_runnable() {
-  Runnable found;
+  Runnable runnable;
 #if defined(__x86_64__)
   int count = 1;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    found.sets[count++] = &avx2::table;
+    runnable.sets[count++] = &avx2::table;
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
-    found.sets[count++] = &avx512::table;
+    runnable.sets[count++] = &avx512::table;
 #endif
-  return found;
+  return runnable;
 }
 
 const Kernels& choose() {
@@ -43,8 +43,8 @@ const Kernels& choose() {
 }  // namespace
 
 const Kernels* const* runnable_kernels() {
-  static const Runnable found = find_runnable();
-  return found.sets;
+  static const Runnable runnable = find_runnable();
+  return runnable.sets;
 }
 
 const Kernels& kernels() {

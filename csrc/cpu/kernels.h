@@ -17,11 +17,11 @@ struct Kernels {
   SolveKernels solve;
 };
 
-// The best set this processor runs, or the one that TORCH_EXT_CPU_CAPABILITY names. Chosen once.
-// Throws std::invalid_argument where the variable names none that runs here.
+// The best set that this processor can run, or the one that TORCH_EXT_CPU_CAPABILITY names. Chosen
+// once. Throws std::invalid_argument if the variable names a set that is unknown or cannot run.
 const Kernels& kernels();
 
-// The sets this processor runs, best last; null-terminated.
+// The sets that this processor can run, best last; null-terminated.
 const Kernels* const* runnable_kernels();
 
 namespace base {

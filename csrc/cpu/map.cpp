@@ -8,7 +8,7 @@
 namespace torch_ext::cpu {
 namespace {
 
-// Blocks that are worth waking a thread for.
+// The least number of blocks for a thread.
 constexpr int64_t kGrain = (1 << 15) / kMapBlock;
 
 // body(begin, end) over elements [0, numel), cut at multiples of kMapBlock.
@@ -20,9 +20,8 @@ void for_each_block(int64_t numel, const Body& body) {
   });
 }
 
-// Output that no cache will hold until it is read again is written past them: the lines it replaces
-// need not be read first. Below that, and far below where it fits the second level, plain stores
-// are faster.
+// From this size on the output does not stay in a cache until it is read again, so it is written
+// past the caches: its lines need not be read first. For smaller outputs plain stores are faster.
 constexpr int64_t kStreamBytes = 16 << 20;
 
 bool streams(core::DType dtype, int64_t numel, const void* out) {

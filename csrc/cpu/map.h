@@ -4,12 +4,13 @@
 
 #include "core/job.h"
 
-// The driver of element-wise fake-quant. Results do not depend on the number of threads, nor on the
+// The driver of element-wise fake-quant. Results depend neither on the number of threads nor on the
 // instruction set.
 namespace torch_ext::cpu {
 
-// The unit that elements are handed to threads in. A multiple of 8, so that a byte of the mask
-// belongs to one thread; its flags and staged qparams stay in the first-level cache.
+// Threads get elements in blocks of this size. A multiple of 8, so that no two threads write to one
+// byte of the mask; small enough that a block's flags and staged qparams stay in the first-level
+// cache.
 constexpr int64_t kMapBlock = 1024;
 
 struct MapTask : core::FakeQuantJob {
@@ -18,7 +19,7 @@ struct MapTask : core::FakeQuantJob {
 
 // Inner loops, compiled once per instruction set; indexed by DType.
 struct MapKernels {
-  // out and mask of elements [begin, end) of x, begin a multiple of kMapBlock.
+  // Writes out and mask of elements [begin, end) of x; begin is a multiple of kMapBlock.
   using Forward = void (*)(const MapTask& task, int64_t begin, int64_t end);
   using Backward = void (*)(const void* grad, const uint8_t* mask, void* dx, int64_t begin,
                             int64_t end, bool stream);
@@ -26,9 +27,9 @@ struct MapKernels {
   Backward backward[core::kDTypeCount];
 };
 
-// out = dequantize(quantize(x)), and where job.mask is not null one bit per element: the gradient
-// passes. An invalid scale (<= 0, infinite, NaN) gives NaN; callers that can refuse it do so
-// before.
+// out = dequantize(quantize(x)); where job.mask is not null, also one bit per element: whether its
+// gradient passes. An invalid scale (<= 0, infinite, NaN) gives NaN; callers that can raise for it
+// do so before.
 void fake_quant_forward(core::DType dtype, const core::FakeQuantJob& job);
 
 // dx = grad where the bit is set, else 0.

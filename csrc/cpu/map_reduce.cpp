@@ -11,7 +11,7 @@
 namespace torch_ext::cpu {
 namespace {
 
-// Sums `count` values to one, in place.
+// The sum of `count` values, in the order of core/learned.h. Overwrites the values.
 double fold(double* values, int64_t count) {
   while (count > 1) {
     for (int64_t s = 0; s < core::sums_of(count); ++s) {
@@ -52,7 +52,7 @@ void learned_backward(core::DType dtype, const core::LearnedJob& job) {
     parallel_for(0, all, values == 0 ? 1 : 1 + kValuesPerThread / values,
                  [&](int64_t first, int64_t last) {
                    for (int64_t u = first; u < last; ++u) {
-                     // Units in the order of memory: [outer, channels, parts of a row].
+                     // Unit u, in memory order: [outer, channels, parts of a row].
                      const int64_t row = u / parts.per_row, part = u % parts.per_row;
                      const int64_t c = row % layout.channels, o = row / layout.channels;
                      const int64_t at = part * parts.per_part;

@@ -30,10 +30,10 @@ class Channel {
   void solve(bool parallel) {
     const SolveKernels& k = kernels().solve;
     const core::ChannelStatistic s = job_.statistic.channel(channel_);
-    seen_ = rule_.needs == core::Needs::nothing || s.tally[core::kFinite] > 0;
-    if (!seen_ && job_.solved != nullptr) return;
+    const bool has_values = rule_.needs == core::Needs::nothing || s.tally[core::kFinite] > 0;
+    if (!has_values && job_.solved != nullptr) return;
     core::Range range{0, 0};
-    if (seen_) {
+    if (has_values) {
       const core::View view =
           rule_.needs == core::Needs::nothing
               ? core::View{}
@@ -73,8 +73,8 @@ class Channel {
                                   std::to_string(s.extrema[1]) + in_channel());
     if (rule_.needs < core::Needs::counts) return;
     if (core::values_held(view) != view.finite)
-      throw std::invalid_argument("solve: expected counts to be of the " +
-                                  std::to_string(view.finite) + " finite values in tally, got " +
+      throw std::invalid_argument("solve: expected counts to be, with zeros and tiny, the " +
+                                  std::to_string(view.finite) + " finite values of tally, got " +
                                   std::to_string(core::values_held(view)) + in_channel());
   }
   std::string in_channel() const { return " in channel " + std::to_string(channel_); }
@@ -93,7 +93,6 @@ class Channel {
   const int64_t channel_;
   int64_t view_words_ = 0;
   int64_t* memory_ = nullptr;
-  bool seen_ = false;
 };
 
 bool has_values(const SolveJob& job) {
@@ -106,25 +105,25 @@ bool has_values(const SolveJob& job) {
 }  // namespace
 
 void solve(const SolveJob* jobs, int64_t count) {
-  // Channels of all jobs in one row: begin[j] is the first of job j.
+  // The channels of all jobs are numbered in one sequence: begin[j] is the first of job j.
   std::vector<int64_t> begin(count + 1, 0);
-  bool cheap = true;
+  bool extrema_only = true;
   for (int64_t j = 0; j < count; ++j) {
     begin[j + 1] = begin[j] + jobs[j].statistic.channels;
-    cheap = cheap && rules()[jobs[j].rule].needs <= core::Needs::extrema;
+    extrema_only = extrema_only && rules()[jobs[j].rule].needs <= core::Needs::extrema;
   }
   const int64_t channels = begin[count];
   const auto solve_row = [&](int64_t row, std::vector<int64_t>& memory, bool parallel) {
     const int64_t j = std::upper_bound(begin.begin(), begin.end(), row) - begin.begin() - 1;
     Channel(jobs[j], row - begin[j], memory).solve(parallel);
   };
-  if (channels < 2 * num_threads() && !cheap) {
-    // Too few to keep the threads busy: they share each one's candidates.
+  if (channels < 2 * num_threads() && !extrema_only) {
+    // Too few channels to keep all threads busy: the threads share the candidates of each channel.
     std::vector<int64_t> memory;
     for (int64_t row = 0; row < channels; ++row) solve_row(row, memory, true);
   } else {
-    constexpr int64_t kCheapGrain = 4096;
-    parallel_for(0, channels, cheap ? kCheapGrain : 1, [&](int64_t first, int64_t last) {
+    constexpr int64_t kExtremaGrain = 4096;
+    parallel_for(0, channels, extrema_only ? kExtremaGrain : 1, [&](int64_t first, int64_t last) {
       std::vector<int64_t> memory;
       for (int64_t row = first; row < last; ++row) solve_row(row, memory, false);
     });

@@ -8,19 +8,20 @@
 
 namespace torch_ext::cpu {
 
-// Room for any search rule's prepared search.
+// Memory for the prepared search of any search rule.
 struct SearchStorage {
   alignas(16) unsigned char bytes[512];
 };
 
-// Rules by index in the registry, compiled once per instruction set.
+// The rules, by their index in the registry, compiled once per instruction set.
 struct SolveKernels {
   core::View (*view)(core::HistogramLayout layout, core::Needs needs, const float* extrema,
                      const int64_t* tally, const int64_t* counts, int64_t* words);
-  // The range by a closed rule; `words` holds solve_words() words.
+  // The range by a closed or composite rule; `words` has work_words() words (rule_table.h).
   core::Range (*closed)(int32_t rule, const core::View& view, const core::Grid& grid,
                         const double* options, int64_t* words);
-  // A search, in steps: number of candidates, objectives of some, threshold of the least.
+  // The steps of a search: prepare and return the number of candidates, compute the objectives of
+  // candidates [begin, end), return the threshold of the best.
   int64_t (*prepare)(int32_t rule, const core::View& view, const core::Grid& grid,
                      const double* options, int64_t* words, SearchStorage* search);
   void (*objectives)(int32_t rule, const SearchStorage& search, int64_t begin, int64_t end,

@@ -2,7 +2,8 @@
 
 #include "cuda/observe.h"
 
-// How a tensor is cut, and with which counters its kernel (observe.h) is launched.
+// Plans the launch of observe.h: how the tensor is cut into items, and which counters the kernel
+// uses.
 namespace torch_ext::cuda {
 namespace {
 
@@ -16,7 +17,7 @@ struct Plan {
   size_t table_bytes;    // of scratch
 };
 
-// What a block is worth starting for, in values.
+// The least number of values for a block.
 constexpr int64_t kPerBlock = 1 << 15;
 
 bool is_packed(const TensorView& x, int32_t ch_axis, const core::Walk& walk, int64_t per_packet) {
@@ -29,15 +30,16 @@ bool is_packed(const TensorView& x, int32_t ch_axis, const core::Walk& walk, int
   return true;
 }
 
-// Channels that are read together: as many as lie side by side, up to a warp's worth.
-int32_t most_together(const core::Walk& walk, int64_t channel_stride, const Statistic& into) {
+// Channels of a group: where adjacent channels are adjacent in memory, up to a warp's worth of
+// them; else 1.
+int32_t group_channels_of(const core::Walk& walk, int64_t channel_stride, const Statistic& into) {
   if (into.channels == 1 || channel_stride != 1 || walk.dims[0].stride <= 1) return 1;
-  int32_t together = 1;
-  while (together < kMostTogether && together < into.channels) together *= 2;
-  return together;
+  int32_t channels = 1;
+  while (channels < kMaxGroupChannels && channels < into.channels) channels *= 2;
+  return channels;
 }
 
-// Bytes of counters in shared memory for each bin: 4, 2, or 0 where not even one channel's would
+// Bytes per bin of the counters in shared memory: 4 or 2, or 0 where not even those of one channel
 // fit.
 int64_t table_width(HistogramLayout layout, int32_t wanted) {
   const int64_t memory = gpu::device().shared_memory - static_cast<int64_t>(sizeof(BlockState));
@@ -54,7 +56,7 @@ Plan make_plan(const TensorView& x, int32_t ch_axis, const Statistic& into, int6
   cut.walk = core::walk_of(x, ch_axis);
   cut.values = cut.walk.values();
   cut.channel_stride = ch_axis < 0 ? 0 : x.strides[ch_axis];
-  cut.together = most_together(cut.walk, cut.channel_stride, into);
+  cut.group_channels = group_channels_of(cut.walk, cut.channel_stride, into);
   if (is_packed(x, ch_axis, cut.walk, kPerPacket<T>)) {
     cut.per_unit = kPerPacket<T>;
     cut.walk.dims[0] = {(cut.walk.dims[0].size + cut.per_unit - 1) / cut.per_unit, cut.per_unit};
@@ -67,22 +69,23 @@ Plan make_plan(const TensorView& x, int32_t ch_axis, const Statistic& into, int6
   if constexpr (kCounts<Table>) {
     const int64_t memory = gpu::device().shared_memory - static_cast<int64_t>(sizeof(BlockState));
     const int64_t size = into.layout.size();
-    while (cut.together > 1 && cut.together * size * std::max<int64_t>(width, 2) > memory)
-      cut.together /= 2;
-    plan.shared_memory += cut.together * size * width;
+    while (cut.group_channels > 1 &&
+           cut.group_channels * size * std::max<int64_t>(width, 2) > memory)
+      cut.group_channels /= 2;
+    plan.shared_memory += cut.group_channels * size * width;
   }
-  cut.groups = (into.channels + cut.together - 1) / cut.together;
+  cut.groups = (into.channels + cut.group_channels - 1) / cut.group_channels;
   const int64_t resident = gpu::resident_blocks<Observe<T, Table>>(plan.shared_memory);
-  const int64_t worth = cut.values * cut.together / kPerBlock;
+  const int64_t worth = cut.values * cut.group_channels / kPerBlock;
   cut.splits = std::clamp<int64_t>(std::min(worth, resident / std::max<int64_t>(1, cut.groups)), 1,
                                    std::max<int64_t>(1, cut.units));
   plan.blocks = cut.splits > 1 ? cut.groups * cut.splits : std::min(cut.groups, resident);
   if (cut.splits > 1) {
-    plan.partial_bytes = plan.blocks * cut.together * sizeof(Partial);
+    plan.partial_bytes = plan.blocks * cut.group_channels * sizeof(Partial);
     plan.partial_bytes = (plan.partial_bytes + 15) / 16 * 16;
   }
   if (kCounts<Table> && width != WideTable::kSharedBytes)
-    plan.table_bytes = plan.blocks * cut.together * into.layout.size() * sizeof(uint32_t);
+    plan.table_bytes = plan.blocks * cut.group_channels * into.layout.size() * sizeof(uint32_t);
   return plan;
 }
 
@@ -92,14 +95,14 @@ void with_table(const TensorView& x, int32_t ch_axis, const Statistic& into, con
     return use.template operator()<T, NoTable>(make_plan<T, NoTable>(x, ch_axis, into, 0));
   const core::Walk walk = core::walk_of(x, ch_axis);
   const int64_t stride = ch_axis < 0 ? 0 : x.strides[ch_axis];
-  const int64_t width = table_width(into.layout, most_together(walk, stride, into));
+  const int64_t width = table_width(into.layout, group_channels_of(walk, stride, into));
   if (width == NarrowTable::kSharedBytes)
     return use.template operator()<T, NarrowTable>(
         make_plan<T, NarrowTable>(x, ch_axis, into, width));
   return use.template operator()<T, WideTable>(make_plan<T, WideTable>(x, ch_axis, into, width));
 }
 
-// use<T, Table>(plan) with what this tensor and statistic ask for.
+// Calls use<T, Table>(plan) for this tensor and statistic.
 template <class Use>
 void with_plan(const TensorView& x, int32_t ch_axis, const Statistic& into, const Use& use) {
   switch (x.dtype) {

@@ -1,6 +1,7 @@
 #include "cuda/driver.h"
 
-// Apart from the kernels, so that who asks only this does not link CUDA's run time.
+// In a file of its own, so that a program that only calls available() does not link the CUDA
+// runtime.
 namespace torch_ext::cuda {
 
 bool available() { return true; }

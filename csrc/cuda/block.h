@@ -5,11 +5,11 @@
 #include "core/lattice.h"
 #include "gpu.h"
 
-// What the threads of a block find out together.
+// Reductions over the threads of a block.
 namespace torch_ext::cuda {
 
-// `value` of all threads folded, on each of them. Any order gives the same: `fold` is a minimum, a
-// maximum or a sum of integers. `memory` [kThreads / 32] is shared.
+// Returns, on every thread, `value` of all threads reduced by `fold`: a minimum, a maximum or a sum
+// of integers, so the order does not matter. `memory` [kThreads / 32] is in shared memory.
 template <int kThreads, class T, class Fold>
 TE_GPU T block_fold(T value, T* memory, const Fold& fold) {
   for (int lanes = gpu::kWarp / 2; lanes > 0; lanes /= 2)
@@ -27,7 +27,7 @@ TE_GPU T smaller(T a, T b) {
   return b < a ? b : a;
 }
 
-// core::argmin, by a block.
+// core::argmin, computed by a block.
 template <int kThreads>
 TE_GPU int64_t block_argmin(const double* objective, int64_t count, bool last, double* memory) {
   double least = __builtin_inf();
@@ -35,7 +35,7 @@ TE_GPU int64_t block_argmin(const double* objective, int64_t count, bool last, d
   least = block_fold<kThreads>(least, memory, smaller<double>);
   if (!(least < __builtin_inf())) return -1;
   const double bound = core::tie_bound(least);
-  // The last index is the first of the negated ones.
+  // The largest index is the smallest of the negated ones.
   int64_t winner = INT64_MAX;
   for (int64_t i = gpu::thread(); i < count; i += kThreads)
     if (objective[i] <= bound) winner = smaller(winner, last ? -i : i);

@@ -6,16 +6,14 @@
 #include "core/job.h"
 #include "observers/kl_reference_tables.h"
 
-// The CUDA run time's name of a stream: declared out here, or the alias below would declare
-// another.
+// A cudaStream_t points to this type of the CUDA runtime. Declared here, at global scope, because
+// the alias below would otherwise declare a type of its own namespace.
 struct CUstream_st;
 
-struct CUstream_st;  // a cudaStream_t points to one
-
-// The CUDA drivers: raw pointers to the current device's memory in, no torch. Every call only
-// enqueues work on `stream`: nothing is allocated, nothing waits, so all of it can be captured into
-// a graph. Results have the same bits as the CPU drivers'. What fails is thrown as
-// std::runtime_error. A build without CUDA links unavailable.cpp, which has the same declarations.
+// The CUDA drivers, on raw pointers to memory of the current device and without torch. Every call
+// only enqueues work on `stream`; it does not allocate and does not wait, so it can be captured
+// into a CUDA graph. Results have the same bits as the CPU drivers'. CUDA errors are thrown as
+// std::runtime_error. A build without CUDA links unavailable.cpp instead.
 namespace torch_ext::cuda {
 
 using core::SolveJob;
@@ -26,25 +24,26 @@ using Stream = CUstream_st*;
 // Whether this build has CUDA kernels.
 bool available();
 
-// How observe() runs besides its operands.
+// Options of observe().
 struct ObserveMode {
-  // The statistic's memory holds nothing yet: it is taken as empty.
+  // The statistic's memory is uninitialised and is taken as an empty statistic.
   bool fresh = false;
-  // A flag on the device, or null: nothing is done where it is set.
+  // A flag on the device, or null. Where it is set nothing is observed.
   const uint8_t* unless = nullptr;
 };
 
-// Adds the values of x to the statistic; `ch_axis` -1 is per tensor. One launch. `scratch` has
-// observe_scratch() bytes, which may hold anything.
+// Adds the values of x to the statistic; `ch_axis` -1: per tensor. One launch. `scratch` is
+// uninitialised memory of observe_scratch() bytes.
 size_t observe_scratch(const TensorView& x, int32_t ch_axis, const Statistic& into);
 void observe(const TensorView& x, int32_t ch_axis, const Statistic& into, ObserveMode mode,
              void* scratch, Stream stream);
 
-// Adds the values behind another statistic of the same shape. One launch.
+// Adds another statistic of the same shape. One launch.
 void merge(const Statistic& into, const Statistic& from, Stream stream);
 
-// Solves all jobs: one launch for each 128 jobs or 256 MiB of scratch. A statistic that contradicts
-// itself gives NaN.
+// Solves all jobs, with one launch for every 128 jobs. A statistic that contradicts itself
+// (core/solution.h) gives NaN. Scratch takes at most 256 MiB: rows beyond that wait for their turn
+// within the launch.
 size_t solve_scratch(const SolveJob* jobs, int64_t count);
 void solve(const SolveJob* jobs, int64_t count, void* scratch, Stream stream);
 
@@ -52,16 +51,16 @@ void solve(const SolveJob* jobs, int64_t count, void* scratch, Stream stream);
 void qparams(const float* range, int64_t channels, const core::Grid& grid, float* scale,
              int32_t* zero_point, Stream stream);
 
-// index [rows] and threshold [rows] of linear histograms counts [rows, bins] of width bin_width
-// [rows].
+// The kl thresholds of linear histograms counts [rows, bins] with bins of width bin_width [rows]:
+// index [rows], the bins kept, and threshold [rows]. An invalid row gives -1 and NaN.
 size_t kl_threshold_scratch(int64_t rows, int64_t bins, int64_t levels,
                             observers::KlVariant variant);
 void kl_threshold(const int64_t* counts, const double* bin_width, int64_t rows, int64_t bins,
                   int64_t levels, observers::KlVariant variant, int64_t* index, double* threshold,
                   void* scratch, Stream stream);
 
-// out = dequantize(quantize(x)) of contiguous data, and where job.mask is not null one bit per
-// element: the gradient passes. An invalid scale, or a zero point off the grid, gives NaN.
+// out = dequantize(quantize(x)) of contiguous data; where job.mask is not null, also one bit per
+// element: whether its gradient passes. An invalid scale, or a zero point off the grid, gives NaN.
 void fake_quant_forward(core::DType dtype, const core::FakeQuantJob& job, Stream stream);
 
 // dx = grad where the bit is set, else 0.
@@ -72,9 +71,10 @@ void fake_quant_backward(core::DType dtype, const void* grad, const uint8_t* mas
 size_t learned_backward_scratch(const core::LearnedJob& job);
 void learned_backward(core::DType dtype, const core::LearnedJob& job, void* scratch, Stream stream);
 
-// Observe, solve(job) and fake_quant_forward(map) in one launch and one pass over memory, where the
-// rule reads extrema, each channel is one row and a row fits on chip. map.scale and map.zero_point
-// are the job's; what its statistic holds before does not matter.
+// Observe, solve(job) and fake_quant_forward(map) in one launch and one pass over memory.
+// follows_on_chip() tells whether that is possible: the rule reads extrema, each channel is one
+// contiguous row, and a row fits in shared memory. map.scale and map.zero_point have to be those of
+// the job; its statistic may be uninitialised.
 bool follows_on_chip(int32_t rule, core::DType dtype, const core::FakeQuantJob& map);
 void follow_on_chip(const SolveJob& job, core::DType dtype, const core::FakeQuantJob& map,
                     Stream stream);

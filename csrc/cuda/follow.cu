@@ -7,8 +7,9 @@
 #include "gpu.h"
 #include "rule_table.h"
 
-// Observe, follow and fake-quantize of rows that fit on chip, in one pass over memory: a block
-// reads a row, keeps it, moves the row's range and writes the row quantized with it.
+// Observe, follow and fake-quantize rows that fit in shared memory, in one pass over memory: a
+// block reads a row into shared memory, moves the row's range, and writes the row quantized with
+// it.
 namespace torch_ext::cuda {
 namespace {
 
@@ -32,7 +33,7 @@ struct Follow {
       const bool frozen = row.is_frozen();
       observe(block, c);
       if (gpu::thread() == 0 && !frozen) {
-        write(row.statistic(), state.found[0]);
+        write(row.statistic(), state.totals[0]);
         solve_extrema(row);
         saw_values = saw_values || row.has_values();
       }
@@ -40,7 +41,7 @@ struct Follow {
       quantize(c);
       gpu::sync();
     }
-    // Every row has looked at the flag.
+    // Every row has read the flag; now it may be set.
     gpu::sync_blocks();
     if (saw_values) *task.job.solved = 1;
   }
@@ -67,14 +68,14 @@ struct Follow {
     block.finish();
   }
 
-  TE_GPU static void write(const core::ChannelStatistic& to, const Partial& found) {
-    to.extrema[0] = core::positive_zero(core::float_of_key(found.min_key));
-    to.extrema[1] = core::positive_zero(core::float_of_key(found.max_key));
+  TE_GPU static void write(const core::ChannelStatistic& to, const Partial& total) {
+    to.extrema[0] = core::positive_zero(core::float_of_key(total.min_key));
+    to.extrema[1] = core::positive_zero(core::float_of_key(total.max_key));
     for (int column = 0; column < core::kTallyColumns; ++column)
-      to.tally[column] = found.tally[column];
+      to.tally[column] = total.tally[column];
   }
 
-  // A thread's groups are those that it kept.
+  // Each thread reads back from shared memory the groups that it stored there itself.
   TE_GPU void quantize(int64_t c) const {
     const core::Affine<C> affine =
         core::make_affine<C>(map.scale[c], map.zero_point[c], map.quant_min, map.quant_max);
@@ -101,7 +102,8 @@ size_t row_bytes(core::DType dtype, const FakeQuantJob& map) {
 }  // namespace
 
 bool follows_on_chip(int32_t rule, core::DType dtype, const FakeQuantJob& map) {
-  // Fewer rows leave most of a device idle, unless there is little to do anyway.
+  // With fewer rows than kManyRows most of a device would be idle, which matters from kFewValues
+  // values on.
   constexpr int64_t kManyRows = 32, kFewValues = 1 << 16;
   const core::ChannelLayout& layout = map.layout;
   return rules()[rule].needs == Needs::extrema && layout.outer == 1 && layout.inner > 0 &&

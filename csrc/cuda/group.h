@@ -7,12 +7,12 @@
 #include "fake_quant/fake_quant.h"
 #include "gpu.h"
 
-// The elements of one byte of the mask, which are one thread's.
+// Eight elements, those of one byte of the mask, are processed by one thread.
 namespace torch_ext::cuda {
 
 constexpr int kGroup = 8;
 
-// Eight elements from or to memory, in as few accesses as their type allows.
+// Eight elements in registers, loaded and stored in accesses of 16 bytes.
 template <class T>
 struct Group {
   static constexpr int kPackets = kGroup / kPerPacket<T>;
@@ -30,8 +30,8 @@ struct Group {
   }
 };
 
-// Element i of a group; sets its bit where the gradient passes. kDefault: with the rounding and the
-// mask that nearly everybody uses, known when compiling.
+// Fake-quantizes element i of a group; sets its bit if the gradient passes. kDefault: with the
+// default rounding and mask as compile-time constants.
 template <class T, bool kDefault>
 TE_GPU T map_element(const core::FakeQuantJob& job, T element,
                      const core::Affine<core::compute_t<T>>& affine, int i, uint32_t& bits) {
@@ -47,7 +47,7 @@ inline bool is_default(const core::FakeQuantJob& job) {
          (job.mask == nullptr || job.mask_kind == core::Mask::rounded);
 }
 
-// use<T>() for the type.
+// Calls use<T>() for the element type.
 template <class Use>
 void with_type(core::DType dtype, const Use& use) {
   switch (dtype) {

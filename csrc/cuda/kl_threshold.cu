@@ -5,7 +5,7 @@
 #include "gpu.h"
 #include "observers/kl_reference.h"
 
-// Threshold searches on linear histograms: a block for each row.
+// Threshold searches on linear histograms, one block per row.
 namespace torch_ext::cuda {
 namespace {
 
@@ -21,7 +21,7 @@ struct KlThreshold {
   KlVariant variant;
   int64_t* index;
   double* threshold;
-  double* scratch;  // per block: of the search, then objectives
+  double* scratch;  // per block: the search's memory, then objectives
   int64_t stride;
 
   struct Shared {
@@ -60,22 +60,24 @@ struct KlThreshold {
     threshold[row] = KlReference::threshold(search, winner, bin_width[row]);
   }
 
-  // What the CPU refuses.
+  // The checks for which the op raises on the CPU: counts >= 0 whose sum is at most 2^53, a
+  // positive finite width.
   TE_GPU bool is_histogram(int64_t row, Shared& shared) const {
-    constexpr int64_t kMost = observers::kl_reference::kMostCounts;
+    constexpr int64_t kMax = observers::kl_reference::kMaxCounts;
     int64_t total = 0;
     for (int64_t j = gpu::thread(); j < bins; j += kThreads) {
       const int64_t n = counts[row * bins + j];
-      // A sum that passes the bound, or has met a wrong count, stays there: 2^20 of them fit.
-      total = n < 0 || n > kMost || total > kMost ? kMost + 1 : total + n;
+      // Once a sum passes the bound or meets an invalid count it stays above the bound, so it
+      // cannot overflow.
+      total = n < 0 || n > kMax || total > kMax ? kMax + 1 : total + n;
     }
     total = block_fold<kThreads>(total, reinterpret_cast<int64_t*>(shared.fold),
                                  [](int64_t a, int64_t b) {
                                    const int64_t sum = a + b;
-                                   return sum > kMost ? kMost + 1 : sum;
+                                   return sum > kMax ? kMax + 1 : sum;
                                  });
     const double width = bin_width[row];
-    return total <= kMost && width > 0 && width - width == 0;
+    return total <= kMax && width > 0 && width - width == 0;
   }
 };
 

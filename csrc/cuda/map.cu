@@ -4,13 +4,13 @@
 #include "gpu.h"
 #include "registry.h"
 
-// Element-wise fake-quant: a thread has the eight elements of one byte of the mask.
+// Element-wise fake-quant. A thread processes eight elements, those of one byte of the mask.
 namespace torch_ext::cuda {
 namespace {
 
 using core::FakeQuantJob;
 
-// The qparams of consecutive elements of [outer, channels, inner].
+// Iterates over the scale and zero point of consecutive elements of [outer, channels, inner].
 template <class C>
 class Channels {
  public:

@@ -7,8 +7,8 @@
 #include "registry.h"
 
 // Backward of learned fake-quants: dx, and the sums over each channel, in one pass over memory.
-// Parts are summed by a warp or a thread each, then, with all blocks waiting in between, the sums
-// of the parts; always in the order of core/learned.h.
+// A warp or a thread sums each part; after a barrier of all blocks the sums of the parts are
+// summed. All sums are in the order of core/learned.h.
 namespace torch_ext::cuda {
 namespace {
 
@@ -61,7 +61,7 @@ struct LearnedBackward {
   }
 
  private:
-  TE_GPU static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+  TE_GPU static int64_t smaller_of(int64_t a, int64_t b) { return a < b ? a : b; }
   TE_GPU static int lane() { return gpu::thread() % gpu::kWarp; }
   template <class Body>
   TE_GPU static void each_warp(int64_t items, const Body& body) {
@@ -69,17 +69,17 @@ struct LearnedBackward {
          i += gpu::blocks() * kWarps)
       body(i);
   }
-  // The lanes' sums, in pairs.
+  // Adds the sums of the lanes in pairs, and stores the total.
   TE_GPU static void store(Sums* to, Sums own) {
-    for (int apart = kSumLanes / 2; apart > 0; apart /= 2) {
-      own.parameter += gpu::shuffle_xor(own.parameter, apart);
-      own.zero_point += gpu::shuffle_xor(own.zero_point, apart);
+    for (int distance = kSumLanes / 2; distance > 0; distance /= 2) {
+      own.parameter += gpu::shuffle_xor(own.parameter, distance);
+      own.zero_point += gpu::shuffle_xor(own.zero_point, distance);
     }
     if (lane() == 0) *to = own;
   }
-  // A warp: the s-th sum of a channel's `count` values.
+  // A warp computes the s-th sum over a channel's `count` values.
   TE_GPU static void fold(const Sums* from, int64_t count, int64_t c, int64_t s, Sums* to) {
-    const int64_t length = least(count - s * core::kSumLength, core::kSumLength);
+    const int64_t length = smaller_of(count - s * core::kSumLength, core::kSumLength);
     const Sums* const values = from + c * count + s * core::kSumLength;
     Sums own{0, 0};
     for (int64_t k = lane(); k < length; k += kSumLanes) {
@@ -89,7 +89,7 @@ struct LearnedBackward {
     store(to, own);
   }
 
-  // One channel's way of adding an element.
+  // What backward needs to know of a channel.
   struct Channel {
     core::Affine<C> affine;
     C effective;
@@ -110,11 +110,11 @@ struct LearnedBackward {
     to.zero_point += terms.zero_point;
   }
 
-  // A thread: some outer rows of a channel.
+  // A thread sums a part of a few outer rows of a channel.
   TE_GPU void add_rows(int64_t c, int64_t part) const {
     const Channel own = channel(c);
     Sums sum{0, 0};
-    const int64_t end = least((part + 1) * parts.per_part, job.layout.outer);
+    const int64_t end = smaller_of((part + 1) * parts.per_part, job.layout.outer);
     for (int64_t o = part * parts.per_part; o < end; ++o) {
       const int64_t row = (o * job.layout.channels + c) * job.layout.inner;
       for (int64_t i = row; i < row + job.layout.inner; ++i) add(own, i, sum);
@@ -122,13 +122,13 @@ struct LearnedBackward {
     sums[c * parts.count + part] = sum;
   }
 
-  // A warp: a part of a row. Units are in the order of memory: [outer, channels, parts of a row].
+  // A warp sums a part of a row. Units are in memory order: [outer, channels, parts of a row].
   TE_GPU void add_run(int64_t unit) const {
     const int64_t row = unit / parts.per_row, part = unit % parts.per_row;
     const int64_t c = row % job.layout.channels, o = row / job.layout.channels;
     const Channel own = channel(c);
     const int64_t begin = row * job.layout.inner + part * parts.per_part;
-    const int64_t count = least(parts.per_part, job.layout.inner - part * parts.per_part);
+    const int64_t count = smaller_of(parts.per_part, job.layout.inner - part * parts.per_part);
     Sums sum{0, 0};
 #pragma unroll 4
     for (int64_t i = lane(); i < count; i += kSumLanes) add(own, begin + i, sum);

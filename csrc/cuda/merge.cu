@@ -1,7 +1,7 @@
 #include "cuda/driver.h"
 #include "gpu.h"
 
-// core::merge_channel, a block for each channel.
+// core::merge_channel with one block per channel.
 namespace torch_ext::cuda {
 namespace {
 
@@ -27,7 +27,8 @@ struct Merge {
                          : extrema[1];
     if (into.layout.octaves != 0) {
       const int32_t bottom = into.layout.bottom(core::top_octave(lo, hi));
-      // A bin, with all octaves that live there in turn, is one thread's.
+      // Both loops give a bin's slot to the same thread, whatever octave it holds, so they need no
+      // barrier in between.
       int64_t fallen = empty_below(to, core::top_octave(extrema[0], extrema[1]), bottom);
       fallen += add_counts(to, other, core::top_octave(others[0], others[1]), bottom);
       if (fallen != 0) gpu::add(&tiny, fallen);
@@ -41,7 +42,8 @@ struct Merge {
   }
 
  private:
-  // visit(octave, bin) for the bins of both signs of the window that ends at `top`, by all threads.
+  // Calls visit(octave, bin) for the bins of both signs of the window that ends at `top`, spread
+  // over all threads.
   template <class Visit>
   TE_GPU void each_bin(int32_t top, const Visit& visit) const {
     if (top == 0) return;
@@ -51,7 +53,7 @@ struct Merge {
       for (int64_t k = gpu::thread(); k < 2 * width; k += kThreads)
         visit(octave, layout.octave_begin(octave) + (k < width ? k : k - width + layout.bins()));
   }
-  // Clears the octaves below `bottom`; returns what this thread found there.
+  // Clears the octaves below `bottom`; returns how many values this thread removed.
   TE_GPU int64_t empty_below(const core::ChannelStatistic& to, int32_t top, int32_t bottom) const {
     int64_t fallen = 0;
     each_bin(top, [&](int32_t octave, int64_t bin) {
@@ -61,7 +63,7 @@ struct Merge {
     });
     return fallen;
   }
-  // Adds the other's counts; returns those below `bottom`.
+  // Adds the other statistic's counts; returns how many of this thread's values are below `bottom`.
   TE_GPU int64_t add_counts(const core::ChannelStatistic& to, const core::ChannelStatistic& other,
                             int32_t top, int32_t bottom) const {
     int64_t fallen = 0;

@@ -6,21 +6,22 @@
 #include "cuda/values.h"
 #include "gpu.h"
 
-// Statistics of a tensor in one pass over memory. A block takes an item: a part of the values of
-// one channel, or of some channels that lie side by side. Where a channel is one block's alone the
-// block adds to its statistic by itself; where it is split, all blocks run at once, agree on the
-// window, and then add.
+// Statistics of a tensor in one pass over memory. A block processes items. An item is a part of the
+// values of one group: a channel, or some channels that are adjacent in memory. A block that reads
+// all values of a group adds to their statistic on its own. Where groups are split among blocks,
+// the launch is cooperative: all blocks compute the new window, wait for each other, and add with
+// atomics.
 namespace torch_ext::cuda {
 
 // How a tensor is cut into items.
 struct Cut {
   core::Walk walk;         // over units
-  int64_t units;           // of a channel: packets where they are whole and aligned, else values
+  int64_t units;           // of a channel: packets of 16 bytes where these are aligned, else values
   int64_t values;          // of a channel
-  int64_t whole;           // units that are whole packets; at most the last is not
+  int64_t whole;           // full units; only the last can be partial
   int64_t channel_stride;  // in elements
   int32_t per_unit;        // values
-  int32_t together;        // channels of an item: a power of two
+  int32_t group_channels;  // channels of a group: a power of two
   int64_t groups;          // of channels
   int64_t splits;          // of each group's values
 };
@@ -28,7 +29,7 @@ struct Cut {
 template <class T, class Table>
 struct Observe {
   static constexpr int kThreads = 512;
-  // Values a thread has in registers, and as many that are on their way.
+  // A thread has so many values in registers, and as many more are being loaded.
   static constexpr int kValues = sizeof(T) == 8 ? 4 : sizeof(T) == 4 ? 12 : 16;
   static constexpr int kPackets = kValues / kPerPacket<T>;
 
@@ -42,7 +43,7 @@ struct Observe {
   TE_GPU void operator()() const {
     if (mode.unless != nullptr && *mode.unless != 0) return;
     BlockState& state = *static_cast<BlockState*>(gpu::shared());
-    Accumulator<Table, kThreads, kValues> block(state, table(), into.layout, cut.together);
+    Accumulator<Table, kThreads, kValues> block(state, table(), into.layout, cut.group_channels);
     if (cut.splits > 1) return split(block, state);
     for (int64_t group = gpu::block(); group < cut.groups; group += gpu::blocks()) {
       accumulate(block, group, 0);
@@ -54,7 +55,7 @@ struct Observe {
  private:
   using Block = Accumulator<Table, kThreads, kValues>;
 
-  TE_GPU int64_t table_size() const { return cut.together * into.layout.size(); }
+  TE_GPU int64_t table_size() const { return cut.group_channels * into.layout.size(); }
   TE_GPU Table table() const {
     uint32_t* const on_chip =
         reinterpret_cast<uint32_t*>(static_cast<BlockState*>(gpu::shared()) + 1);
@@ -68,11 +69,11 @@ struct Observe {
     }
   }
   TE_GPU int channels_of(int64_t group) const {
-    const int64_t left = into.channels - group * cut.together;
-    return static_cast<int>(left < cut.together ? left : cut.together);
+    const int64_t left = into.channels - group * cut.group_channels;
+    return static_cast<int>(left < cut.group_channels ? left : cut.group_channels);
   }
   TE_GPU core::ChannelStatistic target(int64_t group, int c) const {
-    return into.channel(group * cut.together + c);
+    return into.channel(group * cut.group_channels + c);
   }
   TE_GPU int32_t old_top(int64_t group, int c) const {
     if (mode.fresh || c >= channels_of(group) || into.layout.octaves == 0) return 0;
@@ -84,27 +85,27 @@ struct Observe {
 
   TE_GPU void accumulate(Block& block, int64_t group, int64_t part) const {
     block.start([&](int c) { return old_top(group, c); });
-    const int c = gpu::thread() % cut.together, row = gpu::thread() / cut.together;
+    const int c = gpu::thread() % cut.group_channels, row = gpu::thread() / cut.group_channels;
     const bool mine = c < channels_of(group);
-    const T* const base = data + (group * cut.together + c) * cut.channel_stride;
-    const int64_t begin = cut.units / cut.splits * part + least(part, cut.units % cut.splits);
+    const T* const base = data + (group * cut.group_channels + c) * cut.channel_stride;
+    const int64_t begin = cut.units / cut.splits * part + smaller_of(part, cut.units % cut.splits);
     const int64_t end = begin + cut.units / cut.splits + (part < cut.units % cut.splits ? 1 : 0);
-    Reader reader{*this, base, begin + row, mine ? end : 0, kThreads / cut.together};
+    Reader reader{*this, base, begin + row, mine ? end : 0, kThreads / cut.group_channels};
     const int64_t per_chunk = int64_t{reader.rows} * (kValues / cut.per_unit);
     for (int64_t left = end - begin; left > 0; left -= per_chunk) {
       if (left == end - begin) reader.load();
       float x[kValues];
       const int padding = reader.decode(x);
-      // The next chunk is on its way while this one is counted.
+      // The next chunk is loaded while this one is counted.
       if (left > per_chunk) reader.load();
       block.add(x, padding);
     }
     block.finish();
   }
-  TE_GPU static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+  TE_GPU static int64_t smaller_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
-  // A packet of the first `left` values, the others NaN.
-  struct Rest {
+  // Loads a packet with only the first `left` values; the others are NaN.
+  struct PartialPacket {
     const T* at;
     TE_GPU gpu::Packet operator()(int left) const {
       gpu::Packet packet{};
@@ -114,7 +115,7 @@ struct Observe {
     }
   };
 
-  // One thread's values, a chunk ahead of their use.
+  // Loads one thread's values, a chunk ahead of their use.
   struct Reader {
     const Observe& from;
     const T* base;
@@ -138,9 +139,10 @@ struct Observe {
         if (unit < end && unit < from.cut.whole) {
           next[i] = gpu::load(base + from.offset(unit));
         } else {
-          // Past the end, or the packet that the end lies in.
+          // Past the end, or the last, partial packet.
           const int64_t left = unit < end ? from.cut.values - unit * kPerPacket<T> : 0;
-          next[i] = gpu::apart(Rest{base + unit * kPerPacket<T>}, static_cast<int>(left));
+          next[i] = gpu::call_noinline(PartialPacket{base + unit * kPerPacket<T>},
+                                       static_cast<int>(left));
           padding += kPerPacket<T> - static_cast<int>(left);
         }
       }
@@ -163,20 +165,22 @@ struct Observe {
     }
   };
 
-  // Where a unit lies. What needs divisions is called, not inlined for each load.
+  // Offset of a unit, in elements. The variant with divisions is not inlined, because every load
+  // would repeat it.
   TE_GPU int64_t offset(int64_t unit) const {
     if (cut.walk.count == 1) return unit * cut.walk.dims[0].stride;
-    return gpu::apart(cut.walk, unit);
+    return gpu::call_noinline(cut.walk, unit);
   }
 
-  // ---- a channel of one block
+  // ---- a group that one block reads
 
   TE_GPU void add_alone(BlockState& state, int64_t group, int c) const {
     const core::ChannelStatistic to = target(group, c);
-    Partial& found = state.found[c];
+    Partial& total = state.totals[c];
     if constexpr (kCounts<Table>) {
-      // The block's window began at the statistic's and ends where that has to.
-      if (!mode.fresh) lift(to, old_top(group, c), state.top[c], found);
+      // The block's window started as the statistic's, so it ended as the one that the statistic
+      // needs now.
+      if (!mode.fresh) raise_window(to, old_top(group, c), state.top[c], total);
       gpu::sync();
       const Table counters = table();
       int64_t kept = 0;
@@ -188,15 +192,16 @@ struct Observe {
         else if (n != 0)
           to.counts[bin] += n;
       }
-      if (kept != 0) gpu::add(&found.tally[core::kTiny], -kept);
+      if (kept != 0) gpu::add(&total.tally[core::kTiny], -kept);
       gpu::sync();
     }
-    if (gpu::thread() == 0) write(to, found, found.tally);
+    if (gpu::thread() == 0) write(to, total, total.tally);
   }
 
-  // Empties the slots of the statistic's octaves that fall out of its window.
-  TE_GPU void lift(const core::ChannelStatistic& to, int32_t top, int32_t new_top,
-                   Partial& found) const {
+  // Clears the slots of the octaves that leave the statistic's window, and counts their values as
+  // tiny.
+  TE_GPU void raise_window(const core::ChannelStatistic& to, int32_t top, int32_t new_top,
+                           Partial& total) const {
     if (top == 0 || new_top <= top) return;
     const int32_t bottom = into.layout.bottom(new_top);
     const int64_t width = int64_t{1} << into.layout.mantissa_bits;
@@ -204,54 +209,54 @@ struct Observe {
       for (int64_t k = gpu::thread(); k < 2 * width; k += kThreads) {
         int64_t& n = to.counts[into.layout.octave_begin(octave) +
                                (k < width ? k : k - width + into.layout.bins())];
-        if (n != 0) gpu::add(&found.tally[core::kTiny], n);
+        if (n != 0) gpu::add(&total.tally[core::kTiny], n);
         n = 0;
       }
     }
   }
 
-  TE_GPU void write(const core::ChannelStatistic& to, const Partial& found,
+  TE_GPU void write(const core::ChannelStatistic& to, const Partial& total,
                     const int64_t (&tally)[core::kTallyColumns]) const {
-    write_extrema(to, found);
+    write_extrema(to, total);
     for (int column = 0; column < core::kTallyColumns; ++column)
       to.tally[column] = (mode.fresh ? 0 : to.tally[column]) + tally[column];
   }
-  TE_GPU void write_extrema(const core::ChannelStatistic& to, const Partial& found) const {
-    const float lo = core::float_of_key(found.min_key), hi = core::float_of_key(found.max_key);
-    if (mode.fresh || found.min_key < core::key_of(to.extrema[0]))
+  TE_GPU void write_extrema(const core::ChannelStatistic& to, const Partial& total) const {
+    const float lo = core::float_of_key(total.min_key), hi = core::float_of_key(total.max_key);
+    if (mode.fresh || total.min_key < core::key_of(to.extrema[0]))
       to.extrema[0] = core::positive_zero(lo);
-    if (mode.fresh || found.max_key > core::key_of(to.extrema[1]))
+    if (mode.fresh || total.max_key > core::key_of(to.extrema[1]))
       to.extrema[1] = core::positive_zero(hi);
   }
 
-  // ---- a channel of several blocks
+  // ---- a group that several blocks read
 
   TE_GPU void split(Block& block, BlockState& state) const {
     const int64_t group = gpu::block() / cut.splits, part = gpu::block() % cut.splits;
     accumulate(block, group, part);
-    Partial* const shares = partials + group * cut.splits * cut.together;
-    if (gpu::thread() < cut.together)
-      shares[part * cut.together + gpu::thread()] = state.found[gpu::thread()];
+    Partial* const shares = partials + group * cut.splits * cut.group_channels;
+    if (gpu::thread() < cut.group_channels)
+      shares[part * cut.group_channels + gpu::thread()] = state.totals[gpu::thread()];
     if (kCounts<Table> && mode.fresh) clear_part(group, part);
     gpu::sync_blocks();
-    // From here on `found` is what all blocks of the group found.
-    if (gpu::thread() < cut.together) state.found[gpu::thread()] = kNothing;
+    // From here on state.totals is that of all blocks of the group.
+    if (gpu::thread() < cut.group_channels) state.totals[gpu::thread()] = kNothing;
     gpu::sync();
-    for (int64_t i = gpu::thread(); i < cut.splits * cut.together; i += kThreads)
-      Block::combine(state.found[i % cut.together], shares[i]);
+    for (int64_t i = gpu::thread(); i < cut.splits * cut.group_channels; i += kThreads)
+      Block::combine(state.totals[i % cut.group_channels], shares[i]);
     gpu::sync();
     if constexpr (kCounts<Table>) {
-      if (gpu::thread() < cut.together)
+      if (gpu::thread() < cut.group_channels)
         state.next_top[gpu::thread()] = common_top(state, group, gpu::thread());
       gpu::sync();
       if (part == 0) write_tallies(state, group);
       gpu::sync_blocks();
       for (int c = 0; c < channels_of(group); ++c) add_shared(state, group, c);
       if (part == 0 && gpu::thread() < channels_of(group))
-        write_extrema(target(group, gpu::thread()), state.found[gpu::thread()]);
+        write_extrema(target(group, gpu::thread()), state.totals[gpu::thread()]);
     } else if (part == 0 && gpu::thread() < channels_of(group)) {
-      const Partial& found = state.found[gpu::thread()];
-      write(target(group, gpu::thread()), found, found.tally);
+      const Partial& total = state.totals[gpu::thread()];
+      write(target(group, gpu::thread()), total, total.tally);
     }
   }
 
@@ -262,27 +267,28 @@ struct Observe {
       counts[i] = 0;
   }
 
-  // Octave that the window of the statistic ends at once the group's values are in.
+  // Top octave of the statistic's window with the values of all blocks.
   TE_GPU int32_t common_top(const BlockState& state, int64_t group, int c) const {
-    const Partial& found = state.found[c];
+    const Partial& total = state.totals[c];
     const int32_t top =
-        core::top_octave(core::float_of_key(found.min_key), core::float_of_key(found.max_key));
+        core::top_octave(core::float_of_key(total.min_key), core::float_of_key(total.max_key));
     const int32_t old = old_top(group, c);
     return top > old ? top : old;
   }
 
   TE_GPU void write_tallies(BlockState& state, int64_t group) const {
     for (int c = 0; c < channels_of(group); ++c)
-      if (!mode.fresh) lift(target(group, c), old_top(group, c), state.next_top[c], state.found[c]);
+      if (!mode.fresh)
+        raise_window(target(group, c), old_top(group, c), state.next_top[c], state.totals[c]);
     gpu::sync();
     if (gpu::thread() >= channels_of(group)) return;
     const core::ChannelStatistic to = target(group, gpu::thread());
     for (int column = 0; column < core::kTallyColumns; ++column)
       to.tally[column] =
-          (mode.fresh ? 0 : to.tally[column]) + state.found[gpu::thread()].tally[column];
+          (mode.fresh ? 0 : to.tally[column]) + state.totals[gpu::thread()].tally[column];
   }
 
-  // The block's counters into the statistic's, while other blocks do so too.
+  // Adds the block's counters to the statistic's with atomics: other blocks do so at the same time.
   TE_GPU void add_shared(const BlockState& state, int64_t group, int c) const {
     if (state.top[c] == 0) return;
     const core::ChannelStatistic to = target(group, c);

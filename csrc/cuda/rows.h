@@ -7,25 +7,25 @@
 #include "gpu.h"
 #include "registry.h"
 
-// A row is a channel of a job. What is done with it whatever its rule reads.
+// A row is a channel of a job. This file has the steps that do not depend on what its rule reads.
 namespace torch_ext::cuda {
 
 template <class List>
-struct MostOptions;
+struct MaxOptions;
 template <class... R>
-struct MostOptions<List<R...>> {
+struct MaxOptions<List<R...>> {
   static constexpr int value = std::max({R::option_count...});
 };
 
-// A job in a kernel's arguments.
+// A job, as passed in a kernel's arguments.
 struct Task {
-  core::SolveJob job;  // its options are those below
-  double options[MostOptions<Observers>::value];
+  core::SolveJob job;  // job.options is null, its options are below
+  double options[MaxOptions<Observers>::value];
   core::Needs needs;
   int64_t end;  // rows of this and all tasks before it
 };
 
-// f.template operator()<Rule>() for the rule of this index.
+// Calls f.template operator()<Rule>() for the rule with this index.
 template <class F>
 TE_GPU void with_rule(int32_t rule, const F& f) {
   Observers::for_each([&]<class R>(int32_t index) {
@@ -38,7 +38,8 @@ struct Row {
   int64_t channel;
 
   TE_GPU core::ChannelStatistic statistic() const { return task.job.statistic.channel(channel); }
-  // Frozen: its range is found and stays, so nothing was observed.
+  // Whether the range is solved and stays as it is (averaging_constant 0); then nothing was
+  // observed.
   TE_GPU bool is_frozen() const {
     return task.job.solved != nullptr && *task.job.solved != 0 && task.job.averaging_constant == 0;
   }
@@ -56,26 +57,26 @@ TE_GPU void store(const Row& row, core::Range solved) {
   });
   core::store_qparams(job, row.channel, q);
 }
-// A channel without values leaves a range that follows, and makes any other (0, 0). Returns
-// whether that was all.
-TE_GPU bool store_unseen(const Row& row) {
+// Handles frozen rows and channels without values: a range that follows stays, any other becomes
+// (0, 0). Returns whether the row is done.
+TE_GPU bool store_if_empty(const Row& row) {
   if (row.is_frozen()) return true;
   if (row.has_values()) return false;
   if (row.task.job.solved == nullptr) store(row, {0, 0});
   return true;
 }
-TE_GPU core::Range nothing_plausible() {
+TE_GPU core::Range nan_range() {
   return {static_cast<double>(__builtin_nanf("")), static_cast<double>(__builtin_nanf(""))};
 }
-// A row whose rule reads extrema at most, by one thread.
+// Solves a row whose rule reads nothing but extrema, in one thread.
 TE_GPU void solve_extrema(const Row& row) {
-  if (store_unseen(row)) return;
+  if (store_if_empty(row)) return;
   const Task& task = row.task;
   core::View view{};
   core::Range range{0, 0};
   if (task.needs == core::Needs::extrema) {
     const core::ChannelStatistic s = row.statistic();
-    if (!core::has_extrema(s)) return store(row, nothing_plausible());
+    if (!core::has_extrema(s)) return store(row, nan_range());
     view = core::frame_view(task.job.statistic.layout, task.needs, s.extrema, s.tally, nullptr);
   }
   with_rule(task.job.rule, [&]<class R>() {
@@ -85,7 +86,7 @@ TE_GPU void solve_extrema(const Row& row) {
   store(row, range);
 }
 
-// The task of a job, which travels in a kernel's arguments.
+// Copies a job and its options into a task, for a kernel's arguments.
 inline Task task_of(const core::SolveJob& job, core::Needs needs, int32_t option_count) {
   Task task{};
   task.job = job;

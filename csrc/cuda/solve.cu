@@ -5,27 +5,27 @@
 #include "cuda/steps.h"
 #include "rule_table.h"
 
-// Jobs as arguments of a kernel (steps.h), and the memory it needs.
+// Passes jobs to the kernel of steps.h, and computes how much memory it needs.
 namespace torch_ext::cuda {
 namespace {
 
 using core::Needs;
 
-// Jobs of one launch; their list travels in its arguments.
-template <int kMost>
+// The kernel. The list of jobs is passed in its arguments.
+template <int kTasks>
 struct Solve {
   static constexpr int kThreads = kSolveThreads;
   Steps steps;
-  Task tasks[kMost];
+  Task tasks[kTasks];
 
   TE_GPU void operator()() const {
     Steps own = steps;
     own.tasks = tasks;
-    gpu::apart(own);
+    gpu::call_noinline(own);
   }
 };
-constexpr int kMostTasks = 128;
-constexpr int64_t kMostWords = (int64_t{256} << 20) / 8;
+constexpr int kMaxTasks = 128;
+constexpr int64_t kMaxWords = (int64_t{256} << 20) / 8;
 
 RowLayout layout_of(const std::vector<const SolveJob*>& jobs) {
   int64_t view = 0, work = 0, objectives = 0;
@@ -33,48 +33,48 @@ RowLayout layout_of(const std::vector<const SolveJob*>& jobs) {
     const core::HistogramLayout layout = job->statistic.layout;
     view = std::max(view, core::view_words(layout, rules()[job->rule].needs));
     work = std::max(work, work_words(job->rule, layout, job->grid, job->options));
-    if (rules()[job->rule].most_candidates != nullptr)
-      objectives = std::max(objectives, rules()[job->rule].most_candidates(layout));
+    if (rules()[job->rule].max_candidates != nullptr)
+      objectives = std::max(objectives, rules()[job->rule].max_candidates(layout));
   }
-  RowLayout found{};
-  found.work = view;
-  found.objectives = found.work + work;
-  found.state = (found.objectives + objectives + 1) / 2 * 2;
-  found.stride = found.state + static_cast<int64_t>((sizeof(RowState) + 15) / 16 * 2);
-  found.groups = (objectives + gpu::kWarp - 1) / gpu::kWarp;
-  return found;
+  RowLayout row{};
+  row.work = view;
+  row.objectives = row.work + work;
+  row.state = (row.objectives + objectives + 1) / 2 * 2;
+  row.stride = row.state + static_cast<int64_t>((sizeof(RowState) + 15) / 16 * 2);
+  row.groups = (objectives + gpu::kWarp - 1) / gpu::kWarp;
+  return row;
 }
 
-bool is_cheap(const SolveJob& job) { return rules()[job.rule].needs <= Needs::extrema; }
+bool reads_no_histogram(const SolveJob& job) { return rules()[job.rule].needs <= Needs::extrema; }
 
-// Those that read a histogram, of which a launch has `wave` rows in memory at a time.
-struct Heavy {
+// The rows of jobs that read a histogram. A launch has memory for `wave` of them at a time.
+struct HistogramRows {
   RowLayout layout;
   int64_t rows = 0;
   int64_t wave = 0;
 };
-Heavy heavy_of(const SolveJob* jobs, int64_t count) {
-  std::vector<const SolveJob*> heavy;
-  Heavy found{};
+HistogramRows histogram_rows_of(const SolveJob* jobs, int64_t count) {
+  std::vector<const SolveJob*> histogram_jobs;
+  HistogramRows result{};
   for (int64_t j = 0; j < count; ++j) {
-    if (is_cheap(jobs[j])) continue;
-    heavy.push_back(&jobs[j]);
-    found.rows += jobs[j].statistic.channels;
+    if (reads_no_histogram(jobs[j])) continue;
+    histogram_jobs.push_back(&jobs[j]);
+    result.rows += jobs[j].statistic.channels;
   }
-  if (found.rows == 0) return found;
-  found.layout = layout_of(heavy);
-  found.wave = std::clamp<int64_t>(kMostWords / found.layout.stride, 1, found.rows);
-  return found;
+  if (result.rows == 0) return result;
+  result.layout = layout_of(histogram_jobs);
+  result.wave = std::clamp<int64_t>(kMaxWords / result.layout.stride, 1, result.rows);
+  return result;
 }
 
-template <int kMost>
-void launch(const std::vector<const SolveJob*>& jobs, const Heavy& heavy, void* scratch,
-            Stream stream) {
-  Solve<kMost> kernel{};
+template <int kTasks>
+void launch(const std::vector<const SolveJob*>& jobs, const HistogramRows& histograms,
+            void* scratch, Stream stream) {
+  Solve<kTasks> kernel{};
   Steps& steps = kernel.steps;
   steps.count = static_cast<int32_t>(jobs.size());
-  steps.wave = std::max<int64_t>(1, heavy.wave);
-  steps.layout = heavy.layout;
+  steps.wave = std::max<int64_t>(1, histograms.wave);
+  steps.layout = histograms.layout;
   steps.memory = static_cast<int64_t*>(scratch);
   for (int32_t t = 0; t < steps.count; ++t) {
     const RuleRow& rule = rules()[jobs[t]->rule];
@@ -82,14 +82,14 @@ void launch(const std::vector<const SolveJob*>& jobs, const Heavy& heavy, void* 
     task = task_of(*jobs[t], rule.needs, static_cast<int32_t>(rule.options.size()));
     steps.rows += task.job.statistic.channels;
     task.end = steps.rows;
-    if (is_cheap(*jobs[t])) steps.cheap = steps.rows;
+    if (reads_no_histogram(*jobs[t])) steps.extrema_rows = steps.rows;
   }
   constexpr size_t kShared = kSolveWarps * sizeof(double);
-  // A row's candidates are some fifty warps' work.
-  const int64_t wanted = std::max((steps.cheap + kSolveThreads - 1) / kSolveThreads,
-                                  64 * std::min(steps.rows - steps.cheap, steps.wave));
+  // The candidates of a row keep about fifty warps busy.
+  const int64_t wanted = std::max((steps.extrema_rows + kSolveThreads - 1) / kSolveThreads,
+                                  64 * std::min(steps.rows - steps.extrema_rows, steps.wave));
   const int64_t blocks =
-      std::clamp<int64_t>(wanted, 1, gpu::resident_blocks<Solve<kMost>>(kShared));
+      std::clamp<int64_t>(wanted, 1, gpu::resident_blocks<Solve<kTasks>>(kShared));
   gpu::launch("solve", kernel, {blocks, kShared, true}, stream);
 }
 
@@ -113,21 +113,22 @@ struct QParamsOf {
 }  // namespace
 
 size_t solve_scratch(const SolveJob* jobs, int64_t count) {
-  const Heavy heavy = heavy_of(jobs, count);
-  return heavy.wave * heavy.layout.stride * sizeof(int64_t);
+  const HistogramRows histograms = histogram_rows_of(jobs, count);
+  return histograms.wave * histograms.layout.stride * sizeof(int64_t);
 }
 
 void solve(const SolveJob* jobs, int64_t count, void* scratch, Stream stream) {
-  const Heavy heavy = heavy_of(jobs, count);
-  for (int64_t begin = 0; begin < count; begin += kMostTasks) {
-    std::vector<const SolveJob*> some;
-    for (int64_t j = begin; j < std::min<int64_t>(begin + kMostTasks, count); ++j)
-      some.push_back(&jobs[j]);
-    std::stable_partition(some.begin(), some.end(), [](const SolveJob* j) { return is_cheap(*j); });
-    if (some.size() == 1)
-      launch<1>(some, heavy, scratch, stream);
+  const HistogramRows histograms = histogram_rows_of(jobs, count);
+  for (int64_t begin = 0; begin < count; begin += kMaxTasks) {
+    std::vector<const SolveJob*> batch;
+    for (int64_t j = begin; j < std::min<int64_t>(begin + kMaxTasks, count); ++j)
+      batch.push_back(&jobs[j]);
+    std::stable_partition(batch.begin(), batch.end(),
+                          [](const SolveJob* j) { return reads_no_histogram(*j); });
+    if (batch.size() == 1)
+      launch<1>(batch, histograms, scratch, stream);
     else
-      launch<kMostTasks>(some, heavy, scratch, stream);
+      launch<kMaxTasks>(batch, histograms, scratch, stream);
   }
 }
 

@@ -5,48 +5,48 @@
 #include "cuda/rows.h"
 #include "gpu.h"
 
-// Rules, for all quantizers of a list in one launch. A row is a channel of a job. Rows that read
-// only extrema are solved by a thread each. The others go together through steps, with all blocks
-// waiting in between: totals of octaves, prefix sums (the view), closed rules and preparation of
+// Solves all quantizers of a list in one launch. A row is a channel of a job. A row whose rule
+// reads only extrema is solved by one thread. The others take these steps, with a barrier of all
+// blocks after each: totals of octaves, prefix sums (the view), closed rules and preparation of
 // searches, objectives of all candidates, winners.
 namespace torch_ext::cuda {
 
 constexpr int kSolveThreads = 256;
 constexpr int kSolveWarps = kSolveThreads / gpu::kWarp;
 
-// A row's memory: its view's words, those of its search, then these.
+// The end of a row's memory, behind the words of its view, those of its search and its objectives.
 struct RowState {
   alignas(16) unsigned char search[512];
   core::View view;
   int64_t candidates;
   bool valid;
-  int64_t totals[2][32];  // of a sign's octaves
+  int64_t totals[2][32];  // values per sign and octave
 };
 
 struct RowLayout {
-  int64_t work;        // where a row's search words begin, in words
-  int64_t objectives;  // and its objectives
-  int64_t state;       // and its RowState
-  int64_t stride;      // words of a row
-  int64_t groups;      // of a warp's candidates, at most
+  int64_t work;        // offset in a row of the words of its search, in words
+  int64_t objectives;  // offset of its objectives
+  int64_t state;       // offset of its RowState
+  int64_t stride;      // size of a row, in words
+  int64_t groups;      // the most warps that a row's candidates need
 };
 
-// The steps, over tasks[0 .. count) whose first `cheap` rows read extrema at most; `wave` of the
-// other rows at a time have memory.
+// The steps, for the rows of tasks[0 .. count). The first `extrema_rows` rows read nothing but
+// extrema. There is memory for `wave` of the others at a time.
 struct Steps {
   const Task* tasks;
   int32_t count;
-  int64_t cheap;
+  int64_t extrema_rows;
   int64_t rows;
   int64_t wave;
   RowLayout layout;
   int64_t* memory;
 
   TE_GPU void operator()() const {
-    for (int64_t row = gpu::block() * kSolveThreads + gpu::thread(); row < cheap;
+    for (int64_t row = gpu::block() * kSolveThreads + gpu::thread(); row < extrema_rows;
          row += gpu::blocks() * kSolveThreads)
       solve_extrema(row_of(row));
-    for (int64_t begin = cheap; begin < rows; begin += wave) {
+    for (int64_t begin = extrema_rows; begin < rows; begin += wave) {
       const int64_t end = begin + wave < rows ? begin + wave : rows;
       each_warp((end - begin) * 64, [&](int64_t i) { add_octave(begin, begin + i / 64, i % 64); });
       gpu::sync_blocks();
@@ -60,8 +60,9 @@ struct Steps {
       for (int64_t row = begin + gpu::block(); row < end; row += gpu::blocks()) decide(begin, row);
       gpu::sync_blocks();
     }
-    // Every row has looked at its job's flag.
-    if (cheap == rows) gpu::sync_blocks();
+    // Before a flag is set every row has to have read it. With histogram rows the last barrier
+    // above ensured that.
+    if (extrema_rows == rows) gpu::sync_blocks();
     for (int64_t row = gpu::block() * kSolveThreads + gpu::thread(); row < rows;
          row += gpu::blocks() * kSolveThreads)
       mark(row);
@@ -90,7 +91,7 @@ struct Steps {
   TE_GPU double* objectives(int64_t begin, int64_t row) const {
     return reinterpret_cast<double*>(words(begin, row) + layout.objectives);
   }
-  // Few items are spread over all blocks.
+  // Consecutive items go to different blocks, so that few items use all blocks.
   template <class F>
   TE_GPU static void each_warp(int64_t items, const F& f) {
     const int64_t warp = gpu::thread() / gpu::kWarp * gpu::blocks() + gpu::block();
@@ -116,13 +117,13 @@ struct Steps {
     return row.statistic().counts + sign * view.layout.bins() +
            view.layout.octave_begin(view.bottom + static_cast<int32_t>(octave));
   }
-  // This lane's share of an octave's bins.
+  // Number of an octave's bins for each lane.
   TE_GPU static int64_t share(const core::View& view) {
     const int64_t width = int64_t{1} << view.layout.mantissa_bits;
     return (width + gpu::kWarp - 1) / gpu::kWarp;
   }
 
-  // A warp: values in one octave of one sign.
+  // A warp counts the values in one octave of one sign.
   TE_GPU void add_octave(int64_t begin, int64_t index, int64_t part) const {
     const Row row = row_of(index);
     const int sign = static_cast<int>(part / 32);
@@ -154,7 +155,7 @@ struct Steps {
     return before;
   }
 
-  // A warp: prefix sums over one octave, of both signs.
+  // A warp computes the prefix sums over one octave, for both signs.
   TE_GPU void fill_octave(int64_t begin, int64_t index, int64_t octave) const {
     const Row row = row_of(index);
     if (row.is_frozen()) return;
@@ -184,7 +185,7 @@ struct Steps {
       arrays.magnitude[i] = core::magnitude_below(view, arrays, i);
   }
 
-  // A thread: closed rules, and what a search needs before its candidates.
+  // One thread solves a closed rule, or prepares a search.
   TE_GPU void prepare(int64_t begin, int64_t index) const {
     if (gpu::thread() != 0) return;
     const Row row = row_of(index);
@@ -192,10 +193,10 @@ struct Steps {
     RowState& s = state(begin, index);
     s.candidates = 0;
     s.valid = false;
-    if (store_unseen(row)) return;
+    if (store_if_empty(row)) return;
     s.view = frame(begin, index, row);
     if (!core::has_extrema(row.statistic()) || core::values_held(s.view) != s.view.finite)
-      return store(row, nothing_plausible());
+      return store(row, nan_range());
     if (task.needs == core::Needs::moments) core::add_moments(s.view);
     s.valid = true;
     with_rule(task.job.rule, [&]<class R>() {
@@ -210,7 +211,7 @@ struct Steps {
     });
   }
 
-  // A warp: a candidate for each lane.
+  // A warp computes objectives, one candidate per lane.
   TE_GPU void evaluate(int64_t begin, int64_t index, int64_t group) const {
     const RowState& s = state(begin, index);
     const int64_t i = group * gpu::kWarp + gpu::thread() % gpu::kWarp;
@@ -230,7 +231,7 @@ struct Steps {
     return winner < 0 ? largest : smaller(R::threshold(search, winner), largest);
   }
 
-  // Searches for a composite rule, each by the whole block.
+  // The searches of a composite rule, each by the whole block.
   struct BlockThresholds {
     const core::View& view;
     const core::Grid& grid;
@@ -255,7 +256,7 @@ struct Steps {
     }
   };
 
-  // A block: the winner of a search, or a composite rule.
+  // A block chooses the winner of a search, or solves a composite rule.
   TE_GPU void decide(int64_t begin, int64_t index) const {
     RowState& s = state(begin, index);
     if (!s.valid) return;

@@ -4,14 +4,14 @@
 
 #include "gpu.h"
 
-// A block's counters of histogram bins. `add` may run on all threads at once; `clear` and `take`
-// (reads a counter and sets it to 0) are for one thread per bin.
+// A block's counters of histogram bins. All threads may call `add` at the same time. `clear` and
+// `take`, which reads a counter and sets it to 0, may be called by one thread per bin.
 namespace torch_ext::cuda {
 
-// Rules that read no histogram keep no counters.
+// For rules that read no histogram.
 struct NoTable {};
 
-// 32 bits a bin: in shared memory, or in the block's scratch where that is too small.
+// 32 bits per bin, in shared memory, or in the block's scratch memory where that is too small.
 struct WideTable {
   static constexpr int64_t kSharedBytes = 4;  // per bin
   uint32_t* counts;
@@ -25,10 +25,10 @@ struct WideTable {
   }
 };
 
-// 16 bits a bin in shared memory, two bins a word, and 32 bits in the block's scratch. Whoever
-// lifts a counter to kHalf takes kHalf away again and carries it. A counter is below kHalf when a
-// chunk of values begins and cannot pass 2 kHalf - 1 before it ends, as long as a chunk has no more
-// than kHalf values and a barrier follows it.
+// 16 bits per bin in shared memory, two bins in a word, and a carry of 32 bits per bin in the
+// block's scratch memory. The thread whose increment makes a counter reach kHalf subtracts kHalf
+// and adds it to the carry. So a counter is below kHalf at the start of a chunk of values, and does
+// not overflow within it as long as a chunk has at most kHalf values and a barrier follows it.
 struct NarrowTable {
   static constexpr int64_t kSharedBytes = 2;
   static constexpr uint32_t kHalf = 0x8000;

@@ -2,7 +2,7 @@
 
 #include "cuda/driver.h"
 
-// A build without CUDA. The ops refuse CUDA tensors before they come here.
+// The drivers of a build without CUDA. The ops raise for CUDA tensors before they call these.
 namespace torch_ext::cuda {
 namespace {
 

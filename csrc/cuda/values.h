@@ -7,13 +7,13 @@
 #include "core/histogram.h"
 #include "gpu.h"
 
-// Elements in memory and in registers.
+// Elements, and packets of 16 bytes that hold several of them.
 namespace torch_ext::cuda {
 
 template <class T>
 constexpr int kPerPacket = 16 / static_cast<int>(sizeof(T));
 
-// Element i of a packet; i is a constant once loops are unrolled.
+// Element i of a packet. Loops over i are unrolled, so that i is a constant.
 template <class T>
 TE_GPU T element(const gpu::Packet& p, int i) {
   if constexpr (sizeof(T) == 2) {
@@ -39,7 +39,7 @@ TE_GPU void set_element(gpu::Packet& p, int i, T value) {
   p.words[i / 2] = i % 2 == 0 ? bits : p.words[i / 2] | bits;
 }
 
-// As statistics see it: rounded to float32.
+// The value as statistics count it: rounded to float32.
 TE_GPU float observed(float x) { return x; }
 TE_GPU float observed(double x) { return static_cast<float>(x); }
 TE_GPU float observed(core::half x) { return gpu::widen(x); }

@@ -14,15 +14,16 @@ struct FakeQuant {
     return core::dequantize(core::quantize(x, affine, rounding), affine);
   }
 
-  // Whether the gradient passes: all that backward needs of x. Apart from forward, because loops
-  // over a struct of both are not always vectorised; the compiler computes what they share once.
+  // Whether the gradient passes, which is all that backward needs of x. A function of its own,
+  // because loops over a struct of both results are not always vectorised; the compiler still
+  // computes the common terms once.
   template <typename T>
   TE_HD static bool passes(T x, const core::Affine<T>& affine, core::Rounding rounding,
                            core::Mask mask) {
     return core::is_in_mask(x, affine, rounding, mask);
   }
 
-  // A select, not a product: a NaN or infinite gradient outside the mask gives 0 as well.
+  // Selects instead of multiplying: outside the mask a NaN or infinite gradient gives 0 too.
   template <typename T>
   TE_HD static T backward(T grad, bool passes) {
     return passes ? grad : T{};

@@ -17,12 +17,12 @@ struct Lsq {
   static constexpr bool per_channel = true;
   static constexpr double start = 0;
 
-  // The optimizer may drive s anywhere: what is used is max(|s|, 2^-126).
+  // The optimizer can make s negative or tiny, so max(|s|, 2^-126) is used.
   TE_HD static float effective(float s) {
     const float magnitude = s < 0 ? -s : s;
     return magnitude < 0x1p-126f ? 0x1p-126f : magnitude;
   }
-  // Of the effective scale with respect to s, + at 0.
+  // Derivative of |s| with respect to s; 1 at 0.
   TE_HD static double sign(float s) { return s < 0 ? -1 : 1; }
 
   template <typename T>
@@ -31,8 +31,8 @@ struct Lsq {
     return core::make_affine<T>(effective(s), zero_point, quant_min, quant_max);
   }
 
-  // Of one element. `inverse` is 1 / scale in float64, so that the rounding error is exact to its
-  // last bits.
+  // The terms of one element. `inverse` is 1 / scale in float64, so that the small difference
+  // round(v) - v keeps its bits.
   template <typename T>
   TE_HD static core::Terms<T> backward(T x, T grad, const core::Affine<T>& affine, T,
                                        double inverse) {
@@ -50,7 +50,7 @@ struct Lsq {
             below | above ? -wide * static_cast<double>(affine.scale) : 0.0};
   }
 
-  // 1 / sqrt(N quant_max), N elements for each scale.
+  // 1 / sqrt(N quant_max), for N elements per scale (section 2.2 of the paper).
   TE_HD static double gradient_scale(double elements, int32_t quant_max) {
     return 1.0 / __builtin_sqrt(elements * static_cast<double>(quant_max));
   }

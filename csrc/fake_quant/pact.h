@@ -7,12 +7,11 @@
 namespace torch_ext::fake_quant {
 
 // Parameterized clipping (Choi et al. 2018, arXiv 1805.06085): the clipping level alpha is a
-// parameter, the scale follows from it. On an unsigned grid x is clipped to [0, alpha], on a signed
-// one to
-// [-alpha, alpha].
+// parameter, and the scale is computed from it. On an unsigned grid x is clipped to [0, alpha], on
+// a signed one to [-alpha, alpha].
 //   d out / d x = 1 where x is not clipped, else 0
 //   d out / d alpha = 1 where x >= alpha, -1 where x <= -alpha (two-sided), else 0
-// No L2 term is hidden here: it is the optimizer's weight decay.
+// The paper's L2 regularization of alpha is left to the optimizer's weight decay.
 struct Pact {
   static constexpr const char* name = "pact";
   static constexpr const char* parameter = "alpha";
@@ -33,7 +32,7 @@ struct Pact {
                                 quant_min, quant_max);
   }
 
-  // Of one element; `level` is the effective alpha.
+  // The terms of one element; `level` is the effective alpha.
   template <typename T>
   TE_HD static core::Terms<T> backward(T x, T grad, const core::Affine<T>& affine, T level,
                                        double) {

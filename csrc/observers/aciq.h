@@ -32,7 +32,7 @@ struct Aciq : core::NoOptions {
     return {"quant_max", "at least quant_min + 2", static_cast<double>(grid.quant_max)};
   }
 
-  // Mean of |x - mu|; zeros and tiny are at 0.
+  // Mean of |x - mu|; zeros and tiny values count as 0.
   TE_HD static double mean_deviation(const core::View& view, double mu) {
     const double toward = mu < 0 ? -mu : mu;
     const core::Sign same = mu < 0 ? core::kNegative : core::kPositive;
@@ -51,8 +51,8 @@ struct Aciq : core::NoOptions {
 
   TE_HD static core::Range solve(const core::View& view, const core::Grid& grid, const double*) {
     const bool one_sided = view.one_sided();
-    // One-sided data on a grid that follows it: as many levels as two-sided data has with one bit
-    // more.
+    // One-sided data on an unsigned or affine grid gets all levels, as many as one side of
+    // two-sided data gets with one more bit.
     const int bits = grid.bits() + (one_sided && (grid.is_unsigned() || !grid.symmetric) ? 1 : 0);
     const double mu = one_sided ? 0 : ClipStd::mean(view);
     const double sigma = one_sided ? __builtin_sqrt(view.squares / static_cast<double>(view.finite))

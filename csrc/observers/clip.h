@@ -5,7 +5,7 @@
 
 namespace torch_ext::observers {
 
-// The range of the data, kept within given bounds.
+// The range of the data, clamped to the given bounds.
 struct Clip {
   static constexpr const char* name = "clip";
   static constexpr core::Needs needs = core::Needs::extrema;

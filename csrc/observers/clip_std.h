@@ -5,7 +5,7 @@
 
 namespace torch_ext::observers {
 
-// Mean and standard deviation, kept within the range of the data.
+// Mean plus and minus std_scale standard deviations, clamped to the range of the data.
 struct ClipStd {
   static constexpr const char* name = "clip_std";
   static constexpr core::Needs needs = core::Needs::moments;
@@ -30,7 +30,8 @@ struct ClipStd {
   TE_HD static core::Range solve(const core::View& view, const core::Grid&, const double* options) {
     if (view.finite == 1) return {view.min, view.max};
     const double mu = mean(view);
-    // Bins lean low, so the mean of few values can lie below them all.
+    // A value counts as the lower edge of its bin, so the mean of few values can be below all of
+    // them.
     const double center = core::clamp(mu, view.min, view.max);
     return around(view, center, options[0] * deviation(view, mu));
   }

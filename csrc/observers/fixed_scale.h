@@ -4,12 +4,12 @@
 
 namespace torch_ext::observers {
 
-// Scale and zero point are given; the range is what they represent. Nothing is observed.
+// Scale and zero point are options, and the range is what they represent. Nothing is observed.
 struct FixedScale {
   static constexpr const char* name = "fixed_scale";
   static constexpr core::Needs needs = core::Needs::nothing;
   static constexpr int max_bits = 16;
-  // A scale up to 2^111 represents finite values on any grid of 16 bits.
+  // With a scale of up to 2^111 every code of a 16-bit grid is finite in float32.
   static constexpr core::Option options[] = {{"scale", 1, 0x1p-126, 0x1p111},
                                              {"zero_point", 0, -32768, 65535}};
   static constexpr int32_t option_count = 2;

@@ -8,16 +8,16 @@
 namespace torch_ext::observers {
 
 // The threshold whose quantized distribution loses the least information (Kullback-Leibler
-// divergence). `log_linear` searches the log-linear statistic with a constant number of bins per
-// level, outliers spread over the last level, and the bias of sampling noise removed: continuous in
-// the threshold and free of the data's unit. The other variants are those of kl_reference.h, on the
-// statistic's linear view.
+// divergence). `log_linear` searches the log-linear statistic itself: a constant number of bins per
+// level, outliers spread over the last level, the bias of sampling noise subtracted. It is
+// continuous in the threshold and nearly independent of the data's unit. The other variants are
+// those of kl_reference.h, on a linear histogram made from the statistic.
 struct Kl {
   static constexpr const char* name = "kl";
   static constexpr core::Needs needs = core::Needs::counts;
   static constexpr int max_bits = 8;
-  // tvm and onnxruntime search a signed histogram, which kl_threshold takes and a statistic of |x|
-  // is not.
+  // Without tvm and onnxruntime: those search a signed histogram, which only the op kl_threshold
+  // takes.
   static constexpr const char* variants[] = {"log_linear", "slides", "modelopt", "ncnn", "horizon"};
   static constexpr core::Option options[] = {{"variant", 0, 0, 4, variants, 5}};
   static constexpr int32_t option_count = 1;
@@ -30,20 +30,22 @@ struct Kl {
     return 1 << (whole ? grid.bits() : grid.bits() - 1);
   }
 
-  // p / q of a bin is its mass times this: (c + o) / N over (S / M) / F(T), S and M of its level.
+  // The factor that makes a bin's mass c + o (its count and its outliers) the ratio p / q, with p =
+  // (c + o) / N and q = (S / M) / F(T): S values in the M occupied bins of its level, F(T) values
+  // kept, N in all.
   TE_HD static double level_ratio(double sum, double occupied, double kept, double values) {
     return kept * (occupied > 0 ? occupied : 1.0) / (values * (sum > 0 ? sum : 1.0));
   }
-  // What a bin of `count` values, and `extra` outliers if it is occupied, adds to N times the
-  // divergence.
+  // The term of a bin in N times the divergence: `count` values and, if there are any, `extra`
+  // outliers.
   TE_HD static double bin_term(double count, double extra, double ratio) {
     const double mass = count + extra;
     const double log_ratio = core::log((count > 0 ? mass : 1.0) * ratio);
     return count > 0 ? mass * log_ratio : 0.0;
   }
 
-  // Working memory of kLevels levels side by side: all at once where loops over them vectorise, one
-  // on a GPU thread. Bin b of the levels is one row.
+  // Working memory of kLevels levels side by side: all levels where loops over them vectorise, one
+  // in a GPU thread. A row holds bin b of each level.
   template <int kLevels>
   struct Rows {
     double below[kBinsPerLevel][kLevels + 1];  // F at the lower edge of the bin
@@ -75,7 +77,8 @@ struct Kl {
       }
     }
   }
-  // Their terms; a last level among them is the last of the count, and has the outliers.
+  // Computes the terms of these levels. `outliers` go to the last of them; 0 where the candidate's
+  // last level is not among them.
   template <int kLevels>
   TE_HD static void add_terms(double kept, double values, int count, double outliers,
                               Rows<kLevels>& rows) {
@@ -95,13 +98,14 @@ struct Kl {
     rows.term[last] = last_term;
   }
 
-  // The divergence of candidate T; infinite where outliers find no occupied bin in the last level.
+  // The divergence of candidate T; infinite if there are outliers and the last level has no
+  // occupied bin to take them.
   template <int kLevels>
   TE_HD static double log_linear(const core::View& view, int levels, double t) {
     const double values = static_cast<double>(core::nonzero(view));
     const double kept = view.count_below(t), outliers = values - kept;
     const double step = t / (kBinsPerLevel * levels);
-    // Eight sums side by side, then in pairs: the order on every device.
+    // Level l is added to sum l mod 8, and the eight sums in pairs: the same order on every device.
     double sum[8] = {}, spare[8] = {};
     for (int first = 0; first < levels; first += kLevels) {
       const int count = levels - first < kLevels ? levels - first : kLevels;
@@ -131,16 +135,15 @@ struct Kl {
     bool last_wins;
   };
 
-  // Bins of the linear view, up to 2^(exponent of max|x| + 1): every bin of the top octave is one
-  // of them.
+  // Number of bins of the linear histogram, which reaches to 2^(exponent of max|x| + 1). Its bins
+  // have the width of the bins of the top octave.
   TE_HD static int64_t linear_bins(core::HistogramLayout layout) {
     return int64_t{2} << layout.mantissa_bits;
   }
   TE_HD static double linear_width(const core::View& view) {
     return core::exp2_of(view.top - core::kBias - view.layout.mantissa_bits);
   }
-  // The histogram of |x| with bins of one width. Exact: a lower octave's bins lie whole within
-  // them.
+  // The linear histogram of |x|. Exact: every bin of a lower octave is inside one of its bins.
   TE_HD static void linear_view(const core::View& view, bool with_zeros, int64_t* counts) {
     const int32_t m = view.layout.mantissa_bits;
     const int64_t width = int64_t{1} << m, octaves = view.bins >> m;
@@ -175,7 +178,7 @@ struct Kl {
     if (variant == KlVariant::log_linear) return 0;
     return linear_bins(layout) + KlReference::scratch_size(variant, linear_bins(layout));
   }
-  TE_HD static int64_t most_candidates(core::HistogramLayout layout) {
+  TE_HD static int64_t max_candidates(core::HistogramLayout layout) {
     const int64_t lattice = core::lattice_size(layout), linear = linear_bins(layout);
     return lattice > linear ? lattice : linear;
   }

@@ -4,9 +4,9 @@
 #include "observers/kl_reference_signed.h"
 
 // The KL threshold searches of six public systems on a linear histogram. Each minimises the
-// divergence between the histogram clipped at a candidate (P) and the same quantized to `levels`
-// groups (Q), over all candidates, and gives what its original gives when that is evaluated without
-// rounding.
+// divergence between the histogram clipped at a candidate (P) and the same histogram quantized to
+// `levels` groups (Q), over all candidates. The result is that of the original, evaluated without
+// rounding errors.
 //
 //   variant      histogram          candidates (bins kept)  ties   threshold for w = bin width
 //   slides       |x|                levels .. bins-1        first  (kept + 1/2) w
@@ -18,16 +18,16 @@
 //
 // A centered histogram has 0 in bin bins/2 (odd bins) or at its left edge (even); kept counts the
 // bins on one side of that bin, and the window's right edge is (kept + 1/2) w, for even bins (kept
-// + 1) w, at most the histogram's end. ONNX Runtime gives both edges: this is the larger one,
-// before its clamp to the data. horizon minimises the sum over 9 neighbouring candidates, kept
-// being the middle one. Differences from the originals, all where these crash or answer by
-// accident: without a candidate of finite divergence (no values, too few bins, all mass in one bin
-// of `slides`) the whole histogram is kept; the first candidate is `levels` where the original has
-// its literal 128.
+// + 1) w, at most the histogram's end. ONNX Runtime returns both edges; this is the larger one,
+// before its clamp to the data. horizon minimises the sum over 9 neighbouring candidates, the
+// middle one giving `kept`. There are two differences from the originals, in cases where these
+// crash or where their result is arbitrary: without a candidate of finite divergence (no values,
+// too few bins, all mass in one bin of `slides`) the whole histogram is kept; the first candidate
+// is `levels` where the original has its literal 128.
 namespace torch_ext::observers {
 
 struct KlReference {
-  // A histogram being searched. `count` candidates, which `objectives` numbers from 0.
+  // A prepared search over `count` candidates, numbered from 0.
   struct Search {
     kl_reference::Tables tables;
     KlVariant variant;
@@ -54,7 +54,8 @@ struct KlReference {
     return count > 0 ? count : 0;
   }
 
-  // bins >= 1, levels >= 2. Counts below 0 are taken as 0. `scratch` is the search's memory.
+  // bins >= 1, levels >= 2. Counts below 0 are taken as 0. `scratch` is used as long as the search
+  // is.
   TE_HD static Search prepare(KlVariant variant, const int64_t* counts, int64_t bins,
                               int64_t levels, double* scratch) {
     const bool last_wins = variant == KlVariant::modelopt || variant == KlVariant::horizon;
@@ -62,8 +63,8 @@ struct KlReference {
             candidate_count(variant, bins, levels), last_wins};
   }
 
-  // Divergences of the candidates [begin, end) into out[0 .. end-begin); +inf: cannot win. The same
-  // bits for any `Lanes`, any partition into ranges, and any device.
+  // Divergences of the candidates [begin, end) into out[0 .. end-begin); +inf where one cannot win.
+  // The bits are the same for any `Lanes`, any partition into ranges and any device.
   template <int Lanes>
   TE_HD static void objectives(const Search& search, int64_t begin, int64_t end, double* out) {
     if (search.variant == KlVariant::horizon) {
@@ -78,7 +79,7 @@ struct KlReference {
     }
   }
 
-  // Bins kept by candidate i; -1, for no candidate, keeps all.
+  // Bins kept by candidate i; all bins for i = -1, no candidate.
   TE_HD static int64_t kept(const Search& search, int64_t i) {
     if (i >= 0) return first_kept(search.variant, search.tables.levels) + i;
     return kl_reference::is_signed(search.variant) ? search.tables.bins / 2 : search.tables.bins;
@@ -103,7 +104,7 @@ struct KlReference {
   }
 
  private:
-  // Candidates that horizon adds up.
+  // Number of neighbouring candidates that horizon sums.
   static constexpr int kWindow = 9;
 
   template <int Lanes>

@@ -3,33 +3,34 @@
 #include "observers/kl_reference_tables.h"
 
 // slides, modelopt, horizon (bins grouped whole) and ncnn (bins split at group borders): candidate
-// m keeps the first m bins of a histogram of |x|. `Lanes` consecutive candidates at a time, each
-// with the same operations in the same order whatever `Lanes` is: 16 vectorises, 1 is a GPU thread.
+// m keeps the first m bins of a histogram of |x|. `Lanes` consecutive candidates are computed at a
+// time, 16 where that vectorises, 1 in a GPU thread. The operations on a candidate and their order
+// do not depend on `Lanes`.
 namespace torch_ext::observers::kl_reference {
 
-// The borders g*m/levels of the groups of each candidate m: bin + rest/levels, one after the other.
+// The group borders g*m/levels of each candidate m, for ascending g, as bin + remainder/levels.
 template <int Lanes>
 struct Borders {
   int64_t step[Lanes];
-  double step_rest[Lanes];  // m = step * levels + step_rest
+  double step_remainder[Lanes];  // m = step * levels + step_remainder
   int64_t bin[Lanes];
-  double rest[Lanes];
+  double remainder[Lanes];
 
   TE_HD void start(int lane, int64_t m, int64_t levels) {
     step[lane] = m / levels;
-    step_rest[lane] = static_cast<double>(m % levels);
+    step_remainder[lane] = static_cast<double>(m % levels);
     bin[lane] = 0;
-    rest[lane] = 0;
+    remainder[lane] = 0;
   }
   TE_HD void advance(int lane, double levels) {
-    const double next = rest[lane] + step_rest[lane];
+    const double next = remainder[lane] + step_remainder[lane];
     const bool carries = next >= levels;
-    rest[lane] = carries ? next - levels : next;
+    remainder[lane] = carries ? next - levels : next;
     bin[lane] += step[lane] + (carries ? 1 : 0);
   }
 };
 
-// Sums of weight * ln(ratio), the exponents apart.
+// Sums of weight * ln(ratio), with the exponents summed separately.
 template <int Lanes>
 struct LogSums {
   double exponents[Lanes];
@@ -66,7 +67,7 @@ struct WholeBins {
     const double* fills = tables.filled;
     for (int lane = 0; lane < Lanes; ++lane) {
       border.advance(lane, levels);
-      const int64_t end = border.bin[lane] + (border.rest[lane] > 0 ? 1 : 0);
+      const int64_t end = border.bin[lane] + (border.remainder[lane] > 0 ? 1 : 0);
       const double below = masses[end], filled_below = fills[end];
       const double group_mass = below - mass[lane];
       const double bins = filled_below - filled[lane];
@@ -83,7 +84,7 @@ struct WholeBins {
     const double kept = tables.mass[m];
     const double beyond = tables.total - kept;
     const double last = kept - tables.mass[m - 1];
-    // An empty last bin has q = 0, or the floor alone.
+    // In an empty last bin q is 0, or the floor.
     const bool last_is_out = beyond > 0 && !(last > 0);
     if (!(kept > 0) || (last_is_out && !(floor[lane] > 0))) return __builtin_inf();
     const double log_last =
@@ -125,7 +126,7 @@ struct SplitBins {
       border.advance(lane, levels);
       const double below = masses[border.bin[lane]];
       const double next_after = masses[border.bin[lane] + 1];
-      const double share = border.rest[lane] * per_level;
+      const double share = border.remainder[lane] * per_level;
       const double next_border = next_after - below;
       const double next_mass = below + share * next_border;
       const double next_q = (next_mass - mass[lane]) * per_width[lane];
@@ -141,7 +142,8 @@ struct SplitBins {
   }
   TE_HD double divergence(const Tables& tables, int lane, int64_t m) const {
     if (!(tables.total > 0)) return __builtin_inf();
-    // q_last once more, without the rounding of sums of smoothed masses: it can weigh N.
+    // q_last is computed again without the rounding errors of the sums of smoothed masses, because
+    // its weight can be as large as N.
     const double* counts = tables.counted;
     const int64_t bin = (tables.levels - 1) * m / tables.levels;
     const double share = static_cast<double>((tables.levels - 1) * m % tables.levels) /

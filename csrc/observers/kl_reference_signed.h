@@ -8,8 +8,8 @@
 // bin gets 1e-4 of a count, every other bin gives an equal part of that up.
 namespace torch_ext::observers::kl_reference {
 
-// What smoothing takes from each of `filled` bins of `bins`; negative where nothing is left to
-// quantize.
+// What smoothing takes from each of the `filled` non-empty bins of `bins` bins; negative if there
+// is none, or if that is a whole count or more.
 TE_HD double deduction(const Tables& tables, double bins, double filled) {
   if (!(filled > 0)) return -1.0;
   const double share = (bins - filled) / filled;
@@ -19,8 +19,8 @@ TE_HD double deduction(const Tables& tables, double bins, double filled) {
 // Sum of (x-e) ln(x-e) over the non-empty bins of [begin, end). Small e: from prefix sums by the
 // series
 //   f(x-e) = x ln x - e (ln x + 1) + e^2/(2x) + e^3/(6x^2) + e^4/(12x^3) + e^5/(20x^4) + ...
-// whose next term is below 6e-16 of a count. Large e means many empty bins for each other, so few
-// to visit.
+// whose next term is below 6e-16 of a count. Where e is large only few bins are non-empty, and the
+// sum visits each.
 TE_HD double smoothed_entropy(const Tables& tables, int64_t begin, int64_t end, double e) {
   constexpr double kSeriesLimit = 0.005;  // of a count
   if (e < kSeriesLimit * tables.unit) {
@@ -40,7 +40,7 @@ TE_HD double smoothed_entropy(const Tables& tables, int64_t begin, int64_t end, 
   return total;
 }
 
-// A candidate's window, and P on it.
+// A candidate's window and P in it.
 struct Window {
   int64_t begin, end;
   int64_t merged;   // bins of a group
@@ -51,7 +51,7 @@ struct Window {
   double deducted;  // from each of them; negative: not a candidate
 
   TE_HD double bins() const { return static_cast<double>(end - begin); }
-  // 1 where P alone fills an edge bin that is empty in the histogram.
+  // 1 if the last bin is empty in the histogram and only the mass beyond fills it in P.
   TE_HD double only_beyond() const { return beyond > 0 && !(last_own > 0) ? 1.0 : 0.0; }
 };
 
@@ -95,8 +95,8 @@ TE_HD void signed_divergences(const Tables& tables, int64_t first, int64_t last,
   for (int lane = 0; lane < Lanes; ++lane) out[lane] = candidates.divergence(tables, lane);
 }
 
-// The groups of each candidate between its first and its last one: mass and non-empty bins, in
-// turn.
+// Iterates over the groups of each candidate between its first and its last one: mass and non-empty
+// bins.
 template <int Lanes>
 struct InnerGroups {
   int64_t merged[Lanes], begin[Lanes], at[Lanes];
@@ -137,7 +137,7 @@ TE_HD Group group_between(const Tables& tables, int64_t begin, int64_t end) {
 template <int Lanes>
 struct TvmCandidates {
   Window window[Lanes];
-  double p_less[Lanes], q_less[Lanes], q_total[Lanes];  // what smoothing takes; total of Q
+  double p_less[Lanes], q_less[Lanes], q_total[Lanes];  // what smoothing takes per bin; total of Q
   InnerGroups<Lanes> groups;
   LogSums<Lanes> sum;
 
@@ -151,7 +151,7 @@ struct TvmCandidates {
     const Window w = make_window(tables, i);
     const Group first = first_group(tables, w), last = last_group(tables, w);
     const Group own = group_between(tables, w.begin + 1, w.end);
-    // Edge bins that P alone fills get their group's mean too, where the group has one.
+    // Edge bins that are non-empty only in P get their group's mean too, if the group is not empty.
     const double added_first = first.bins > 0 && w.first > 0 ? 1.0 : 0.0;
     const double added_last = last.bins > 0 ? w.only_beyond() : 0.0;
     q_total[lane] = own.mass + added_first * (first.mass / larger(first.bins, 1.0)) +
@@ -206,11 +206,11 @@ struct OnnxCandidates {
     return bins > 0 ? __builtin_floor(mass / larger(bins, 1.0) * per_unit) * unit : 0.0;
   }
 
-  // What the loop over the inner groups leaves out: P on the first and the last group and on the
-  // remainder.
+  // What the loop over the inner groups does not cover: P on the first group, the last group and
+  // the remainder.
   struct Edges {
-    Group first, last, rest;
-    double rest_bins;
+    Group first, last, remainder;
+    double remainder_bins;
     double first_mean, last_mean;
   };
   TE_HD static Edges edges(const Tables& tables, const Window& w) {
@@ -219,15 +219,15 @@ struct OnnxCandidates {
     Edges e;
     e.first = group_between(tables, w.begin, w.begin + w.merged);
     e.last = group_between(tables, from, to);
-    e.rest = group_between(tables, to, w.end);
-    e.rest_bins = static_cast<double>(w.end - to);
-    const double first_mass = e.first.mass, last_mass = e.last.mass + e.rest.mass;
-    // The window's first bin may be filled by P alone; its last one is in the remainder, if there
+    e.remainder = group_between(tables, to, w.end);
+    e.remainder_bins = static_cast<double>(w.end - to);
+    const double first_mass = e.first.mass, last_mass = e.last.mass + e.remainder.mass;
+    // The window's first bin may be non-empty only in P. Its last bin is in the remainder, if there
     // is one.
     const double first_own = tables.mass[w.begin + 1] - tables.mass[w.begin];
     e.first.bins += w.first > 0 && !(first_own > 0) ? 1.0 : 0.0;
     e.first.mass += tables.mass[w.begin];
-    Group& end = to == w.end ? e.last : e.rest;
+    Group& end = to == w.end ? e.last : e.remainder;
     end.mass += w.beyond;
     end.bins += w.only_beyond();
     e.first_mean = mean(tables.unit, per_unit, first_mass, e.first.bins);
@@ -292,7 +292,7 @@ struct OnnxCandidates {
                              core::log(smoothed_mean(added, lane, e.first_mean)) +
                          smoothed_mass(added, lane, e.last, width[lane]) *
                              core::log(smoothed_mean(added, lane, e.last_mean)) +
-                         smoothed_mass(added, lane, e.rest, e.rest_bins) * log_added;
+                         smoothed_mass(added, lane, e.remainder, e.remainder_bins) * log_added;
     const double p_sum = window_entropy(tables, w) + (w.bins() - w.filled) * added * log_added;
     return divergence_of(tables, p_sum, cross, q_total[lane]);
   }

@@ -5,8 +5,8 @@
 #include "core/host_device.h"
 #include "core/log.h"
 
-// What the searches of kl_reference.h share: a histogram's prefix sums, from which each candidate
-// costs O(levels) whatever its width.
+// Common to the searches of kl_reference.h: prefix sums of a histogram, with which a candidate
+// takes O(levels) steps, however many bins it keeps.
 namespace torch_ext::observers {
 
 // Index of the choice in the `variant` option of kl_threshold.
@@ -32,10 +32,11 @@ constexpr double kSmoothing = 1e-4;
 // What Horizon adds to every bin of the normalised Q.
 constexpr double kHorizonFloor = 1e-10;
 // Sums of counts up to here are exact in float64.
-constexpr int64_t kMostCounts = int64_t{1} << 53;
+constexpr int64_t kMaxCounts = int64_t{1} << 53;
 // Powers of 1/count kept for the series in smoothed_entropy.
 constexpr int kInverses = 4;
-// Where a logarithm's operands are both clamped to this the logarithm is 0, as its weight is.
+// The least operand of a logarithm. Where both operands of a ratio are clamped to it the logarithm
+// is 0, and so is its weight.
 constexpr double kTiny = 0x1p-1000;
 
 TE_HD double at_least_tiny(double x) { return x > kTiny ? x : kTiny; }
@@ -44,7 +45,8 @@ TE_HD double larger(double a, double b) { return a > b ? a : b; }
 // x ln x, 0 at 0.
 TE_HD double entropy_of(double x) { return x > 0 ? x * core::log(x) : 0.0; }
 
-// Neumaier's running sum: the prefix sums of x ln x are differences of large, nearly equal numbers.
+// Neumaier's compensated sum. Divergences are differences of large, nearly equal prefix sums of x
+// ln x.
 struct CompensatedSum {
   double sum = 0;
   double lost = 0;
@@ -84,7 +86,7 @@ TE_HD double power_of_two(int power) {
   return __builtin_bit_cast(double, static_cast<uint64_t>(1023 + power) << 52);
 }
 
-// Masses into mass[1..bins], and what follows from all of them: unit, total, smoothing.
+// Writes mass[1..bins], and unit, total and smoothing of the tables.
 TE_HD void fill_masses(Tables& tables, KlVariant variant, const int64_t* counts, double* mass) {
   const bool copies_second = variant == KlVariant::modelopt || variant == KlVariant::horizon;
   double total = 0, octaves = 0;  // octaves: sum of count * log2(count), roughly
@@ -102,7 +104,7 @@ TE_HD void fill_masses(Tables& tables, KlVariant variant, const int64_t* counts,
   for (int64_t j = 0; j < tables.bins; ++j) mass[j + 1] *= tables.unit;
 }
 
-// Turns one value per bin in array[1..bins] into sums over the bins below.
+// Replaces the values of the bins in array[1..bins] by prefix sums.
 TE_HD void accumulate(double* array, int64_t bins) {
   CompensatedSum running;
   array[0] = 0;
@@ -117,7 +119,7 @@ TE_HD void accumulate(double* array, int64_t bins) {
 TE_HD void fill_signed(Tables& tables, const double* mass, double* scratch) {
   const int64_t stride = tables.bins + 2;
   double* present = scratch + (1 + kInverses) * stride;
-  int64_t found = 0;
+  int64_t filled_bins = 0;
   for (int64_t j = 1; j <= tables.bins; ++j) {
     const double x = mass[j] > 0 ? mass[j] : 1.0;
     const double inverse = (mass[j] > 0 ? 1.0 : 0.0) / x;
@@ -127,7 +129,7 @@ TE_HD void fill_signed(Tables& tables, const double* mass, double* scratch) {
       scratch[k * stride + j] = power;
       power *= inverse;
     }
-    if (mass[j] > 0) present[found++] = mass[j];
+    if (mass[j] > 0) present[filled_bins++] = mass[j];
   }
   for (int k = 0; k <= kInverses; ++k) accumulate(scratch + k * stride, tables.bins);
   tables.logs = scratch;

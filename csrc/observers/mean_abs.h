@@ -5,13 +5,14 @@
 namespace torch_ext::observers {
 
 // The scale 2 mean|x| / sqrt(quant_max) that learned step size starts from (Esser et al. 2020,
-// arXiv 1902.08153, section 2.1). With many bits it reaches beyond the data.
+// arXiv 1902.08153, section 2.1). With many bits the range is wider than the data.
 struct MeanAbs : core::NoOptions {
   static constexpr const char* name = "mean_abs";
   static constexpr core::Needs needs = core::Needs::moments;
   static constexpr int max_bits = 16;
 
-  // The range whose scale that is: to one side of 0 where the data is and the grid can be.
+  // The range that has this scale: one-sided on a symmetric unsigned grid, and on an affine grid
+  // for one-sided data; else symmetric.
   TE_HD static core::Range solve(const core::View& view, const core::Grid& grid, const double*) {
     const double sum = core::magnitude_sum(view, core::kNegative, 0, view.bins) +
                        core::magnitude_sum(view, core::kPositive, 0, view.bins);

@@ -28,7 +28,7 @@ struct Mix : core::NoOptions {
       error[i] = Mse::relative_error(view, grid, range[i]);
       least = error[i] < least ? error[i] : least;
     }
-    // Ties as in a search: the smallest range.
+    // Among ties, as in a search, the smallest range.
     const double bound = core::tie_bound(least);
     int winner = -1;
     for (int i = 0; i < kCandidates; ++i)

@@ -6,13 +6,13 @@
 
 namespace torch_ext::observers {
 
-// The threshold whose grid quantizes the histogram's values with the least squared error.
+// The threshold with the least squared error of quantizing the histogram's values on the grid.
 struct Mse : core::NoOptions {
   static constexpr const char* name = "mse";
   static constexpr core::Needs needs = core::Needs::moments;
   static constexpr int max_bits = 8;
 
-  // Squared error of one sign's values on levels 0, 1, .. `levels` times the scale.
+  // Squared error of one sign's values on the levels 0, scale, 2 scale, .. `levels` scale.
   TE_HD static double side_error(const core::View& view, core::Sign sign, int32_t levels,
                                  double scale) {
     double total = 0;
@@ -25,7 +25,8 @@ struct Mse : core::NoOptions {
     return total + core::squared_error(view, sign, begin, view.bins, levels * scale);
   }
 
-  // Squared error of quantizing with the qparams of a range, over the sum of the squares.
+  // Squared error of quantizing with the qparams of a range, divided by the sum of squares of the
+  // values.
   TE_HD static double relative_error(const core::View& view, const core::Grid& grid,
                                      const core::Range& range) {
     if (!(view.squares > 0)) return 0;
@@ -46,7 +47,7 @@ struct Mse : core::NoOptions {
   TE_HD static int64_t search_words(core::HistogramLayout, const core::Grid&, const double*) {
     return 0;
   }
-  TE_HD static int64_t most_candidates(core::HistogramLayout layout) {
+  TE_HD static int64_t max_candidates(core::HistogramLayout layout) {
     return core::lattice_size(layout);
   }
   TE_HD static Search prepare(const core::View& view, const core::Grid& grid, const double*,

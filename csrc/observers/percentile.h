@@ -6,7 +6,8 @@
 namespace torch_ext::observers {
 
 // Nearest-rank percentile, zeros included: of |x| on a symmetric grid, of x from both ends on an
-// affine one. Ranks are found in integers, the percentile being a multiple of 1e-7 percent.
+// affine one. Ranks are computed in integers; the percentile is rounded to a multiple of 1e-7
+// percent.
 struct Percentile {
   static constexpr const char* name = "percentile";
   static constexpr core::Needs needs = core::Needs::counts;
@@ -38,7 +39,7 @@ struct Percentile {
     const int64_t negative = view.below[core::kNegative][view.bins];
     const int64_t to_positive = negative + view.zeros + view.tiny;
     if (k <= negative) {
-      // From the most negative: the first bin, counted downwards, that holds the rank.
+      // Rank k from the most negative value is rank negative - k + 1 by magnitude.
       const int64_t i = core::first_where(view.bins, [&](int64_t bin) {
         return view.below[core::kNegative][bin + 1] > negative - k;
       });

@@ -238,7 +238,7 @@ def drifting() -> Callable[..., Any]:
             TypeError,
             "that can be run over again, such as a list, got list_it",
         ),
-        ({"data": 3}, TypeError, "such as a list, got int"),
+        ({"data": 3}, TypeError, "sensitivity: expected data to be batches, got 3"),
         ({"data": []}, ValueError, "outputs to be finite and not all zero, got 0 tensors"),
         ({"data": [torch.full((1, 1, 8, 8), math.nan)]}, ValueError, "squares sum to nan"),
         ({"data": [()]}, ValueError, "batches to hold inputs"),

@@ -243,7 +243,7 @@ class TestCheckpoints:
         net = calibrated(config())
         with torch.no_grad():
             net.fc.bias += 1
-        with pytest.raises(ValueError, match=r"sweep\.json: about: of another model"):
+        with pytest.raises(ValueError, match=r"sweep\.json: about: the file is of another model"):
             sweep(net, error, activation_observers=CANDIDATES, checkpoint=path)
 
     def test_another_metric_is_refused(self, path: Path) -> None:
@@ -281,7 +281,7 @@ class TestCheckpoints:
         ({"evaluate": 3}, TypeError, "evaluate to be a function of a model, got 3"),
         ({"evaluate": lambda _: "good"}, TypeError, "metric of the float model to be a number"),
         ({"evaluate": lambda _: None}, TypeError, "to be a number, got None"),
-        ({"evaluate": lambda _: torch.zeros(2)}, TypeError, "to be a number, got tensor"),
+        ({"evaluate": lambda _: torch.zeros(2)}, TypeError, "to be a number, got a tensor"),
         ({"activation_observers": "kl"}, TypeError, "activation_observers to be names of rules"),
         ({"activation_observers": []}, ValueError, "names to options, got none"),
         ({"activation_observers": ["best"]}, ValueError, 'unknown observer "best"; known: min_'),

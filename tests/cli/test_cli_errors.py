@@ -31,7 +31,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "missing": (["show", "nowhere"], "No such file or directory: 'nowhere'"),
     "folder": (["show", "sub"], "Is a directory: 'sub'"),
     "hostile": (["show", "hostile"], "hostile: header: truncated"),
-    "not ours": (["show", "text.json"], "text.json: header: truncated, or no safetensors file"),
+    "not ours": (["show", "text.json"], "text.json: header: truncated, or not a safetensors file"),
     "checkpoint": (["show", "checkpoint"], "checkpoint: kind: expected 'observer_params', got"),
     "pattern": (["show", "net.safetensors", "--pattern", "x*"], 'no quantizer matches pattern "x*'),
     "rule": (["solve", "net.safetensors", "--observer", "best"], 'unknown observer "best"; known'),

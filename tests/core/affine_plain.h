@@ -9,9 +9,8 @@
 #include "core/affine.h"
 #include "core/half.h"
 
-// The formulas of core/affine.h and core/half.h once more, slow and by another road: long double,
-// whose 64 bits hold every product here exactly and round quotients of floats correctly when
-// narrowed.
+// Independent, slow versions of the formulas of core/affine.h and core/half.h, in long double: its
+// 64 bits hold every product here exactly, and quotients of floats round correctly when narrowed.
 namespace plain {
 
 using torch_ext::core::Mask;

@@ -167,7 +167,7 @@ TEST(FakeQuantGolden, RoundsBeforeTheZeroPointIsAdded) {
 
 // ---- laws ----
 
-// Codes are integers in the engines: no zero of theirs has a sign.
+// Codes are integers in the engines, so there is no negative zero.
 TEST(FakeQuant, NeverGivesNegativeZero) {
   for (const Rounding rounding : kRoundings)
     for (const float x : {-0.0f, 0.0f, -0.3f, 0.3f, -0x1p-149f})

@@ -12,7 +12,7 @@
 #include "core/job.h"
 #include "statistic_plain.h"
 
-// Arrays of every layout that strides can say, and their values by index.
+// Arrays of any strided layout, and their values by index.
 namespace arrays {
 
 using statistic_plain::between;
@@ -31,7 +31,8 @@ constexpr DType kDType<half> = DType::f16;
 template <>
 constexpr DType kDType<bfloat16> = DType::bf16;
 
-// What an element counts as: float64 is rounded to float32, the half types are exact.
+// The value that a statistic counts for an element: float64 is rounded to float32, the half types
+// are exact.
 inline float counted(float x) { return x; }
 inline float counted(double x) { return static_cast<float>(x); }
 inline float counted(half x) { return static_cast<float>(plain::decode(x.bits, plain::kHalf)); }
@@ -39,7 +40,7 @@ inline float counted(bfloat16 x) {
   return static_cast<float>(plain::decode(x.bits, plain::kBfloat16));
 }
 
-// An element near x; truncation will do.
+// An element near x; truncation is precise enough.
 inline void store(float x, float& out) { out = x; }
 inline void store(float x, double& out) { out = x * (1 + 0x1p-30); }
 inline void store(float x, bfloat16& out) {
@@ -101,7 +102,7 @@ inline Placement random_placement(size_t ndim, Random& random) {
   return p;
 }
 
-// An array of values of this kind; NaN lies wherever the strides do not lead.
+// An array of values of this kind. Storage that the strides do not reach is NaN.
 template <class T>
 Array<T> make_array(const std::vector<int64_t>& sizes, const Placement& placement,
                     statistic_plain::Kind kind, Random& random) {
@@ -122,19 +123,19 @@ Array<T> make_array(const std::vector<int64_t>& sizes, const Placement& placemen
   return a;
 }
 
-// 0 to 4 dimensions, at most `most` elements.
-inline std::vector<int64_t> random_sizes(int64_t most, Random& random) {
+// 0 to 4 dimensions, at most `max_elements` elements.
+inline std::vector<int64_t> random_sizes(int64_t max_elements, Random& random) {
   std::vector<int64_t> sizes(between(0, 4, random));
   for (int64_t& size : sizes) {
     const auto draw = random() % 10;
     size = draw == 0   ? 0
            : draw == 1 ? 1
            : draw <= 7 ? between(2, 9, random)
-                       : between(10, most, random);
+                       : between(10, max_elements, random);
   }
   int64_t numel = 1;
   for (int64_t& size : sizes) {
-    size = std::min(size, std::max<int64_t>(1, most / numel));
+    size = std::min(size, std::max<int64_t>(1, max_elements / numel));
     numel *= std::max<int64_t>(1, size);
   }
   std::shuffle(sizes.begin(), sizes.end(), random);

@@ -84,8 +84,8 @@ TEST(View, PrefixesCountBothSigns) {
       ASSERT_EQ(b.view.magnitude[i], b.atoms.tiny + below[0] + below[1]) << i;
       if (i == b.view.bins) break;
       for (int sign = 0; sign < 2; ++sign) {
-        const auto found = b.atoms.side[sign].find(b.view.value(i));
-        below[sign] += found == b.atoms.side[sign].end() ? 0 : found->second;
+        const auto entry = b.atoms.side[sign].find(b.view.value(i));
+        below[sign] += entry == b.atoms.side[sign].end() ? 0 : entry->second;
       }
     }
     EXPECT_EQ(below[0] + below[1] + b.atoms.tiny, b.atoms.nonzero);
@@ -200,7 +200,7 @@ TEST(View, ReadsNoMoreThanIsNeeded) {
   EXPECT_FALSE(view.one_sided());
 }
 
-// The memory that view_words() promises is enough, to the word.
+// view_words() words of memory are enough, and none is unused.
 TEST(View, StaysInsideItsMemory) {
   for (const HistogramLayout layout : kLayouts) {
     for (const Needs needs : {Needs::counts, Needs::moments}) {

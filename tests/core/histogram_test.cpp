@@ -88,9 +88,9 @@ TEST(Keys, OrderAsTheFloatsDo) {
 }
 
 TEST(Keys, FiniteOnesHaveSharpBounds) {
-  const float most = std::numeric_limits<float>::max();
-  EXPECT_EQ(key_of(most), kMaxFiniteKey);
-  EXPECT_EQ(key_of(-most), kMinFiniteKey);
+  const float largest = std::numeric_limits<float>::max();
+  EXPECT_EQ(key_of(largest), kMaxFiniteKey);
+  EXPECT_EQ(key_of(-largest), kMinFiniteKey);
   EXPECT_GT(key_of(kInfinity), kMaxFiniteKey);
   EXPECT_LT(key_of(-kInfinity), kMinFiniteKey);
   EXPECT_GT(key_of(float_of(0x7fc00000u)), kMaxFiniteKey);

@@ -75,10 +75,10 @@ TEST(KlGolden, IndexOnSignedValues) {
           << levels << histogram;
     }
   }
-  const Solved one =
+  const Solved single =
       solve(variant("onnxruntime"), mirrored(sums_of(golden('V'), 32)), 128, 1.0 / 64);
-  EXPECT_EQ(one.objective.size(), 1u);
-  EXPECT_EQ(one.threshold, 1.0);
+  EXPECT_EQ(single.objective.size(), 1u);
+  EXPECT_EQ(single.threshold, 1.0);
   const Solved many =
       solve(variant("onnxruntime"), mirrored(sums_of(golden('V'), 2)), 128, 1.0 / 1024);
   EXPECT_EQ(many.objective.size(), 961u);

@@ -102,9 +102,9 @@ inline Counts golden(char name, int64_t bins, int64_t ramp) {
 }
 inline Counts golden(char name) { return golden(name, 2048, 2048); }
 
-inline Counts sums_of(const Counts& counts, int64_t together) {
-  Counts sums(counts.size() / together);
-  for (size_t j = 0; j < counts.size(); ++j) sums[j / together] += counts[j];
+inline Counts sums_of(const Counts& counts, int64_t bins_per_sum) {
+  Counts sums(counts.size() / bins_per_sum);
+  for (size_t j = 0; j < counts.size(); ++j) sums[j / bins_per_sum] += counts[j];
   return sums;
 }
 

@@ -123,9 +123,9 @@ TEST(KlReference, EqualsThePlainSearchOnFewBinsAndLevels) {
 // bins replaces the series.
 TEST(KlReference, EqualsThePlainSearchWhereSmoothingIsLarge) {
   Comparison result;
-  for (const int64_t apart : {10, 30, 45, 50, 51, 52, 60, 200}) {
+  for (const int64_t distance : {10, 30, 45, 50, 51, 52, 60, 200}) {
     Counts counts(801);
-    for (int64_t j = 400 % apart; j < 801; j += apart) counts[j] = 1;
+    for (int64_t j = 400 % distance; j < 801; j += distance) counts[j] = 1;
     for (const char* name : {"tvm", "onnxruntime"}) compare(variant(name), counts, 20, result);
   }
   EXPECT_EQ(result.wrong, 0);

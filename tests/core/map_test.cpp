@@ -93,7 +93,7 @@ int count_of_sets() {
 
 bool bit(const std::vector<uint8_t>& mask, int64_t i) { return mask[i / 8] >> (i % 8) & 1; }
 
-// What a forward gives, with a guard behind it.
+// The output of a forward, with guard elements behind it.
 template <typename T>
 struct Output {
   explicit Output(int64_t n) : out(n + 64), mask((n + 7) / 8 + 64, kGuard) {
@@ -192,7 +192,7 @@ TYPED_TEST(MapTyped, ResultsDoNotDependOnTheNumberOfThreads) {
     const int64_t n = layout.numel();
     const std::vector<T> x = values<T>(n);
     const QParamsOf q = qparams_of(layout.channels);
-    Output<T> one(n), dx_one(n);
+    Output<T> single(n), dx_single(n);
     for (const int64_t count : {1, 2, 3, 7}) {
       cpu::test_threads() = count;
       Output<T> y(n), dx(n);
@@ -201,16 +201,16 @@ TYPED_TEST(MapTyped, ResultsDoNotDependOnTheNumberOfThreads) {
                                q.zero_point.data(), -128, 127, Rounding::half_even, Mask::rounded});
       cpu::fake_quant_backward(kDType<T>, x.data(), y.mask.data(), dx.out.data(), n);
       if (count == 1) {
-        one = y;
-        dx_one = dx;
+        single = y;
+        dx_single = dx;
       }
-      ASSERT_EQ(std::memcmp(y.out.data(), one.out.data(), y.out.size() * sizeof(T)), 0) << count;
-      ASSERT_EQ(y.mask, one.mask) << count;
-      ASSERT_EQ(std::memcmp(dx.out.data(), dx_one.out.data(), dx.out.size() * sizeof(T)), 0);
+      ASSERT_EQ(std::memcmp(y.out.data(), single.out.data(), y.out.size() * sizeof(T)), 0) << count;
+      ASSERT_EQ(y.mask, single.mask) << count;
+      ASSERT_EQ(std::memcmp(dx.out.data(), dx_single.out.data(), dx.out.size() * sizeof(T)), 0);
       ASSERT_TRUE(y.guards_hold(n));
     }
     cpu::test_threads() = threads;
-    expect_reference(x, one, layout, q, Rounding::half_even, Mask::rounded, "threads");
+    expect_reference(x, single, layout, q, Rounding::half_even, Mask::rounded, "threads");
     if (testing::Test::HasFatalFailure()) return;
   }
 }
@@ -295,8 +295,8 @@ TEST(Map, MaskLayout) {
                      1.5f, 2.5f,    126.6f, 127.4f, 127.6f, 300};
   EXPECT_EQ(mask_of(x, Mask::rounded), (std::vector<uint8_t>{0xfe, 0x03}));
   EXPECT_EQ(mask_of(x, Mask::paper), (std::vector<uint8_t>{0xfc, 0x01}));
-  const double one[] = {0.0};
-  EXPECT_EQ(mask_of(one, Mask::rounded), (std::vector<uint8_t>{0x01}));
+  const double zero[] = {0.0};
+  EXPECT_EQ(mask_of(zero, Mask::rounded), (std::vector<uint8_t>{0x01}));
 }
 
 // All 2^16 inputs of a 16-bit type.

@@ -188,7 +188,7 @@ TEST(ObserveCarries, EveryNumberOfEqualValuesNear256And512) {
   }
 }
 
-// More values than 32 bits count, in memory of 2^16: rows that overlap.
+// More than 2^32 values in memory of 2^16: the rows overlap.
 TEST(ObserveCarries, MoreValuesThan2To31) {
   Values row(1 << 16, 1.0f);
   row[1] = -2.0f;
@@ -203,18 +203,18 @@ TEST(ObserveCarries, MoreValuesThan2To31) {
   EXPECT_EQ(memory.counts(0)[statistic_plain::bin_of(1, {10, 16})], 32769 * 65533LL);
 }
 
-// The same for channels side by side of which only the extrema are kept.
+// The same for adjacent channels without a histogram.
 TEST(ObserveCarries, MoreRowsThan2To31) {
   const Values rows(1 << 17, 0.0f);
   const int64_t sizes[] = {32769, 1 << 16, 2}, strides[] = {0, 2, 1};
   Memory memory(2, {0, 0});
-  cpu::test_threads() = 1;  // that has to count them all
+  cpu::test_threads() = 1;  // one thread counts all of them
   cpu::observe({rows.data(), core::DType::f32, 3, sizes, strides}, 2, memory.raw());
   cpu::test_threads() = 2;
   for (int64_t c = 0; c < 2; ++c) EXPECT_EQ(memory.tally(c)[core::kZeros], 32769LL << 16);
 }
 
-// Every instruction set, straight through its inner loops and in groups of any size.
+// The inner loops of every instruction set, called directly, in groups of any size.
 TEST(ObserveKernels, CountTheSameWithEveryInstructionSet) {
   Random random(45);
   for (int trial = 0; trial < 150; ++trial) {
@@ -241,7 +241,7 @@ TEST(ObserveKernels, CountTheSameWithEveryInstructionSet) {
 }
 
 #if defined(__SSE__)
-// A program may run with subnormals flushed to zero; what was seen stays what it was.
+// A program may flush subnormals to zero; the statistic does not change.
 TEST(ObserveKernels, IgnoreTheDenormalMode) {
   Random random(46);
   Values values = sample(Kind::subnormal, 5000, random);

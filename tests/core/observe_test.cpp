@@ -85,7 +85,7 @@ TYPED_TEST(Observe, CountsEveryLayoutPerChannel) {
   }
 }
 
-// Large enough that threads share a channel. Its sizes leave a rest in every block.
+// Large enough that threads share a channel. No size is a multiple of a block's.
 TYPED_TEST(Observe, ThreadsThatShareAChannelAgree) {
   struct Case {
     std::vector<int64_t> sizes;
@@ -135,12 +135,12 @@ TEST(ObserveTypes, EveryHalfCounts) { observe_every_pattern<core::half>(); }
 TEST(ObserveTypes, EveryBfloat16Counts) { observe_every_pattern<core::bfloat16>(); }
 
 TEST(ObserveTypes, DoublesAreRoundedToFloat32First) {
-  const double most = std::numeric_limits<float>::max(), half_over = 0x1p103;
+  const double largest = std::numeric_limits<float>::max(), half_over = 0x1p103;
   const double least = 0x1p-149;
   const Array<double> x{{9},
                         {1},
-                        {most, std::nextafter(most + half_over, 0.0), most + half_over, -1e300,
-                         least, -least / 2, std::nextafter(least / 2, 1.0), 5e-324, -0.0}};
+                        {largest, std::nextafter(largest + half_over, 0.0), largest + half_over,
+                         -1e300, least, -least / 2, std::nextafter(least / 2, 1.0), 5e-324, -0.0}};
   Memory memory(1, {10, 16});
   cpu::observe(x.view(), -1, memory.raw());
   // Half a unit beyond the largest rounds to infinity; half the least subnormal to zero.

@@ -124,7 +124,7 @@ TEST(QParamsGolden, PowerOfTwoRoundsUp) {
   EXPECT_EQ(qparams({0, 127 * above}, power_of_two(symmetric(-127, 127))).scale, 1);
 }
 
-// With the scale rounded to 2^k the range's own zero point would cut the wider end off.
+// With the scale rounded to 2^k the zero point of the range would clip the wider end.
 TEST(QParamsGolden, PowerOfTwoTakesTheZeroPointFromTheScale) {
   const QParams q = qparams({-100, 200}, power_of_two(affine(0, 255)));
   EXPECT_EQ(q.scale, 2);

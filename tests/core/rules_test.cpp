@@ -4,7 +4,7 @@
 
 #include "solving.h"
 
-// The laws that every rule of the registry obeys. A new rule is tested by its line there.
+// Properties of every rule of the registry. A new rule is tested once its line is there.
 namespace {
 
 using namespace torch_ext;
@@ -49,7 +49,7 @@ std::vector<Grid> grids() {
   return all;
 }
 
-// Options that are in the unit of the data, in another unit.
+// The options that are in the unit of the data, converted to another unit.
 template <class R>
 std::vector<double> defaults_in_unit(double unit) {
   std::vector<double> values = defaults<R>();
@@ -100,7 +100,7 @@ TYPED_TEST(Rules, GivesAFiniteRangeInOrderAndItsQParams) {
       Memory memory = observed(values);
       if (memory.tally(0)[core::kFinite] == 0) continue;
       const double least = std::min(memory.extrema(0)[0], 0.0f);
-      const double most = std::max(memory.extrema(0)[1], 0.0f);
+      const double upper = std::max(memory.extrema(0)[1], 0.0f);
       for (const Grid& grid : grids<TypeParam>()) {
         SCOPED_TRACE("kind " + std::to_string(static_cast<int>(kind)) + ", " + std::to_string(n));
         const Solved solved = solve<TypeParam>(memory, grid);
@@ -108,7 +108,7 @@ TYPED_TEST(Rules, GivesAFiniteRangeInOrderAndItsQParams) {
         ASSERT_TRUE(std::isfinite(lo) && std::isfinite(hi) && lo <= hi) << lo << " to " << hi;
         // The first scale of learned step sizes is a multiple of the mean, and no bound.
         if (this->observes && !std::is_same_v<TypeParam, observers::MeanAbs>) {
-          ASSERT_TRUE(lo >= least && hi <= most) << lo << " to " << hi;
+          ASSERT_TRUE(lo >= least && hi <= upper) << lo << " to " << hi;
         }
         ASSERT_TRUE(solved.scale[0] >= 0x1p-126f && std::isfinite(solved.scale[0]));
         if constexpr (!core::GivesQParams<TypeParam>) {
@@ -144,21 +144,21 @@ TYPED_TEST(Rules, ScalesWithTheDataByPowersOfTwo) {
   }
 }
 
-// A rule that needs no values gives what it always gives.
+// A rule that reads no values gives the same range as ever.
 TYPED_TEST(Rules, GivesZeroWhereNothingWasSeen) {
   Memory empty(1, core::kPerTensor), nothing_finite(1, core::kPerTensor);
   observe({kInfinity, -kInfinity, std::nanf("")}, nothing_finite);
-  Memory seen = observed({-1, 2});
+  Memory data = observed({-1, 2});
   const Solved zero{{0, 0}, {1}, {0}};
-  const Solved want = this->observes ? zero : solve<TypeParam>(seen, kInt8);
+  const Solved want = this->observes ? zero : solve<TypeParam>(data, kInt8);
   EXPECT_TRUE(solve<TypeParam>(empty, kInt8) == want);
   EXPECT_TRUE(solve<TypeParam>(nothing_finite, kInt8) == want);
 }
 
 TYPED_TEST(Rules, GivesZeroForZeros) {
-  Memory zeros = observed(Values(100, -0.0f)), seen = observed({-1, 2});
+  Memory zeros = observed(Values(100, -0.0f)), data = observed({-1, 2});
   const Solved zero{{0, 0}, {1}, {0}};
-  const Solved want = this->observes ? zero : solve<TypeParam>(seen, kInt8Affine);
+  const Solved want = this->observes ? zero : solve<TypeParam>(data, kInt8Affine);
   EXPECT_TRUE(solve<TypeParam>(zeros, kInt8Affine) == want);
 }
 
@@ -178,19 +178,19 @@ TYPED_TEST(Rules, SolvesMergedHalvesAsTheWhole) {
 TYPED_TEST(Rules, SolvesChannelsAsIfAlone) {
   Random random(64);
   constexpr int64_t kChannels = 13;
-  Memory together(kChannels, core::kPerChannel);
+  Memory all(kChannels, core::kPerChannel);
   std::vector<Solved> alone;
   for (int64_t c = 0; c < kChannels; ++c) {
     // Channel 5 stays empty.
     const Values values = sample(pick(kSearchable, random), c == 5 ? 0 : 400, random);
-    Memory one = observed(values, core::kPerChannel);
-    core::merge_channel(together.channel(c), core::kPerChannel, one.extrema(0), one.tally(0),
-                        one.counts(0));
-    alone.push_back(solve<TypeParam>(one, kUint8Affine));
+    Memory single = observed(values, core::kPerChannel);
+    core::merge_channel(all.channel(c), core::kPerChannel, single.extrema(0), single.tally(0),
+                        single.counts(0));
+    alone.push_back(solve<TypeParam>(single, kUint8Affine));
   }
   for (const int64_t threads : {1, 2, 8}) {
     cpu::test_threads() = threads;
-    const Solved solved = solve<TypeParam>(together, kUint8Affine);
+    const Solved solved = solve<TypeParam>(all, kUint8Affine);
     for (int64_t c = 0; c < kChannels; ++c) {
       EXPECT_EQ(solved.range[2 * c], alone[c].range[0]) << c;
       EXPECT_EQ(solved.range[2 * c + 1], alone[c].range[1]) << c;
@@ -200,7 +200,7 @@ TYPED_TEST(Rules, SolvesChannelsAsIfAlone) {
   }
 }
 
-// The closed rules; search_test.cpp does it for those that search.
+// Closed rules; search_test.cpp does the same for search rules.
 TYPED_TEST(Rules, GivesTheSameWithEveryInstructionSet) {
   if constexpr (!core::SearchRule<TypeParam> && TypeParam::needs != core::Needs::nothing) {
     Random random(65);

@@ -23,7 +23,7 @@ using view_plain::Built;
 
 using Objective = std::function<Real(const Atoms&, const Grid&, Real)>;
 
-// What double may round off an objective, beside the tie bound.
+// The rounding error that double may add to an objective, beside the tie bound.
 constexpr Real kRelative = 2e-12L, kAbsolute = 2e-14L;
 
 // Whether a threshold is the smallest that ties with the least objective. Those whose objective
@@ -49,7 +49,7 @@ testing::AssertionResult is_least(Real have, const std::vector<Real>& t,
 
 // Random statistics: kinds of data, sizes, layouts and grids.
 template <class R>
-void expect_least(int trials, uint64_t seed, int64_t most, const Objective& plain) {
+void expect_least(int trials, uint64_t seed, int64_t max_values, const Objective& plain) {
   Random random(seed);
   int without = 0;
   for (int trial = 0; trial < trials; ++trial) {
@@ -57,7 +57,7 @@ void expect_least(int trials, uint64_t seed, int64_t most, const Objective& plai
     // Of the costly 8-bit grids one in three.
     const Grid grid = trial % 3 == 0 ? pick(kGrids, random)
                                      : pick({kInt4, kInt2, kTernary, kUint4, kUint4Affine}, random);
-    const int64_t n = pick({int64_t{3}, int64_t{40}, int64_t{700}, most}, random);
+    const int64_t n = pick({int64_t{3}, int64_t{40}, int64_t{700}, max_values}, random);
     const HistogramLayout layout = pick(kLayouts, random);
     SCOPED_TRACE("trial " + std::to_string(trial) + ", kind " +
                  std::to_string(static_cast<int>(kind)) + ", n " + std::to_string(n) + ", grid " +
@@ -91,7 +91,7 @@ TEST(SearchMse, ChoosesTheLeastOfAllCandidates) {
   expect_least<observers::Mse>(240, 52, 4000, search_plain::mse);
 }
 
-// Objectives bit by bit, so that CPU and CUDA may agree too.
+// Objectives have the same bits, which CPU and CUDA need to agree too.
 template <class R>
 void expect_same_everywhere(uint64_t seed, const std::vector<double>& options) {
   Random random(seed);
@@ -118,7 +118,8 @@ TEST(SearchMse, IsTheSameWithEveryInstructionSet) {
   expect_same_everywhere<observers::Mse>(54, {});
 }
 
-// One channel: its candidates are shared by the threads. Many: a channel belongs to one.
+// With one channel the threads share its candidates; with many each channel is solved by one
+// thread.
 template <class R>
 void expect_same_for_any_threads(uint64_t seed, const std::vector<double>& options) {
   Random random(seed);

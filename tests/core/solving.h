@@ -39,11 +39,11 @@ constexpr Grid kGrids[] = {kInt8,       kInt8Narrow,  kInt4,        kUint8,     
 
 template <class R>
 int32_t index_of() {
-  int32_t found = -1;
+  int32_t index_of_rule = -1;
   torch_ext::Observers::for_each([&]<class Other>(int32_t index) {
-    if (std::string(Other::name) == R::name) found = index;
+    if (std::string(Other::name) == R::name) index_of_rule = index;
   });
-  return found;
+  return index_of_rule;
 }
 
 template <class R>
@@ -110,13 +110,13 @@ Searched search(const torch_ext::cpu::SolveKernels& kernels, const torch_ext::co
   torch_ext::cpu::SearchStorage storage;
   const int32_t rule = index_of<R>();
   const int64_t count = kernels.prepare(rule, view, grid, options.data(), words.data(), &storage);
-  Searched found{std::vector<double>(count), 0};
+  Searched searched{std::vector<double>(count), 0};
   // In pieces, as threads do it.
   for (int64_t begin = 0; begin < count; begin += 37)
     kernels.objectives(rule, storage, begin, std::min<int64_t>(begin + 37, count),
-                       found.objectives.data());
-  found.threshold = kernels.threshold(rule, view, storage, found.objectives.data());
-  return found;
+                       searched.objectives.data());
+  searched.threshold = kernels.threshold(rule, view, storage, searched.objectives.data());
+  return searched;
 }
 
 }  // namespace solving

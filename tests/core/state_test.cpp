@@ -13,9 +13,9 @@ using torch_ext::core::StateRow;
 const StateRow& row(const char* name) {
   for (const StateRow& state : kStates)
     if (std::strcmp(state.name, name) == 0) return state;
-  static const StateRow none{};
+  static const StateRow empty{};
   ADD_FAILURE() << "no state " << name;
-  return none;
+  return empty;
 }
 
 void expect_row(const char* name, bool accumulate, bool follow, bool quantize, bool differentiate) {

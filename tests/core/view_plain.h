@@ -8,7 +8,7 @@
 #include "core/cumulative.h"
 #include "statistic_plain.h"
 
-// What a view stands for, from the values themselves, in long double.
+// What a view represents, computed from the values themselves in long double.
 namespace view_plain {
 
 using statistic_plain::Values;

@@ -37,7 +37,7 @@ HistogramLayout any_layout(Random& random) {
   return random() % 5 == 0 ? HistogramLayout{0, 0} : pick(kLayouts, random);
 }
 
-// A statistic whose memory holds anything, as a fresh one's may.
+// Uninitialised memory, as that of a fresh statistic.
 void fill_with_garbage(Memory& memory) {
   const core::Statistic raw = memory.raw();
   std::memset(raw.extrema, 0x5b, raw.channels * 8);
@@ -81,8 +81,8 @@ struct Case {
   std::vector<int> order;  // innermost first
   int axis;
 };
-// Large enough that blocks share a channel, with a rest everywhere; rows, columns, images with the
-// channels in the middle and innermost.
+// Large enough that blocks share a channel, and no size is a multiple of a block's: rows, columns,
+// images with the channels in the middle and innermost.
 const Case kShared[] = {{{261007}, {0}, -1},
                         {{331, 797}, {0, 1}, -1},
                         {{3, 87001}, {1, 0}, 0},
@@ -148,7 +148,7 @@ TEST(AccumulateGrowth, AnySchedule) {
   }
 }
 
-// Counters of 16 bits carry: one value, two values in turns, far more often than 65536 times.
+// 16-bit counters carry: one, two or three distinct values, each far more often than 65536 times.
 TEST(AccumulateCarry, EqualValues) {
   const int64_t n = 1 << 19, stride = 1;
   Random random(4);
@@ -165,7 +165,7 @@ TEST(AccumulateCarry, EqualValues) {
   }
 }
 
-// A view that begins off the alignment of 16 bytes, of every length around a packet and a block.
+// Views that are not aligned to 16 bytes, of all lengths around a packet and a block.
 TYPED_TEST(Accumulate, AnyOffsetAndLength) {
   Random random(5);
   machine() = kMachines[0];

@@ -69,15 +69,15 @@ TEST(KlThreshold, EveryVariantIsTheCpus) {
   }
 }
 
-// What the CPU's op refuses.
+// Invalid rows, for which the op raises on the CPU.
 TEST(KlThreshold, WrongRowsGiveNoThreshold) {
   gpu::emulation::machine() = machines::kMachines[0];
-  const int64_t most = int64_t{1} << 53;
+  const int64_t max_count = int64_t{1} << 53;
   std::vector<std::vector<int64_t>> rows(6, std::vector<int64_t>(600, 5));
   rows[1][599] = -1;
-  rows[2][0] = most + 1;
-  rows[3][0] = rows[3][599] = most - 100;
-  std::fill(rows[4].begin(), rows[4].end(), most);
+  rows[2][0] = max_count + 1;
+  rows[3][0] = rows[3][599] = max_count - 100;
+  std::fill(rows[4].begin(), rows[4].end(), max_count);
   const std::vector<double> width = {1, 1, 1, 1, 1, NAN};
   std::vector<int64_t> counts;
   for (const auto& row : rows) counts.insert(counts.end(), row.begin(), row.end());

@@ -8,8 +8,8 @@
 #include "cuda/driver.h"
 #include "gpu.h"
 
-// Devices that the kernels are tried on, and calls of the drivers with scratch memory full of
-// garbage.
+// The emulated devices that the kernels are tested on, and calls of the drivers with scratch memory
+// full of garbage.
 namespace machines {
 
 using torch_ext::core::Statistic;

@@ -59,7 +59,7 @@ struct Given {
       grad.push_back(draw(1));
     }
     for (int64_t c = 0; c < layout.channels; ++c) {
-      // Negative ones too: an optimizer gets there.
+      // Negative parameters too: an optimizer can make them negative.
       const float sign = random() % 4 == 0 ? -1.0f : 1.0f;
       parameter.push_back(sign * (method == kLsq ? 0.05f : 2.0f) * static_cast<float>(1 + c % 7));
       zero_point.push_back(method == kLsq ? std::max(quant_min, static_cast<int32_t>(c % 5) - 2)
@@ -82,7 +82,8 @@ struct Given {
   std::vector<int32_t> zero_point;
 };
 
-// What an element adds to the gradient of the parameter and of the zero point, and its own.
+// An element's terms of the gradients of the parameter and of the zero point, and the gradient of
+// x.
 struct Plain {
   bool inside;
   long double parameter, zero_point;
@@ -141,20 +142,20 @@ TYPED_TEST(Learned, BackwardIsThePapersAndHasTheSameBitsEverywhere) {
     for (const int32_t method : {kLsq, kPact}) {
       for (const int32_t quant_min : {-16, 0}) {
         const Given<TypeParam> given(method, layout, quant_min, random);
-        Run<TypeParam> one(layout.numel(), layout.channels), many = one, device = one;
+        Run<TypeParam> single(layout.numel(), layout.channels), many = single, device = single;
         cpu::test_threads() = 1;
-        cpu::learned_backward(arrays::kDType<TypeParam>, given.job(one));
-        expect_formulas(given, one);
+        cpu::learned_backward(arrays::kDType<TypeParam>, given.job(single));
+        expect_formulas(given, single);
         if (testing::Test::HasFatalFailure()) return;
         cpu::test_threads() = 5;
         cpu::learned_backward(arrays::kDType<TypeParam>, given.job(many));
-        ASSERT_TRUE(one == many);
+        ASSERT_TRUE(single == many);
         gpu::emulation::machine() = statistic_plain::pick(machines::kMachines, random);
         gpu::emulation::machine().seed = random();
         const LearnedJob job = given.job(device);
         machines::Scratch scratch(cuda::learned_backward_scratch(job));
         cuda::learned_backward(arrays::kDType<TypeParam>, job, scratch.data(), nullptr);
-        ASSERT_TRUE(one == device);
+        ASSERT_TRUE(single == device);
       }
     }
   }

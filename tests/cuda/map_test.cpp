@@ -120,7 +120,7 @@ TYPED_TEST(Map, ForwardAndBackwardAreTheCpus) {
   }
 }
 
-// Where a check would have to wait for the device, the output is no plausible number.
+// Invalid qparams, for which the CPU raises, give NaN.
 TYPED_TEST(Map, WrongQParamsGiveNan) {
   const float scale[] = {0.1f, 0.0f, -1.0f, INFINITY, NAN, 0.1f, 0.1f};
   const int32_t zero_point[] = {0, 0, 0, 0, 0, 128, -129};

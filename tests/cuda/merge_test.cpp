@@ -35,10 +35,10 @@ TEST(Merge, IsTheStatisticOfAllValues) {
         for (float& each : x) each = static_cast<float>(each * scale);
         all[c].insert(all[c].end(), x.begin(), x.end());
         const core::Statistic raw = memory->raw();
-        const core::ChannelStatistic one = raw.channel(c);
+        const core::ChannelStatistic channel = raw.channel(c);
         const int64_t n = static_cast<int64_t>(x.size()), stride = 1;
         cpu::observe({x.data(), core::DType::f32, 1, &n, &stride}, -1,
-                     {one.extrema, one.tally, one.counts, 1, layout});
+                     {channel.extrema, channel.tally, channel.counts, 1, layout});
       }
     }
     cuda::merge(into.raw(), from.raw(), nullptr);

@@ -26,7 +26,7 @@ using statistic_plain::pick;
 using statistic_plain::Random;
 using statistic_plain::Values;
 
-// One quantizer's memory; `start` is what is there before it is solved.
+// One quantizer's memory; `start` is its content before it is solved.
 struct Quantizer {
   int32_t rule;
   Grid grid;
@@ -104,13 +104,13 @@ Quantizer make(int32_t rule, const Grid& grid, HistogramLayout layout, int64_t c
               false,
               1};
   for (int64_t c = 0; c < channels; ++c) {
-    // Some channels see nothing.
+    // Some channels have no values.
     const int64_t n = random() % 6 == 0 ? 0 : values;
     const Values x = statistic_plain::sample(pick(kKinds, random), n, random);
     const int64_t stride = 1;
-    const core::ChannelStatistic one = q.statistic.channel(c);
+    const core::ChannelStatistic channel = q.statistic.channel(c);
     cpu::observe({x.data(), core::DType::f32, 1, &n, &stride}, -1,
-                 {one.extrema, one.tally, one.counts, 1, layout});
+                 {channel.extrema, channel.tally, channel.counts, 1, layout});
   }
   return q;
 }
@@ -127,7 +127,7 @@ TEST(Solve, EveryRuleOnEveryGrid) {
   for (size_t rule = 0; rule < rules().size(); ++rule) {
     const bool is_search = rules()[rule].search_words != nullptr || rules()[rule].composite;
     for (const Grid& grid : solving::kGrids) {
-      // Brute force is slow here, so each rule meets some of the pairs.
+      // Brute force is slow, so each rule is tested with some of the pairs.
       if (is_search && random() % 3 != 0) continue;
       use_some_machine(random);
       std::vector<Quantizer> quantizers;
@@ -184,7 +184,8 @@ TEST(Solve, MoreJobsThanALaunchTakes) {
   EXPECT_EQ(gpu::emulation::launches(), before + 3);
 }
 
-// Ranges that follow: first, on the way, at once, frozen; channels that saw nothing.
+// Ranges that follow: first batch, averaging, averaging constant 1, frozen; channels without
+// values.
 TEST(Solve, RangesFollow) {
   Random random(45);
   for (const char* name : {"min_max", "percentile", "mse", "fixed_scale"}) {
@@ -217,7 +218,7 @@ TEST(Solve, RangesFollow) {
   }
 }
 
-// What the CPU refuses: a statistic that contradicts itself.
+// A statistic that contradicts itself, for which the CPU raises, gives NaN.
 TEST(Solve, WrongStatisticsGiveNan) {
   Random random(46);
   gpu::emulation::machine() = machines::kMachines[0];
@@ -243,7 +244,7 @@ TEST(Solve, WrongStatisticsGiveNan) {
   }
 }
 
-// A device holds few rows' memory at a time: rows take turns.
+// More rows than there is memory for at a time are solved in waves.
 TEST(Solve, ManyChannels) {
   Random random(47);
   gpu::emulation::machine() = machines::kMachines[2];

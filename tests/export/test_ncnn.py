@@ -125,6 +125,16 @@ class Twice(nn.Module):
         return self.fc(self.fc(x))
 
 
+class Padded(nn.Module):
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value = value
+        self.fc = nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(nn.functional.pad(x[..., :10], (1, 1), value=self.value))
+
+
 def made(net: nn.Module, **keys: Any) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         net.qconfig = get_default_qconfig(
@@ -157,9 +167,45 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "groups": (made(Grouped()), "grouped.parametrizations.weight.0: its 2 groups have several"),
     "transposed": (made(Grouped()), "up.parametrizations.weight.0: it is of a layer that has no"),
     "sum": (made(Summing()), "fc.parametrizations.weight.0: the input of fc is not quantized"),
+    "padding": (made(Padded(1.5)), "fc.parametrizations.weight.0: the input of fc is not quanti"),
     "twice": (made(Twice()), "fc.parametrizations.weight.0: fc is called twice, on values of in"),
     "folded": (folded, "0.parametrizations.weight.1: the layer reads something computed from"),
 }
+
+
+@pytest.mark.parametrize(
+    "keeping",
+    [
+        lambda x: nn.functional.pad(x[..., 1:11], (1, 1)),
+        lambda x: nn.functional.pad(x[..., 2:], (1, 1, 0, 0), mode="replicate"),
+        lambda x: x.chunk(3, dim=1)[1].mT,
+        lambda x: x.split([2, 1], dim=1)[0].flip(1),
+        lambda x: nn.functional.adaptive_max_pool2d(x, 12).roll(1, -1),
+        lambda x: nn.functional.dropout2d(x[:, [0, 2]], training=False).relu_(),
+        lambda x: x.movedim(1, 2).repeat(1, 1, 2, 1).narrow(2, 1, 3),
+    ],
+)
+def test_layers_read_quantizers_through_what_keeps_values(
+    keeping: Callable[[Tensor], Tensor], path: Path
+) -> None:
+    """The result's values are all on the grid of the quantizer that the table names."""
+
+    class Keeping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(12, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(keeping(x))
+
+    net = made(Keeping())()
+    export.ncnn_table(net, ncnn_net.images(), path)
+    quantizer = net.input_quantizers.x
+    scale = float(quantizer.scale)
+    (multiplier,) = export.read_ncnn_table(path).activations["fc"]
+    assert multiplier == pytest.approx(1 / scale, rel=1e-6)
+    levels = keeping(quantizer(ncnn_net.images())) / scale
+    assert torch.allclose(levels, levels.round(), atol=1e-3)
 
 
 @pytest.mark.parametrize("case", REFUSED)

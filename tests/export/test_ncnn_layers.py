@@ -85,16 +85,22 @@ REFUSED: dict[str, tuple[Any, str]] = {
         "conv: unknown weight 'relu_quantizer'; known: ",
     ),
     "input": (layers(conv={**CONV, "input": [1]}), "conv: unknown input [1]; known: "),
-    "groups": (layers(conv={**CONV, "groups": 0}), "conv: expected groups to be a number of them"),
+    "groups": (
+        layers(conv={**CONV, "groups": 0}),
+        "conv: expected groups to be an integer of 1 or",
+    ),
     "groups of 3": (
         layers(conv={**CONV, "groups": 3}),
-        "conv: expected channels to be those of the weight in whole groups, got 16 in 3 groups",
+        "output channels and a multiple of groups, got 16 with 3 groups and 16 scales",
     ),
     "channels": (
         layers(conv={**CONV, "channels": 8}),
-        "conv: expected channels to be those of the weight in whole groups, got 8 in 1 groups",
+        "output channels and a multiple of groups, got 8 with 1 groups and 16 scales",
     ),
-    "yes": (layers(conv={**CONV, "groups": True}), "conv: expected groups to be a number of them"),
+    "yes": (
+        layers(conv={**CONV, "groups": True}),
+        "conv: expected groups to be an integer of 1 or",
+    ),
     "left out": (
         {"conv": CONV},
         "depthwise.parametrizations.weight.0: it is of a layer that has no row",

@@ -107,7 +107,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, Any], str]] = {
         export_models.solved,
         torch.randn(4, 3, 8, 8),
         {},
-        "torch.export does not take the model",
+        "torch.export cannot trace the model",
     ),
     "double": (double, images().double(), {}, "input_quantizers.x: it quantizes float64"),
     "nan": (not_finite, images(), {}, "expected fc.weight to be finite"),
@@ -167,7 +167,7 @@ def test_models_that_cannot_be_traced(path: Path) -> None:
     net = nn.Sequential(nn.Linear(2, 2), Deciding())
     net.qconfig = get_default_qconfig()
     net = export_models.run(prepare_qat(net), torch.randn(2, 2))
-    with pytest.raises(ValueError, match=r"torch\.export does not take the model; dynamic_batch"):
+    with pytest.raises(ValueError, match=r"torch\.export cannot trace the model; dynamic_batch"):
         export.onnx(net, torch.randn(2, 2), path)
     unused = export_models.run(Unused(), torch.randn(2, 2), True)
     with pytest.raises(ValueError, match="second: the forward does not call it with these"):

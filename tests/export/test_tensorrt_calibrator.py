@@ -76,7 +76,7 @@ def test_an_existing_file_with_other_contents_is_refused(path: Path) -> None:
     other = export_models.solved(activation={"quant_min": -127})
     with pytest.raises(ValueError, match=r"other scales, first of 'conv1\.activation_quantizer'"):
         export.tensorrt_calibrator(other, path, "8.6.1")
-    with pytest.raises(ValueError, match=r"other 8\.6\.1 EntropyCalibration2; remove it"):
+    with pytest.raises(ValueError, match=r"a cache of 8\.6\.1 EntropyCalibration2; remove it"):
         export.tensorrt_calibrator(net, path, "10.3.0")
     assert path.read_bytes() == before
     path.write_bytes(b"")
@@ -87,7 +87,7 @@ def test_an_existing_file_with_other_contents_is_refused(path: Path) -> None:
 def test_a_builder_of_another_version_does_not_build_without_scales(path: Path) -> None:
     calibrator = export.tensorrt_calibrator(export_models.solved(), path, "8.6.1")
     before = path.read_bytes()
-    with pytest.raises(ValueError, match="to hand back the cache it read, got other scales"):
+    with pytest.raises(ValueError, match="to return the cache it read, got other scales"):
         build(calibrator, b"TRT-8503-EntropyCalibration2")
     assert path.read_bytes() == before
 

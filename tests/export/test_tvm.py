@@ -126,18 +126,18 @@ def put(key: str, value: Any) -> Callable[[dict[str, Any]], Any]:
 HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "format": (lambda d: d.update(format="x"), "format, version: expected 'torch_ext.tvm' 1"),
     "version": (lambda d: d.update(version=2), "format, version: expected"),
-    "weights": (lambda d: d.update(weight_scale=1), "weight_scale: got 1"),
-    "global": (lambda d: d.update(global_scale=0), "global_scale: got 0"),
+    "weights": (lambda d: d.update(weight_scale=1), "weight_scale: expected power2 or max, got 1"),
+    "global": (lambda d: d.update(global_scale=0), "global_scale: expected null or above 0, got 0"),
     "none": (lambda d: d.update(quantizers={}), "quantizers: expected an object"),
-    "list": (lambda d: d["quantizers"].update(a=[1]), "a: expected of and"),
+    "list": (lambda d: d["quantizers"].update(a=[1]), "a: expected clip_max, "),
     "name": (lambda d: d["quantizers"].update({"a\n": 1}), "expected names to be printable"),
-    "extra": (put("more", 1), "fc.activation_quantizer: expected of and"),
-    "of": (put("of", "bias"), "fc.activation_quantizer: expected of and"),
-    "scale": (put("dom_scale", 0), "fc.activation_quantizer: its numbers contradict"),
-    "threshold": (put("threshold", 1e9), "fc.activation_quantizer: its numbers contradict"),
-    "text": (put("threshold", "1"), "fc.activation_quantizer: its numbers contradict"),
-    "clip": (put("clip_min", -128), "fc.activation_quantizer: its numbers contradict"),
-    "clip float": (put("clip_max", 127.0), "fc.activation_quantizer: its numbers contradict"),
+    "extra": (put("more", 1), "fc.activation_quantizer: expected clip_max, "),
+    "of": (put("of", "bias"), "fc.activation_quantizer: expected clip_max, "),
+    "scale": (put("dom_scale", 0), "fc.activation_quantizer: expected clip_min"),
+    "threshold": (put("threshold", 1e9), "fc.activation_quantizer: expected clip_min"),
+    "text": (put("threshold", "1"), "fc.activation_quantizer: expected clip_min"),
+    "clip": (put("clip_min", -128), "fc.activation_quantizer: expected clip_min"),
+    "clip float": (put("clip_max", 127.0), "fc.activation_quantizer: expected clip_min"),
 }
 
 

@@ -119,7 +119,7 @@ def test_a_pipe_is_refused_instead_of_waited_for(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", ["/dev/null", "/dev/zero"])
 def test_devices_are_refused(path: str) -> None:
-    with pytest.raises(ValueError, match=f"{path}: header: truncated, or no safetensors file"):
+    with pytest.raises(ValueError, match=f"{path}: header: truncated, or not a safetensors file"):
         read_observer_params(path)
 
 

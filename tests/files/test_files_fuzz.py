@@ -114,7 +114,8 @@ def refused_or_read(path: Path, read: Callable[[], Any]) -> Any:
 
 def assert_could_have_been_saved(params: dict[str, Params]) -> None:
     quantizers = {name: quantizer_of(own) for name, own in params.items()}
-    observed = {n: q for n, q in quantizers.items() if bool((q.observer.tally[:, 0] > 0).all())}
+    observers = {name: quantizer.observer for name, quantizer in quantizers.items()}
+    observed = {n: o for n, o in observers.items() if bool((o.tally[:, 0] > 0).all())}
     solutions = solve_observers(observed)
     for name, own in params.items():
         scales = [own["scale"], solutions[name].scale] if name in solutions else [own["scale"]]

@@ -120,7 +120,7 @@ class TestFiles:
         with pytest.raises(FileNotFoundError):
             load_observer_params(path.parent / "none", net)
         save_observer_params(net, path.parent / "fine")
-        with pytest.raises(ValueError, match="weights=False with a file, which holds none"):
+        with pytest.raises(ValueError, match="weights to be False with a file, got True"):
             load_observer_params(path.parent / "fine", net, weights=True)
 
     @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def twice(data: bytes) -> bytes:
 
 
 HOSTILE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
-    "empty": (lambda d: b"", "truncated, or no safetensors file (0 bytes)"),
+    "empty": (lambda d: b"", "truncated, or not a safetensors file (0 bytes)"),
     "seven bytes": (lambda d: d[:7], "truncated"),
     "header cut": (lambda d: d[:100], "truncated"),
     "data cut": (lambda d: d[:-1], "truncated or too long"),
@@ -235,7 +235,7 @@ HOSTILE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
         "header: expected at most 8 levels of nesting",
     ),
     "long number": (lambda d: join(b'{"a":' + b"9" * 5000 + b"}", b""), "header: Exceeds"),
-    "nan": (lambda d: join(b'{"a": NaN}', b""), "header: NaN is no number"),
+    "nan": (lambda d: join(b'{"a": NaN}', b""), "header: expected finite numbers, got NaN"),
     "duplicate key": (twice, f'header: duplicate key "{SCALE}"'),
     "not ours": (lambda d: join(b"{}", b""), "not a file of torch_ext"),
     "metadata list": (entered(lambda h: h.update(__metadata__=[1])), "not a file of torch_ext"),

@@ -253,7 +253,7 @@ class TestRefusals:
         calibrate(net, BATCHES, state="qat")
         net(images() * 3)  # moves the ranges
         save_observer_params(net, first.with_name("other"))
-        text = ".range: expected what percentile gives of the statistic, got another"
+        text = ".range: expected the range that percentile computes from the statistic, got"
         self.refused([first, first.with_name("other")], text)
         empty = prepared(get_default_calib_qconfig(weight_observer="percentile"))
         load_observer_params(first, empty)

@@ -8,7 +8,7 @@
 #include <utility>
 #include <vector>
 
-// Ops called as any LibTorch program calls them: by schema, through the dispatcher.
+// Calls ops as any LibTorch program does: by schema, through the dispatcher.
 namespace dispatch {
 
 using c10::IValue;
@@ -28,7 +28,7 @@ inline at::Tensor tensor(const std::string& op, std::vector<IValue> arguments) {
   return call(op, std::move(arguments)).at(0).toTensor();
 }
 
-// What the exception says, without its stack trace; empty where there is none.
+// The exception's message without its stack trace; empty if nothing is thrown.
 inline std::string error(const std::string& op, std::vector<IValue> arguments) {
   try {
     call(op, std::move(arguments));
@@ -45,10 +45,10 @@ struct Rule {
   std::vector<double> options;  // defaults, as solve takes them: a choice by its index
 };
 
-// The rules, known by what their one-shot op takes.
+// The rules, found by the first arguments of their one-shot ops.
 inline std::vector<Rule> rules() {
   constexpr const char* kFirst[] = {"x", "quant_min", "quant_max", "symmetric", "ch_axis"};
-  std::vector<Rule> found;
+  std::vector<Rule> rules;
   for (const c10::OperatorName& name : c10::Dispatcher::singleton().getAllOpNames()) {
     if (name.name.rfind("torch_ext::", 0) != 0) continue;
     const auto& arguments =
@@ -61,9 +61,9 @@ inline std::vector<Rule> rules() {
       const IValue& value = *arguments[i].default_value();
       rule.options.push_back(value.isDouble() ? value.toDouble() : 0);
     }
-    found.push_back(std::move(rule));
+    rules.push_back(std::move(rule));
   }
-  return found;
+  return rules;
 }
 
 struct State {

@@ -122,7 +122,7 @@ struct Followed {
 
 TEST(Ops, FollowMovesTheRange) {
   Followed f;
-  f.by(floats({NAN, INFINITY}), 0.25);  // nothing finite: as if it had not been
+  f.by(floats({NAN, INFINITY}), 0.25);  // no finite value: nothing changes
   EXPECT_EQ(f.solved.item<int>(), 0);
   EXPECT_TRUE(same(f.range, floats({0, 0}, {1, 2})));
   f.by(floats({-1, 2}), 0.25);  // the first batch sets it
@@ -172,9 +172,9 @@ TEST(Ops, FakeQuantPerChannelDifferentiatesInAChain) {
 // Levels 2. Row 0: nothing is lost at 2 bins already. Row 1: P = 1, 1, 5 and Q the same at 3 bins.
 TEST(Ops, KlThresholdSearchesEachRow) {
   const at::Tensor counts = at::tensor({1, 1, 0, 0, 1, 1, 5, 0}, at::kLong).view({2, 4});
-  const auto found = call("kl_threshold", {counts, at::tensor({0.5, 2.0}, at::kDouble), 2});
-  EXPECT_TRUE(same(found.at(0).toTensor(), at::tensor({2, 3}, at::kLong)));
-  EXPECT_TRUE(same(found.at(1).toTensor(), at::tensor({1.25, 7.0}, at::kDouble)));
+  const auto result = call("kl_threshold", {counts, at::tensor({0.5, 2.0}, at::kDouble), 2});
+  EXPECT_TRUE(same(result.at(0).toTensor(), at::tensor({2, 3}, at::kLong)));
+  EXPECT_TRUE(same(result.at(1).toTensor(), at::tensor({1.25, 7.0}, at::kDouble)));
 }
 
 TEST(Ops, ARuleOnATensorIsObserveAndSolve) {
@@ -200,17 +200,17 @@ TEST(Ops, ARuleKnowsItsShapeWithoutData) {
 }
 
 TEST(Ops, BrokenClausesAreNamed) {
-  const at::Tensor x = at::ones({3}), one = at::ones({1}), zero = at::zeros({1}, at::kInt);
+  const at::Tensor x = at::ones({3}), scale = at::ones({1}), zero_point = at::zeros({1}, at::kInt);
   const State s = observed(x);
   const auto expect_error = [](const std::string& have, const std::string& want) {
     EXPECT_EQ(have.substr(0, want.size()), want);
   };
-  expect_error(error("fake_quant", {x, -one, zero, -128, 127}),
+  expect_error(error("fake_quant", {x, -scale, zero_point, -128, 127}),
                "fake_quant: expected scale to be positive and finite, got -1 in channel 0");
-  expect_error(error("fake_quant", {x.to(at::kLong), one, zero, -128, 127}),
+  expect_error(error("fake_quant", {x.to(at::kLong), scale, zero_point, -128, 127}),
                "fake_quant: expected x to be float32, float64, float16 or bfloat16, got Long");
-  expect_error(error("fake_quant", {x, one, zero, -128, 127, 1}),
-               "fake_quant: expected ch_axis to be -1 or an axis of the 1 of x, got 1");
+  expect_error(error("fake_quant", {x, scale, zero_point, -128, 127, 1}),
+               "fake_quant: expected ch_axis to be -1 or an axis of the 1-dimensional x, got 1");
   expect_error(error("observe_", {x, s.extrema.to(at::kDouble), s.tally, s.counts}),
                "observe_: expected extrema to be Float, got Double");
   expect_error(
@@ -233,7 +233,7 @@ TEST(Ops, UnknownRulesListTheKnown) {
   for (const Rule& rule : rules()) EXPECT_NE(text.find(rule.name), std::string::npos) << rule.name;
 }
 
-// A statistic may come from anybody's hands. fixed_scale reads none.
+// A statistic may come from a file or user code. fixed_scale reads none.
 TEST(Ops, AStatisticThatContradictsItselfIsRefused) {
   for (const Rule& rule : rules()) {
     if (rule.name == "fixed_scale") continue;

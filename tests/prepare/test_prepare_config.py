@@ -105,7 +105,11 @@ class TestConfiguration:
             ({"head.*": None}, ValueError, 'no module is named "head.*"'),
             ({3: CONFIG}, TypeError, "names or module types, got 3"),
             ({int: CONFIG}, TypeError, "names or module types, got <class 'int'>"),
-            ({"fc": "int8"}, TypeError, "mapping['fc'] to be a QConfig or None, got 'int8'"),
+            (
+                {"fc": "int8"},
+                TypeError,
+                "mapping['fc'] to be a torch_ext.QConfig or None, got 'int8'",
+            ),
             ([("fc", CONFIG)], TypeError, "mapping to be a mapping"),
         ],
     )
@@ -122,7 +126,7 @@ class TestConfiguration:
         with pytest.raises(ValueError, match="expected a qconfig on the model, on a submodule"):
             prepare_qat(net)
         net.fc.qconfig = FakeQuantize  # type: ignore[assignment]
-        with pytest.raises(TypeError, match=r"fc\.qconfig to be a QConfig or None"):
+        with pytest.raises(TypeError, match=r"fc\.qconfig to be a torch_ext\.QConfig or None"):
             prepare_qat(net)
         with pytest.raises(TypeError, match="input_qconfig to be a QConfig or None, got 'x'"):
             ready(tiny_net(), input_qconfig="x")
@@ -139,7 +143,9 @@ class TestConfiguration:
         with pytest.raises(ValueError, match="to make a new quantizer at each call"):
             ready(tiny_net(), config)
         config = QConfig(activation=lambda **_: nn.Identity(), weight=None)
-        with pytest.raises(TypeError, match="the factory to make a FakeQuantize, got Identity"):
+        with pytest.raises(
+            TypeError, match="the factory to make a FakeQuantize, got a module Identity"
+        ):
             ready(tiny_net(), config)
         config = QConfig(activation=None, weight=lambda: FakeQuantize())
         with pytest.raises(TypeError, match=r"conv1\.weight.*unexpected keyword"):

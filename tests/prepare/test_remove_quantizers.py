@@ -126,7 +126,7 @@ class TestForeignParametrizations:
         prepared = prepare_qat(layer)
         parametrize.register_parametrization(prepared, "bias", nn.Identity())
         before = snapshot(prepared)
-        with pytest.raises(ValueError, match="parametrization of later than prepare_qat"):
+        with pytest.raises(ValueError, match="parametrization from after prepare_qat"):
             remove_quantizers(prepared, inplace=True)
         assert same(snapshot(prepared), before)
 

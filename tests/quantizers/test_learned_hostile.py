@@ -113,13 +113,13 @@ CHANNELS = {"qscheme": "per_channel_symmetric", "ch_axis": 0, "channel_len": 2}
         ({"method": "pact", "use_grad_scaling": False}, ValueError, "only lsq scales gradients"),
         ({"method": "pact", "learn_zero_point": True}, ValueError, "only lsq learns one"),
         ({"method": "lsq", "learn_zero_point": True}, ValueError, "on an affine qscheme"),
-        ({"method": "lsq", "alpha": 6.0}, ValueError, "alpha to be None, got 6.0: pact has one"),
+        ({"method": "lsq", "alpha": 6.0}, ValueError, "to be None, got 6.0: only pact has one"),
         ({"method": "lsq", "power_of_two": True}, ValueError, "power_of_two to be False"),
         ({"method": "lsq", "quant_max": 0}, ValueError, "quant_max to be at least 1, got 0"),
         ({"method": "lsq", "use_grad_scaling": 1}, TypeError, "use_grad_scaling to be True or"),
         ({"alpha": 6.0}, ValueError, "FakeQuantize(fake_quant): expected alpha to be None"),
         ({"use_grad_scaling": False}, ValueError, "use_grad_scaling to be True, got False"),
-        ({"learn_zero_point": True}, ValueError, "learn_zero_point to be False, got True: take"),
+        ({"learn_zero_point": True}, ValueError, "learn_zero_point to be False, got True: only"),
     ],
 )
 def test_bad_keys_are_refused(keys: dict[str, Any], kind: type[Exception], text: str):

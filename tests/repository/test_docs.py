@@ -262,5 +262,5 @@ def test_it_builds_without_a_warning(tmp_path: Path) -> None:
     for name in ("FakeQuantize", "prepare_qat", "quantization_parameters", "fake_quant_spec"):
         assert f"{name}</span>" in page
     # A docstring, a signature made from the registry, and a page's own text have arrived.
-    for text in ("Runs without gradients", "99.99", "The folder of the CMake package"):
+    for text in ("Runs in eval mode", "99.99", "The folder of the CMake package"):
         assert text in page

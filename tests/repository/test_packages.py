@@ -170,6 +170,11 @@ def test_one_function_of_setup_installs() -> None:
             "a==1 ; python_full_version >= '3.11' and sys_platform == 'linux'",
             "a==1 ; python_full_version >= '3.11'",
         ),
+        (
+            "a==1 ; (python_version < '3.11' or python_version > '3.12') and os_name == 'posix'",
+            "a==1 ; (python_version < '3.11' or python_version > '3.12')",
+        ),
+        ("b==1 ; platform_python_implementation != 'PyPy'", "b==1"),
         ("hf-xet==1 ; platform_machine == 'arm64' or platform_machine == 'x86_64'", "hf-xet==1"),
     ],
 )

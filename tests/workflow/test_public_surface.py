@@ -92,7 +92,10 @@ class TestArgumentsInTheWrongPlace:
         wrong: list[tuple[tuple[Any, ...], str]] = [
             ((images(), net, path), "export.onnx: expected model to be a torch.nn.Module, got a t"),
             ((net, path, images()), "export.onnx: expected path to be a file's path, got a tensor"),
-            ((net, images(64), net), "export.onnx: expected path to be a file's path, got a Quant"),
+            (
+                (net, images(64), net),
+                "export.onnx: expected path to be a file's path, got a module Qu",
+            ),
         ]
         for arguments, want in wrong:
             assert want in message(TypeError, lambda a=arguments: export.onnx(*a))  # type: ignore[misc]

@@ -1,1 +1,1 @@
-"""Which rule suits a model, which quantizers cost most, and a page about all of them."""
+"""Comparing rules on a model, the cost of each quantizer, and a report about all of them."""

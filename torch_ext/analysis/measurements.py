@@ -1,4 +1,4 @@
-"""Numbers that a long run has found so far, kept in a file: interrupted, it goes on from there."""
+"""The checkpoint of a long run of measurements, which an interrupted run continues from."""
 
 from __future__ import annotations
 
@@ -17,21 +17,32 @@ from torch_ext.utils.arguments import bounded
 from torch_ext.utils.batches import digest
 
 _VERSION = 1
-_SAME = 1e-6  # relative; a sum may be taken in another order
+_SAME = 1e-6  # relative difference of numbers that count as equal: sums may differ in their order
 
 
 def fingerprint(prepared: PreparedModel, *more: object) -> str:
-    """A name for the model's tensors, its quantizers' keys, and what else a run depends on."""
+    """A digest of the model's tensors, its quantizers' settings, and what else a run depends on.
+
+    `more` are values that JSON can hold. The result is SHA-256 as 64 hexadecimal digits.
+    """
     specs = {name: spec_of(quantizer) for name, quantizer in prepared.quantizers.items()}
     text = json.dumps([digest(prepared.root.state_dict()), specs, *more], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Results:
-    """Numbers by label, written after each one where there is a path.
+    """Measured numbers by label, kept in a file if there is a path.
 
-    The first number, that of the float model, is computed in every run: where it differs from the
-    file's, the data or the metric is another one, which is refused.
+    The first number, that of the float model, is measured in every run and compared with the file's
+    number, to notice a file of other data or another metric.
+
+    Args:
+        who: the public function, for errors; also stored in the file.
+        path: the file, read here if it exists; None keeps the numbers in memory.
+        about: :func:`fingerprint` of the model and the arguments.
+
+    Raises:
+        FileError: a ValueError, for a file of another model, of other arguments, or a damaged one.
     """
 
     def __init__(self, who: str, path: PathLike | None, about: str) -> None:
@@ -44,6 +55,12 @@ class Results:
         self._checked = False
 
     def measure(self, label: str, compute: Callable[[], object]) -> float:
+        """Returns the number of a label: from the file, or else computed and written to it.
+
+        Raises:
+            ValueError: if the first number differs from that in the file.
+            TypeError: if `compute` returns no number.
+        """
         known = self._values.get(label)
         if known is not None and self._checked:
             return known
@@ -51,7 +68,7 @@ class Results:
         if known is not None and not _same(known, value):
             raise ValueError(
                 f"{self._who}: expected {label} to be {known:g} as in the checkpoint, got "
-                f"{value:g}: it is of other data or another metric; remove {self._path}"
+                f"{value:g}: the checkpoint is of other data or another metric; remove {self._path}"
             )
         self._checked = True
         self._values[label] = value
@@ -60,13 +77,13 @@ class Results:
                 "kind": self._who,
                 "version": _VERSION,
                 "about": self._about,
-                "values": {name: repr(one) for name, one in self._values.items()},
+                "values": {name: repr(number) for name, number in self._values.items()},
             }
             write_atomically(self._path, json.dumps(content, indent=1).encode())
         return value
 
     def finish(self) -> None:
-        """Deletes the file."""
+        """Deletes the file, at the end of a complete run."""
         if self._path is not None:
             Path(self._path).unlink(missing_ok=True)
 
@@ -84,7 +101,9 @@ class Results:
             if content.get(key) != want:
                 raise FileError(path, f"{key}: expected {want!r}, got {content.get(key)!r}")
         if content.get("about") != self._about:
-            raise FileError(path, "about: of another model, other ranges or other arguments")
+            raise FileError(
+                path, "about: the file is of another model, other ranges or other arguments"
+            )
         values = content.get("values")
         if not isinstance(values, dict):
             raise FileError(path, "values: expected an object")

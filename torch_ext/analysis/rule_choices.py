@@ -1,4 +1,4 @@
-"""Rules with options to choose among: what a caller lists, or the usual ones."""
+"""Combinations of rules and options to try: those that a caller lists, or the usual ones."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch_ext.utils.arguments import bounded
 
 Candidates = Sequence[Rule] | Mapping[Rule, Mapping[str, OptionValue | Sequence[OptionValue]]]
 
-# Rules that are told their range: their defaults say nothing about the data.
-_TOLD = ("fixed_scale", "clip")
+# Rules whose range is given by their options, whatever the data.
+_FIXED = ("fixed_scale", "clip")
 
-# Rules whose option is worth more than one try.
+# Values to try for the options of rules that depend much on them.
 _USUAL: Mapping[Rule, Mapping[str, Sequence[OptionValue]]] = {
     "percentile": {"percentile": (99.9, 99.99, 99.999)},
     "clip_std": {"std_scale": (3.0, 4.0, 6.0)},
@@ -25,9 +25,11 @@ _USUAL: Mapping[Rule, Mapping[str, Sequence[OptionValue]]] = {
 
 @dataclass(frozen=True)
 class Choice:
-    """A rule with values for all its options."""
+    """A rule with values for all its options; as text ``percentile(99.9)``."""
 
+    #: The rule's name.
     rule: Rule
+    #: All its options by name.
     options: Mapping[str, OptionValue]
 
     def __str__(self) -> str:
@@ -38,57 +40,73 @@ class Choice:
 
 
 def rules_that_look() -> list[Rule]:
-    """The rules that find a range in the data, instead of being told one."""
-    return [rule for rule in _C.observers() if rule not in _TOLD]
+    """The rules that derive a range from the data, in the registry's order."""
+    return [rule for rule in _C.observers() if rule not in _FIXED]
 
 
 def choice(rule: Rule, options: Mapping[str, OptionValue]) -> Choice:
-    """With the defaults of the options that are not given; refuses unknown names and values."""
+    """A rule with the given options, and the defaults of the others.
+
+    Raises ValueError for an unknown rule or option and for a value that the option does not take.
+    """
     encode_options(rule, options)
     defaults = {row["name"]: row["default"] for row in observer_info(rule)["options"]}
     return Choice(rule, defaults | dict(options))
 
 
 def parse_candidates(who: str, name: str, given: Candidates) -> list[Choice]:
-    """Every combination of the options' values, each once."""
+    """Every combination of a rule and values of its options, each once.
+
+    Args:
+        who, name: the public function and its argument, for errors.
+        given: names of rules; or for each rule its options, each a value or a list of values.
+
+    Raises:
+        TypeError: if `given` is of another type.
+        ValueError: for unknown rules, options or values, and if there is no combination.
+    """
     want = "names of rules, or a mapping of names to options"
     if isinstance(given, str) or not isinstance(given, (Sequence, Mapping)):
         raise TypeError(f"{who}: expected {name} to be {want}, got {bounded(given)}")
     if not given:
         raise ValueError(f"{who}: expected {name} to be {want}, got none")
     table = given if isinstance(given, Mapping) else {rule: {} for rule in given}
-    found: dict[str, Choice] = {}
+    choices: dict[str, Choice] = {}
     for rule, options in table.items():
         if not isinstance(options, Mapping):
             raise TypeError(
                 f"{who}: expected {name}[{rule!r}] to be a mapping of options, got "
                 f"{bounded(options)}"
             )
-        values = [v if isinstance(v, (list, tuple)) else [v] for v in options.values()]
+        values = [
+            value if isinstance(value, (list, tuple)) else [value] for value in options.values()
+        ]
         for combination in itertools.product(*values):
-            made = choice(rule, dict(zip(options, combination, strict=True)))
-            found[str(made)] = made
-    if not found:
+            candidate = choice(rule, dict(zip(options, combination, strict=True)))
+            choices[str(candidate)] = candidate
+    if not choices:
         raise ValueError(
             f"{who}: expected every option of {name} to have a value, got an empty list"
         )
-    return list(found.values())
+    return list(choices.values())
 
 
-def usual_candidates(refuse: Callable[[Choice], object]) -> list[Choice]:
-    """The rules that look at the data with their usual options, less those that `refuse` raises
-    for: a rule may want a histogram, or fewer bits. Raises the last refusal where none is left.
+def usual_candidates(check: Callable[[Choice], object]) -> list[Choice]:
+    """The rules that look at the data, with the usual values of their options.
+
+    Leaves out those for which `check` raises ValueError or RuntimeError, such as a rule that needs
+    a histogram that was not kept, or fewer bits. If none is left, raises the last of these errors.
     """
-    found: list[Choice] = []
-    refusal: Exception | None = None
+    choices: list[Choice] = []
+    last_error: Exception | None = None
     table = {rule: _USUAL.get(rule, {}) for rule in rules_that_look()}
-    for one in parse_candidates("usual_candidates", "rules", table):
+    for candidate in parse_candidates("usual_candidates", "rules", table):
         try:
-            refuse(one)
+            check(candidate)
         except (ValueError, RuntimeError) as error:
-            refusal = error
+            last_error = error
         else:
-            found.append(one)
-    if refusal is not None and not found:
-        raise refusal
-    return found
+            choices.append(candidate)
+    if last_error is not None and not choices:
+        raise last_error
+    return choices

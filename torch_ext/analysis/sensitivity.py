@@ -1,4 +1,4 @@
-"""Which quantizers cost most: each is switched alone, on in the float model or off in the other."""
+"""Measures the cost of each quantizer: on alone in the float model, off alone in the quantized."""
 
 from __future__ import annotations
 
@@ -41,24 +41,35 @@ Metric = Callable[[nn.Module, Any], Any]
 
 @dataclass(frozen=True)
 class SensitivityRow:
-    """One quantizer; NaN where a way was not asked for."""
+    """One quantizer of a :class:`Sensitivity`; NaN for a way that was not measured."""
 
+    #: The quantizer's name.
     name: str
-    of: str  # "input", "output" or "weight"
-    on: float  # the metric with this quantizer alone
-    off: float  # the metric with all but this one
-    loss: float  # how much worse `on` is than the float model
-    gain: float  # how much better `off` is than the quantized model
+    #: ``"input"``, ``"output"`` or ``"weight"``, whichever it quantizes.
+    of: str
+    #: The metric with this quantizer alone.
+    on: float
+    #: The metric with all quantizers but this one.
+    off: float
+    #: How much worse ``on`` is than the float model.
+    loss: float
+    #: How much better ``off`` is than the quantized model.
+    gain: float
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What :func:`sensitivity` found, the costliest quantizer first; printed, a table."""
+    """The result of :func:`sensitivity`; as text, a table."""
 
+    #: One per quantizer, the costliest first.
     rows: tuple[SensitivityRow, ...]
+    #: The metric of the float model.
     floating: float
+    #: The metric with all quantizers.
     quantized: float
+    #: The ways that were measured, ``"on"``, ``"off"`` or both.
     ways: tuple[Way, ...]
+    #: The metric's name.
     metric: str
 
     def __str__(self) -> str:
@@ -76,7 +87,15 @@ class Sensitivity:
         return text + text_table(header, rows)
 
     def save_picture(self, path: PathLike, most: int | None = None) -> None:
-        """Writes an SVG with the bars of all quantizers, or of the costliest `most`."""
+        """Writes an SVG with bars of loss and gain.
+
+        Args:
+            path: the file; appears complete or not at all.
+            most: how many of the costliest quantizers to show, 1 or more; None shows all.
+
+        Raises:
+            ValueError: for another ``most``.
+        """
         if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
             raise ValueError(f"{_WHO}: expected most to be 1 or more, got {bounded(most)}")
         words = {"on": "loss with it alone", "off": "gain without it"}
@@ -105,29 +124,39 @@ def sensitivity(
 ) -> Sensitivity:
     """Measures the model with each quantizer alone, and with all quantizers but each.
 
-    In VALIDATION, in eval mode and without gradients, always from the same random state; with n
-    quantizers and both ways the data is run over 2n + 2 times. Afterwards the model is what it
-    was::
+    The quantizers that are on are in VALIDATION. The model is in eval mode, without gradients, and
+    always starts from the same random state; afterwards it is as it was before. With n quantizers
+    and both ways, the data is run over 2n + 2 times::
 
-        found = sensitivity(model, batches)             # how far from the float outputs
-        found = sensitivity(model, loader, accuracy)    # accuracy(model, loader) gives a number
+        result = sensitivity(model, batches)            # error relative to the float outputs
+        result = sensitivity(model, loader, accuracy)   # accuracy(model, loader) gives a number
+        print(result)
 
     Args:
         model: calibrated.
-        data: what ``metric`` takes; without one, batches as ``calibrate`` takes them, which can be
-            run over again (a list, a DataLoader without shuffling).
-        metric: called with model and data, gives a number. By default the squared error of the
-            model's floating outputs over the float model's, divided by the sum of the squares of
-            the latter, which are kept: about additive, and lower is better.
-        ways: ``"on"`` (it alone), ``"off"`` (all but it), or both.
-        pattern: of the quantizers to switch, as in ``set_fake_quantize``.
-        higher_is_better: whether a high ``metric`` is good.
+        data: the second argument of ``metric``. Without a metric: batches as ``calibrate`` takes
+            them, which can be run over again (a list, a DataLoader without shuffling).
+        metric: a function of model and data that returns a number. By default the squared error of
+            the model's floating outputs, divided by the sum of squares of the float model's
+            outputs, which stay in memory. Lower is then better, and the errors of quantizers about
+            add up.
+        ways: ``"on"`` (this quantizer alone), ``"off"`` (all but this one), or both (default).
+        pattern: which quantizers to switch, as in ``set_fake_quantize``; by default all.
+        higher_is_better: whether a higher ``metric`` is better, by default True; the default
+            metric ignores it.
         forward, device: of the default metric, as in ``calibrate``.
-        progress: a bar; by default where standard error is a terminal.
-        checkpoint: a file that keeps the numbers found so far, as in ``sweep``.
+        progress: whether to show a progress bar; by default if standard error is a terminal.
+        checkpoint: a file that keeps the numbers measured so far, as in ``sweep``.
 
-    Raises TypeError where the metric is no number or data cannot be run over again; RuntimeError
-    where a quantizer has no range.
+    Returns:
+        The metric and the cost of each quantizer, the costliest first.
+
+    Raises:
+        TypeError: if the metric returns no number, or data cannot be run over again.
+        ValueError: for an unknown way or pattern; for data that gives other batches the second
+            time; if the float model's outputs are not finite or all zero; for a checkpoint of
+            another run.
+        RuntimeError: if a quantizer has no range.
     """
     prepared = PreparedModel(_WHO, model)
     quantizers, chosen = prepared.quantizers, prepared.select(pattern)
@@ -144,10 +173,14 @@ def sensitivity(
         stack.enter_context(torch.no_grad())
         results = Results(_WHO, checkpoint, fingerprint(prepared))
         change_states(_WHO, model, FakeQuantState.VALIDATION)
-        active = {name: q for name, q in quantizers.items() if not q.passes_through}
+        active = {
+            name: quantizer
+            for name, quantizer in quantizers.items()
+            if not quantizer.passes_through
+        }
         run = _SensitivityRun(model, active, data, results)
         run.begin(metric, forward or default_forward(_WHO), where)
-        switches = [(n, way) for n in chosen if n in active for way in chosen_ways]
+        switches = [(name, way) for name in chosen if name in active for way in chosen_ways]
         for name, way in progress_bar(switches, len(switches), _WHO, progress):
             run.switch(name, way)
     results.finish()
@@ -159,7 +192,10 @@ def sensitivity(
 
 
 class _SensitivityRun:
-    """The measurements of one run, in VALIDATION."""
+    """The measurements of one call; `active` are the quantizers that quantize, by name.
+
+    Call `begin` first, then `switch`, then `row` for each quantizer.
+    """
 
     def __init__(
         self, model: nn.Module, active: Mapping[str, FakeQuantize], data: Any, results: Results
@@ -186,14 +222,15 @@ class _SensitivityRun:
 
     def switch(self, name: str, way: str) -> None:
         """Measures with one quantizer on in the float model, or off in the quantized one."""
-        own, others = FakeQuantState.VALIDATION, FakeQuantState.FLOAT
+        state, others = FakeQuantState.VALIDATION, FakeQuantState.FLOAT
         if way == "off":
-            own, others = others, own
+            state, others = others, state
         self._enter(self.active, others)
-        self._enter([name], own)
+        self._enter([name], state)
         self.measured[f"{way} {name}"] = self.results.measure(f"{way} {name}", self._call)
 
     def row(self, name: str, sign: float) -> SensitivityRow:
+        """A quantizer's row; `sign` is 1 if a lower metric is better, else -1."""
         on, off = (self.measured.get(f"{way} {name}", math.nan) for way in _WAYS)
         loss, gain = sign * (on - self.floating), sign * (self.quantized - off)
         return SensitivityRow(name, role_of(name, self.active[name]), on, off, loss, gain)
@@ -208,6 +245,7 @@ class _SensitivityRun:
 
 
 def _parse_ways(ways: Way | Sequence[Way]) -> tuple[Way, ...]:
+    """The ways in the order of ``_WAYS``; raises ValueError for unknown ones and for none."""
     given = [ways] if isinstance(ways, str) else list(ways)
     for way in given:
         if way not in _WAYS:
@@ -222,13 +260,18 @@ def _name(metric: Metric) -> str:
 
 
 def _order(row: SensitivityRow, ways: tuple[str, ...]) -> tuple[tuple[bool, float], ...]:
-    """The highest loss first, then the highest gain; what broke the model before all."""
+    """Sort key: NaN first (the metric is no number), then the highest loss, then the gain."""
     values = [row.loss if way == "on" else row.gain for way in ways]
     return tuple((not math.isnan(value), -value) for value in values)
 
 
 class _OutputError:
-    """Squared error of the model's floating outputs, relative to the float model's."""
+    """The default metric: squared error of the floating outputs over the float model's power.
+
+    Runs the model, which has to be in FLOAT, over the data and keeps its outputs. `power` is the
+    sum of their squares. Raises TypeError for data that can be run over only once, and ValueError
+    if `power` is not positive and finite.
+    """
 
     def __init__(self, model: nn.Module, data: Any, forward: Forward, device: torch.device) -> None:
         if isinstance(data, Iterator):
@@ -260,6 +303,7 @@ class _OutputError:
         return error / self.power
 
     def _outputs(self, model: nn.Module, data: Iterable[Any]) -> Iterator[Tensor]:
+        """The floating tensors in the outputs of all batches."""
         for batch in data:
             out = self._forward(model, to_device(batch, self._device))
             yield from (tensor for tensor in tensors_in(out) if tensor.is_floating_point())

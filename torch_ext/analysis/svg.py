@@ -1,11 +1,11 @@
-"""A small writer of SVG pictures, which a page can hold as they are."""
+"""Writes SVG pictures, as text that an HTML page can include."""
 
 from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Sequence
 
-# Distinguishable with any colour vision (Okabe and Ito 2008), and grey.
+# Six colours that are told apart with any colour vision (Okabe and Ito 2008), and two more.
 COLOURS = (
     "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#5e4fa2",
 )  # fmt: skip
@@ -15,7 +15,7 @@ Point = tuple[float, float]
 
 
 class Svg:
-    """Shapes in the order in which they are drawn; lengths in pixels from the upper left."""
+    """One picture: shapes are drawn in the order of the calls; pixels count from top left."""
 
     def __init__(self, width: float, height: float, title: str) -> None:
         self._size = (width, height)
@@ -23,6 +23,7 @@ class Svg:
         self._parts: list[str] = []
 
     def rectangle(self, at: Point, width: float, height: float, fill: str, hint: str = "") -> None:
+        """A filled rectangle with its upper left corner at `at`; `hint` is its tooltip."""
         inside = f"<title>{html.escape(hint)}</title>" if hint else ""
         self._parts.append(
             f'<rect x="{_number(at[0])}" y="{_number(at[1])}" width="{_number(width)}" '
@@ -37,24 +38,26 @@ class Svg:
         dashes: str = "",
         fill: str = "none",
     ) -> None:
-        """Through the points; with `fill` the area inside them, half transparent."""
-        drawn = " ".join(f"{_number(x)},{_number(y)}" for x, y in points)
-        more = f' stroke-dasharray="{dashes}"' if dashes else ""
-        more += ' fill-opacity=".45"' if fill != "none" else ""
+        """A line through the points; `fill` colours the area that it encloses, half transparent."""
+        coordinates = " ".join(f"{_number(x)},{_number(y)}" for x, y in points)
+        style = f' stroke-dasharray="{dashes}"' if dashes else ""
+        style += ' fill-opacity=".45"' if fill != "none" else ""
         self._parts.append(
-            f'<polyline points="{drawn}" fill="{fill}" stroke="{stroke}" '
-            f'stroke-width="{_number(width)}"{more}/>'
+            f'<polyline points="{coordinates}" fill="{fill}" stroke="{stroke}" '
+            f'stroke-width="{_number(width)}"{style}/>'
         )
 
     def text(
         self, at: Point, text: str, anchor: str = "start", fill: str = "#222", size: float = 11
     ) -> None:
+        """Text on the baseline at `at`; `anchor` says which end of it is there, as in SVG."""
         self._parts.append(
             f'<text x="{_number(at[0])}" y="{_number(at[1])}" text-anchor="{anchor}" '
             f'fill="{fill}" font-size="{_number(size)}">{html.escape(text)}</text>'
         )
 
     def render(self) -> str:
+        """The picture as an ``<svg>`` element."""
         width, height = (_number(size) for size in self._size)
         return "\n".join(
             [
@@ -68,15 +71,20 @@ class Svg:
 
 
 def _number(value: float) -> str:
+    """A length with at most one decimal."""
     return f"{value:.1f}".removesuffix(".0")
 
 
 def bar_picture(
     title: str, series: Sequence[str], rows: Sequence[tuple[str, Sequence[float], str]]
 ) -> str:
-    """Horizontal bars around 0: for each row a label, one length per series, and a note.
+    """A chart of horizontal bars around 0, as an ``<svg>`` element.
 
-    A length that is not finite has no bar.
+    Args:
+        title: above the chart.
+        series: names for the legend; each row has one bar per series.
+        rows: label, lengths (one per series, negative to the left; none is drawn if not finite),
+            and a note right of the bars.
     """
     labels, width, bar = 10 + 6.4 * max((len(label) for label, _, _ in rows), default=0), 420, 9
     step = bar * len(series) + 7

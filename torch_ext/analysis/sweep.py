@@ -1,4 +1,4 @@
-"""Which rule for this model: tries rules and options on one calibration, and measures each."""
+"""Measures a model with different rules and options, all solved from one calibration."""
 
 from __future__ import annotations
 
@@ -32,33 +32,51 @@ _SIDES = ("activation_observer", "weight_observer")
 
 @dataclass(frozen=True)
 class SweepRow:
-    """One combination; None where that side was left as it is."""
+    """One combination of a :class:`Sweep`."""
 
+    #: The rule of activations with its options; None if they were left as they are.
     activations: Choice | None
+    #: The rule of weights with its options; None if they were left as they are.
     weights: Choice | None
+    #: What ``evaluate`` returned.
     metric: float
 
     @property
     def label(self) -> str:
+        """The combination as text, such as ``percentile(99.9), weights min_max``."""
         return _label(self.activations, self.weights)
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What :func:`sweep` found, best first; printed, a table."""
+    """The result of :func:`sweep`; as text, a table."""
 
+    #: The combinations, the best first.
     rows: tuple[SweepRow, ...]
-    floating: float  # the metric of the float model
-    as_it_is: float  # with the rules that the model has
+    #: The metric of the float model.
+    floating: float
+    #: The metric with the rules that the model has.
+    as_it_is: float
+    #: Whether a higher metric is better.
     higher_is_better: bool
+    #: Which quantizers were solved, as in ``set_fake_quantize``; None for all.
     pattern: Pattern | None
 
     @property
     def best(self) -> SweepRow:
+        """The row with the best metric."""
         return self.rows[0]
 
     def apply(self, model: nn.Module, row: SweepRow | None = None) -> None:
-        """Solves the model's quantizers by a row's rules, by default the best one's."""
+        """Solves the model's quantizers by the rules of a row, by default of the best.
+
+        Args:
+            model: the model that was swept, or one with the same statistics.
+            row: one of ``rows``.
+
+        Raises:
+            ValueError, RuntimeError: as ``resolve``, if the rules cannot be solved on this model.
+        """
         chosen = self.best if row is None else row
         _solve_by(model, chosen.activations, chosen.weights, self.pattern)
 
@@ -74,10 +92,10 @@ class Sweep:
         return text_table([header[i] for i in shown], [[row[i] for i in shown] for row in rows])
 
     def save_picture(self, path: PathLike) -> None:
-        """Writes an SVG with a bar for each row: how far its metric is from the float model's."""
+        """Writes an SVG with a bar for each row: its metric minus the float model's."""
         bars = [(row.label, [row.metric - self.floating], f"{row.metric:.6g}") for row in self.rows]
         bars.append(("as it is", [self.as_it_is - self.floating], f"{self.as_it_is:.6g}"))
-        title = f"{_WHO}: metric, less the float model's {self.floating:.6g}"
+        title = f"{_WHO}: metric minus the float model's {self.floating:.6g}"
         write_atomically(path, bar_picture(title, ["difference"], bars).encode())
 
     def _numbers(self, metric: float) -> list[str]:
@@ -97,31 +115,41 @@ def sweep(
 ) -> Sweep:
     """Measures the model with each rule and each value of its options, from one calibration.
 
-    Every combination is solved from the statistics that the model holds, without data, and
-    evaluated in VALIDATION, in eval mode and without gradients, always from the same random state.
-    Afterwards the model is what it was; ``apply`` takes the best::
+    Every combination is solved from the statistics that the model holds, without data. The model is
+    evaluated in VALIDATION and eval mode, without gradients, always from the same random state.
+    Afterwards it is as it was before; :meth:`Sweep.apply` solves it by the best combination::
 
         rules = {"percentile": {"percentile": [99.9, 99.99]}, "kl": {}}
-        found = sweep(model, accuracy, activation_observers=rules)
-        print(found)
-        found.apply(model)
+        result = sweep(model, accuracy, activation_observers=rules)
+        print(result)
+        result.apply(model)
 
     Args:
         model: calibrated, with histograms for the rules that read one.
-        evaluate: called with the model, gives a number.
-        activation_observers: names of rules, or names with options, each a value or a list of
-            values. By default, unless weight_observers is given, every rule that looks at the
-            data and can be solved here, with the usual values of its options.
-        weight_observers: the same for weights; together with the above, every pair.
-        pattern: as in ``set_fake_quantize``; the other quantizers stay as they are.
-        higher_is_better: whether the best row is that of the highest metric; NaN comes last.
-        progress: a bar; by default where standard error is a terminal.
-        checkpoint: a file that keeps the numbers found so far; where it exists, what it holds is
-            not measured again. Its model has to be the same to the bit, and the float model's
-            metric, which is measured again, within 1e-6. Deleted at the end.
+        evaluate: a function of the model that returns a number.
+        activation_observers: names of rules; or a mapping from names to options, each a value or a
+            list of values. By default, unless ``weight_observers`` is given, every rule that
+            derives its range from the data and can be solved on this model, with the usual values
+            of its options.
+        weight_observers: the same for weights, by default left as they are. With both, every pair
+            is measured.
+        pattern: which quantizers to solve, as in ``set_fake_quantize``, by default all; the others
+            stay as they are.
+        higher_is_better: whether the best row has the highest metric (default) or the lowest; NaN
+            comes last.
+        progress: whether to show a progress bar; by default if standard error is a terminal.
+        checkpoint: a file that keeps the numbers measured so far, for a run that is interrupted:
+            numbers in it are not measured again. Only the float model's metric is, and has to
+            agree within a relative 1e-6; the model has to be the same to the bit. The file is
+            deleted at the end.
 
-    Raises TypeError where a metric is no number, ValueError or RuntimeError for rules and options
-    that cannot be solved here: before anything is measured.
+    Returns:
+        The metric of each combination, the best first.
+
+    Raises:
+        TypeError: if ``evaluate`` is no function or returns no number.
+        ValueError, RuntimeError: before anything is measured, for rules and options that are
+            unknown or cannot be solved on this model, and for a checkpoint of another run.
     """
     prepared = PreparedModel(_WHO, model)
     quantizers, chosen = prepared.quantizers, prepared.select(pattern)
@@ -168,41 +196,46 @@ def _pairs(
     weight_observers: Candidates | None,
     pattern: Pattern | None,
 ) -> dict[str, _Pair]:
-    """The combinations by label; each is known to be solvable."""
+    """The combinations by label, activations first; each was checked to be solvable."""
 
-    def check(side: str, one: Choice) -> None:
-        plan_resolve(prepared, **_arguments(side, one, pattern))
+    def check(side: str, candidate: Choice) -> None:
+        plan_resolve(prepared, **_arguments(side, candidate, pattern))
 
-    lists: list[list[Choice | None]] = []
+    sides: list[list[Choice | None]] = []
     for side, given in zip(_SIDES, (activation_observers, weight_observers), strict=True):
-        found: list[Choice] = []
+        choices: list[Choice] = []
         if given is not None:
-            found = parse_candidates(_WHO, f"{side}s", given)
-            for one in found:
+            choices = parse_candidates(_WHO, f"{side}s", given)
+            for candidate in choices:
                 try:
-                    check(side, one)
+                    check(side, candidate)
                 except (ValueError, RuntimeError) as error:
-                    raise type(error)(f"{_WHO}: {side} {one}: {error}") from error
+                    raise type(error)(f"{_WHO}: {side} {candidate}: {error}") from error
         elif side == _SIDES[0] and weight_observers is None:
-            found = usual_candidates(lambda one: check(_SIDES[0], one))
-        lists.append([*found] or [None])
-    return {_label(first, second): (first, second) for second in lists[1] for first in lists[0]}
+            choices = usual_candidates(lambda candidate: check(_SIDES[0], candidate))
+        sides.append([*choices] or [None])
+    return {
+        _label(activations, weights): (activations, weights)
+        for weights in sides[1]
+        for activations in sides[0]
+    }
 
 
 def _solve_by(
     model: nn.Module, activations: Choice | None, weights: Choice | None, pattern: Pattern | None
 ) -> None:
-    for side, one in zip(_SIDES, (activations, weights), strict=True):
-        if one is not None:
-            resolve(model, **_arguments(side, one, pattern))
+    for side, chosen in zip(_SIDES, (activations, weights), strict=True):
+        if chosen is not None:
+            resolve(model, **_arguments(side, chosen, pattern))
 
 
-def _arguments(side: str, one: Choice, pattern: Pattern | None) -> dict[str, Any]:
-    return {side: one.rule, "pattern": pattern, **one.options}
+def _arguments(side: str, chosen: Choice, pattern: Pattern | None) -> dict[str, Any]:
+    """The arguments of `resolve` for one side: activations or weights."""
+    return {side: chosen.rule, "pattern": pattern, **chosen.options}
 
 
 class _SweepRun:
-    """The measurements of one sweep."""
+    """The measurements of one call of :func:`sweep`, on a model in VALIDATION."""
 
     def __init__(
         self,
@@ -217,21 +250,23 @@ class _SweepRun:
         self.evaluate = evaluate
         self.results = results
         self.pattern = pattern
-        self._weights: Choice | None = None  # what the weights are solved by
+        self._weights: Choice | None = None  # the rule that the weights are solved by now
 
     def measure(self, label: str, pair: _Pair | None) -> float:
+        """The metric of a combination; without a pair, of the float model or the model as it is."""
         return self.results.measure(label, lambda: self._compute(label, pair))
 
     def _compute(self, label: str, pair: _Pair | None) -> Any:
+        """Solves and evaluates a combination; what `evaluate` returns is not checked yet."""
         if label == _FLOAT:
             with restored(self.quantizers):
                 change_states(_WHO, self.model, FakeQuantState.FLOAT)
                 return self._evaluate()
         if pair is not None:
             activations, weights = pair
-            # Weights are read anew, so they are solved when their rule changes.
-            again = weights if weights != self._weights else None
-            _solve_by(self.model, activations, again, self.pattern)
+            # Solving reads the whole weights, so it is done only if their rule changes.
+            changed = weights if weights != self._weights else None
+            _solve_by(self.model, activations, changed, self.pattern)
             self._weights = weights
         return self._evaluate()
 

@@ -1,1 +1,1 @@
-"""Running data through a prepared model, on one process or many; solving again without data."""
+"""Calibration: runs data through a prepared model, on one process or many, and solves ranges."""

@@ -38,26 +38,42 @@ _WHO = "calibrate"
 
 @dataclass(frozen=True)
 class QuantizerSummary:
-    """What one quantizer saw."""
+    """The values that one quantizer has observed, over all its channels.
 
+    With ``fresh=False`` these include the values of earlier calibrations.
+    """
+
+    #: Number of finite values, zeros and tiny ones among them.
     finite: int
+    #: Number of exact zeros.
     zeros: int
+    #: Number of non-zero values too small for the histogram; 0 where none is kept.
     tiny: int
+    #: Number of infinite values; the range ignores them.
     infinite: int
+    #: Number of NaN values; the range ignores them.
     nan: int
+    #: Smallest finite value; ``inf`` if there was none.
     minimum: float
+    #: Largest finite value; ``-inf`` if there was none.
     maximum: float
 
 
 @dataclass(frozen=True)
 class CalibrationSummary:
-    """What a calibration did; printed, a table."""
+    """The result of :func:`calibrate`; ``str()`` gives a table."""
 
+    #: Number of batches, those of a checkpoint included.
     batches: int
+    #: Number of samples, which is the sum of the batches' first dimensions.
     samples: int
-    resumed_from: int  # batches taken over from a checkpoint
+    #: Number of batches that came from a checkpoint and were not run again.
+    resumed_from: int
+    #: Wall-clock seconds of this call.
     seconds: float
+    #: What each quantizer observed, by its name.
     quantizers: dict[str, QuantizerSummary] = field(repr=False)
+    #: Names of the activation quantizers that saw no finite value.
     unobserved: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -92,27 +108,41 @@ def calibrate(
     state: FakeQuantState | StateName = FakeQuantState.VALIDATION,
     allow_unobserved: bool = False,
 ) -> CalibrationSummary:
-    """Observes the loader's batches in CALIBRATION and leaves it, which solves every quantizer.
+    """Runs the loader's batches through the model in CALIBRATION, then solves every quantizer.
 
-    Runs without gradients and with all modules in eval mode; afterwards the modes and torch's
-    random state are what they were. When anything fails, statistics and states are too.
+    Runs in eval mode and without gradients. Afterwards the modes of the modules and torch's random
+    state are as before. If anything raises, statistics, ranges and states are restored too.
 
     Args:
-        loader: batches; a tensor, a tuple or list whose first entry is the input, or a mapping
-            of keyword arguments.
-        forward: called with model and batch instead, for batches of another kind.
-        device: where batches go; by default to the model's first parameter.
-        autocast: True, or the dtype to compute in.
-        progress: a bar; by default where standard error is a terminal.
-        limit: stop after this many batches.
-        fresh: forget what was observed before.
-        checkpoint: a file that keeps the statistics, written after each ``every`` batches. Where it
-            exists, calibration goes on from it: the batches that it holds are skipped, and the
-            result is bit for bit that of an uninterrupted run. The loader has to give the same
-            batches again; torch's random state is restored for it, and the last batch skipped
-            is compared. Deleted at the end. It belongs to one process: each rank needs its own.
-        state: the state to leave in.
-        allow_unobserved: as in ``set_fake_quantize``.
+        model: a prepared model, wrapped or not.
+        loader: an iterable of batches. The model is called with the batch if that is a tensor,
+            with the first entry of a tuple or list, with keyword arguments from a mapping.
+        forward: called as ``forward(model, batch)`` instead, for other kinds of batches.
+        device: where batches are moved; by default, the device of the model's first parameter.
+        autocast: True, or the dtype to compute in; by default, no autocast.
+        progress: whether to show a progress bar; by default, if standard error is a terminal.
+        limit: stop after this many batches, a checkpoint's included; by default, use all.
+        fresh: whether to reset the statistics first; False adds to them.
+        checkpoint: a file for the statistics, written after every ``every`` batches and deleted
+            at the end. If the file exists, calibration resumes from it: the batches it covers
+            are skipped, and the result equals that of an uninterrupted run bit for bit. The loader
+            has to give the same batches again, so torch's random state is restored before it is
+            iterated, and the last skipped batch is compared. Each rank needs a file of its own.
+        every: number of batches between two checkpoints.
+        state: the state to set afterwards. With ``"calibration"`` nothing is solved yet.
+        allow_unobserved: whether quantizers may have seen no data, as in
+            :func:`set_fake_quantize`.
+
+    Raises:
+        TypeError: ``model`` is no module, ``loader`` no iterable of batches, or an argument has
+            another type than expected.
+        ValueError: the model has no quantizers, the loader gives no batches, a number is out of
+            range, a state is unknown, or the checkpoint is damaged (:class:`FileError`) or belongs
+            to another model or other batches.
+        RuntimeError: a quantizer saw no data; the message lists the names.
+
+    Warns:
+        UserWarning: the forward wrote to parameters or buffers of the model.
     """
     quantizers = PreparedModel(_WHO, model).quantizers
     target = parse_state(_WHO, state)
@@ -122,23 +152,23 @@ def calibrate(
         parse_flag(_WHO, name, flag)
     _check_count("limit", limit)
     _check_count("every", every)
-    where = model_device(_WHO, model, device)
-    begun = time.perf_counter()
+    batch_device = model_device(_WHO, model, device)
+    start = time.perf_counter()
     with contextlib.ExitStack() as stack:
         stack.enter_context(restored_on_error(quantizers))
         stack.enter_context(eval_mode(model))
         stack.enter_context(forked_rng(model))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(autocasting(autocast, where))
+        stack.enter_context(autocasting(autocast, batch_device))
         if fresh:
             for quantizer in quantizers.values():
                 quantizer.observer.reset_()
-        run = _CalibrationRun(model, quantizers, forward or default_forward(_WHO), where)
+        run = _CalibrationRun(model, quantizers, forward or default_forward(_WHO), batch_device)
         resumed = run.resume(checkpoint) if checkpoint is not None else 0
         for quantizer in quantizers.values():
             quantizer.enter(FakeQuantState.CALIBRATION)
         with watched(_WHO, model):
-            for batch in _bar(_limited(loader, limit), loader, limit, progress):
+            for batch in _with_progress(_limited(loader, limit), loader, limit, progress):
                 ran = run.step(batch)
                 if ran and checkpoint is not None and run.batches % every == 0:
                     run.save(checkpoint, batch)
@@ -152,7 +182,7 @@ def calibrate(
         batches=run.batches,
         samples=run.samples,
         resumed_from=resumed,
-        seconds=time.perf_counter() - begun,
+        seconds=time.perf_counter() - start,
         quantizers=summary,
         unobserved=tuple(
             name
@@ -163,7 +193,7 @@ def calibrate(
 
 
 class _CalibrationRun:
-    """The batches of one calibration, counted."""
+    """Runs, skips and counts the batches of one calibration."""
 
     def __init__(
         self,
@@ -177,24 +207,25 @@ class _CalibrationRun:
         self.forward = forward
         self.device = device
         self.batches = self.samples = self.skipped = 0
-        self.held: Progress | None = None
+        self.resumed: Progress | None = None
         self.rng_state = torch.get_rng_state()
 
     def resume(self, path: PathLike) -> int:
+        """Loads a checkpoint if the file exists; returns the number of batches it covers."""
         discard_partials(path)
-        self.held = read_progress(path, self.observed)
-        if self.held is None:
+        self.resumed = read_progress(path, self.observed)
+        if self.resumed is None:
             return 0
-        self.rng_state = self.held.rng_state
+        self.rng_state = self.resumed.rng_state
         torch.set_rng_state(self.rng_state)
-        self.batches, self.samples = self.held.batches, self.held.samples
+        self.batches, self.samples = self.resumed.batches, self.resumed.samples
         return self.batches
 
     def step(self, batch: Any) -> bool:
-        """Runs a batch, or skips one that the checkpoint holds; whether it ran."""
-        if self.held is not None and self.skipped < self.held.batches:
+        """Runs a batch, or skips one that the checkpoint covers; returns whether it ran."""
+        if self.resumed is not None and self.skipped < self.resumed.batches:
             self.skipped += 1
-            if self.skipped == self.held.batches and digest(batch) != self.held.last_digest:
+            if self.skipped == self.resumed.batches and digest(batch) != self.resumed.last_digest:
                 raise ValueError(
                     f"{_WHO}: expected batch {self.skipped} to be the one of the checkpoint, got "
                     "another: the loader's batches differ from those of the interrupted run"
@@ -206,13 +237,14 @@ class _CalibrationRun:
         return True
 
     def save(self, path: PathLike, batch: Any) -> None:
-        made = Progress(self.batches, self.samples, digest(batch), self.rng_state)
-        write_progress(path, self.observed, made)
+        progress = Progress(self.batches, self.samples, digest(batch), self.rng_state)
+        write_progress(path, self.observed, progress)
 
     def finish(self) -> None:
-        if self.held is not None and self.skipped < self.held.batches:
+        """Raises ValueError if the loader gave no batches, or fewer than the checkpoint covers."""
+        if self.resumed is not None and self.skipped < self.resumed.batches:
             raise ValueError(
-                f"{_WHO}: expected the loader to give at least the {self.held.batches} batches "
+                f"{_WHO}: expected the loader to give at least the {self.resumed.batches} batches "
                 f"of the checkpoint, got {self.skipped}"
             )
         if self.batches == 0:
@@ -235,7 +267,7 @@ def _limited(loader: Iterable[Any], limit: int | None) -> Iterator[Any]:
             return
 
 
-def _bar(
+def _with_progress(
     batches: Iterator[Any], loader: Iterable[Any], limit: int | None, progress: bool | None
 ) -> Iterable[Any]:
     total = None
@@ -247,11 +279,11 @@ def _bar(
 
 
 def _summaries(quantizers: Mapping[str, FakeQuantize]) -> dict[str, QuantizerSummary]:
-    found = {}
+    summaries = {}
     for name, quantizer in quantizers.items():
         observer = quantizer.observer
         tally: Tensor = observer.tally.sum(0)
         low, high = float(observer.extrema[:, 0].min()), float(observer.extrema[:, 1].max())
         finite, zeros, tiny, infinite, nan = (int(count) for count in tally.tolist())
-        found[name] = QuantizerSummary(finite, zeros, tiny, infinite, nan, low, high)
-    return found
+        summaries[name] = QuantizerSummary(finite, zeros, tiny, infinite, nan, low, high)
+    return summaries

@@ -1,4 +1,4 @@
-"""Checkpoints of a calibration: the statistics, how many batches they hold, and of which data."""
+"""Checkpoint files of a calibration: its statistics, and how far it has come."""
 
 from __future__ import annotations
 
@@ -28,21 +28,26 @@ _RNG = "rng_state"
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a calibration came."""
+    """How far a calibration has come."""
 
+    #: Number of batches in the statistics.
     batches: int
+    #: Number of samples in the statistics.
     samples: int
-    last_digest: str  # of the last batch's contents
-    rng_state: Tensor  # of torch, before the loader was asked for its first batch
+    #: Hash of the last batch's contents, see ``digest``.
+    last_digest: str
+    #: Torch's random state before the loader was iterated, uint8.
+    rng_state: Tensor
 
 
 def write_progress(
     path: PathLike, quantizers: Mapping[str, FakeQuantize], progress: Progress
 ) -> None:
+    """Writes the quantizers' statistics and the progress to a file, atomically."""
     tensors: dict[str, Tensor] = {_RNG: progress.rng_state}
     for name, quantizer in quantizers.items():
-        own = quantizer.state_dict()
-        tensors |= {f"{name}.{field}".strip("."): own[field] for field in STATISTIC}
+        state = quantizer.state_dict()
+        tensors |= {f"{name}.{field}".strip("."): state[field] for field in STATISTIC}
     content = {
         "quantizers": {name: spec_of(quantizer) for name, quantizer in quantizers.items()},
         "batches": progress.batches,
@@ -53,9 +58,11 @@ def write_progress(
 
 
 def read_progress(path: PathLike, quantizers: Mapping[str, FakeQuantize]) -> Progress | None:
-    """Reads a checkpoint into the observers; None where there is no file.
+    """Reads a checkpoint into the observers; returns None if there is no file.
 
-    The file has to be of the same quantizers with the same keys. Refused: nothing changes.
+    Raises:
+        FileError: the file is damaged, or its quantizers have other names, rules, options, grids
+            or shapes than ``quantizers``. No observer is changed then.
     """
     if not Path(path).exists():
         return None
@@ -89,6 +96,7 @@ def _count(path: PathLike, content: Mapping[str, Any], key: str) -> int:
 
 
 def _check_specs(path: PathLike, specs: Any, quantizers: Mapping[str, FakeQuantize]) -> None:
+    """Raises FileError if the specs of the file are not those of the quantizers."""
     if not isinstance(specs, dict):
         raise FileError(path, "quantizers: missing from the description")
     if set(specs) != set(quantizers):
@@ -105,8 +113,9 @@ def _check_specs(path: PathLike, specs: Any, quantizers: Mapping[str, FakeQuanti
 def _read_statistic(
     path: PathLike, tensors: Mapping[str, Tensor], name: str, quantizer: FakeQuantize
 ) -> list[tuple[Tensor, Tensor]]:
-    own = {field: f"{name}.{field}".strip(".") for field in STATISTIC}
-    values = {field: tensors[key] for field, key in own.items() if key in tensors}
+    """Checks the statistic of one quantizer; returns its buffers with the values to copy in."""
+    keys = {field: f"{name}.{field}".strip(".") for field in STATISTIC}
+    values = {field: tensors[key] for field, key in keys.items() if key in tensors}
     shapes = {field: FIELDS[field] for field in STATISTIC}
     try:
         check_shapes(values, shapes, quantizer.observer.channel_len)

@@ -1,4 +1,4 @@
-"""The processes of a group: where their tensors meet, and whether they are about the same thing."""
+"""A process group: the device its collectives run on, and a check that its ranks agree."""
 
 from __future__ import annotations
 
@@ -15,13 +15,21 @@ from torch import Tensor
 from torch_ext.utils.arguments import bounded
 from torch_ext.utils.text import shown
 
+# By quantizer: values that JSON can hold, by what they describe.
 Facts = Mapping[str, Mapping[str, Any]]
 
 
 class Ranks:
-    """A process group as one call uses it; raises where there is none."""
+    """The ranks of a process group, for the function ``who`` that errors name."""
 
     def __init__(self, who: str, group: dist.ProcessGroup | None) -> None:
+        """Checks the group; None is the default group.
+
+        Raises:
+            RuntimeError: torch.distributed is not initialised.
+            TypeError: ``group`` is no process group.
+            ValueError: this process is not in the group.
+        """
         self.who = who
         self.group = group
         if not (dist.is_available() and dist.is_initialized()):
@@ -39,8 +47,8 @@ class Ranks:
         config = str(dist.get_backend_config(group))  # such as "cpu:gloo,cuda:nccl"
         self.device_types = [part.split(":")[0] for part in config.split(",")]
 
-    def meeting_place(self, device: torch.device) -> torch.device:
-        """The device itself where the group's backends serve it, else one that they serve."""
+    def collective_device(self, device: torch.device) -> torch.device:
+        """``device`` if a backend of the group supports it, otherwise one that is supported."""
         if device.type in self.device_types:
             return device
         if "cpu" in self.device_types:
@@ -48,7 +56,7 @@ class Ranks:
         return torch.device("cuda", torch.cuda.current_device())
 
     def reduce_(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
-        """Combines the tensors of all ranks, in place, on every rank."""
+        """All-reduces a tensor in place; returns it. Raises RuntimeError if a rank is missing."""
         try:
             dist.all_reduce(tensor, op, self.group)
         except RuntimeError as error:
@@ -58,39 +66,50 @@ class Ranks:
             ) from error
         return tensor
 
-    def agree(self, facts: Facts, problem: Exception | None, near: torch.device) -> None:
-        """Raises on every rank where one has a problem, or where their facts differ.
+    def agree(self, facts: Facts, problem: Exception | None, model_device: torch.device) -> None:
+        """Raises on every rank if any rank has a problem, or if their facts differ.
 
-        `facts`: per quantizer, plain values; `near`: the model's device. One collective of three
-        numbers compares a digest; only where that differs the facts themselves travel, to name the
-        difference.
+        One collective of three integers compares a hash of the facts. Only if the hashes differ
+        are the facts themselves gathered, to name the difference.
+
+        Args:
+            facts: what has to be equal on all ranks.
+            problem: what this rank raises, if anything.
+            model_device: a device of the model, for groups that have no backend for the CPU.
+
+        Raises:
+            Exception: ``problem``, on the ranks that have one.
+            RuntimeError: on the others, if some rank has a problem, or if a rank is missing.
+            ValueError: if the facts differ.
         """
-        place = self.meeting_place(near if "cpu" not in self.device_types else torch.device("cpu"))
+        cpu = torch.device("cpu")
+        device = self.collective_device(cpu if "cpu" in self.device_types else model_device)
         text = json.dumps(facts, sort_keys=True)
         digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
-        mine = [digest, ~digest, int(problem is not None)]
-        found = torch.tensor(mine, device=place)
-        most, least, trouble = self.reduce_(found, dist.ReduceOp.MAX).tolist()
-        if most == ~least and not trouble:
+        numbers = torch.tensor([digest, ~digest, int(problem is not None)], device=device)
+        # The MAX of the complements is the complement of the smallest digest.
+        largest, complement, any_problem = self.reduce_(numbers, dist.ReduceOp.MAX).tolist()
+        if largest == ~complement and not any_problem:
             return
-        told: list[Any] = [None] * dist.get_world_size(self.group)
-        on_place = torch.cuda.device(place) if place.type == "cuda" else contextlib.nullcontext()
-        with on_place:  # which is where objects travel with NCCL
-            dist.all_gather_object(told, (facts, problem and str(problem)), self.group)
+        gathered: list[Any] = [None] * dist.get_world_size(self.group)
+        # NCCL sends objects by the current CUDA device.
+        context = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+        with context:
+            dist.all_gather_object(gathered, (facts, problem and str(problem)), self.group)
         if problem is not None:
             raise problem
-        for rank, (_, complaint) in enumerate(told):
-            if complaint is not None:
-                raise RuntimeError(f"{self.who}: refused on rank {rank}: {complaint}")
-        for rank, (theirs, _) in enumerate(told):
-            if text := _difference(told[0][0], theirs, rank):
+        for rank, (_, message) in enumerate(gathered):
+            if message is not None:
+                raise RuntimeError(f"{self.who}: rank {rank} raised: {message}")
+        for rank, (theirs, _) in enumerate(gathered):
+            if text := _difference(gathered[0][0], theirs, rank):
                 raise ValueError(
                     f"{self.who}: expected all ranks to have the same quantizers, got {text}"
                 )
 
 
 def _difference(first: Facts, other: Facts, rank: int) -> str:
-    """What rank 0 and another differ in; nothing where they are equal."""
+    """The first difference between rank 0 and another, in words; empty if there is none."""
     for mine, theirs, who in ((first, other, "0"), (other, first, str(rank))):
         if only := [name for name in mine if name not in theirs]:
             return f"{shown(only)} on rank {who} alone"

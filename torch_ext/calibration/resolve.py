@@ -1,4 +1,4 @@
-"""Solving again without data: another rule, or other options, on the statistics that are kept."""
+"""Solves quantizers again without data: by another rule, or with other options."""
 
 from __future__ import annotations
 
@@ -26,19 +26,36 @@ def resolve(
     pattern: Pattern | None = None,
     **options: OptionValue,
 ) -> None:
-    """Gives quantizers a rule and its options, and solves them anew from what was observed.
+    """Solves quantizers again without data, by another rule or with other options.
 
-    Activations are solved from their statistics, weights from the weights. An option goes to the
-    side whose rule has it::
+    Activations are solved from the statistics of their observers, weights from the weights::
 
         resolve(model, activation_observer="percentile", percentile=99.9)
         resolve(model, weight_observer="mse")
-        resolve(model, percentile=99.99)          # the rule stays
+        resolve(model, percentile=99.99)          # keeps the rules
 
-    A rule that reads a histogram needs one: calibrate with such a rule (``percentile``, ``kl``,
-    ...) or with ``histogram=True`` among the keys of the qconfig. Quantizers that saw no data, and
-    those with a given scale (``fixed_scale``) in the qconfig, are left as they are.
-    Refused: nothing changes.
+    A rule that reads a histogram (``percentile``, ``kl``, ...) needs one: calibrate with such a
+    rule, or with ``histogram=True`` in ``activation_qkwargs`` of the qconfig. Quantizers that saw
+    no data, and those whose qconfig gives a scale (``fixed_scale``), are left as they are.
+
+    Args:
+        model: a prepared and calibrated model, wrapped or not.
+        activation_observer: the new rule of activations. If only one of the two rules is given,
+            the quantizers of the other side are left as they are; with neither, all keep their
+            rules.
+        weight_observer: the new rule of weights.
+        pattern: names of quantizers, as in :func:`set_fake_quantize`; by default, all.
+        **options: options of the rules. Each goes to the quantizers whose rule has it. Where the
+            rule stays, options that are not given stay too; otherwise they take their defaults.
+
+    Raises:
+        TypeError: ``model`` is no module, or an option has a wrong type.
+        ValueError: the model has no quantizers, none saw data, the pattern matches none, a rule or
+            an option is unknown, a value is out of range, or the histogram is missing.
+        RuntimeError: a weight has no finite value, or a rule does not accept the grid or these
+            options together.
+
+    If it raises, nothing has changed.
     """
     prepared = PreparedModel(_WHO, model)
     _apply(
@@ -47,11 +64,11 @@ def resolve(
 
 
 class ResolvePlan(NamedTuple):
-    """What a call of :func:`resolve` would do, checked; by name of the quantizer."""
+    """What a checked call of :func:`resolve` will do, by name of the quantizer."""
 
     chosen: dict[str, FakeQuantize]
     rules: dict[str, Rule]
-    settings: dict[str, dict[str, Any]]
+    settings: dict[str, dict[str, Any]]  # the options of each rule
 
 
 def plan_resolve(
@@ -61,7 +78,10 @@ def plan_resolve(
     pattern: Pattern | None = None,
     **options: OptionValue,
 ) -> ResolvePlan:
-    """Raises what :func:`resolve` would refuse; changes nothing."""
+    """Checks a call of :func:`resolve` without changing anything.
+
+    Raises TypeError, ValueError or RuntimeError as :func:`resolve` does.
+    """
     selected = prepared.select(pattern)
     wanted = {False: activation_observer, True: weight_observer}
     if activation_observer is None and weight_observer is None:
@@ -96,7 +116,7 @@ def _known(rule: str) -> list[str]:
 def _options(
     quantizer: FakeQuantize, rule: str, given: Mapping[str, OptionValue]
 ) -> dict[str, Any]:
-    """The given options that the rule has; where the rule stays, those it had are the defaults."""
+    """The options for ``rule``: those given, and, if the rule stays, its present ones."""
     known = _known(rule)
     kept = quantizer.observer.options if rule == quantizer.observer.name else {}
     return kept | {name: value for name, value in given.items() if name in known}
@@ -107,16 +127,17 @@ def _check(
     rules: Mapping[str, Rule],
     settings: Mapping[str, Mapping[str, OptionValue]],
 ) -> None:
-    without = [
+    """Raises for a rule whose histogram is missing, and for options or grids that do not fit it."""
+    lacking = [
         name
         for name, quantizer in chosen.items()
         if observer_info(rules[name])["statistic"] == "histogram"
         and not (quantizer.transient or quantizer.observer.has_histogram)
     ]
-    if without:
+    if lacking:
         raise ValueError(
-            f"{_WHO}: {rules[without[0]]} reads a histogram, but none was kept for "
-            f"{shown(without)}; calibrate with such a rule, or with histogram=True in the qconfig"
+            f"{_WHO}: {rules[lacking[0]]} reads a histogram, but none was kept for "
+            f"{shown(lacking)}; calibrate with such a rule, or with histogram=True in the qconfig"
         )
     for name, quantizer in chosen.items():
         try:
@@ -126,6 +147,7 @@ def _check(
 
 
 def _apply(prepared: PreparedModel, plan: ResolvePlan) -> None:
+    """Sets the rules and solves; puts the previous rules back if that raises."""
     before: dict[Observer, tuple[Rule, dict[str, OptionValue]]] = {
         q.observer: (q.observer.name, q.observer.options) for q in plan.chosen.values()
     }
@@ -135,7 +157,9 @@ def _apply(prepared: PreparedModel, plan: ResolvePlan) -> None:
         solutions = solve_quantizers(plan.chosen, prepared.read_weight)
         if solutions.unobserved:
             names = shown([f"{name} ({why})" for name, why in solutions.unobserved.items()])
-            raise RuntimeError(f"{_WHO}: nothing to solve from: {names}")
+            raise RuntimeError(
+                f"{_WHO}: expected finite values to solve from, got none for {names}"
+            )
     except BaseException:
         for observer, (rule, options) in before.items():
             observer.set_rule(rule, **options)

@@ -1,4 +1,4 @@
-"""What several commands take: their parser's frame, patterns, output files, numbers."""
+"""Arguments that several commands share: parsers, patterns, output files, numbers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from torch_ext.utils.arguments import bounded
 
-Commands = Any  # what ``add_subparsers`` gives: argparse has no public name for it
+Commands = Any  # the type that ``add_subparsers`` returns, which argparse does not name publicly
 
 _SUFFIXES = ("", ".safetensors")
 
@@ -21,7 +21,15 @@ def add_command(
     text: str,
     example: str,
 ) -> argparse.ArgumentParser:
-    """A command's parser, with ``--json``; ``run`` gives the exit code."""
+    """Adds a command and returns its parser, which has ``--json``.
+
+    Args:
+        commands: the result of ``add_subparsers``.
+        name: the command.
+        run: runs the command on the parsed arguments and returns the exit code.
+        text: what the command does, for the help; begins with a small letter.
+        example: arguments of ``torch-ext`` to show in the help.
+    """
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=text,
@@ -52,17 +60,18 @@ def add_quiet(parser: argparse.ArgumentParser) -> None:
 
 
 def progress_of(arguments: argparse.Namespace) -> bool | None:
-    """What the functions' ``progress`` is: off, or a bar where standard error is a terminal."""
+    """The argument ``progress``: False with ``--quiet``, else None for a bar on a terminal."""
     return False if arguments.quiet else None
 
 
 def check_output(path: str | None) -> None:
-    """Raises ValueError for an output that is not to be a file of ``save_observer_params``."""
+    """Raises ValueError for an ``--output`` that has another suffix than .safetensors."""
     if path is not None and Path(path).suffix.lower() not in _SUFFIXES:
         raise ValueError(f"expected --output to end in .safetensors, got {bounded(path)}")
 
 
 def count(text: str) -> int:
+    """Parses an integer of 1 or more, for argparse."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected 1 or more, got {value}")
@@ -70,6 +79,7 @@ def count(text: str) -> int:
 
 
 def tolerance(text: str) -> float:
+    """Parses a number of 0 or more, for argparse."""
     value = float(text)
     if not value >= 0:
         raise argparse.ArgumentTypeError(f"expected 0 or more, got {text}")

@@ -1,4 +1,4 @@
-"""``torch-ext compare``: ranges and scales of two files side by side."""
+"""``torch-ext compare``: shows ranges and scales of two files side by side."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def register(commands: Commands) -> None:
         "--tolerance",
         type=tolerance,
         metavar="X",
-        help="exit with 1 if a range or scale differs by more, relatively, or the names do",
+        help="exit with 1 if a range or scale differs by more than X (relative), or if the names "
+        "of the quantizers differ",
     )
 
 
@@ -46,8 +47,8 @@ def run(arguments: argparse.Namespace) -> int:
         print_json(_record(comparison, first, second))
     else:
         _print(comparison, first, second, arguments.top)
-    fine = arguments.tolerance is None or comparison.within(arguments.tolerance)
-    return 0 if fine else 1
+    within = arguments.tolerance is None or comparison.within(arguments.tolerance)
+    return 0 if within else 1
 
 
 def _print(
@@ -56,11 +57,13 @@ def _print(
     second: Mapping[str, Params],
     top: int | None,
 ) -> None:
+    """Prints the comparison as a table of at most `top` rows, and a summary."""
     rows = [_cells(row, first[row.name], second[row.name]) for row in comparison.rows]
-    if rows[:top]:
-        print_table(_HEADER, rows[:top])
-    if len(rows[:top]) < len(rows):
-        print(f"... and {len(rows) - len(rows[:top])} that differ less")
+    shown = rows[:top]
+    if shown:
+        print_table(_HEADER, shown)
+    if len(shown) < len(rows):
+        print(f"... and {len(rows) - len(shown)} that differ less")
     for side, names in (("A", comparison.only_first), ("B", comparison.only_second)):
         if names:
             print(f"only in {side}: {', '.join(map(label_of, names))}")
@@ -80,6 +83,8 @@ def _cells(row: Difference, first: Params, second: Params) -> list[str]:
 def _record(
     comparison: Comparison, first: Mapping[str, Params], second: Mapping[str, Params]
 ) -> dict[str, Any]:
+    """The comparison for ``--json``."""
+
     def side(params: Params) -> dict[str, Any]:
         fields = ("range", "scale", "zero_point")
         values = {field: params[field].tolist() for field in fields} if params.solved else {}

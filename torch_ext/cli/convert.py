@@ -14,13 +14,13 @@ from torch_ext.files.storage import read_object
 from torch_ext.quantizers.set_state import set_fake_quantize
 from torch_ext.utils.text import joined
 
-# What writes a format, and the options that it takes.
+# For each format the function that writes it, and the options that this function takes.
 _FORMATS: Mapping[str, tuple[Callable[..., export.ExportReport], tuple[str, ...]]] = {
     "json": (export.json, ()),
     "ncnn": (export.ncnn_table_of, ("layers",)),
     "tensorrt-cache": (export.tensorrt_cache, ("version", "algorithm", "names")),
 }
-_OPTIONS = tuple(dict.fromkeys(key for _, own in _FORMATS.values() for key in own))
+_OPTIONS = tuple(dict.fromkeys(key for _, options in _FORMATS.values() for key in options))
 
 
 def register(commands: Commands) -> None:
@@ -38,36 +38,40 @@ def register(commands: Commands) -> None:
         "--without",
         action="append",
         metavar="NAMES",
-        help="leaves out the quantizers of these names; may be repeated",
+        help="leave out the quantizers with these names; may be repeated",
     )
     group = parser.add_argument_group("for tensorrt-cache")
-    group.add_argument("--version", help="of the TensorRT that will read it, such as 8.6.1")
+    group.add_argument(
+        "--version", help="version of the TensorRT that will read the cache, such as 8.6.1"
+    )
     group.add_argument("--algorithm", choices=ALGORITHMS)
     group.add_argument(
         "--names",
         metavar="FILE",
-        help="JSON: the network's tensor, or a list of them, for each quantizer",
+        help="JSON: for each quantizer the network's tensor, or a list of tensors",
     )
     parser.add_argument_group("for ncnn").add_argument(
         "--layers",
         metavar="FILE",
-        help='JSON: for each layer of the network {"weight": QUANTIZER, "input": QUANTIZER}, and '
-        '"groups" of a convolution if there are several',
+        help='JSON: for each layer of the network {"weight": QUANTIZER, "input": QUANTIZER}, with '
+        '"groups" for a grouped convolution, and "channels" for a weight with a single scale',
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    write, own = _FORMATS[arguments.to]
+    write, options = _FORMATS[arguments.to]
     given = {
         key: getattr(arguments, key) for key in _OPTIONS if getattr(arguments, key) is not None
     }
-    if strange := [f"--{key}" for key in given if key not in own]:
-        known = joined(f"--{key}" for key in own)
-        raise ValueError(f"unknown option {', '.join(strange)} of {arguments.to}; known: {known}")
+    if unknown := [f"--{key}" for key in given if key not in options]:
+        known = joined(f"--{key}" for key in options)
+        raise ValueError(f"unknown option {', '.join(unknown)} of {arguments.to}; known: {known}")
     for key in {"names", "layers"} & given.keys():
         given[key] = read_object(given[key])
     if arguments.to == "ncnn" and "layers" not in given:
-        raise ValueError("expected --layers, as a file does not say which layer reads what")
+        raise ValueError(
+            "expected --layers, as a file does not say which quantizers each layer has"
+        )
     model = read_quantizers(arguments.file)
     if arguments.without:
         set_fake_quantize(model, "float", pattern=arguments.without)

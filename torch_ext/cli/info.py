@@ -1,4 +1,4 @@
-"""``torch-ext info``: the version, the build, rules and methods."""
+"""``torch-ext info``: shows the version, the build, rules and methods."""
 
 from __future__ import annotations
 

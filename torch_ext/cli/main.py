@@ -1,4 +1,4 @@
-"""``torch-ext``, or ``python -m torch_ext``: the parser of all commands, and their exit codes."""
+"""``torch-ext``, or ``python -m torch_ext``: parses and runs a command, and sets the exit code."""
 
 from __future__ import annotations
 
@@ -17,23 +17,27 @@ _EXITS = """exit status:
   1  compare: the files differ by more than --tolerance
   2  bad input or usage; nothing was written
 """
-_PIPE_CLOSED, _INTERRUPTED = 141, 130  # as shells report SIGPIPE and SIGINT
+_PIPE_CLOSED, _INTERRUPTED = 141, 130  # the codes that shells use for SIGPIPE and SIGINT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code; errors go to standard error."""
-    with contextlib.suppress(AttributeError):  # a stream that is not a text file's
+    """Runs a command and returns its exit code; errors are printed to standard error.
+
+    Args:
+        argv: the arguments after the program's name; by default those of the process.
+    """
+    with contextlib.suppress(AttributeError):  # only text files can be reconfigured
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         arguments = _parser().parse_args(argv)
-    except SystemExit as stop:  # help was asked for, or is needed
+    except SystemExit as stop:  # argparse printed the help or a usage error
         return stop.code if isinstance(stop.code, int) else 0
     try:
         code: int = arguments.run(arguments)
         sys.stdout.flush()
         return code
     except BrokenPipeError:
-        # What reads the output is done with it; nothing more must reach it at exit.
+        # The reader closed the pipe. Python flushes at exit, which must not raise again.
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _PIPE_CLOSED
@@ -48,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="torch-ext",
-        description="Looks at, solves, joins and converts files of save_observer_params.",
+        description="Shows, solves, compares, joins and converts files of save_observer_params.",
         epilog=_EXITS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

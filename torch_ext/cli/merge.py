@@ -14,7 +14,7 @@ def register(commands: Commands) -> None:
         commands,
         "merge",
         run,
-        "joins the files of several machines in that of one run over all their data",
+        "joins the files of several machines into one, as of one run over all their data",
         "merge a.safetensors b.safetensors -o all.safetensors",
     )
     parser.add_argument("files", nargs="+", metavar="FILE")

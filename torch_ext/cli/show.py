@@ -1,4 +1,4 @@
-"""``torch-ext show``: the quantizers of a file."""
+"""``torch-ext show``: shows the quantizers of a file."""
 
 from __future__ import annotations
 
@@ -35,8 +35,16 @@ def run(arguments: argparse.Namespace) -> int:
 def print_quantizers(
     arguments: argparse.Namespace, model: SavedQuantizers, chosen: Mapping[str, FakeQuantize]
 ) -> None:
-    """The chosen quantizers of a file, as a table or as JSON, and what deserves a look."""
-    solved = {n: (q.observer, q.range) for n, q in chosen.items() if bool(q.solved)}
+    """Prints quantizers of a file as a table or as JSON, and notes about suspicious ones.
+
+    `model` is the file's contents and `chosen` the quantizers to print; ``arguments.json`` and
+    ``arguments.file`` are used.
+    """
+    solved = {
+        name: (quantizer.observer, quantizer.range)
+        for name, quantizer in chosen.items()
+        if bool(quantizer.solved)
+    }
     notes = [note.strip() for note in findings(solved)]
     if arguments.json:
         quantizers = {name: _record(name, quantizer) for name, quantizer in chosen.items()}
@@ -62,6 +70,7 @@ def print_quantizers(
 
 
 def _record(name: str, quantizer: FakeQuantize) -> dict[str, Any]:
+    """A quantizer for ``--json``."""
     params = params_of(quantizer)
     finite, zeros, tiny, infinite, nan = params["observer.tally"].sum(0).tolist()
     extrema = params["observer.extrema"]

@@ -1,4 +1,4 @@
-"""``torch-ext solve``: solves activations again from the statistics of a file."""
+"""``torch-ext solve``: solves the ranges of activations again, from the statistics of a file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch_ext.files.observer_params import save_observer_params
 from torch_ext.files.saved_quantizers import read_quantizers
 from torch_ext.quantizers.find import PreparedModel
 
-_OPTION = "option_"  # before the names of rules' options, among the arguments
+_OPTION = "option_"  # prefix of rules' options among the parsed arguments
 
 
 def register(commands: Commands) -> None:
@@ -38,15 +38,15 @@ def register(commands: Commands) -> None:
     owners: dict[str, list[str]] = {}
     for rule, row in rows:
         owners.setdefault(row["name"], []).append(rule)
-    for name, own in owners.items():
-        choices = [c for _, row in rows if row["name"] == name for c in row["choices"]]
+    for name, option_rules in owners.items():
+        choices = [choice for _, row in rows if row["name"] == name for choice in row["choices"]]
         group.add_argument(
             f"--{name.replace('_', '-')}",
             dest=f"{_OPTION}{name}",
             type=str if choices else float,
             choices=choices or None,
             metavar=None if choices else "NUMBER",
-            help=f"of {', '.join(own)}",
+            help=f"of {', '.join(option_rules)}",
         )
 
 
@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not activations:
         raise ValueError(
             "solve: expected quantizers of activations, got weights alone, which a file does not "
-            "hold: take resolve(model, weight_observer=...)"
+            "hold: call resolve(model, weight_observer=...) on the model"
         )
     options = {
         name.removeprefix(_OPTION): value

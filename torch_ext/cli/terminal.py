@@ -1,4 +1,4 @@
-"""What commands print: JSON, text, and tables, which rich draws where a terminal is."""
+"""Prints the results of commands: JSON, text, and tables, which rich draws on a terminal."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch_ext.utils.text import span, text_table
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints a table: by rich on a terminal, as plain text elsewhere or without rich."""
     if not sys.stdout.isatty():
         print(text_table(header, rows))
         return
@@ -29,17 +30,17 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for name in header:
         table.add_column(Text(name), overflow="fold")
     for row in rows:
-        table.add_row(*map(Text, row))  # not as markup, which names could be taken for
+        table.add_row(*map(Text, row))  # as Text, so that names in brackets are not markup
     Console().print(table)
 
 
 def print_json(value: Any) -> None:
-    """One JSON value; null for what JSON has no number for."""
+    """Prints a value as JSON, with null for infinite numbers and NaN."""
     print(json.dumps(_finite(value), indent=1, allow_nan=False))
 
 
 def print_summary(summary: Any, as_json: bool) -> None:
-    """A dataclass that says what was done, as its text or as JSON."""
+    """Prints a dataclass that says what was done, as its text or as JSON."""
     if as_json:
         print_json(asdict(summary))
     else:
@@ -47,7 +48,7 @@ def print_summary(summary: Any, as_json: bool) -> None:
 
 
 def range_text(params: Params) -> str:
-    """The ends of all channels; empty without a range."""
+    """The least and the greatest end of all channels' ranges; empty without a range."""
     if not params.solved:
         return ""
     low, high = float(params["range"][:, 0].min()), float(params["range"][:, 1].max())
@@ -68,7 +69,7 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
+        return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(one) for one in value]
+        return [_finite(item) for item in value]
     return value

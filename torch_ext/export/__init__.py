@@ -1,8 +1,9 @@
-"""Files for inference engines, each from a solved model in VALIDATION, and their readers.
+"""Files for inference engines, and their readers.
 
-An export is complete and valid, or it is refused before anything is written, with the names of the
-quantizers that do not suit the format and the reason. Files appear complete or not at all. Each
-returns an :class:`ExportReport`: what is in the file, and what was left out and why.
+Each writer takes a calibrated model in VALIDATION. It raises before anything is written if a
+quantizer does not suit the format, and names those quantizers with the reason. A file appears
+complete or not at all. The writers return an :class:`ExportReport`: which quantizers are in the
+file, and which were left out and why.
 """
 
 from torch_ext.export.common.entries import ExportReport

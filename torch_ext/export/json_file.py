@@ -1,13 +1,13 @@
-"""JSON of ranges, qparams, rules and options, and of each statistic what is not its histogram.
+"""JSON of ranges, scales, zero points, rules and options, and of statistics without histograms.
 
-``calibration.schema.json``, beside this file, is its JSON Schema.
+``calibration.schema.json``, beside this module, is the JSON Schema of the file.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from json import dumps
 from pathlib import Path
@@ -34,39 +34,57 @@ SCHEMA = Path(__file__).with_name("calibration.schema.json")
 
 @dataclass(frozen=True)
 class QuantizerRecord:
-    """A quantizer as a file describes it."""
+    """A quantizer of a file of :func:`json`; C is its number of channels, 1 per tensor."""
 
-    of: str  # "input", "output" or "weight"
-    spec: Mapping[str, Any]  # method, observer, options, dtype, qscheme, quant_min, ...
-    range: Tensor  # float32 [C,2]
-    scale: Tensor  # float32 [C]
-    zero_point: Tensor  # int32 [C]
-    extrema: Tensor  # float32 [C,2], inf and -inf where nothing was seen
-    tally: Tensor  # int64 [C,5]
-    digest: str  # SHA-256 of the statistic, histogram included
+    #: ``"input"``, ``"output"`` or ``"weight"``, whichever it quantizes.
+    of: str
+    #: Its settings, such as ``method``, ``observer``, ``options``, ``dtype``, ``qscheme`` and
+    #: ``quant_min``.
+    spec: Mapping[str, Any]
+    #: The ends of the range, float32 [C,2].
+    range: Tensor
+    #: float32 [C].
+    scale: Tensor
+    #: int32 [C].
+    zero_point: Tensor
+    #: The least and the greatest value seen, float32 [C,2]; inf and -inf where none was.
+    extrema: Tensor
+    #: How many values were finite, zero, tiny, infinite and NaN, int64 [C,5].
+    tally: Tensor
+    #: SHA-256 of the statistic, histogram included, as 64 hexadecimal digits.
+    digest: str
 
 
 @dataclass(frozen=True)
 class Calibration:
     """The contents of a file of :func:`json`."""
 
+    #: The quantizers by name.
     quantizers: Mapping[str, QuantizerRecord]
+    #: Names of the quantizers that the file does not describe, with the reason.
     left_out: Mapping[str, str]
 
 
 def json(model: nn.Module, path: PathLike) -> ExportReport:
-    """Writes everything that is known of a model's quantizers, as JSON; the model in VALIDATION.
+    """Writes the settings, ranges and statistics of a model's quantizers as JSON.
 
-    For each quantizer: what it is of, method, rule and options, grid, ``range`` [C,2], ``scale``
-    [C], ``zero_point`` [C], and of the statistic ``extrema`` [C,2], ``tally`` [C,5] (finite, zeros,
-    tiny, inf, nan) and ``sha256``, see :func:`statistic_digest`. Numbers read back bit for bit.
-    Quantizers in FLOAT, and those that saw no data and pass through, are under ``left_out``.
+    For each quantizer: what it quantizes, method, rule and options, grid, ``range`` [C,2],
+    ``scale`` [C], ``zero_point`` [C], and of the statistic ``extrema`` [C,2], ``tally`` [C,5]
+    (finite, zeros, tiny, inf, nan) and ``sha256``, a digest that covers the histogram too. Numbers
+    read back bit for bit. Quantizers in FLOAT, and those that saw no data and pass values through,
+    are listed under ``left_out``.
 
     Args:
-        path: ends in ``.json``; appears complete or not at all.
+        model: calibrated, in VALIDATION.
+        path: ends in ``.json``; the file appears complete or not at all.
+
+    Returns:
+        Which quantizers are in the file, and which were left out and why.
 
     Raises:
-        ValueError: quantizers in another state or without a range, by name.
+        ValueError: for quantizers in another state or without a range, by name; for another
+            suffix; for a model without quantizers.
+        FileNotFoundError: if the folder of ``path`` does not exist.
     """
     who = "export.json"
     target = check_path(who, path, ".json")
@@ -84,8 +102,11 @@ def json(model: nn.Module, path: PathLike) -> ExportReport:
 
 
 def statistic_digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of a statistic: for extrema, tally and counts the shape as text, then the values as
-    they lie in memory, least significant byte first."""
+    """SHA-256 of a statistic, as 64 hexadecimal digits.
+
+    Hashes extrema, tally and counts in this order: for each its name and shape as text, then its
+    values in C order, each least significant byte first.
+    """
     digest = hashlib.sha256()
     for field in STATISTIC:
         tensor = tensors[field].detach().cpu().contiguous()
@@ -114,9 +135,11 @@ def _record(entry: Entry) -> dict[str, Any]:
 
 
 def read_json(path: PathLike) -> Calibration:
-    """The contents of a file of :func:`json`, checked value by value.
+    """Reads a file of :func:`json` and checks every value.
 
-    Raises FileError (a ValueError) with the file and the field that is wrong.
+    Raises:
+        FileError: a ValueError with the file and the field that is wrong.
+        FileNotFoundError: if there is no such file.
     """
     document = read_object(path, _LIMIT)
     if document.get("format") != _FORMAT:
@@ -136,17 +159,17 @@ def read_json(path: PathLike) -> Calibration:
     for name, why in document["left_out"].items():
         if not isinstance(why, str):
             raise FileError(path, f"left_out.{name}: expected text, got {_shown(why)}")
-    found = {}
+    quantizers = {}
     for name, record in document["quantizers"].items():
         try:
-            found[name] = _parse_record(record)
+            quantizers[name] = _parse_record(record)
         except ValueError as error:
             raise FileError(path, f"{label_of(name)}.{error}") from error
-    return Calibration(found, document["left_out"])
+    return Calibration(quantizers, document["left_out"])
 
 
 _OBJECTS = ("quantizers", "left_out")
-# Name -> dtype of the numbers.
+# The fields that become tensors, with their dtypes.
 _VALUES = {"range": torch.float32, "scale": torch.float32, "zero_point": torch.int32}
 _SPEC = (
     "method", "averaging_constant", "observer", "options", "dtype", "qscheme", "ch_axis",
@@ -157,20 +180,27 @@ _LEARNED = ("use_grad_scaling", "learn_zero_point")
 
 
 def _check_keys(path: PathLike, where: str, have: Mapping[str, Any], want: set[str]) -> None:
-    for key in (*sorted(want - have.keys()), *sorted(have.keys() - want)):
-        raise FileError(
-            path, f"{where}: {'missing' if key in want else 'unknown'} key {key[:80]!r}"
-        )
+    """Raises FileError for the first key that is missing or unknown."""
+    if problem := _key_problem(have, want):
+        raise FileError(path, f"{where}.{problem}")
+
+
+def _key_problem(
+    have: Mapping[str, Any], want: set[str], optional: Collection[str] = ()
+) -> str | None:
+    """The first key that is missing or unknown, and which of both it is."""
+    for key in (*sorted(want - have.keys()), *sorted(have.keys() - want - set(optional))):
+        return f"{key[:80]}: {'missing' if key in want else 'unknown'}"
+    return None
 
 
 def _parse_record(record: Any) -> QuantizerRecord:
-    """ValueError says which field is wrong, and how."""
+    """Reads a quantizer's record; raises ValueError that names the field and what is wrong."""
     if not isinstance(record, dict):
         raise ValueError(f"expected an object, got {_shown(record)}")
     want = {"of", *_SPEC, *_VALUES, "statistic"}
-    for key in (*sorted(want - record.keys()), *sorted(record.keys() - want - {*_LEARNED})):
-        kind = "missing" if key in want else "unknown"
-        raise ValueError(f"{key[:80]}: {kind}")
+    if problem := _key_problem(record, want, _LEARNED):
+        raise ValueError(problem)
     if record["of"] not in _ROLES:
         raise ValueError(f"of: expected one of {', '.join(_ROLES)}, got {_shown(record['of'])}")
     statistic = record["statistic"]
@@ -204,15 +234,18 @@ def _parse_record(record: Any) -> QuantizerRecord:
 
 
 def _tensor(field: str, values: Any, dtype: torch.dtype) -> Tensor:
-    """Numbers in lists, one or two deep; whole ones where the dtype is."""
+    """A tensor of a list of numbers, or of a list of such lists; raises ValueError for others.
+
+    An integer dtype takes whole numbers only.
+    """
     kinds = (int, float) if dtype.is_floating_point else (int,)
 
-    def numbers(one: Any) -> bool:
-        return isinstance(one, kinds) and not isinstance(one, bool)
+    def is_number(value: Any) -> bool:
+        return isinstance(value, kinds) and not isinstance(value, bool)
 
     rows = values if isinstance(values, list) else None
     if not rows or not all(
-        numbers(row) or (isinstance(row, list) and all(map(numbers, row))) for row in rows
+        is_number(row) or (isinstance(row, list) and all(map(is_number, row))) for row in rows
     ):
         kind = "numbers" if dtype.is_floating_point else "whole numbers"
         raise ValueError(f"{field}: expected a list of {kind}, got {_shown(values)}")
@@ -223,7 +256,7 @@ def _tensor(field: str, values: Any, dtype: torch.dtype) -> Tensor:
 
 
 def _extrema(rows: Any) -> Tensor:
-    """Null where no finite value was seen."""
+    """The extrema [C,2]: a row of nulls, where no finite value was seen, becomes inf and -inf."""
     if isinstance(rows, list):
         rows = [[math.inf, -math.inf] if row == [None, None] else row for row in rows]
     return _tensor("statistic.extrema", rows, torch.float32)

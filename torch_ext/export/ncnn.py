@@ -1,7 +1,7 @@
 """ncnn's calibration table: for each layer the scales of its weights and of its input.
 
-A line of text per row, weights first: a key, then numbers, separated by blanks. The number is what
-a value is multiplied by to be quantized, the inverse of our scale::
+A row is a line of text: a key, then numbers, separated by blanks; rows of weights come first. ncnn
+multiplies a value by the number to quantize it, so the number is the inverse of our scale::
 
     conv1_param_0 812.345642 790.001221
     conv1 52.310001
@@ -47,10 +47,12 @@ _UNREAD = "no Convolution, ConvolutionDepthWise or InnerProduct of ncnn reads it
 
 @dataclass(frozen=True)
 class NcnnTable:
-    """A calibration table: multipliers by key."""
+    """The contents of a calibration table: multipliers (1 / scale) by key."""
 
-    weights: Mapping[str, tuple[float, ...]]  # "conv1_param_0": one per output channel, or group
-    activations: Mapping[str, tuple[float, ...]]  # "conv1": of the layer's input
+    #: Of weights, such as ``"conv1_param_0"``, one per output channel or one per group.
+    weights: Mapping[str, tuple[float, ...]]
+    #: Of layers' inputs, such as ``"conv1"``.
+    activations: Mapping[str, tuple[float, ...]]
 
 
 def ncnn_table(
@@ -59,24 +61,32 @@ def ncnn_table(
     path: PathLike,
     names: Mapping[str, str] | None = None,
 ) -> ExportReport:
-    """Writes ncnn's calibration table of a model in VALIDATION, for ncnn2int8 or ncnn itself.
+    """Writes ncnn's calibration table of a model, for ncnn2int8 or ncnn itself.
 
-    Rows are there for Conv2d (depthwise too) and Linear whose weight is quantized; such a layer has
-    to read a quantized value, directly or behind pooling by maximum, ReLU, dropout and reshaping.
-    Quantizers that no such layer reads are left out, as ncnn computes in float there; with those
-    in FLOAT, VALIDATION computes what ncnn does, up to ties (which ncnn rounds away from zero).
+    The table has rows for each Conv2d (depthwise too) and Linear whose weight is quantized. Such a
+    layer has to read a quantized value, directly or through ReLU and operations that only move or
+    pick values: max pooling, dropout, reshaping, slicing, padding by 0 and so on. Quantizers that
+    no such layer reads are left out, because ncnn computes in float there. With these in FLOAT,
+    VALIDATION computes what ncnn does, except for ties, which ncnn rounds away from zero.
 
     Args:
-        example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments; shows
-            which quantizer each layer reads.
-        path: ends in ``.table``; appears complete or not at all.
-        names: ncnn's layer names by module; by default the modules' own.
+        model: calibrated, in VALIDATION.
+        example_inputs: arguments of the model's forward, as a tensor, a tuple of positional or a
+            mapping of keyword arguments. The forward is traced with them, to see which quantizer
+            each layer reads.
+        path: ends in ``.table``; the file appears complete or not at all.
+        names: ncnn's name of the layer for each module; by default the modules' own names.
+
+    Returns:
+        Which quantizers are in the table, and which were left out and why.
 
     Raises:
-        ValueError: by name, quantizers that are not symmetric on [-127, 127] (``quant_min=-127``),
-            activations per channel, weights on another axis than 0 or with several scales in one
-            group; weights of other layers; layers whose input is not quantized; names that ncnn
-            cannot read (blanks, ``_param_``, more than 247 bytes).
+        ValueError: by name, for quantizers that are not symmetric on [-127, 127]
+            (``quant_min=-127``), activations per channel, weights on another axis than 0 or with
+            several scales in one group; weights of other layers; layers whose input is not
+            quantized; names that ncnn cannot read (blanks, ``_param_``, more than 247 bytes); and
+            for a model that torch.export cannot trace.
+        FileNotFoundError: if the folder of ``path`` does not exist.
     """
     who = "export.ncnn_table"
     target = check_path(who, path, ".table")
@@ -101,39 +111,46 @@ def ncnn_table(
 def ncnn_table_of(
     model: nn.Module, layers: Mapping[str, Mapping[str, str | int]], path: PathLike
 ) -> ExportReport:
-    """Writes the table of layers named by hand: for :func:`read_quantizers`, without the model.
+    """Writes ncnn's calibration table for layers that the caller lists.
+
+    Nothing is traced, so ``model`` may be what ``torch_ext.read_quantizers`` returns.
 
     Args:
-        layers: by ncnn's name of the layer: ``weight`` and ``input``, the names of quantizers;
-            ``groups`` of a convolution (1); ``channels`` of its output, where its weight has one
-            scale for all::
+        model: calibrated, in VALIDATION; or the quantizers of a file.
+        layers: for ncnn's name of each layer, a mapping with ``weight`` and ``input``, the names of
+            its quantizers; ``groups`` of a convolution (default 1); ``channels``, the number of
+            output channels, required if its weight has one scale for all of them::
 
                 {"conv1": {"weight": "conv1.parametrizations.weight.0", "input": "x_quantizer"}}
 
-        path: ends in ``.table``; appears complete or not at all.
+        path: ends in ``.table``; the file appears complete or not at all.
+
+    Returns:
+        Which quantizers are in the table, and which were left out and why.
 
     Raises:
-        ValueError: what :func:`ncnn_table` refuses; layers that name no such quantizers, and
-            quantized weights that no layer names.
+        ValueError: as :func:`ncnn_table` for grids and names; for layers whose ``weight`` or
+            ``input`` is no such quantizer, and for quantized weights that no layer names.
+        FileNotFoundError: if the folder of ``path`` does not exist.
     """
     who = "export.ncnn_table_of"
     target = check_path(who, path, ".table")
     if not isinstance(layers, Mapping) or not layers:
         raise ValueError(f"{who}: expected layers to be a mapping of layers, got {layers!r:.80}")
     chosen, left_out = entries(PreparedModel(who, model))
-    rows = [(key, *_named(f"{who}: {key}", layer, chosen)) for key, layer in layers.items()]
+    rows = [(key, *_parse_layer(f"{who}: {key}", layer, chosen)) for key, layer in layers.items()]
     _check_quantizers(who, chosen, [row[1:] for row in rows], {}, left_out)
     _check_keys(who, network_names(who, None, layers))
     return _write(who, target, chosen, left_out, rows)
 
 
-def _named(who: str, layer: Any, chosen: Mapping[str, Entry]) -> tuple[str, Layer]:
-    """The weight's quantizer and the layer, of what :func:`ncnn_table_of` is given."""
+def _parse_layer(who: str, layer: Any, chosen: Mapping[str, Entry]) -> tuple[str, Layer]:
+    """Reads an entry of ``layers``: the name of its weight's quantizer, and the layer."""
     if not isinstance(layer, Mapping) or not {"weight", "input"} <= layer.keys() <= _LAYER_KEYS:
         want = "weight and input, and perhaps groups and channels"
         raise ValueError(f"{who}: expected a mapping of {want}, got {layer!r:.80}")
     for role in ("weight", "input"):
-        known = [name for name, e in chosen.items() if e.is_weight == (role == "weight")]
+        known = [name for name, entry in chosen.items() if entry.is_weight == (role == "weight")]
         if layer[role] not in known:
             have = f"{layer[role]!r:.80}"
             raise ValueError(f"{who}: unknown {role} {have}; known: {shown(known)}")
@@ -141,13 +158,15 @@ def _named(who: str, layer: Any, chosen: Mapping[str, Entry]) -> tuple[str, Laye
     groups, channels = layer.get("groups", 1), layer.get("channels", scales)
     for key, value in (("groups", groups), ("channels", channels)):
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
-            raise ValueError(f"{who}: expected {key} to be a number of them, got {value!r:.80}")
+            raise ValueError(
+                f"{who}: expected {key} to be an integer of 1 or more, got {value!r:.80}"
+            )
     if scales == 1 and "channels" not in layer:
         raise ValueError(f"{who}: expected channels, as its weight has one scale for all")
     if channels % groups or scales not in (1, channels):
         raise ValueError(
-            f"{who}: expected channels to be those of the weight in whole groups, got {channels} "
-            f"in {groups} groups with {scales} scales"
+            f"{who}: expected channels to be the weight's number of output channels and a multiple "
+            f"of groups, got {channels} with {groups} groups and {scales} scales"
         )
     return layer["weight"], Layer(layer["input"], channels, groups)
 
@@ -159,7 +178,10 @@ def _check_quantizers(
     problems: dict[str, str],
     left_out: dict[str, str],
 ) -> None:
-    """Leaves out what no layer reads, and refuses what suits no table; layers by weight."""
+    """Adds activations that no layer reads to `left_out`; raises for what the table cannot hold.
+
+    `layers` are pairs of a weight's quantizer and its layer; `problems` are those found so far.
+    """
     pairs = list(layers)
     weights, read = {weight for weight, _ in pairs}, {layer.input for _, layer in pairs}
     for name, entry in chosen.items():
@@ -179,7 +201,7 @@ def _write(
     left_out: Mapping[str, str],
     rows: list[tuple[str, str, Layer]],
 ) -> ExportReport:
-    """Rows are key, weight's quantizer and layer."""
+    """Writes the table; each row is the layer's key, its weight's quantizer, and the layer."""
     lines = [
         f"{key}{_WEIGHT}0 {_numbers(_weight_scales(who, chosen[weight], layer))}"
         for key, weight, layer in rows
@@ -193,6 +215,7 @@ def _write(
 
 
 def _grid_problem(entry: Entry) -> str:
+    """Why ncnn cannot use a quantizer's grid; empty if it can."""
     grid = entry.params
     if (grid.quant_min, grid.quant_max) != (-127, 127):
         return f"its grid is [{grid.quant_min}, {grid.quant_max}], not [-127, 127]"
@@ -204,7 +227,7 @@ def _grid_problem(entry: Entry) -> str:
 
 
 def _weight_scales(who: str, entry: Entry, layer: Layer) -> Tensor:
-    """One per output channel, or per group where there are several."""
+    """The weight's scales: one per output channel, or one per group if there are several."""
     count = layer.groups if layer.groups > 1 else layer.channels
     scale = entry.scale
     if len(scale) == 1:
@@ -217,15 +240,16 @@ def _weight_scales(who: str, entry: Entry, layer: Layer) -> Tensor:
 
 
 def _numbers(scale: Tensor) -> str:
-    """The shortest plain decimals that read back as the same float32."""
+    """Multipliers 1 / scale, as the shortest decimals that read back as the same float32."""
     inverse = (1 / scale.double()).float().numpy()
-    return " ".join(np.format_float_positional(one, unique=True, trim="0") for one in inverse)
+    return " ".join(np.format_float_positional(value, unique=True, trim="0") for value in inverse)
 
 
 def _check_keys(who: str, keys: Mapping[str, tuple[str, ...]]) -> None:
+    """Raises ValueError for keys that ncnn could not read; `keys` are names by our layer."""
     problems = {}
-    for layer, listed in keys.items():
-        for key in listed:
+    for layer, layer_keys in keys.items():
+        for key in layer_keys:
             if " " in key or _WEIGHT in key:
                 problems[layer] = (
                     f"expected its name to be without ' ' and {_WEIGHT}, got {bounded(key)}"
@@ -236,9 +260,11 @@ def _check_keys(who: str, keys: Mapping[str, tuple[str, ...]]) -> None:
 
 
 def read_ncnn_table(path: PathLike) -> NcnnTable:
-    """A table of this library or of ncnn2table. As for ncnn, a blank line ends it.
+    """Reads a table of this library or of ncnn2table; as in ncnn, a blank line ends it.
 
-    Raises FileError (a ValueError) with the file and the line that is wrong.
+    Raises:
+        FileError: a ValueError with the file and the line that is wrong.
+        FileNotFoundError: if there is no such file.
     """
     rows: dict[str, tuple[float, ...]] = {}
     for number, line in enumerate(read_lines(path, _LIMIT), start=1):

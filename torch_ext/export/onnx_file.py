@@ -1,4 +1,4 @@
-"""ONNX: a model with QuantizeLinear and DequantizeLinear in place of its quantizers."""
+"""Exports a model to ONNX, with QuantizeLinear and DequantizeLinear in place of its quantizers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from torch_ext.utils.arguments import bounded
 
 Profile = Literal["tensorrt", "float"]
 PROFILES = (None, *get_args(Profile))
-_LIMIT = 2**31 - 2**20  # protobuf holds no more in one message
+_LIMIT = 2**31 - 2**20  # bytes; protobuf holds less than 2 GiB in one message
 
 
 def onnx(
@@ -43,33 +43,42 @@ def onnx(
     opset: int | None = None,
     dynamic_batch: bool = True,
 ) -> ExportReport:
-    """Writes the model as ONNX with QuantizeLinear and DequantizeLinear; the model in VALIDATION.
+    """Exports the model to ONNX, each quantizer as QuantizeLinear and DequantizeLinear.
 
-    Each quantizer becomes such a pair, whose output is bit for bit that of VALIDATION for every
-    finite input; grids that are part of their type's are clipped to before it. Grids of 2 to 4
-    bits are stored as int4 or uint4, up to 8 as int8 or uint8, up to 16 as int16 or uint16. Half
-    types are quantized in float32, as here. Nodes and tensors are named after the quantizers
-    (``conv1.activation_quantizer/quantized``), and the file's metadata ``torch_ext`` is JSON that
-    lists them all. The model is traced by ``torch.export`` in eval mode and stays as it was.
+    Such a pair gives bit for bit what the quantizer gives in VALIDATION, for every finite input.
+    Grids of 2 to 4 bits are stored as int4 or uint4, up to 8 bits as int8 or uint8, up to 16 as
+    int16 or uint16; before a grid that is narrower than its type, values are clipped. float16 and
+    bfloat16 are cast to float32 to be quantized, as in PyTorch. Nodes and tensors are named after
+    the quantizers (``conv1.activation_quantizer/quantized``); the file's metadata ``torch_ext`` is
+    JSON that lists the quantizers, see :func:`read_onnx_metadata`. The model is traced by
+    ``torch.export`` in eval mode and stays as it was.
 
     Args:
-        example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments.
-        path: ends in ``.onnx``; appears complete or not at all.
-        profile: ``"tensorrt"`` keeps to what TensorRT takes (int8, zero points 0, activations per
-            tensor, weights per output channel), see :func:`tensorrt_violations`. ``"float"``
-            leaves the quantizers out, and the metadata says which tensors they quantize: what
-            ``tensorrt_cache(..., names=path)`` belongs to.
-        quantized_weights: store the weights as integers, in a quarter of the size; otherwise in
-            float, with both nodes.
-        opset: at least 18; at least 21 where grids of less than 5 or more than 8 bits are; by
-            default the least. onnxruntime takes int8 beside MaxPool only below 21, or with the
-            session's entry ``session.qdqisint8allowed``.
-        dynamic_batch: the first axis of the inputs is free; the example needs 2 or more on it.
+        model: calibrated, in VALIDATION.
+        example_inputs: arguments of the model's forward, as a tensor, a tuple of positional or a
+            mapping of keyword arguments.
+        path: ends in ``.onnx``; the file appears complete or not at all.
+        profile: None (default) for any grids. ``"tensorrt"`` raises for a model that TensorRT
+            would not take: it needs int8, zero points of 0, activations per tensor and weights per
+            tensor or per output channel, see :func:`tensorrt_violations`. ``"float"`` leaves the
+            quantizers out; the metadata says which tensors they quantize, for
+            ``tensorrt_cache(..., names=path)``.
+        quantized_weights: True stores weights as integers with DequantizeLinear alone, in a quarter
+            of the size; False (default) stores them in float with both nodes.
+        opset: ONNX opset: at least 18, or 21 if a grid has less than 5 or more than 8 bits; by
+            default the least possible. onnxruntime takes int8 beside MaxPool only below 21, or
+            with the session's entry ``session.qdqisint8allowed``.
+        dynamic_batch: True (default) leaves the size of the inputs' first axis open; the example
+            then needs a size of 2 or more. False keeps the example's size.
+
+    Returns:
+        Which quantizers are in the file, and which were left out and why.
 
     Raises:
-        ValueError: quantizers that do not suit the profile, by name; a model that torch.export or
-            torch.onnx does not take.
-        ImportError: without the packages onnx and onnxscript.
+        ValueError: by name, for quantizers that ONNX or the profile has no representation for; for
+            a model that torch.export or torch.onnx cannot export; for unknown profiles and opsets.
+        FileNotFoundError: if the folder of ``path`` does not exist.
+        ImportError: if the packages onnx and onnxscript are missing.
     """
     who = "export.onnx"
     target = check_path(who, path, ".onnx")
@@ -83,14 +92,18 @@ def onnx(
     quantizes = profile != "float"
     grids = {name: OnnxGrid.of(entry.quantizer) for name, entry in chosen.items()}
     if profile == "tensorrt":
-        problems = {n: why for n, e in chosen.items() if (why := grid_problem(e, grids[n]))}
+        problems = {
+            name: problem
+            for name, entry in chosen.items()
+            if (problem := grid_problem(entry, grids[name]))
+        }
         refuse(who, problems, f'take dtype="int8" and a symmetric qscheme; or {TO_FLOAT}')
     least = max(grid.opset for grid in grids.values()) if quantizes else PLAIN_OPSET
     opset = _check_opset(who, opset, least, packages)
 
     with symbols({name: entry.quantizer for name, entry in chosen.items()}) as seen:
         program = trace(who, model, example_inputs, dynamic_batch)
-    refuse(who, _untraced(chosen, seen), "torch.export has to see every quantizer in float32")
+    refuse(who, _untraced(chosen, seen), "torch.export has to trace every quantizer in float32")
     proto = _translate(who, program, opset)
     rewriter = Rewriter(packages, proto, chosen, grids, prepared.weights, seen, quantized_weights)
     tensors = rewriter.quantize() if quantizes else rewriter.remove()
@@ -104,6 +117,7 @@ def onnx(
 
 
 def _check_opset(who: str, opset: int | None, least: int, packages: Any) -> int:
+    """The opset, by default `least`; raises ValueError if the grids or onnx do not allow it."""
     newest = packages.defs.onnx_opset_version()
     if opset is None:
         return least
@@ -116,7 +130,7 @@ def _check_opset(who: str, opset: int | None, least: int, packages: Any) -> int:
 
 
 def _untraced(chosen: Mapping[str, Entry], seen: Mapping[str, TracedInput]) -> dict[str, str]:
-    """Those that ONNX has no type for, or that the example did not reach."""
+    """Quantizers of float64, which ONNX cannot express, and those that were not traced."""
     problems = {}
     for name in chosen:
         if torch.float64 in seen[name].dtypes:
@@ -127,22 +141,23 @@ def _untraced(chosen: Mapping[str, Entry], seen: Mapping[str, TracedInput]) -> d
 
 
 def _translate(who: str, program: Any, opset: int) -> Any:
+    """The ModelProto that torch.onnx makes; raises ValueError if it cannot."""
     names = [f"output_{i}" for i in range(len(program.graph_signature.user_outputs))]
     try:
-        # What it prints is for those who write exporters.
+        # torch.onnx prints its progress.
         with contextlib.redirect_stdout(io.StringIO()):
-            made = torch.onnx.export(
+            exported = torch.onnx.export(
                 program,
                 dynamo=True,
                 opset_version=opset,
                 output_names=["output"] if len(names) == 1 else names,
                 verbose=False,
             )
-        assert made is not None
-        return made.model_proto
-    except Exception as error:  # torch.onnx has a tree of exceptions of its own
+        assert exported is not None
+        return exported.model_proto
+    except Exception as error:  # torch.onnx has many classes of errors
         raise ValueError(
-            f"{who}: torch.onnx does not take the model: {type(error).__name__}: "
+            f"{who}: torch.onnx cannot export the model: {type(error).__name__}: "
             f"{str(error).strip()[:2000]}"
         ) from error
 
@@ -154,6 +169,7 @@ def _describe(
     tensors: Mapping[str, Mapping[str, Any]],
     left_out: Mapping[str, str],
 ) -> None:
+    """Adds the metadata and the producer's name; raises ValueError for another opset."""
     version = build_info()["version"]
     content = {
         "version": 1,
@@ -164,15 +180,16 @@ def _describe(
     }
     proto.metadata_props.add(key=METADATA_KEY, value=json.dumps(content, ensure_ascii=False))
     proto.producer_name, proto.producer_version = "torch_ext", version
-    found = [one for one in proto.opset_import if one.domain == ""]
-    if [one.version for one in found] != [opset]:
+    opsets = [entry.version for entry in proto.opset_import if entry.domain == ""]
+    if opsets != [opset]:
         raise ValueError(
-            f"export.onnx: expected torch.onnx to make opset {opset}, got "
-            f"{[one.version for one in found]}; pass another opset"
+            f"export.onnx: expected torch.onnx to make opset {opset}, got {opsets}; pass another "
+            "opset"
         )
 
 
 def _checked(who: str, packages: Any, proto: Any) -> bytes:
+    """The model as bytes; raises ValueError if it is too large or not valid ONNX."""
     size = proto.ByteSize()
     if size > _LIMIT:
         raise ValueError(

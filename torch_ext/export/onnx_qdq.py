@@ -1,4 +1,4 @@
-"""Puts QuantizeLinear and DequantizeLinear where a graph names quantizers."""
+"""Replaces the quantizers of an ONNX graph by QuantizeLinear and DequantizeLinear."""
 
 from __future__ import annotations
 
@@ -16,43 +16,51 @@ from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import WeightSource
 from torch_ext.quantizers.grid import dtype_name, parse_dtype
 
-PLAIN_OPSET = 18  # the least that torch.onnx makes
-_WIDE_OPSET = 21  # the first with 4 and 16 bits
+PLAIN_OPSET = 18  # the least that torch.onnx exports
+_WIDE_OPSET = 21  # the first whose QuantizeLinear has 4 and 16 bits
 _HALF = {torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16"}
 
 
 @dataclass(frozen=True)
 class OnnxGrid:
-    """A quantizer's grid, in the ONNX type that holds it."""
+    """A quantizer's grid, and the ONNX type that stores its levels."""
 
-    type: str  # "int8", as in TensorProto less the capitals
-    least: int  # of the type
-    most: int
+    type: str  # name of TensorProto's type in small letters: "int8"
+    least: int  # value of the type
+    most: int  # value of the type
     quant_min: int
     quant_max: int
-    axis: int  # -1: per tensor
+    axis: int  # of the channels; -1: per tensor
 
     @classmethod
     def of(cls, quantizer: FakeQuantize) -> OnnxGrid:
+        """A quantizer's grid in the smallest type of 4, 8 or 16 bits that holds it."""
         observer = quantizer.observer
         name = dtype_name(observer.dtype)
         bits = int(name.partition("int")[2])
-        size = next(one for one in (4, 8, 16) if bits <= one)
+        size = next(size for size in (4, 8, 16) if bits <= size)
         kind = f"{'u' if name.startswith('u') else ''}int{size}"
         _, least, most = parse_dtype("export.onnx", kind)
         return cls(kind, least, most, observer.quant_min, observer.quant_max, observer.ch_axis)
 
     @property
     def opset(self) -> int:
+        """The least opset whose QuantizeLinear has the type."""
         return PLAIN_OPSET if self.type.endswith("int8") else _WIDE_OPSET
 
     @property
     def whole(self) -> bool:
+        """Whether the grid has every value of the type, so that nothing has to be clipped."""
         return (self.quant_min, self.quant_max) == (self.least, self.most)
 
 
 class Rewriter:
-    """Works on one model, a ModelProto of torch.onnx with one node per use of a quantizer."""
+    """Replaces the quantizers of one ModelProto, in place.
+
+    In the ModelProto each call of a quantizer is a node of the operator ``SYMBOL``, whose attribute
+    is the quantizer's name. `packages` is the package onnx; the mappings are by quantizer's name,
+    `sources` by quantizer. Call one of `quantize` and `remove`, once.
+    """
 
     def __init__(
         self,
@@ -73,42 +81,42 @@ class Rewriter:
         self.seen = seen
         self.quantized_weights = quantized_weights
         self.nodes: list[Any] = []
-        self.made: dict[str, str] = {}  # of weights: quantizer -> its dequantized tensor
+        self.weights: dict[str, str] = {}  # a weight's quantizer -> the tensor in its place
         self.tensors: dict[str, dict[str, Any]] = {}
         self.renamed: dict[str, str] = {}
-        self.outputs = {one.name for one in self.graph.output}
-        self.taken = {one.name for one in self.graph.initializer}
+        self.outputs = {output.name for output in self.graph.output}
+        self.taken = {tensor.name for tensor in self.graph.initializer}
 
     def quantize(self) -> dict[str, dict[str, Any]]:
-        """Replaces every quantizer; returns its tensors and grid by name."""
+        """Replaces every quantizer; returns its tensors and its grid by name, for the metadata."""
         for name, node in self._quantizers():
             entry, x, y = self.chosen[name], self._name(node.input[0]), node.output[0]
             source = self.sources.get(entry.quantizer)
             if source is None:
-                self._keep_output(self._activation(entry, x), y)
+                self._redirect(y, self._activation(entry, x))
                 continue
-            if name not in self.made:
-                self.made[name] = self._weight(entry, source)
-            self._keep_output(self.made[name], y)
+            if name not in self.weights:
+                self.weights[name] = self._weight(entry, source)
+            self._redirect(y, self.weights[name])
         self._finish()
         return self.tensors
 
     def remove(self) -> dict[str, dict[str, Any]]:
-        """Removes every quantizer; returns the tensors that each would quantize."""
+        """Removes every quantizer; returns the tensors that each would quantize, and its grid."""
         for name, node in self._quantizers():
             x, y = self._name(node.input[0]), node.output[0]
             if source := self.sources.get(self.chosen[name].quantizer):
                 label = _label(source)
-                if name not in self.made:
-                    self.made[name] = self._constant(label, source.read().cpu())
-                x = self.made[name]
-            self._keep_output(x, y)
+                if name not in self.weights:
+                    self.weights[name] = self._constant(label, source.read().cpu())
+                x = self.weights[name]
+            self._redirect(y, x)
             self._note(name, x)
         self._finish()
         return self.tensors
 
     def _quantizers(self) -> Iterator[tuple[str, Any]]:
-        """The nodes to replace; all others are kept on the way."""
+        """Yields each quantizer's name and node in order; adds the other nodes to `nodes`."""
         for node in self.graph.node:
             if (node.domain, node.op_type) != SYMBOL:
                 for i, name in enumerate(node.input):
@@ -120,14 +128,15 @@ class Rewriter:
     def _name(self, tensor: str) -> str:
         return self.renamed.get(tensor, tensor)
 
-    def _keep_output(self, tensor: str, name: str) -> None:
-        """What read `name` reads `tensor`; an output of the model keeps its name."""
+    def _redirect(self, name: str, tensor: str) -> None:
+        """Redirects the consumers of `name` to `tensor`; an output of the model keeps its name."""
         if name in self.outputs:
             self._add("Identity", [tensor], name, name)
         else:
             self.renamed[name] = tensor
 
     def _activation(self, entry: Entry, x: str) -> str:
+        """Adds the nodes that quantize `x`, and returns their output."""
         uses = self.tensors.get(entry.name, {}).get("tensors", [])
         label = entry.name + (f"_{len(uses)}" if uses else "")
         self._note(entry.name, x)
@@ -139,6 +148,10 @@ class Rewriter:
         return self._add("Cast", [y], f"{label}/{half.lower()}", to=self._code(half)) if half else y
 
     def _weight(self, entry: Entry, source: WeightSource) -> str:
+        """Stores a weight and adds its nodes; returns the dequantized tensor.
+
+        Raises ValueError for a weight that is not finite.
+        """
         label, half = _label(source), self._half(entry)
         weight = source.read()
         if not bool(weight.isfinite().all()):
@@ -158,18 +171,21 @@ class Rewriter:
         return self._add("Cast", [y], f"{entry.name}/cast", to=self._code(half)) if half else y
 
     def _integers(self, entry: Entry, weight: Tensor, label: str) -> str:
-        """The quantized weight, from what VALIDATION makes of it: (q - zero_point) * scale."""
+        """Stores a weight's levels q, from its fake-quantized values (q - zero_point) * scale."""
         grid = self.grids[entry.name]
         with torch.no_grad():
-            made = entry.quantizer(weight.float()).cpu().double()
+            values = entry.quantizer(weight.float()).cpu().double()
         shape = _broadcast(weight.dim(), grid.axis)
         scale, zero_point = entry.scale.double().view(shape), entry.zero_point.view(shape)
-        values = ((made / scale).round() + zero_point).to(torch.int32)
-        return self._initializer(f"{label}/{grid.type}", grid.type, values.numpy())
+        levels = ((values / scale).round() + zero_point).to(torch.int32)
+        return self._initializer(f"{label}/{grid.type}", grid.type, levels.numpy())
 
     def _clip(self, entry: Entry, x: str, label: str) -> str:
-        """To the grid where it is narrower than its type; in float, as no engine clips integers of
-        every type. A value that is clipped to a level's is quantized to that level."""
+        """Clips `x` to a grid that is narrower than its type; returns the result, or `x` itself.
+
+        Clips float values, before QuantizeLinear, because no engine clips integers of every type.
+        A value at an end of the grid is quantized to that end, so the result is the same.
+        """
         grid = self.grids[entry.name]
         if grid.whole:
             return x
@@ -191,7 +207,7 @@ class Rewriter:
         return self._add("Clip", [x, *ends], f"{label}/clipped")
 
     def _bounds(self, entry: Entry) -> tuple[Tensor, Tensor]:
-        """What the grid's ends stand for, [C] each."""
+        """The values of quant_min and quant_max, float32 [C] each."""
         grid = self.grids[entry.name]
         low, high = (
             (end - entry.zero_point).float() * entry.scale
@@ -213,7 +229,7 @@ class Rewriter:
         return {} if axis < 0 else {"axis": axis}
 
     def _parameters(self, entry: Entry) -> list[str]:
-        """Scale and zero point: scalars per tensor."""
+        """The tensors of scale and zero point; scalars if the grid is per tensor."""
         grid = self.grids[entry.name]
         shape = (-1,) if grid.axis >= 0 else ()
         scale = self._constant(f"{entry.name}/scale", entry.scale.reshape(shape))
@@ -221,6 +237,7 @@ class Rewriter:
         return [scale, self._initializer(f"{entry.name}/zero_point", grid.type, zero_point)]
 
     def _constant(self, name: str, value: Tensor) -> str:
+        """Stores a floating tensor under a name, once; bfloat16 becomes float32."""
         if name not in self.taken:
             plain = value.detach().contiguous()
             plain = plain.float() if plain.dtype == torch.bfloat16 else plain
@@ -229,7 +246,10 @@ class Rewriter:
         return name
 
     def _initializer(self, name: str, kind: str, values: Any) -> str:
-        """Integers; two to a byte, the first in the lower half, where they have 4 bits."""
+        """Stores integers of an ONNX type under a name, once.
+
+        4-bit integers are packed by two into a byte, the first in the lower half, as ONNX requires.
+        """
         if name not in self.taken:
             if kind.endswith("int4"):
                 flat = (values.reshape(-1) & 15).astype(np.uint8)
@@ -237,10 +257,10 @@ class Rewriter:
                 data = (flat[0::2] | flat[1::2] << 4).tobytes()
             else:
                 data = values.astype(np.dtype(kind).newbyteorder("<")).tobytes()
-            made = self.onnx.helper.make_tensor(
+            tensor = self.onnx.helper.make_tensor(
                 name, self._code(kind), values.shape, data, raw=True
             )
-            self.graph.initializer.append(made)
+            self.graph.initializer.append(tensor)
             self.taken.add(name)
         return name
 
@@ -249,16 +269,19 @@ class Rewriter:
         return code
 
     def _half(self, entry: Entry) -> str:
-        return next((_HALF[d] for d in self.seen[entry.name].dtypes if d in _HALF), "")
+        """ONNX's name of the half type that a quantizer was traced with; empty for float32."""
+        dtypes = self.seen[entry.name].dtypes
+        return next((_HALF[dtype] for dtype in dtypes if dtype in _HALF), "")
 
     def _add(
-        self, op: str, inputs: list[str], output: str, name: str | None = None, **given: Any
+        self, op: str, inputs: list[str], output: str, name: str | None = None, **attributes: Any
     ) -> str:
-        node = self.onnx.helper.make_node(op, inputs, [output], name=name or output, **given)
+        node = self.onnx.helper.make_node(op, inputs, [output], name=name or output, **attributes)
         self.nodes.append(node)
         return output
 
     def _note(self, name: str, tensor: str) -> None:
+        """Adds a tensor to those that a quantizer quantizes, for the metadata."""
         grid = self.grids[name]
         note = self.tensors.setdefault(
             name,
@@ -275,7 +298,7 @@ class Rewriter:
             note["tensors"].append(tensor)
 
     def _finish(self) -> None:
-        """Takes the new nodes, less what nothing reads any more; names the batch."""
+        """Puts the new nodes into the graph, without those that nothing reads; names the batch."""
         needed = set(self.outputs)
         kept = []
         for node in reversed(self.nodes):
@@ -283,47 +306,52 @@ class Rewriter:
                 kept.append(node)
                 needed.update(_read_by(node))
         kept.reverse()
-        constants = [one for one in self.graph.initializer if one.name in needed]
-        shapes = [one for one in self.graph.value_info if one.name in needed]
-        shapes = [one for one in shapes if one.name not in self.renamed]
-        for field, those in (
-            (self.graph.node, kept),
-            (self.graph.initializer, constants),
-            (self.graph.value_info, shapes),
-        ):
-            those = [type(one).FromString(one.SerializeToString()) for one in those]
-            del field[:]
-            field.extend(those)
-        domains = [one for one in self.proto.opset_import if one.domain != SYMBOL[0]]
-        domains = [type(one).FromString(one.SerializeToString()) for one in domains]
-        del self.proto.opset_import[:]
-        self.proto.opset_import.extend(domains)
+        constants = [tensor for tensor in self.graph.initializer if tensor.name in needed]
+        shapes = [
+            info
+            for info in self.graph.value_info
+            if info.name in needed and info.name not in self.renamed
+        ]
+        domains = [entry for entry in self.proto.opset_import if entry.domain != SYMBOL[0]]
+        _replace(self.graph.node, kept)
+        _replace(self.graph.initializer, constants)
+        _replace(self.graph.value_info, shapes)
+        _replace(self.proto.opset_import, domains)
         self._name_batch()
 
     def _name_batch(self) -> None:
-        """torch.onnx calls a free axis s77, or the like."""
+        """Names the dynamic batch axis; torch.onnx calls it ``s77`` or the like."""
         axes = [
-            one.type.tensor_type.shape.dim[0].dim_param
-            for one in self.graph.input
-            if one.type.tensor_type.shape.dim
+            value.type.tensor_type.shape.dim[0].dim_param
+            for value in self.graph.input
+            if value.type.tensor_type.shape.dim
         ]
-        free = [name for name in axes if name]
-        for one in (*self.graph.input, *self.graph.output, *self.graph.value_info):
-            for axis in one.type.tensor_type.shape.dim:
-                if free and axis.dim_param == free[0]:
+        dynamic = [name for name in axes if name]
+        for value in (*self.graph.input, *self.graph.output, *self.graph.value_info):
+            for axis in value.type.tensor_type.shape.dim:
+                if dynamic and axis.dim_param == dynamic[0]:
                     axis.dim_param = BATCH
 
 
+def _replace(field: Any, messages: list[Any]) -> None:
+    """Sets a repeated field to some of its messages, which are copied before it is emptied."""
+    copies = [type(message).FromString(message.SerializeToString()) for message in messages]
+    del field[:]
+    field.extend(copies)
+
+
 def _label(source: WeightSource) -> str:
+    """A weight's name in the model, such as ``conv1.weight``."""
     return f"{source.owner}.{source.parameter}".strip(".")
 
 
 def _broadcast(rank: int, axis: int) -> list[int]:
+    """The shape that lays [C] along an axis of a tensor."""
     return [-1 if i == axis else 1 for i in range(rank)]
 
 
 def _read_by(node: Any) -> Iterator[str]:
-    """What a node reads, also in the bodies of a loop or a branch."""
+    """The tensors that a node reads, also inside the bodies of a loop or a branch."""
     yield from node.input
     for attribute in node.attribute:
         for graph in (attribute.g, *attribute.graphs):

@@ -1,8 +1,8 @@
-"""Scales as TVM's relay quantization has them: a threshold, and that over a power of two.
+"""Scales in the form of TVM's relay quantization: a threshold, divided by a power of two.
 
-For a threshold t and b bits a value is clip(round(x / d), -m, m) * d with d = t / 2^(b-1) and
-m = 2^(b-1) - 1. TVM takes weights per tensor, by default with t a power of two, and by default one
-t for all activations, ``global_scale`` 8.
+For a threshold t and b bits, TVM quantizes x to clip(round(x / d), -m, m) * d with the scale
+d = t / 2^(b-1) and m = 2^(b-1) - 1. It quantizes weights per tensor. By default t is a power of two
+for weights, and the same for all activations: ``global_scale``, 8.
 """
 
 from __future__ import annotations
@@ -39,12 +39,17 @@ _FIELDS = {"of", "threshold", "dom_scale", "clip_min", "clip_max"}
 
 @dataclass(frozen=True)
 class TvmScale:
-    """One tensor's."""
+    """How TVM quantizes the tensor of one quantizer."""
 
-    of: str  # "input", "output" or "weight"
+    #: ``"input"``, ``"output"`` or ``"weight"``, whichever the quantizer quantizes.
+    of: str
+    #: The threshold t, the magnitude that 2^(b-1) steps reach for b bits.
     threshold: float
+    #: The scale, t / 2^(b-1).
     dom_scale: float
+    #: The least level, -(2^(b-1) - 1).
     clip_min: int
+    #: The greatest level, 2^(b-1) - 1.
     clip_max: int
 
 
@@ -52,8 +57,11 @@ class TvmScale:
 class TvmScales:
     """The contents of a file of :func:`tvm_scales`."""
 
+    #: ``"power2"`` if the thresholds of weights are powers of two, else ``"max"``.
     weight_scale: str
+    #: The threshold of all activations; None if each has its own.
     global_scale: float | None
+    #: The scales by the quantizers' names.
     quantizers: Mapping[str, TvmScale]
 
 
@@ -63,23 +71,30 @@ def tvm_scales(
     weight_scale: str = "power2",
     global_scale: float | None = None,
 ) -> ExportReport:
-    """Writes a model's scales as TVM has them, as JSON; the model in VALIDATION.
+    """Writes a model's scales in TVM's form, as JSON.
 
-    They are those of VALIDATION, so the model has to quantize as TVM does: per tensor, on
-    [-127, 127], with weights of a power of two::
+    The scales are written as they are, so the model has to quantize as TVM does: per tensor, on
+    [-127, 127], with thresholds of weights that are powers of two::
 
         tvm = {"qscheme": "per_tensor_symmetric", "quant_min": -127, "scale_rule": "tvm"}
         get_default_qconfig(activation_qkwargs=tvm, weight_qkwargs={**tvm, "power_of_two": True})
 
     Args:
-        path: ends in ``.json``; appears complete or not at all.
-        weight_scale: ``"power2"``, or ``"max"`` for weights of any threshold.
-        global_scale: the one threshold that all activations have to have
-            (``activation_observer="fixed_scale"`` with ``scale=global_scale / 128``); None: each
-            has its own.
+        model: calibrated, in VALIDATION.
+        path: ends in ``.json``; the file appears complete or not at all.
+        weight_scale: ``"power2"`` if the thresholds of weights have to be powers of two (default),
+            or ``"max"`` if they may have any value.
+        global_scale: the threshold that all activations have to have
+            (``activation_observer="fixed_scale"`` with ``scale=global_scale / 128``); None
+            (default) if each has its own.
+
+    Returns:
+        Which quantizers are in the file, and which were left out and why.
 
     Raises:
-        ValueError: quantizers that TVM does not have, by name.
+        ValueError: by name, for quantizers that TVM cannot represent; for an unknown
+            ``weight_scale`` or a ``global_scale`` that is not above 0.
+        FileNotFoundError: if the folder of ``path`` does not exist.
     """
     who = "export.tvm_scales"
     target = check_path(who, path, ".json")
@@ -90,7 +105,9 @@ def tvm_scales(
         raise ValueError(f"{who}: expected global_scale to be above 0, got {bounded(global_scale)}")
     chosen, left_out = entries(PreparedModel(who, model))
     problems = {
-        name: why for name, e in chosen.items() if (why := _problem(e, weight_scale, global_scale))
+        name: problem
+        for name, entry in chosen.items()
+        if (problem := _problem(entry, weight_scale, global_scale))
     }
     refuse(who, problems, f"see help(torch_ext.export.tvm_scales); or {TO_FLOAT}")
     document = {
@@ -111,6 +128,7 @@ def _positive(value: object) -> bool:
 
 
 def _largest(entry: Entry) -> int:
+    """The greatest level of a quantizer's dtype if it is signed: 127 for int8 and uint8."""
     bits = int(dtype_name(entry.quantizer.observer.dtype).partition("int")[2])
     return int(2 ** (bits - 1)) - 1
 
@@ -127,6 +145,7 @@ def _record(entry: Entry) -> dict[str, Any]:
 
 
 def _problem(entry: Entry, weight_scale: str, global_scale: float | None) -> str:
+    """Why TVM cannot represent a quantizer; empty if it can."""
     grid, largest = entry.params, _largest(entry)
     if len(entry.scale) > 1 or grid.ch_axis >= 0:
         return f"it is per channel (axis {grid.ch_axis})"
@@ -143,9 +162,11 @@ def _problem(entry: Entry, weight_scale: str, global_scale: float | None) -> str
 
 
 def read_tvm_scales(path: PathLike) -> TvmScales:
-    """The contents of a file of :func:`tvm_scales`.
+    """Reads a file of :func:`tvm_scales` and checks every value.
 
-    Raises FileError (a ValueError) with the file and the field that is wrong.
+    Raises:
+        FileError: a ValueError with the file and the field that is wrong.
+        FileNotFoundError: if there is no such file.
     """
     document = read_object(path, _LIMIT)
     if (document.get("format"), document.get("version")) != (_FORMAT, _VERSION):
@@ -153,33 +174,44 @@ def read_tvm_scales(path: PathLike) -> TvmScales:
         raise FileError(path, f"format, version: expected {_FORMAT!r} {_VERSION}, got {have}")
     weight_scale, global_scale = document.get("weight_scale"), document.get("global_scale")
     if weight_scale not in _WEIGHT_SCALES:
-        raise FileError(path, f"weight_scale: got {weight_scale!r:.80}")
+        known = " or ".join(_WEIGHT_SCALES)
+        raise FileError(path, f"weight_scale: expected {known}, got {weight_scale!r:.80}")
     if global_scale is not None and not _positive(global_scale):
-        raise FileError(path, f"global_scale: got {global_scale!r:.80}")
+        raise FileError(path, f"global_scale: expected null or above 0, got {global_scale!r:.80}")
     records = document.get("quantizers")
     if not isinstance(records, dict) or not records:
         raise FileError(path, "quantizers: expected an object with at least one")
-    found = {}
+    scales = {}
     for name, record in records.items():
         if name and (problem := name_problem(name)):
             raise FileError(path, f"quantizers: expected names to be {problem}, got {name[:80]!r}")
-        found[name] = _parse(path, name, record)
-    return TvmScales(weight_scale, global_scale, found)
+        scales[name] = _parse_record(path, name, record)
+    return TvmScales(weight_scale, global_scale, scales)
 
 
-def _parse(path: PathLike, name: str, record: Any) -> TvmScale:
+def _parse_record(path: PathLike, name: str, record: Any) -> TvmScale:
+    """Reads a quantizer's record; raises FileError for other fields or inconsistent numbers."""
     if not isinstance(record, dict) or record.keys() != _FIELDS or record["of"] not in _ROLES:
-        raise FileError(path, f"{label_of(name)}: expected of and {sorted(_FIELDS - {'of'})}")
-    made = TvmScale(**record)
-    whole = all(
-        isinstance(n, int) and not isinstance(n, bool) for n in (made.clip_min, made.clip_max)
+        raise FileError(
+            path,
+            f"{label_of(name)}: expected {', '.join(sorted(_FIELDS))}, with of one of "
+            f"{', '.join(_ROLES)}",
+        )
+    scale = TvmScale(**record)
+    integers = all(
+        isinstance(level, int) and not isinstance(level, bool)
+        for level in (scale.clip_min, scale.clip_max)
     )
     if not (
-        whole
-        and _positive(made.threshold)
-        and _positive(made.dom_scale)
-        and made.clip_min == -made.clip_max < 0
-        and made.dom_scale * (made.clip_max + 1) == made.threshold
+        integers
+        and _positive(scale.threshold)
+        and _positive(scale.dom_scale)
+        and scale.clip_min == -scale.clip_max < 0
+        and scale.dom_scale * (scale.clip_max + 1) == scale.threshold
     ):
-        raise FileError(path, f"{label_of(name)}: its numbers contradict each other")
-    return made
+        raise FileError(
+            path,
+            f"{label_of(name)}: expected clip_min to be -clip_max and threshold to be "
+            f"dom_scale * (clip_max + 1), got {record!r:.200}",
+        )
+    return scale

@@ -1,1 +1,1 @@
-"""Files of ranges and statistics: written atomically, read with distrust, merged and compared."""
+"""Files of ranges and statistics: written atomically, validated when read, merged and compared."""

@@ -1,4 +1,4 @@
-"""Two files of quantizers side by side: how far apart their ranges and scales are."""
+"""Compares the ranges, scales and zero points of two files of quantizers."""
 
 from __future__ import annotations
 
@@ -14,40 +14,51 @@ from torch_ext.files.quantizer_params import Params
 
 @dataclass(frozen=True)
 class Difference:
-    """A quantizer of two files.
+    """How far a quantizer differs between two files.
 
-    ``scale`` and ``range`` are the largest relative differences over the channels, each relative
-    to the larger magnitude of the two sides; infinite where there is nothing to compare, as
-    ``note`` says.
+    A relative difference is divided by the larger magnitude of the two sides.
     """
 
+    #: Name of the quantizer.
     name: str
+    #: Largest relative difference of the scales over the channels; infinite if only one side has a
+    #: range, or the numbers of channels differ.
     scale: float
+    #: Largest relative difference of the ranges' ends over the channels; infinite as above.
     range: float
+    #: Largest absolute difference of the zero points.
     zero_point: int
+    #: Why the two sides cannot be compared; empty if they can.
     note: str = ""
 
     @property
     def largest(self) -> float:
+        """The larger of the two relative differences."""
         return max(self.scale, self.range)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Largest difference first."""
+    """The result of :func:`compare`."""
 
+    #: Quantizers of both files, the largest difference first.
     rows: tuple[Difference, ...]
+    #: Names of quantizers that only the first file has.
     only_first: tuple[str, ...]
+    #: Names of quantizers that only the second file has.
     only_second: tuple[str, ...]
 
     def within(self, tolerance: float) -> bool:
-        """Whether both have the same quantizers, and none differs by more."""
-        apart = [row for row in self.rows if row.largest > tolerance]
-        return not (apart or self.only_first or self.only_second)
+        """Whether both files have the same quantizers, and no relative difference is larger."""
+        exceeding = [row for row in self.rows if row.largest > tolerance]
+        return not (exceeding or self.only_first or self.only_second)
 
 
 def compare(first: Mapping[str, Params], second: Mapping[str, Params]) -> Comparison:
-    """One range on one side is compared with those of all channels on the other."""
+    """Compares two mappings of quantizer names to parameters, as files hold them.
+
+    A per-tensor range is compared with every channel of a per-channel one.
+    """
     rows = [_difference(name, first[name], second[name]) for name in first if name in second]
     rows.sort(key=lambda row: (-row.largest, row.name))
     return Comparison(
@@ -57,28 +68,30 @@ def compare(first: Mapping[str, Params], second: Mapping[str, Params]) -> Compar
     )
 
 
-def _difference(name: str, one: Params, two: Params) -> Difference:
+def _difference(name: str, first: Params, second: Params) -> Difference:
     note = ""
-    if not (one.solved and two.solved):
-        sides = [side for side, params in (("A", one), ("B", two)) if not params.solved]
+    if not (first.solved and second.solved):
+        sides = [side for side, params in (("A", first), ("B", second)) if not params.solved]
         note = f"no range in {' and '.join(sides)}"
-    elif 1 not in (one.channels, two.channels) and one.channels != two.channels:
-        note = f"{one.channels} and {two.channels} channels"
+    elif 1 not in (first.channels, second.channels) and first.channels != second.channels:
+        note = f"{first.channels} and {second.channels} channels"
     if note:
-        # Two that have no range are equal in that.
-        apart = 0.0 if one.solved == two.solved and not one.solved else math.inf
-        return Difference(name, apart, apart, 0, note)
-    ranges = [params["range"].double() for params in (one, two)]
-    reach = torch.maximum(*(range_.abs().amax(1) for range_ in ranges))
-    points = (one["zero_point"].long() - two["zero_point"].long()).abs()
-    scales = [params["scale"].double() for params in (one, two)]
+        # If neither side has a range, they do not differ.
+        difference = 0.0 if not (first.solved or second.solved) else math.inf
+        return Difference(name, difference, difference, 0, note)
+    ranges = [params["range"].double() for params in (first, second)]
+    magnitude = torch.maximum(*(range_.abs().amax(1) for range_ in ranges))
+    points = (first["zero_point"].long() - second["zero_point"].long()).abs()
+    scales = [params["scale"].double() for params in (first, second)]
     return Difference(
         name,
         _largest((scales[0] - scales[1]).abs(), torch.maximum(*scales)),
-        _largest((ranges[0] - ranges[1]).abs().amax(1), reach),
+        _largest((ranges[0] - ranges[1]).abs().amax(1), magnitude),
         int(points.max()),
     )
 
 
-def _largest(difference: Tensor, reach: Tensor) -> float:
-    return float((difference / torch.where(reach > 0, reach, torch.ones_like(reach))).max())
+def _largest(difference: Tensor, magnitude: Tensor) -> float:
+    """The largest relative difference; where the magnitude is 0, the difference is 0 too."""
+    divisor = torch.where(magnitude > 0, magnitude, torch.ones_like(magnitude))
+    return float((difference / divisor).max())

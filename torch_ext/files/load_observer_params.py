@@ -1,4 +1,4 @@
-"""Ranges, statistics and qparams from one model, or from a file, into another."""
+"""Copies ranges, qparams and statistics from a model or a file into another model."""
 
 from __future__ import annotations
 
@@ -24,25 +24,41 @@ _WHO = "load_observer_params"
 
 @dataclass
 class LoadReport:
-    """What `load_observer_params` did, by quantizer name."""
+    """What :func:`load_observer_params` did, by quantizer name. ``str()`` gives :meth:`text`."""
 
+    #: The model's class, or the file.
     source: str
+    #: Quantizers whose range was loaded.
     loaded: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)  # in the model, not in the source
-    unexpected: list[str] = field(default_factory=list)  # in the source, not in the model
+    #: In the model, but not in the source.
+    missing: list[str] = field(default_factory=list)
+    #: In the source, but not in the model.
+    unexpected: list[str] = field(default_factory=list)
+    #: Not loaded, as the number or the axis of the channels differs; with the difference.
     mismatched: dict[str, str] = field(default_factory=dict)
-    converted: dict[str, str] = field(default_factory=dict)  # loaded, for another grid or layout
-    unsolved: list[str] = field(default_factory=list)  # the source has no range
-    kept: list[str] = field(default_factory=list)  # given scales (fixed_scale) stay as they are
+    #: Loaded for another grid or number of channels, and what was done.
+    converted: dict[str, str] = field(default_factory=dict)
+    #: Not loaded, because the source has no range.
+    unsolved: list[str] = field(default_factory=list)
+    #: Not loaded, because the model's quantizer has a given scale (``fixed_scale``).
+    kept: list[str] = field(default_factory=list)
+    #: Quantizers whose statistic was not loaded, and why.
     statistics_skipped: dict[str, str] = field(default_factory=dict)
+    #: Keys of the float tensors that were loaded.
     weights: list[str] = field(default_factory=list)
 
     @property
     def complete(self) -> bool:
+        """Whether nothing is missing, unexpected or mismatched."""
         return not (self.missing or self.unexpected or self.mismatched)
 
     def text(self, loaded: bool = False) -> str:
-        """Counts, and the names of what was not loaded as it is; with ``loaded`` all names."""
+        """Counts, and the names of quantizers whose range was not loaded.
+
+        Args:
+            loaded: list the other names too: loaded, converted, statistics that were not loaded and
+                float tensors.
+        """
         lines = [
             f"observer parameters from {self.source}: {len(self.loaded)} loaded, "
             f"{len(self.missing)} missing, {len(self.unexpected)} unexpected, "
@@ -65,8 +81,11 @@ class LoadReport:
                 "float tensors": self.weights,
             }
         for label, names in groups.items():
-            why = names if isinstance(names, dict) else dict.fromkeys(names, "")
-            lines += [f"  {label}: {n}" + (f" ({w})" if w else "") for n, w in why.items()]
+            reasons = names if isinstance(names, dict) else dict.fromkeys(names, "")
+            lines += [
+                f"  {label}: {name}" + (f" ({reason})" if reason else "")
+                for name, reason in reasons.items()
+            ]
         return "\n".join(lines)
 
     def __str__(self) -> str:
@@ -82,21 +101,29 @@ def load_observer_params(
 ) -> LoadReport:
     """Copies ranges, quantization parameters and statistics, by quantizer name.
 
-    Works between any two observers. For another grid the parameters are computed anew from the
-    range; one range serves all channels, and channels join in one range. Statistics are copied
-    where their layouts agree. A quantizer with a given scale (``fixed_scale``) keeps it.
+    The observers' rules may differ. If the grids differ, scale and zero point are computed from the
+    range. A per-tensor range is copied to every channel; per-channel ranges are joined to their
+    least and greatest end for a per-tensor quantizer. Statistics are copied if channels and
+    histogram layout agree. A quantizer with a given scale (``fixed_scale``) keeps it.
 
     Args:
-        from_model: a prepared model, or a file of :func:`save_observer_params`.
-        weights: copy the float weights and buffers too (from a model only).
-        strict: raise for missing, unexpected and mismatched quantizers; nothing is changed then.
-        verbose: print the report; it is returned either way, and ``report.text(loaded=True)`` has
-            the names of what was loaded too.
+        from_model: a prepared model, or the path of a file of :func:`save_observer_params`.
+        to_model: the prepared model to load into.
+        weights: copy the float weights and buffers too; only from a model.
+        strict: raise for missing, unexpected and mismatched quantizers, before anything changes.
+            False loads the others.
+        verbose: print the report.
+
+    Returns:
+        The report; ``report.text(loaded=True)`` lists the loaded quantizers too.
 
     Raises:
-        TypeError: ``to_model`` is no module, or ``from_model`` neither a module nor a path.
-        ValueError: no quantizers, no ranges to load, or with ``strict`` names that do not match.
-        FileError, OSError: a file that cannot be read.
+        TypeError: ``to_model`` is no module, ``from_model`` neither a module nor a path, or a flag
+            no bool.
+        ValueError: no quantizers, no ranges to load, ``weights`` with a file, or with ``strict``
+            quantizers that do not match.
+        FileError: a file with invalid contents.
+        OSError: a file that cannot be read.
     """
     for flag, value in (("weights", weights), ("strict", strict), ("verbose", verbose)):
         parse_flag(_WHO, flag, value)
@@ -108,14 +135,17 @@ def load_observer_params(
     elif isinstance(from_model, (str, os.PathLike)):
         label, source = os.fspath(from_model), read_observer_params(from_model)
         if weights:
-            raise ValueError(f"{_WHO}: expected weights=False with a file, which holds none")
+            raise ValueError(
+                f"{_WHO}: expected weights to be False with a file, got True: a file has no weights"
+            )
     else:
         raise TypeError(
             f"{_WHO}: expected from_model to be a model or a file, got {bounded(from_model)}"
         )
     if not any(params.solved for params in source.values()):
         raise ValueError(
-            f"{_WHO}: {label} has no ranges to load; if it is in CALIBRATION, leave that first"
+            f"{_WHO}: expected from_model to have ranges, got none in {label}; a model in "
+            "CALIBRATION gets them when it leaves that state"
         )
 
     report = LoadReport(label)
@@ -130,7 +160,7 @@ def load_observer_params(
         load_float_state_dict(to_model, state, strict)
         report.weights = list(state)
     for change in changes:
-        change.carry_out()
+        change.apply()
     if verbose:
         print(report)
     return report
@@ -138,13 +168,15 @@ def load_observer_params(
 
 @dataclass(frozen=True)
 class _Change:
+    """What is copied into a quantizer of the model, once all checks have passed."""
+
     quantizer: FakeQuantize
     solution: Solution | None
     statistic: Mapping[str, Tensor]
     synced: bool
 
     @torch.no_grad()
-    def carry_out(self) -> None:
+    def apply(self) -> None:
         if self.solution is not None:
             self.quantizer.take_(self.solution)
         for name, value in self.statistic.items():
@@ -155,6 +187,7 @@ class _Change:
 def _changes(
     source: Mapping[str, Params], target: Mapping[str, FakeQuantize], report: LoadReport
 ) -> list[_Change]:
+    """What to copy, by comparing names, channels and grids; fills the report."""
     report.missing = [name for name in target if name not in source]
     report.unexpected = [name for name in source if name not in target]
     changes = []
@@ -183,6 +216,7 @@ def _changes(
 
 
 def _mismatch(params: Params, quantizer: FakeQuantize) -> str:
+    """Why the range cannot be loaded: other channels; else empty."""
     observer = quantizer.observer
     have, want = params.channels, observer.channel_len
     if 1 not in (have, want) and have != want:
@@ -193,11 +227,11 @@ def _mismatch(params: Params, quantizer: FakeQuantize) -> str:
 
 
 def _convert(params: Params, target: Params) -> tuple[Solution, str]:
-    """The parameters for the target's grid and channels, and what was done to them."""
+    """The range and qparams for the target's grid and channels, and a note of what changed."""
     count = target.channels
     if params.grid == target.grid and params.channels in (1, count):
-        parts = (params[name] for name in ("range", "scale", "zero_point"))
-        solution = Solution(*(part.expand(count, *part.shape[1:]) for part in parts))
+        tensors = (params[name] for name in ("range", "scale", "zero_point"))
+        solution = Solution(*(tensor.expand(count, *tensor.shape[1:]) for tensor in tensors))
         return solution, "" if params.channels == count else f"one range for {count} channels"
     range_, notes = params["range"], []
     if params.channels != count:
@@ -217,13 +251,13 @@ def _grid_text(params: Params) -> str:
 
 
 def _statistic(params: Params, target: Params) -> tuple[dict[str, Tensor], str]:
-    """The statistic as the target keeps it, or why it cannot."""
+    """The statistic in the target's layout, or no tensors and the reason."""
     extrema, tally, counts = (params[name] for name in STATISTIC)
     want = target["observer.counts"]
     if params.channels != target.channels or params.ch_axis != target.ch_axis:
         return {}, "other channels"
     if want.numel() == 0:
-        # Without a histogram nothing is too small for its window.
+        # Tiny means below the histogram's window; without a histogram nothing is.
         tally = tally.clone()
         tally[:, 2] = 0
         counts = want

@@ -1,4 +1,4 @@
-"""Files of several machines as that of one run over all their data."""
+"""Merges the files of several machines into the file of a single run over all their data."""
 
 from __future__ import annotations
 
@@ -26,17 +26,22 @@ _WHO = "merge_observer_params"
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What :func:`merge_observer_params` did."""
+    """What :func:`merge_observer_params` did. ``str()`` gives a summary."""
 
+    #: The new file.
     path: str
+    #: The files that were merged.
     files: tuple[str, ...]
-    again: tuple[str, ...]  # files whose data, that of all ranks, was in another one already
+    #: Files that were skipped, as another file held their data, that of all ranks, already.
+    again: tuple[str, ...]
+    #: Number of quantizers.
     quantizers: int
-    unsolved: tuple[str, ...]  # without a range
+    #: Names of quantizers without a range.
+    unsolved: tuple[str, ...]
 
     def __str__(self) -> str:
         lines = [f"{self.path}: {self.quantizers} quantizers from {len(self.files)} files"]
-        lines += [f"  counted once, as another rank's: {file}" for file in self.again]
+        lines += [f"  skipped, its data is in another rank's file: {file}" for file in self.again]
         lines += [f"  without a range: {label_of(name)}" for name in self.unsolved]
         return "\n".join(lines)
 
@@ -44,34 +49,41 @@ class MergeReport:
 def merge_observer_params(
     paths: Sequence[PathLike], path: PathLike, progress: bool | None = None
 ) -> MergeReport:
-    """Joins files of several machines in one: that of a single run which saw all their data.
+    """Merges files of several machines into the file of a single run that saw all their data.
 
     Every machine calibrates the same model with a part of the data, and saves. The statistics are
-    added up and solved again, bit for bit as one run's, in whatever order the files are given;
-    quantizers that have no range in any file stay without. Weights and given scales have to be
-    equal in all files. Files that ``sync_observers`` made hold the data of all their ranks: those
-    of one run count once.
+    added and solved again; the result is that of a single run, bit for bit, in whatever order the
+    files are given. Quantizers without a range in every file stay without. Weight ranges and given
+    scales have to be equal in all files. A file saved after ``sync_observers`` holds the data of
+    all ranks; of several such files of one run only the first is counted.
 
     Args:
-        paths: two or more files of ``save_observer_params``.
-        path: the new file, which appears complete or not at all.
-        progress: a bar; by default where standard error is a terminal.
+        paths: two or more files of :func:`save_observer_params`.
+        path: the new file, which is written completely or not at all.
+        progress: show a progress bar; None shows it if standard error is a terminal.
 
-    Raises ValueError, with file and quantizer: for files of other models or configurations, a file
-    given twice, a file of all ranks beside one of a single process, whose data may be in it
-    already, and ranges that are not what the statistic gives (trained since, or loaded).
+    Returns:
+        What was merged, and what was skipped.
+
+    Raises:
+        ValueError: fewer than two files, or a file given twice.
+        FileError: invalid contents; another model or configuration; a file of all ranks beside one
+            of a single process, whose data it may include; or ranges that the statistic does not
+            give, because the model was trained or loaded ranges since.
+        OSError: a file that cannot be read or written.
     """
-    files = [os.fspath(one) for one in paths]
+    files = [os.fspath(given) for given in paths]
     _check_files(files)
     merged: dict[str, FakeQuantize] = {}
     has_range: set[str] = set()
-    seen: dict[str, bool] = {}  # a file's data -> whether it is that of all ranks
+    seen: dict[str, bool] = {}  # digest of a file's statistics -> whether it is of all ranks
     again = []
     for file in progress_bar(files, len(files), "merge", progress):
         model = read_quantizers(file)
-        found = named_quantizers(model)
-        _check_ranges(file, found)
-        data, synced = _data_of(found), any(q.observer.synced for q in found.values())
+        quantizers = named_quantizers(model)
+        _check_ranges(file, quantizers)
+        data = _statistics_digest(quantizers)
+        synced = any(quantizer.observer.synced for quantizer in quantizers.values())
         if seen and synced not in seen.values():
             kinds = ("of one process", "of all ranks")
             raise FileError(
@@ -80,16 +92,22 @@ def merge_observer_params(
                 f"{kinds[synced]}, which may hold the other's",
             )
         if merged:
-            _check_same(file, files[0], found, merged)
+            _check_same(file, files[0], quantizers, merged)
         if synced and data in seen:
             again.append(file)
         elif merged:
-            _add(merged, found)
+            _add(merged, quantizers)
         else:
-            merged, result = found, model
+            merged, result = quantizers, model
         seen[data] = synced
-        has_range |= {name for name, quantizer in found.items() if bool(quantizer.solved)}
-    _solve({name: q for name, q in merged.items() if name in has_range and q.accumulates_data})
+        has_range |= {name for name, quantizer in quantizers.items() if bool(quantizer.solved)}
+    _solve(
+        {
+            name: quantizer
+            for name, quantizer in merged.items()
+            if name in has_range and quantizer.accumulates_data
+        }
+    )
     save_observer_params(result, path)
     unsolved = tuple(name for name in merged if name not in has_range)
     return MergeReport(os.fspath(path), tuple(files), tuple(again), len(merged), unsolved)
@@ -111,17 +129,22 @@ def _solve(chosen: Mapping[str, FakeQuantize]) -> None:
         chosen[name].take_(solution)
 
 
-def _check_ranges(file: str, found: Mapping[str, FakeQuantize]) -> None:
-    """Refuses ranges that solving the statistics again would lose."""
-    chosen = {n: q for n, q in found.items() if q.accumulates_data and bool(q.solved)}
+def _check_ranges(file: str, quantizers: Mapping[str, FakeQuantize]) -> None:
+    """Raises FileError for ranges that the statistics do not give: merging would lose them."""
+    chosen = {
+        name: quantizer
+        for name, quantizer in quantizers.items()
+        if quantizer.accumulates_data and bool(quantizer.solved)
+    }
     before = {name: _copies(quantizer) for name, quantizer in chosen.items()}
     _solve(chosen)
     for name, quantizer in chosen.items():
         if not quantizer.observer.saw_data or not _equal(before[name], _copies(quantizer)):
             raise FileError(
                 file,
-                f"{label_of(name)}.range: expected what {quantizer.observer.name} gives of the "
-                "statistic, got another, trained since or loaded: merge files of calibrations",
+                f"{label_of(name)}.range: expected the range that {quantizer.observer.name} "
+                "computes from the statistic, got another, trained or loaded since; merge files "
+                "that were saved after a calibration",
             )
 
 
@@ -133,10 +156,10 @@ def _equal(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
     return all(torch.equal(value, right[field]) for field, value in left.items())
 
 
-def _data_of(found: Mapping[str, FakeQuantize]) -> str:
-    """The same for the same statistics."""
+def _statistics_digest(quantizers: Mapping[str, FakeQuantize]) -> str:
+    """A SHA-256 of the quantizers' names and statistics."""
     digest = hashlib.sha256()
-    for name, quantizer in sorted(found.items()):
+    for name, quantizer in sorted(quantizers.items()):
         digest.update(name.encode())
         for field in STATISTIC:
             digest.update(quantizer.get_buffer(field).numpy().tobytes())
@@ -144,31 +167,33 @@ def _data_of(found: Mapping[str, FakeQuantize]) -> str:
 
 
 def _check_same(
-    file: str, first: str, found: Mapping[str, FakeQuantize], merged: Mapping[str, FakeQuantize]
+    file: str,
+    first: str,
+    quantizers: Mapping[str, FakeQuantize],
+    merged: Mapping[str, FakeQuantize],
 ) -> None:
-    if found.keys() != merged.keys():
-        other = ", ".join(sorted(found.keys() ^ merged.keys())[:10])
+    """Raises FileError unless a file has the quantizers, keys and weight ranges of the first."""
+    if quantizers.keys() != merged.keys():
+        other = ", ".join(sorted(quantizers.keys() ^ merged.keys())[:10])
         raise FileError(file, f"quantizers: of another model than {first}: differs in {other}")
-    for name, quantizer in found.items():
-        theirs, ours = spec_of(quantizer), spec_of(merged[name])
-        for key, value in ours.items():
-            if theirs.get(key) != value:
-                have = theirs.get(key)
-                raise FileError(
-                    file, f"{name}.{key}: expected {value!r} as in {first}, got {bounded(have)}"
-                )
+    for name, quantizer in quantizers.items():
+        want_spec, have_spec = spec_of(merged[name]), spec_of(quantizer)
+        for key, want in want_spec.items():
+            if have_spec.get(key) != want:
+                have = bounded(have_spec.get(key))
+                raise FileError(file, f"{name}.{key}: expected {want!r} as in {first}, got {have}")
         if not quantizer.accumulates_data:
-            mine, own = tensors_of(merged[name]), tensors_of(quantizer)
-            for field, value in mine.items():
-                if not torch.equal(value, own[field]):
+            want_tensors, have_tensors = tensors_of(merged[name]), tensors_of(quantizer)
+            for field, tensor in want_tensors.items():
+                if not torch.equal(tensor, have_tensors[field]):
                     raise FileError(
                         file,
-                        f"{name}.{field}: expected the values of {first}, got others: was it of "
-                        "the same weights?",
+                        f"{name}.{field}: expected the values of {first}, got others: were both "
+                        "calibrated with the same weights?",
                     )
 
 
-def _add(merged: Mapping[str, FakeQuantize], found: Mapping[str, FakeQuantize]) -> None:
-    for name, quantizer in found.items():
+def _add(merged: Mapping[str, FakeQuantize], quantizers: Mapping[str, FakeQuantize]) -> None:
+    for name, quantizer in quantizers.items():
         if quantizer.accumulates_data:
             merged[name].observer.merge_(quantizer.observer)

@@ -1,4 +1,4 @@
-"""Carrying quantization parameters from model to model, directly or through a file."""
+"""Saves and reads files of observer parameters: ranges, qparams and statistics by quantizer."""
 
 from __future__ import annotations
 
@@ -24,55 +24,67 @@ _VERSION = 1
 
 
 def save_observer_params(model: nn.Module, path: PathLike) -> None:
-    """Saves every quantizer's range, parameters, statistic and keys, as one safetensors file.
+    """Saves every quantizer's range, qparams, statistic and configuration in a safetensors file.
 
-    The file appears complete or not at all. Values that could not be loaded again (a scale of 0,
-    say) are refused.
+    Args:
+        model: a prepared model, wrapped or not, or what :func:`read_quantizers` returned.
+        path: the file, which is written completely or not at all.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: no quantizers, or values that could not be loaded again, such as a scale of 0.
+        FileError: names that are not printable or too long, or too much data.
+        OSError: the file cannot be written.
+        ImportError: safetensors is not installed.
     """
     who = "save_observer_params"
     quantizers = PreparedModel(who, model).quantizers
     write_params(who, {name: params_of(quantizer) for name, quantizer in quantizers.items()}, path)
 
 
-def write_params(who: str, found: Mapping[str, Params], path: PathLike) -> None:
-    """Writes what :func:`read_observer_params` reads."""
+def write_params(who: str, quantizers: Mapping[str, Params], path: PathLike) -> None:
+    """Writes the file that :func:`read_observer_params` reads; ``who`` is named in errors."""
     tensors: dict[str, Tensor] = {}
     specs = {}
-    for name, params in found.items():
-        own = {key: value.detach().cpu() for key, value in params.tensors.items()}
+    for name, params in quantizers.items():
+        on_cpu = {field: tensor.detach().cpu() for field, tensor in params.tensors.items()}
         try:
             check_parameters(params)
-            check_statistic(own)
+            check_statistic(on_cpu)
         except ValueError as error:
             raise ValueError(f"{who}: {label_of(name)}.{error}") from error
         specs[name] = {**params.spec, "synced": params.synced}
-        tensors |= {f"{name}.{key}".strip("."): value for key, value in own.items()}
+        tensors |= {f"{name}.{field}".strip("."): tensor for field, tensor in on_cpu.items()}
     write_tensors(path, tensors, _KIND, _VERSION, {"quantizers": specs})
 
 
 def read_observer_params(path: PathLike) -> dict[str, Params]:
-    """The contents of a file of :func:`save_observer_params`, checked value by value.
+    """The parameters in a file of :func:`save_observer_params`, by quantizer name.
 
-    Raises a ValueError ``FILE: FIELD: what is wrong with it``, or OSError.
+    Every value is checked.
+
+    Raises:
+        FileError: invalid contents; the message names the file and the field.
+        OSError: the file cannot be read.
     """
     tensors, extra = read_tensors(Path(path), _KIND, _VERSION)
     specs = extra.get("quantizers") if isinstance(extra, dict) else None
     if not isinstance(specs, dict):
         raise FileError(path, "quantizers: missing from the description")
-    found: dict[str, Params] = {}
+    quantizers: dict[str, Params] = {}
     used = 0
     for name, spec in specs.items():
         if name and (problem := name_problem(name)):
             raise FileError(path, f"quantizers: expected names to be {problem}, got {name[:80]!r}")
-        keys = {key: f"{name}.{key}".strip(".") for key in FIELDS}
-        own = {key: tensors[full] for key, full in keys.items() if full in tensors}
-        used += len(own)
+        keys = {field: f"{name}.{field}".strip(".") for field in FIELDS}
+        fields = {field: tensors[key] for field, key in keys.items() if key in tensors}
+        used += len(fields)
         try:
-            found[name] = params_from(own, spec)
+            quantizers[name] = params_from(fields, spec)
         except ValueError as error:
             raise FileError(path, f"{label_of(name)}.{error}") from error
     if used != len(tensors):
-        known = {f"{name}.{key}".strip(".") for name in specs for key in FIELDS}
-        stranger = next((key for key in tensors if key not in known), "quantizers")
-        raise FileError(path, f"{stranger}: belongs to no quantizer of the description")
-    return found
+        known = {f"{name}.{field}".strip(".") for name in specs for field in FIELDS}
+        unknown = next((key for key in tensors if key not in known), "quantizers")
+        raise FileError(path, f"{unknown}: belongs to no quantizer of the description")
+    return quantizers

@@ -1,19 +1,19 @@
-"""What is saved and carried over of one quantizer, and whether its values can be true."""
+"""The parameters of one quantizer as they are saved and loaded, and checks of their values."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch_ext.ops.functions import ScaleRule
 from torch_ext.ops.registry import observer_info
 from torch_ext.ops.registry_names import Rule
+from torch_ext.ops.statistics import ScaleRule
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.grid import dtype_name, parse_grid
 from torch_ext.quantizers.learned import LearnedFakeQuantize
@@ -31,13 +31,13 @@ FIELDS: Mapping[str, tuple[torch.dtype, tuple[str | int | None, ...]]] = {
 }
 STATISTIC = ("observer.extrema", "observer.tally", "observer.counts")
 
-# Past this a sum of counts could overflow.
+# A sum of larger counts could overflow int64.
 _MAX_COUNT = 2**62
 
 
 @dataclass(frozen=True)
 class Params:
-    """A quantizer's tensors and the grid they are for."""
+    """A quantizer's tensors, by the names in ``FIELDS``, and its grid. ``params[field]`` works."""
 
     tensors: Mapping[str, Tensor]
     observer: Rule
@@ -47,7 +47,7 @@ class Params:
     ch_axis: int
     scale_rule: ScaleRule
     power_of_two: bool
-    spec: Mapping[str, Any]  # all keys of the quantizer, as `spec_of` gives them
+    spec: Mapping[str, Any]  # the whole configuration, as `spec_of` gives it
     synced: bool = False  # whether the statistic holds the data of all ranks
 
     def __getitem__(self, field: str) -> Tensor:
@@ -55,7 +55,13 @@ class Params:
 
     @property
     def solved(self) -> bool:
+        """Whether there is a range."""
         return bool(self.tensors["solved"])
+
+    def on_cpu(self) -> Params:
+        """The same with detached tensors on the CPU."""
+        tensors = {field: tensor.detach().cpu() for field, tensor in self.tensors.items()}
+        return replace(self, tensors=tensors)
 
     @property
     def channels(self) -> int:
@@ -63,18 +69,25 @@ class Params:
 
     @property
     def grid(self) -> tuple[int, int, bool, ScaleRule, bool]:
+        """The arguments of ``ops.qparams`` after the range."""
         return (
             self.quant_min, self.quant_max, self.symmetric, self.scale_rule, self.power_of_two
         )  # fmt: skip
 
 
 def tensors_of(quantizer: FakeQuantize) -> dict[str, Tensor]:
+    """The quantizer's tensors by the names in ``FIELDS``; not copied."""
     scale, zero_point = quantizer.calculate_qparams()
-    own = {"range": quantizer.range, "scale": scale, "zero_point": zero_point}
-    return {field: own[field] if field in own else quantizer.get_buffer(field) for field in FIELDS}
+    # In a quantizer that learns its range these are no buffers, but computed.
+    qparams = {"range": quantizer.range, "scale": scale, "zero_point": zero_point}
+    return {
+        field: qparams[field] if field in qparams else quantizer.get_buffer(field)
+        for field in FIELDS
+    }
 
 
 def params_of(quantizer: FakeQuantize) -> Params:
+    """The parameters of a quantizer; the tensors are not copied."""
     observer = quantizer.observer
     return Params(
         tensors=tensors_of(quantizer),
@@ -91,7 +104,7 @@ def params_of(quantizer: FakeQuantize) -> Params:
 
 
 def spec_of(quantizer: FakeQuantize) -> dict[str, Any]:
-    """The keys of a quantizer, as plain values for a file."""
+    """A quantizer's arguments as values that JSON holds."""
     observer = quantizer.observer
     learned = {}
     if isinstance(quantizer, LearnedFakeQuantize):
@@ -121,22 +134,27 @@ def spec_of(quantizer: FakeQuantize) -> dict[str, Any]:
 
 
 def params_from(tensors: Mapping[str, Tensor], spec: Any, histogram: bool = True) -> Params:
-    """Of a file's tensors and spec; ValueError says which field is wrong, and how.
+    """Checks the tensors and the spec of a quantizer in a file, and joins them.
 
     Args:
-        histogram: False where the file keeps no histograms, whatever the quantizers did.
+        tensors: by the names in ``FIELDS``.
+        spec: as :func:`spec_of` gives it, optionally with ``synced``.
+        histogram: False for a file format that keeps no histograms.
+
+    Raises:
+        ValueError: the message begins with the field that is wrong.
     """
     if not isinstance(spec, dict):
         raise ValueError(f"description: expected an object, got {str(spec)[:80]}")
-    own = dict(spec)
-    synced = own.pop("synced", False)
+    spec = dict(spec)
+    synced = spec.pop("synced", False)
     if not isinstance(synced, bool):
         raise ValueError(f"synced: expected true or false, got {str(synced)[:80]}")
     keys = ("dtype", "qscheme", "ch_axis", "channel_len", "quant_min", "quant_max")
     try:
-        grid = parse_grid("description", *(own.get(key) for key in keys))
+        grid = parse_grid("description", *(spec.get(key) for key in keys))
         check_shapes(tensors, FIELDS, grid.channel_len)
-        bins = _histogram_of(json.dumps(own))
+        bins = _histogram_of(json.dumps(spec))
     except TypeError as error:
         raise ValueError(str(error)) from error
     have = tuple(tensors["observer.counts"].shape[2:])
@@ -144,14 +162,14 @@ def params_from(tensors: Mapping[str, Tensor], spec: Any, histogram: bool = True
         raise ValueError(f"observer.counts: expected a histogram {list(bins)}, got {list(have)}")
     params = Params(
         tensors=tensors,
-        observer=own["observer"],
+        observer=spec["observer"],
         quant_min=grid.quant_min,
         quant_max=grid.quant_max,
         symmetric=grid.symmetric,
         ch_axis=grid.ch_axis,
-        scale_rule=own["scale_rule"],
-        power_of_two=own["power_of_two"],
-        spec=own,
+        scale_rule=spec["scale_rule"],
+        power_of_two=spec["power_of_two"],
+        spec=spec,
         synced=synced,
     )
     check_parameters(params)
@@ -159,15 +177,15 @@ def params_from(tensors: Mapping[str, Tensor], spec: Any, histogram: bool = True
     return params
 
 
-@lru_cache(maxsize=256)  # a model's quantizers share few
+@lru_cache(maxsize=256)  # most quantizers of a model have the same spec
 def _histogram_of(text: str) -> tuple[int, int]:
-    """Octaves and bins of the histogram that a quantizer with this spec, as JSON, keeps.
+    """Octaves and bins of the histogram that a quantizer with this spec (as JSON) keeps.
 
-    Raises where there is no such quantizer, or not all of its keys are given.
+    Raises ValueError if the spec is of no possible quantizer, or not complete.
     """
     spec = json.loads(text)
     try:
-        with torch.device("meta"):  # whatever number of channels it names
+        with torch.device("meta"):  # allocates nothing, however many channels the file claims
             quantizer = _quantizer(spec)
     except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"description: {error}") from error
@@ -190,7 +208,7 @@ def _quantizer(spec: Mapping[str, Any]) -> FakeQuantize:
 
 @torch.no_grad()
 def quantizer_of(params: Params) -> FakeQuantize:
-    """A quantizer with the keys and the statistic, without the range."""
+    """A new quantizer with the configuration and the statistic of ``params``, but no range."""
     quantizer = _quantizer(params.spec)
     for field in STATISTIC:
         quantizer.get_buffer(field).copy_(params[field])
@@ -203,6 +221,7 @@ def check_shapes(
     fields: Mapping[str, tuple[torch.dtype, tuple[str | int | None, ...]]],
     channels: int,
 ) -> None:
+    """Raises ValueError for a tensor that is missing, or of another dtype or shape."""
     for field, (dtype, shape) in fields.items():
         if field not in tensors:
             raise ValueError(f"{field}: missing")
@@ -217,7 +236,7 @@ def check_shapes(
 
 
 def check_parameters(params: Params) -> None:
-    """Range, scale, zero point and the solved flag, as a solve could have made them."""
+    """Raises ValueError for a range, scale, zero point or solved flag that no solve gives."""
     range_, scale, zero_point = params["range"], params["scale"], params["zero_point"]
     ordered = range_.isfinite().all() & (range_[:, 0] <= range_[:, 1]).all()
     _require("range", bool(ordered), "finite and lo <= hi", range_)
@@ -228,7 +247,7 @@ def check_parameters(params: Params) -> None:
 
 
 def check_statistic(tensors: Mapping[str, Tensor]) -> None:
-    """Extrema, tally and counts, as observing could have made them."""
+    """Raises ValueError for extrema, tally and counts that no data gives."""
     extrema, tally, counts = (tensors[field] for field in STATISTIC)
     in_bounds = bool(((tally >= 0) & (tally <= _MAX_COUNT)).all())
     _require("observer.tally", in_bounds, "at least 0", tally)
@@ -241,14 +260,14 @@ def check_statistic(tensors: Mapping[str, Tensor]) -> None:
     _require("observer.extrema", bool(agree.all()), "min <= max where values were seen", extrema)
     if counts.numel():
         _require("observer.counts", bool((counts >= 0).all()), "at least 0", counts)
-        rough = counts.double().sum((1, 2, 3))
-        _require("observer.counts", bool((rough <= _MAX_COUNT).all()), "countable", counts)
+        approximate = counts.double().sum((1, 2, 3))  # which cannot overflow
+        _require("observer.counts", bool((approximate <= _MAX_COUNT).all()), "countable", counts)
         total = counts.sum((1, 2, 3)) + special
         _require("observer.counts", bool((total == finite).all()), "as many as the tally", counts)
 
 
-def _require(field: str, fine: bool, want: str, have: Tensor) -> None:
-    if not fine:
+def _require(field: str, valid: bool, want: str, have: Tensor) -> None:
+    if not valid:
         values = ", ".join(f"{value:g}" for value in have.flatten()[:8].tolist())
         more = ", ..." if have.numel() > 8 else ""
         raise ValueError(f"{field}: expected values to be {want}, got {values}{more}")

@@ -1,4 +1,4 @@
-"""Quantizers from a file, without the model that they were in; and several files as one."""
+"""Quantizers from a file, without the model that they were in."""
 
 from __future__ import annotations
 
@@ -15,25 +15,38 @@ from torch_ext.quantizers.state_table import FakeQuantState
 
 
 class SavedQuantizers(nn.Module):
-    """The quantizers of a file under their names: a model to what looks at quantizers alone.
+    """The quantizers of a file, usable as a model by functions that only need its quantizers.
 
-    ``describe``, ``resolve`` (of activations: a file has no weights), ``export``,
-    ``save_observer_params`` and ``load_observer_params`` take it. Quantizers with a range are in
-    VALIDATION; without one, those that saw data, and weights, are in CALIBRATION, and the others
-    pass through.
+    These are ``describe``, ``resolve`` (for activations only: a file has no weights),
+    ``torch_ext.export``, ``save_observer_params``, ``load_observer_params`` and
+    ``named_quantizers``.
+
+    Quantizers with a range are in VALIDATION. Of those without one, weight quantizers and those
+    that saw data are in CALIBRATION; the others are in VALIDATION and pass values through.
+
+    Args:
+        found: the quantizers' parameters by name, as :func:`read_quantizers` reads them.
     """
 
-    def __init__(self, found: Mapping[str, Params]) -> None:
+    def __init__(self, quantizers: Mapping[str, Params]) -> None:
         super().__init__()
-        for name, params in found.items():
-            # Not by add_module, which takes no dots: these are the names in the model.
+        for name, params in quantizers.items():
+            # The names have dots, as in the model; add_module would raise.
             self._modules[name] = _restored(params)
 
 
 def read_quantizers(path: PathLike) -> SavedQuantizers:
-    """The quantizers of a file of ``save_observer_params``, with ranges and statistics.
+    """Reads the quantizers in a file of :func:`save_observer_params`.
 
-    Raises a ValueError ``FILE: FIELD: what is wrong with it``, or OSError.
+    Args:
+        path: the file.
+
+    Returns:
+        The quantizers, with ranges and statistics.
+
+    Raises:
+        FileError: invalid contents; the message names the file and the field.
+        OSError: the file cannot be read.
     """
     return SavedQuantizers(read_observer_params(path))
 
@@ -41,7 +54,7 @@ def read_quantizers(path: PathLike) -> SavedQuantizers:
 def _restored(params: Params) -> FakeQuantize:
     quantizer = quantizer_of(params)
     if params.solved:
-        quantizer.take_(Solution(*(params[field] for field in ("range", "scale", "zero_point"))))
+        quantizer.take_(Solution(params["range"], params["scale"], params["zero_point"]))
         quantizer.enter(FakeQuantState.VALIDATION)
     elif quantizer.transient or quantizer.observer.saw_data:
         quantizer.enter(FakeQuantState.CALIBRATION)

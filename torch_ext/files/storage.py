@@ -1,8 +1,8 @@
-"""Files of named tensors: safetensors, versioned, written atomically, distrusted when read.
+"""Safetensors files with a kind and a version, written atomically and validated when read.
 
-A file's header is checked in full, against limits and against the file's size, before anything
-of a size that it names is allocated; names, types and values are checked by those who read them.
-Reading takes time linear in the file's size, and little more memory than the tensors take.
+A file is untrusted input. Its whole header is checked, against limits and against the file's size,
+before any memory that it asks for is allocated. Callers of :func:`read_tensors` check names, dtypes
+and values. Reading takes time linear in the file's size, and little more memory than the tensors.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _PARTIAL = ".partial"
 
 
 class FileError(ValueError):
-    """A file that cannot be read or written: ``FILE: FIELD: what is wrong with it``.
+    """Invalid contents of a file: ``FILE: FIELD: what is wrong with it``.
 
-    What a hostile file holds may be part of the text: it is cut, and shown without anything that
-    a terminal would obey.
+    The message may quote the file, so it is cut to 400 characters, and unprintable ones, such as a
+    terminal's control sequences, are escaped.
     """
 
     def __init__(self, path: PathLike, what: str) -> None:
@@ -49,7 +49,7 @@ class FileError(ValueError):
 
 
 class _Entry(NamedTuple):
-    """Where a tensor's data lies, and as what."""
+    """A tensor in the file: its bytes from ``begin`` to ``end``, counted after the header."""
 
     begin: int
     end: int
@@ -71,10 +71,22 @@ def _safetensors() -> Any:
 def write_tensors(
     path: PathLike, tensors: Mapping[str, Tensor], kind: str, version: int, extra: Any
 ) -> None:
-    """Writes a file that holds all of this, or leaves what was there.
+    """Writes a file completely, or leaves the old one.
 
-    One key of metadata holds everything beside the tensors, sorted, so equal content gives equal
-    bytes.
+    Everything beside the tensors is JSON with sorted keys under a single key of the metadata, so
+    equal contents give equal bytes.
+
+    Args:
+        path: the file.
+        tensors: uint8, int32, int64 or float32, by name.
+        kind: what the file is, such as ``"observer_params"``; :func:`read_tensors` compares it.
+        version: of the format; compared as well.
+        extra: further contents, as JSON values.
+
+    Raises:
+        FileError: a name, dtype or size that could not be read again.
+        OSError: the file cannot be written.
+        ImportError: safetensors is not installed.
     """
     library = _safetensors()
     for name, tensor in tensors.items():
@@ -95,9 +107,9 @@ def write_tensors(
 
 
 def write_atomically(path: PathLike, data: bytes) -> None:
-    """A file of the same folder is written, synced, and takes the name at once.
+    """Writes a temporary file in the same folder, syncs it and renames it to ``path``.
 
-    Raises OSError naming ``path``, and leaves what was there, where that fails.
+    Raises OSError, naming ``path``, if that fails; the old file is left as it was.
     """
     target = Path(path)
     if not target.parent.is_dir():
@@ -108,7 +120,7 @@ def write_atomically(path: PathLike, data: bytes) -> None:
     try:
         _replace(target, data)
     except OSError as error:
-        # A full disk is reported without a name, a folder without permission by the partial's.
+        # The error has no path (a full disk), or the temporary file's.
         raise OSError(error.errno, error.strerror, os.fspath(target)) from error
 
 
@@ -132,7 +144,7 @@ def _replace(target: Path, data: bytes) -> None:
 
 
 def discard_partials(path: PathLike) -> None:
-    """Removes what processes that were killed while they wrote this file have left beside it."""
+    """Removes temporary files that killed processes left while they wrote ``path``."""
     target = Path(path)
     if target.parent.is_dir():
         for name in os.listdir(target.parent):
@@ -141,18 +153,23 @@ def discard_partials(path: PathLike) -> None:
 
 
 def read_tensors(path: PathLike, kind: str, version: int) -> tuple[dict[str, Tensor], Any]:
-    """The tensors and the rest of a file that :func:`write_tensors` wrote.
+    """Reads a file that :func:`write_tensors` wrote.
 
-    Raises FileError, which names the field, or OSError.
+    Returns:
+        The tensors by name, and the further contents (``extra``).
+
+    Raises:
+        FileError: invalid contents, or another kind or version; the message names the field.
+        OSError: the file cannot be read.
     """
-    if stat.S_ISFIFO(os.stat(path).st_mode):  # opening it would wait for a writer
+    if stat.S_ISFIFO(os.stat(path).st_mode):  # opening a pipe would block until there is a writer
         raise FileError(path, "header: expected a file, got a pipe")
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
-        start = file.read(8)
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or length > size - 8:
-            raise FileError(path, f"header: truncated, or no safetensors file ({size} bytes)")
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > size - 8:
+            raise FileError(path, f"header: truncated, or not a safetensors file ({size} bytes)")
         if length > _MAX_HEADER:
             raise FileError(
                 path, f"header: expected a header of at most {_MAX_HEADER} bytes, got {length}"
@@ -164,7 +181,7 @@ def read_tensors(path: PathLike, kind: str, version: int) -> tuple[dict[str, Ten
 
 
 def _read_tensor(path: PathLike, file: BinaryIO, entry: _Entry) -> Tensor:
-    """The next tensor; entries are in the order of their data."""
+    """Reads a tensor at the file's position; entries are read in the order of their data."""
     tensor = torch.empty(entry.shape, dtype=entry.dtype)
     if tensor.numel():
         have = file.readinto(tensor.numpy().reshape(-1).view("u1"))  # type: ignore[attr-defined]
@@ -174,7 +191,12 @@ def _read_tensor(path: PathLike, file: BinaryIO, entry: _Entry) -> Tensor:
 
 
 def read_object(path: PathLike, limit: int = _MAX_HEADER) -> dict[str, Any]:
-    """A JSON file that holds an object, of at most `limit` bytes."""
+    """Reads a JSON file that holds an object.
+
+    Raises:
+        FileError: more than ``limit`` bytes, invalid JSON, or no object.
+        OSError: the file cannot be read.
+    """
     with open(path, "rb") as file:
         text = file.read(limit + 1)
     if len(text) > limit:
@@ -183,51 +205,54 @@ def read_object(path: PathLike, limit: int = _MAX_HEADER) -> dict[str, Any]:
 
 
 def _parse(path: PathLike, what: str, text: str | bytes) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        made: dict[str, Any] = {}
-        for name, value in pairs:
-            if name in made:
-                raise ValueError(f'duplicate key "{name[:80]}"')
-            made[name] = value
-        return made
+    """Parses a JSON object; raises FileError for duplicate keys, NaN, infinity or deep nesting."""
 
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no number")
+    def object_from(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        content: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in content:
+                raise ValueError(f'duplicate key "{name[:80]}"')
+            content[name] = value
+        return content
+
+    def raise_for_constant(constant: str) -> None:
+        raise ValueError(f"expected finite numbers, got {constant}")
 
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
-        found = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+        content = json.loads(text, object_pairs_hook=object_from, parse_constant=raise_for_constant)
     except (ValueError, RecursionError) as error:
         raise FileError(path, f"{what}: {error}") from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise FileError(path, f"{what}: expected an object")
-    if _deeper(found, _MAX_DEPTH):
+    if _is_deeper(content, _MAX_DEPTH):
         raise FileError(path, f"{what}: expected at most {_MAX_DEPTH} levels of nesting")
-    return found
+    return content
 
 
-def _deeper(value: Any, levels: int) -> bool:
+def _is_deeper(value: Any, levels: int) -> bool:
     if isinstance(value, dict):
         value = value.values()
     elif not isinstance(value, list):
         return False
-    return levels == 0 or any(_deeper(one, levels - 1) for one in value)
+    return levels == 0 or any(_is_deeper(item, levels - 1) for item in value)
 
 
 def _check_metadata(path: PathLike, header: dict[str, Any], kind: str, version: int) -> Any:
+    """Removes the metadata from the header, checks kind and version, and returns the contents."""
     metadata = header.pop(_METADATA, None)
     text = metadata.get(_KEY) if isinstance(metadata, dict) else None
     if not isinstance(text, str):
         raise FileError(path, "not a file of torch_ext: its description is missing")
-    found = _parse(path, "description", text)
-    if found.get("kind") != kind:
-        raise FileError(path, f"kind: expected {kind!r}, got {found.get('kind')!r}")
-    if found.get("version") != version or isinstance(found["version"], bool):
+    description = _parse(path, "description", text)
+    if description.get("kind") != kind:
+        raise FileError(path, f"kind: expected {kind!r}, got {description.get('kind')!r}")
+    if description.get("version") != version or isinstance(description["version"], bool):
         raise FileError(
-            path, f"version: this release reads {version}, got {found.get('version')!r}"
+            path, f"version: this release reads {version}, got {description.get('version')!r}"
         )
-    return found.get("content")
+    return description.get("content")
 
 
 def _check_size(path: PathLike, size: int) -> None:
@@ -236,7 +261,7 @@ def _check_size(path: PathLike, size: int) -> None:
 
 
 def _check_entries(path: PathLike, header: dict[str, Any], size: int) -> list[_Entry]:
-    """In the order of their data, which they have to cover without gaps."""
+    """The header's entries in the order of their data; raises FileError for gaps and overlaps."""
     if len(header) > _MAX_ENTRIES:
         raise FileError(path, f"header: expected at most {_MAX_ENTRIES} tensors, got {len(header)}")
     _check_size(path, size)
@@ -257,7 +282,7 @@ def _check_entries(path: PathLike, header: dict[str, Any], size: int) -> list[_E
 
 
 def _entry(path: PathLike, name: str, entry: Any) -> _Entry:
-    """A tensor's entry, once its place agrees with its shape and dtype."""
+    """A tensor's entry; raises FileError unless its bytes agree with its shape and dtype."""
 
     def integers(field: str, count: int | None) -> list[int]:
         value = entry.get(field) if isinstance(entry, dict) else None
@@ -271,7 +296,8 @@ def _entry(path: PathLike, name: str, entry: Any) -> _Entry:
         return value
 
     shape = integers("shape", None)
-    if math.prod(max(size, 1) for size in shape) > _MAX_DATA:  # also where one of them is 0
+    # Beside a size of 0 the others are limited too: torch computes strides from them.
+    if math.prod(max(size, 1) for size in shape) > _MAX_DATA:
         raise FileError(path, f"{name}.shape: expected at most {_MAX_DATA} values, got {shape}")
     begin, end = integers("data_offsets", 2)
     label = entry.get("dtype")
@@ -284,7 +310,7 @@ def _entry(path: PathLike, name: str, entry: Any) -> _Entry:
 
 
 def name_problem(name: str) -> str:
-    """What a name in a file is expected to be, where it is something else."""
+    """What a tensor's name is expected to be, if it is not: of some length, or printable."""
     if not name or len(name.encode("utf-8", "replace")) > _MAX_NAME:
         return f"of 1 to {_MAX_NAME} bytes"
     return "" if name.isprintable() else "printable"

@@ -2,19 +2,19 @@
 
 from torch import Tensor
 
-from torch_ext.ops.functions import fake_quant as fake_quant
-from torch_ext.ops.functions import follow_ as follow_
-from torch_ext.ops.functions import follow_fake_quant as follow_fake_quant
-from torch_ext.ops.functions import kl_threshold as kl_threshold
-from torch_ext.ops.functions import learned_fake_quant as learned_fake_quant
-from torch_ext.ops.functions import lsq as lsq
-from torch_ext.ops.functions import merge_ as merge_
-from torch_ext.ops.functions import observe_ as observe_
-from torch_ext.ops.functions import pact as pact
-from torch_ext.ops.functions import qparams as qparams
-from torch_ext.ops.functions import solve as solve
-from torch_ext.ops.functions import solve_many as solve_many
+from torch_ext.ops.quantizing import fake_quant as fake_quant
+from torch_ext.ops.quantizing import follow_ as follow_
+from torch_ext.ops.quantizing import follow_fake_quant as follow_fake_quant
+from torch_ext.ops.quantizing import learned_fake_quant as learned_fake_quant
+from torch_ext.ops.quantizing import lsq as lsq
+from torch_ext.ops.quantizing import pact as pact
 from torch_ext.ops.registry_names import KlVariant
+from torch_ext.ops.statistics import kl_threshold as kl_threshold
+from torch_ext.ops.statistics import merge_ as merge_
+from torch_ext.ops.statistics import observe_ as observe_
+from torch_ext.ops.statistics import qparams as qparams
+from torch_ext.ops.statistics import solve as solve
+from torch_ext.ops.statistics import solve_many as solve_many
 
 def min_max(
     x: Tensor,

@@ -1,7 +1,7 @@
-"""Loads the two native libraries, once, and explains what is wrong when that fails.
+"""Loads the two native libraries, and explains the likely causes when that fails.
 
-Importing this module does it; the package imports it before anything else. No other module names
-``torch.ops``.
+Importing this module loads them; the package imports it before anything else. No other module
+uses ``torch.ops``.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-FOLDER = Path(__file__).resolve().parents[1]  # the package's
+FOLDER = Path(__file__).resolve().parents[1]  # of the package
 OP_LIBRARY = FOLDER / "libtorch_ext.so"
 _BUILD = "pip install -e . --no-build-isolation"
 
 
 def _release(version: str) -> str:
-    """Major and minor release: what the C++ interface of Torch depends on."""
+    """Major and minor release; Torch's C++ interface changes with them."""
     return ".".join(version.split("+")[0].split(".")[:2])
 
 
@@ -50,11 +50,12 @@ def _registered() -> bool:
 def load() -> Any:
     """Imports ``torch_ext._C``, registers the ops and returns their namespace in ``torch.ops``.
 
-    Raises ImportError with versions, places and likely causes where a library is missing, cannot be
-    loaded or was built for another release of torch.
+    If the process has the ops already (an application that is linked with the op library), the
+    library is not loaded again: registering the ops twice would abort the process.
 
-    A second copy of the op library would abort the process, so a process that has the ops (an
-    application that linked the library) keeps the ones it has.
+    Raises:
+        ImportError: a library is missing, cannot be loaded or was built for another release of
+            torch. The message gives versions, paths and likely causes.
     """
     try:
         native = importlib.import_module("torch_ext._C")

@@ -1,4 +1,4 @@
-"""The rules' options: names and values of the registry's tables, as the numbers that ops take."""
+"""Look-ups in the native registry, and rule options encoded as the numbers that ops take."""
 
 from __future__ import annotations
 
@@ -18,14 +18,22 @@ def rule_names() -> tuple[Rule, ...]:
 
 
 def observer_info(rule: str) -> _C.ObserverInfo:
-    """The registry's entry of a rule: kind, statistic, widest grid, options."""
+    """The registry's entry of a rule: kind, statistic, most bits of its grid, options.
+
+    Raises:
+        ValueError: no such rule; the message lists the known ones.
+    """
     if not isinstance(rule, str) or rule not in _C.observers():
         raise ValueError(f"unknown observer {_quoted(rule)}; known: {joined(_C.observers())}")
     return _C.observer_info(rule)
 
 
 def fake_quant_info(method: str) -> _C.FakeQuantInfo:
-    """The registry's entry of a method: what it learns, and from where."""
+    """The registry's entry of a fake-quant method: whether and what it learns, and its start.
+
+    Raises:
+        ValueError: no such method; the message lists the known ones.
+    """
     if not isinstance(method, str) or method not in _C.fake_quants():
         raise ValueError(f"unknown fake-quant {_quoted(method)}; known: {joined(_C.fake_quants())}")
     return _C.fake_quant_info(method)
@@ -36,7 +44,21 @@ def _quoted(name: object) -> str:
 
 
 def encode_options(rule: str, options: Options) -> list[float]:
-    """A rule's options as the numbers an op takes: in table order, a choice as its index."""
+    """Encodes a rule's options as an op takes them: numbers, in the order of the rule's table.
+
+    Args:
+        rule: a rule of the registry.
+        options: values by name, defaults for those left out; or all values in the order of the
+            table, choices as names or as indices. An empty sequence means the defaults.
+
+    Returns:
+        One number per option; a choice (``kl``'s ``variant``) as its index.
+
+    Raises:
+        ValueError: an unknown rule, option or choice, a value out of bounds, or a sequence of
+            another length.
+        TypeError: a value that is no number, or for a choice no text.
+    """
     table = observer_info(rule)["options"]
     if not isinstance(options, Mapping):
         if len(options) not in (0, len(table)):
@@ -53,7 +75,7 @@ def encode_options(rule: str, options: Options) -> list[float]:
 
 
 def _encode(rule: str, row: _C.OptionInfo, value: OptionValue, encoded: bool = False) -> float:
-    """One value as a number; with ``encoded`` a choice may be its index already."""
+    """Encodes one value; with ``encoded`` a choice may also be given as its index."""
     name, choices = row["name"], row["choices"]
     if choices and isinstance(value, str):
         if value not in choices:

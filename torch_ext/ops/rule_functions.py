@@ -1,4 +1,4 @@
-"""The rules as functions of one tensor, made from the registry's tables."""
+"""Builds a function of one tensor for every rule, from the registry's tables."""
 
 from __future__ import annotations
 
@@ -13,9 +13,15 @@ from torch_ext.ops.loader import NATIVE
 from torch_ext.ops.registry import OptionValue, encode_options, observer_info
 from torch_ext.utils.text import joined
 
+_READS = {
+    "none": "no data: the range is given",
+    "extrema": "the least and the greatest value",
+    "histogram": "a histogram",
+}
+
 
 class RuleFunction(Protocol):
-    """One tensor in, its range [C,2] float32 out."""
+    """The type of a rule's function: from one tensor to its range [C,2] float32."""
 
     __name__: str
 
@@ -32,7 +38,13 @@ class RuleFunction(Protocol):
 
 @functools.cache
 def rule_function(rule: str) -> RuleFunction:
-    """The function of a rule, with its options in its signature; the same at each call."""
+    """The function of a rule, with the rule's options in its signature and docstring.
+
+    Cached, so that ``ops.kl is ops.kl``.
+
+    Raises:
+        ValueError: no such rule.
+    """
     info = observer_info(rule)
     op: Callable[..., Tensor] = getattr(NATIVE, rule)
 
@@ -44,32 +56,45 @@ def rule_function(rule: str) -> RuleFunction:
         ch_axis: int = -1,
         **options: OptionValue,
     ) -> Tensor:
-        encode_options(rule, options)  # the same errors here as in `solve`
-        found: Tensor = op(x, quant_min, quant_max, symmetric, ch_axis, **options)
-        return found
+        encode_options(rule, options)  # raises the same errors as `solve`
+        range_: Tensor = op(x, quant_min, quant_max, symmetric, ch_axis, **options)
+        return range_
 
+    bits = info["max_bits"]
     rows = []
     for row in info["options"]:
-        bounds = joined(row["choices"])
-        if not row["choices"]:
-            bounds = f"{row['minimum']:g} to {row['maximum']:g}"
-        rows.append(f"    {row['name']} = {row['default']}    {bounds}")
+        bounds = f"{row['minimum']:g} to {row['maximum']:g}"
+        if row["choices"]:
+            bounds = f"one of {joined(row['choices'])}"
+        rows.append(f"    {row['name']}: {bounds}; {row['default']} by default.")
     function.__name__ = function.__qualname__ = rule
     function.__doc__ = "\n".join(
         [
-            f"Range [C,2] float32 that the rule ``{rule}`` gives one tensor; C = 1 per tensor.",
+            f"Computes the range of one tensor by the rule ``{rule}``.",
             "",
-            f"Reads: {info['statistic']}. Grids of at most {info['max_bits']} bits.",
-            f"Formula and its source: csrc/observers/{rule}.h.",
-            "Raises ValueError for an unknown or misplaced option, RuntimeError for a violated",
-            "contract of the op. Non-finite values are left out; without a finite one: (0,0).",
-            *(["", "Options, their defaults and bounds:", *rows] if rows else []),
+            f"Reads {_READS[info['statistic']]}. Supports grids of at most {bits} bits. Non-finite",
+            f"values are ignored. Formula and source: csrc/observers/{rule}.h.",
+            "",
+            "Args:",
+            "    x: any floating dtype, shape and strides.",
+            "    quant_min: the least integer of the grid.",
+            "    quant_max: the greatest integer of the grid.",
+            "    symmetric: whether the grid is symmetric (zero point 0) or affine.",
+            "    ch_axis: the axis of the C channels; -1: C = 1.",
+            *rows,
+            "",
+            "Returns:",
+            "    The range [C,2] float32; (0,0) for channels without a finite value.",
+            "",
+            "Raises:",
+            "    ValueError, TypeError: an unknown option, or a value out of bounds.",
+            "    RuntimeError: another argument is not as above.",
         ]
     )
-    kept = list(inspect.signature(function).parameters.values())[:-1]
-    added = [
+    shared = list(inspect.signature(function).parameters.values())[:-1]
+    rule_options = [
         inspect.Parameter(row["name"], inspect.Parameter.KEYWORD_ONLY, default=row["default"])
         for row in info["options"]
     ]
-    function.__signature__ = inspect.Signature(kept + added)  # type: ignore[attr-defined]
+    function.__signature__ = inspect.Signature(shared + rule_options)  # type: ignore[attr-defined]
     return function

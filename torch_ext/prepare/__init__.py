@@ -1,1 +1,1 @@
-"""Making a quantizable model of a float one: what is quantized, how, and where it hangs."""
+"""Prepares a float model for quantization: chooses what is quantized and attaches quantizers."""

@@ -1,8 +1,8 @@
-"""How quantizers hang on modules: children run by hooks, and parametrizations of weights.
+"""Attaches quantizers to modules: to outputs by forward hooks, to weights by parametrizations.
 
-Forward hooks leave a module's class, forward and name alone, work for any forward code, under
-``torch.compile(fullgraph=True)`` and ``torch.export``, and keep the fused inference paths of
-torch's Transformer layers, which would not call the submodules, switched off.
+A forward hook leaves a module's class, forward and name as they are, and works with any forward,
+under ``torch.compile(fullgraph=True)`` and under ``torch.export``. It also keeps torch's
+Transformer layers off their fused inference path, which would not call the submodules.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import INPUTS
 
 OUTPUT = "activation_quantizer"
-SUFFIX = "_quantizer"  # of every quantizer that is a child, less a number
+SUFFIX = "_quantizer"  # ends the name of every quantizer that is a child; a number may follow
 _FUNCTIONAL_OUTPUT = "activation_post_process"
 
 _CHILD = re.compile(rf"{SUFFIX}(_\d+)?$")
 
 
 def attached(module: nn.Module) -> str | None:
-    """The name under which a module carries quantizers already."""
+    """The name of a quantizer that the module has already, within it; None if it has none."""
     for name in (INPUTS, OUTPUT, _FUNCTIONAL_OUTPUT):
         if isinstance(getattr(module, name, None), (FakeQuantize, InputQuantizers)):
             return name
@@ -40,16 +40,18 @@ def attached(module: nn.Module) -> str | None:
         assert isinstance(chains, nn.ModuleDict)
         for name, chain in chains.items():
             assert isinstance(chain, parametrize.ParametrizationList)
-            if any(isinstance(one, FakeQuantize) for one in chain):
+            if any(isinstance(step, FakeQuantize) for step in chain):
                 return f"parametrizations.{name}"
     return None
 
 
 def output_name(module: nn.Module) -> str:
+    """The name that the quantizer of the module's output has within it."""
     return _FUNCTIONAL_OUTPUT if is_float_functional(module) else OUTPUT
 
 
 def check_free(who: str, name: str, module: nn.Module, attribute: str) -> None:
+    """Raises ValueError if the module has an attribute where a quantizer is to be attached."""
     taken = getattr(module, attribute, None)
     if taken is not None and not (
         attribute == _FUNCTIONAL_OUTPUT and isinstance(taken, nn.Identity)
@@ -61,7 +63,7 @@ def check_free(who: str, name: str, module: nn.Module, attribute: str) -> None:
 
 
 def check_weight(who: str, name: str, module: nn.Module, parameter: str) -> None:
-    """Refuses a weight that a parametrization would break, with what to do about it."""
+    """Raises ValueError, with advice, for a weight that cannot be parametrized by a quantizer."""
     weight = getattr(module, parameter)
     where = f"{name}.{parameter}".strip(".")
     advice = "; give the module qconfig=None"
@@ -87,7 +89,8 @@ def check_weight(who: str, name: str, module: nn.Module, parameter: str) -> None
 
 
 def attach_weight(module: nn.Module, parameter: str, quantizer: nn.Module) -> Undo:
-    order = list(module._parameters)
+    """Appends a step to a weight's parametrizations; returns the function that undoes it."""
+    order = list(module._parameters)  # removing a parametrization puts the parameter last
     parametrize_weight(module, parameter, quantizer)
     chains = module.parametrizations
     assert isinstance(chains, nn.ModuleDict)
@@ -106,12 +109,16 @@ def attach_weight(module: nn.Module, parameter: str, quantizer: nn.Module) -> Un
 
 
 def attach_child(module: nn.Module, name: str, quantizer: FakeQuantize) -> Undo:
-    """Adds a quantizer that a captured forward calls."""
+    """Adds a quantizer that a captured forward calls; returns the function that undoes it."""
     module.add_module(name, quantizer.train(module.training))
     return lambda: delattr(module, name)
 
 
 def attach_output(module: nn.Module, quantizer: FakeQuantize) -> Undo:
+    """Quantizes a module's output from now on; returns the function that undoes it.
+
+    A FloatFunctional calls its ``activation_post_process``, other modules get a forward hook.
+    """
     quantizer.train(module.training)
     if is_float_functional(module):
         before = module.activation_post_process
@@ -128,7 +135,7 @@ def attach_output(module: nn.Module, quantizer: FakeQuantize) -> Undo:
 
 
 def detach_children(module: nn.Module) -> None:
-    """Removes the quantizers that hang on a module as children, and the hook that runs one."""
+    """Removes a module's quantizers that are children, and the forward hook that calls one."""
     if is_float_functional(module):
         module.activation_post_process = nn.Identity()
     for name, child in list(module.named_children()):
@@ -140,8 +147,9 @@ def detach_children(module: nn.Module) -> None:
 
 
 def _quantize_output(module: nn.Module, args: Any, output: Any) -> Any:
+    """The forward hook of :func:`attach_output`."""
     quantizer = module.activation_quantizer
-    # Attention returns its weights beside the output.
+    # Attention returns a tuple: its output, and the attention weights.
     if type(output) is tuple and output and isinstance(output[0], Tensor):
         return (quantizer(output[0]), *output[1:])  # type: ignore[operator]
     if isinstance(output, Tensor) and output.is_floating_point():

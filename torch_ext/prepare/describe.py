@@ -1,4 +1,4 @@
-"""What was done to a model: its quantizers, and the modules that stayed float."""
+"""Describes a prepared model: its quantizers, and the modules that stayed float."""
 
 from __future__ import annotations
 
@@ -17,18 +17,26 @@ _HEADER = ("quantizer", "of", "method", "observer", "grid", "state", "scale")
 
 @dataclass(frozen=True)
 class QuantizerRow:
-    """One quantizer."""
+    """One quantizer in a :class:`Description`, as text."""
 
+    #: Its name in the model.
     name: str
-    of: str  # see role_of
+    #: ``"input"`` of the model, ``"output"`` of a module or function, or ``"weight"``.
+    of: str
+    #: The fake-quant method, such as ``"lsq"``.
     method: str
+    #: The rule with its options, such as ``"percentile(percentile=99.9)"``.
     observer: str
+    #: The dtype, its integers and the scheme, as ``int8 [-128, 127], per tensor symmetric``.
     grid: str
+    #: The value of its :class:`FakeQuantState`.
     state: str
+    #: The scale, or the least and the greatest of all channels; ``"none yet"`` before solving.
     scale: str
 
     @property
     def cells(self) -> tuple[str, ...]:
+        """The texts of this row of the table, from left to right."""
         return (
             self.name, self.of, self.method, self.observer, self.grid, self.state, self.scale
         )  # fmt: skip
@@ -36,32 +44,41 @@ class QuantizerRow:
 
 @dataclass(frozen=True)
 class Description:
-    """Printed, a table."""
+    """The result of :func:`describe`; ``str()`` gives a table."""
 
+    #: One row per quantizer.
     quantizers: tuple[QuantizerRow, ...]
-    float_modules: tuple[tuple[str, str], ...]  # name and type of leaf modules without a quantizer
+    #: Name and type of each leaf module without a quantizer.
+    float_modules: tuple[tuple[str, str], ...]
 
     def __str__(self) -> str:
         text = text_table(_HEADER, [row.cells for row in self.quantizers])
         if self.float_modules:
-            left = ", ".join(f"{name} ({kind})" for name, kind in self.float_modules)
-            text += f"\nfloat: {left}"
+            modules = ", ".join(f"{name} ({kind})" for name, kind in self.float_modules)
+            text += f"\nfloat: {modules}"
         return text
 
 
 def describe(model: nn.Module) -> Description:
-    """The quantizers of a model and the leaf modules that have none."""
+    """Lists the quantizers of a model, and its leaf modules that have none.
+
+    Args:
+        model: any model, wrapped or not; one that is not prepared has no quantizers to list.
+
+    Raises:
+        TypeError: ``model`` is no module.
+    """
     root = check_model("describe", model)
     quantizers = named_quantizers(root)
     inside = tuple(f"{name}." for name in quantizers)
-    left = []
+    float_modules = []
     for name, module in root.named_modules():
-        own = isinstance(module, FakeQuantize) or name.startswith(inside)
-        if not name or own or attached(module) or any(module.children()):
+        of_quantizer = isinstance(module, FakeQuantize) or name.startswith(inside)
+        if not name or of_quantizer or attached(module) or any(module.children()):
             continue
-        left.append((name, type(module).__name__))
+        float_modules.append((name, type(module).__name__))
     rows = tuple(_row(name, quantizer) for name, quantizer in quantizers.items())
-    return Description(rows, tuple(left))
+    return Description(rows, tuple(float_modules))
 
 
 def _row(name: str, quantizer: FakeQuantize) -> QuantizerRow:
@@ -84,7 +101,7 @@ def _scale(quantizer: FakeQuantize) -> str:
         return "none yet"
     try:
         scale, _ = quantizer.calculate_qparams()
-    except ValueError:  # an optimizer left the numbers
+    except ValueError:  # training made the learned parameters infinite or NaN
         return "not finite"
     low, high = float(scale.min()), float(scale.max())
     return f"{low:.6g}" if len(scale) == 1 else f"{low:.6g} to {high:.6g} ({len(scale)})"

@@ -1,4 +1,4 @@
-"""Folding of batch norms into the convolution or linear layer before them."""
+"""Folds batch norms into the convolution or linear layer before them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from torch_ext.quantizers.find import check_model, named_quantizers
-from torch_ext.utils.arguments import bounded
+from torch_ext.utils.arguments import bounded, split_arguments
 from torch_ext.utils.modes import eval_mode, forked_rng
 
 _WHO = "fuse"
@@ -30,20 +30,33 @@ def fuse(
     example_inputs: Any = None,
     inplace: bool = False,
 ) -> M:
-    """Folds batch norms with running statistics into the layer before them, for ``prepare_qat``.
+    """Folds batch norms into the convolution or linear layer before them; run before prepare_qat.
 
-    The batch norm becomes an Identity, so names and indices stay; the result computes what the
-    model computes in eval mode, up to rounding.
+    A folded batch norm is replaced by an ``Identity``, so names and indices stay. The result
+    computes what the model computes in eval mode, up to rounding.
 
-    Pairs are those given; else those of a symbolic trace (torch.fx); else, where the model cannot
-    be traced, those of one forward of ``example_inputs``, folded only if the model still gives
-    the same outputs. Batch norms that cannot be folded safely stay, with a warning by name;
-    a given pair that cannot is refused.
+    Without ``pairs``, the pairs are found in a symbolic trace of the forward (``torch.fx``), or, if
+    it cannot be traced, in one run of ``example_inputs``. With ``example_inputs``, a pair that was
+    found is folded only if the outputs for them stay the same. A batch norm that follows a layer
+    but cannot be folded safely is left as it is, with a warning.
 
     Args:
-        pairs: names, such as ``[("conv1", "bn1")]``.
+        model: a float model.
+        pairs: names of a layer and its batch norm, such as ``[("conv1", "bn1")]``.
         example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments.
-        inplace: change ``model``; otherwise a copy is changed and returned.
+        inplace: change ``model``; by default, a copy is changed and returned.
+
+    Returns:
+        The model with folded batch norms.
+
+    Raises:
+        TypeError: ``model`` is no module, or a pair is not two names.
+        ValueError: the model is prepared already; a given pair cannot be folded, names no module
+            or a module of another pair; or the model cannot be traced and neither ``pairs`` nor
+            ``example_inputs`` are given.
+
+    Warns:
+        UserWarning: batch norms were left as they are; with names and reasons.
     """
     check_model(_WHO, model)
     if quantizers := named_quantizers(model):
@@ -51,14 +64,15 @@ def fuse(
             f"{_WHO}: expected a float model, got one that is prepared already "
             f'("{next(iter(quantizers))}"); fuse before prepare_qat'
         )
-    chosen = _found(model, example_inputs) if pairs is None else _given(model, pairs)
+    chosen = _find_pairs(model, example_inputs) if pairs is None else _check_pairs(model, pairs)
     fused = model if inplace else copy.deepcopy(model)
     for layer_name, norm_name in chosen:
         _fold(fused, layer_name, norm_name)
     return fused
 
 
-def _given(model: nn.Module, pairs: Iterable[Sequence[str]]) -> list[Pair]:
+def _check_pairs(model: nn.Module, pairs: Iterable[Sequence[str]]) -> list[Pair]:
+    """The given pairs; raises TypeError or ValueError if one of them cannot be folded."""
     modules = dict(model.named_modules())
     chosen: list[Pair] = []
     for pair in pairs:
@@ -80,7 +94,7 @@ def _given(model: nn.Module, pairs: Iterable[Sequence[str]]) -> list[Pair]:
 def _problem(
     model: nn.Module, modules: Mapping[str, nn.Module], layer_name: str, norm_name: str
 ) -> str:
-    """Why a pair cannot be folded, whatever the forward does; empty if it can."""
+    """Why the modules of a pair cannot be folded, whatever the forward does; empty if they can."""
     layer, norm = modules[layer_name], modules[norm_name]
     if not isinstance(layer, _FOLDED):
         return f"{layer_name} is a {type(layer).__name__}"
@@ -93,25 +107,26 @@ def _problem(
     channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
     if channels != norm.num_features:
         return f"{layer_name} has {channels} outputs and {norm_name} {norm.num_features} features"
-    own = {"weight": layer.weight, "bias": layer.bias}
-    if any(value is not None and key not in layer._parameters for key, value in own.items()):
+    tensors = {"weight": layer.weight, "bias": layer.bias}
+    if any(value is not None and key not in layer._parameters for key, value in tensors.items()):
         return f"a parametrization writes the weight of {layer_name}"
     for name, other in model.named_modules():
         if other is not layer and any(
-            p is q for p in other._parameters.values() if p is not None for q in own.values()
+            p is q for p in other._parameters.values() if p is not None for q in tensors.values()
         ):
             return f"{name} shares parameters with {layer_name}"
     return ""
 
 
-def _found(model: nn.Module, example_inputs: Any) -> list[Pair]:
+def _find_pairs(model: nn.Module, example_inputs: Any) -> list[Pair]:
+    """The pairs of a model that can be folded; warns about batch norms that cannot."""
     modules = dict(model.named_modules())
     if not any(isinstance(module, _BatchNorm) for module in modules.values()):
         return []
-    left: dict[str, str] = {}
+    skipped: dict[str, str] = {}
     try:
         graph = fx.symbolic_trace(model).graph
-    except Exception as error:  # tracing runs the user's forward on proxies: anything may come
+    except Exception as error:  # tracing runs the user's forward, which may raise anything
         if example_inputs is None:
             raise ValueError(
                 f"{_WHO}: the model cannot be traced ({type(error).__name__}: {error}); "
@@ -119,17 +134,17 @@ def _found(model: nn.Module, example_inputs: Any) -> list[Pair]:
             ) from error
         candidates = _pairs_by_hooks(model, example_inputs)
     else:
-        candidates, left = _pairs_by_graph(graph, modules)
+        candidates, skipped = _pairs_by_graph(graph, modules)
     chosen = []
     for pair in candidates:
         if problem := _problem(model, modules, *pair):
-            left[pair[1]] = problem
+            skipped[pair[1]] = problem
         else:
             chosen.append(pair)
     if example_inputs is not None:
-        chosen = _verified(model, chosen, example_inputs, left)
-    if left:
-        text = "; ".join(f"{name} ({why})" for name, why in left.items())
+        chosen = _verified(model, chosen, example_inputs, skipped)
+    if skipped:
+        text = "; ".join(f"{name} ({why})" for name, why in skipped.items())
         warnings.warn(f"{_WHO}: batch norms left as they are: {text}", stacklevel=3)
     return chosen
 
@@ -137,13 +152,16 @@ def _found(model: nn.Module, example_inputs: Any) -> list[Pair]:
 def _pairs_by_graph(
     graph: fx.Graph, modules: Mapping[str, nn.Module]
 ) -> tuple[list[Pair], dict[str, str]]:
-    """Batch norms that are the only reader of a layer's output, both being called once."""
+    """Pairs of a layer and the batch norm that alone reads its output, each called once.
+
+    Returns also the reason for every other batch norm that follows a layer, by its name.
+    """
     calls: dict[nn.Module, int] = {}
     for node in graph.nodes:
         if node.op == "call_module":
             calls[modules[node.target]] = calls.get(modules[node.target], 0) + 1
     pairs: list[Pair] = []
-    left: dict[str, str] = {}
+    skipped: dict[str, str] = {}
     for node in graph.nodes:
         if node.op != "call_module" or not isinstance(modules[node.target], _BatchNorm):
             continue
@@ -154,29 +172,29 @@ def _pairs_by_graph(
         if not isinstance(layer, _FOLDED):
             continue
         if calls[layer] > 1 or calls[modules[node.target]] > 1:
-            left[node.target] = f"it or {before.target} is called more than once"
+            skipped[node.target] = f"it or {before.target} is called more than once"
         elif len(before.users) > 1:
-            left[node.target] = f"something else reads the output of {before.target}"
+            skipped[node.target] = f"something else reads the output of {before.target}"
         else:
             pairs.append((str(before.target), node.target))
-    return pairs, left
+    return pairs, skipped
 
 
 def foldable_norms(model: nn.Module, graph: fx.Graph) -> dict[str, _BatchNorm]:
-    """Layers of a captured forward whose batch norm can be folded into them, and that norm."""
+    """The batch norms of a captured forward that can be folded, by the name of their layer."""
     modules = dict(model.named_modules())
     pairs, _ = _pairs_by_graph(graph, modules)
-    found = {}
+    norms = {}
     for layer, norm in pairs:
         if not _problem(model, modules, layer, norm):
-            found[layer] = model.get_submodule(norm)
-    return found  # type: ignore[return-value]
+            norms[layer] = model.get_submodule(norm)
+    return norms  # type: ignore[return-value]
 
 
 def _pairs_by_hooks(model: nn.Module, example_inputs: Any) -> list[Pair]:
-    """Batch norms whose input is the very tensor that a layer gave, both being called once."""
+    """Pairs where the batch norm's input is the layer's output tensor, each called once."""
     outputs: dict[int, str] = {}
-    kept: list[Any] = []  # so that no address is used twice
+    kept: list[Any] = []  # keeps the tensors alive, so that their ids stay unique
     pairs: list[Pair] = []
     calls: dict[str, int] = {}
     handles = []
@@ -184,7 +202,7 @@ def _pairs_by_hooks(model: nn.Module, example_inputs: Any) -> list[Pair]:
         if not isinstance(module, (*_FOLDED, _BatchNorm)):
             continue
 
-        def note(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
+        def record(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
             calls[name] = calls.get(name, 0) + 1
             kept.extend([*args, output])
             if isinstance(module, _BatchNorm):
@@ -193,7 +211,7 @@ def _pairs_by_hooks(model: nn.Module, example_inputs: Any) -> list[Pair]:
             else:
                 outputs[id(output)] = name
 
-        handles.append(module.register_forward_hook(note))
+        handles.append(module.register_forward_hook(record))
     try:
         _run(model, example_inputs)
     finally:
@@ -203,44 +221,45 @@ def _pairs_by_hooks(model: nn.Module, example_inputs: Any) -> list[Pair]:
 
 
 def _verified(
-    model: nn.Module, pairs: list[Pair], example_inputs: Any, left: dict[str, str]
+    model: nn.Module, pairs: list[Pair], example_inputs: Any, skipped: dict[str, str]
 ) -> list[Pair]:
-    """The pairs that leave the outputs for the sample as they were."""
+    """The pairs that can be folded without changing the outputs for the example.
+
+    Adds the batch norms of the others to ``skipped``, with the reason.
+    """
     want = _run(model, example_inputs)
 
-    def same(some: list[Pair]) -> bool:
+    def keep_outputs(trial_pairs: list[Pair]) -> bool:
         trial = copy.deepcopy(model)
-        for pair in some:
+        for pair in trial_pairs:
             _fold(trial, *pair)
         return _close(_run(trial, example_inputs), want)
 
-    if same(pairs):
+    if keep_outputs(pairs):
         return pairs
-    fine: list[Pair] = []
+    verified: list[Pair] = []
     for pair in pairs:
-        if same([*fine, pair]):
-            fine.append(pair)
+        if keep_outputs([*verified, pair]):
+            verified.append(pair)
         else:
-            left[pair[1]] = f"folded into {pair[0]}, the model gives other outputs"
-    return fine
+            skipped[pair[1]] = f"folded into {pair[0]}, the model gives other outputs"
+    return verified
 
 
 def _run(model: nn.Module, example_inputs: Any) -> Any:
+    args, kwargs = split_arguments(_WHO, example_inputs)
     with torch.no_grad(), eval_mode(model), forked_rng(model):
-        if isinstance(example_inputs, Mapping):
-            return model(**example_inputs)
-        if isinstance(example_inputs, (tuple, list)):
-            return model(*example_inputs)
-        return model(example_inputs)
+        return model(*args, **kwargs)
 
 
 def _close(have: Any, want: Any) -> bool:
+    """Whether outputs are equal up to rounding; compares tensors in tuples, lists and mappings."""
     if isinstance(want, Tensor):
         if not isinstance(have, Tensor) or have.shape != want.shape:
             return False
         if not want.is_floating_point():
             return torch.equal(have, want)
-        # Rounding differs by what one more multiplication per layer can do to the largest value.
+        # Folding rounds differently in each layer, by an amount that grows with the values' size.
         finite = want[want.isfinite()].abs()
         size = float(finite.max()) if finite.numel() else 0.0
         tolerance = 1e3 * torch.finfo(want.dtype).eps * max(size, torch.finfo(want.dtype).tiny)
@@ -254,6 +273,7 @@ def _close(have: Any, want: Any) -> bool:
 
 @torch.no_grad()
 def _fold(model: nn.Module, layer_name: str, norm_name: str) -> None:
+    """Folds a batch norm into a layer, in place, and puts an Identity in its stead."""
     layer, norm = model.get_submodule(layer_name), model.get_submodule(norm_name)
     assert isinstance(layer, _FOLDED)
     assert isinstance(norm, _BatchNorm)
@@ -274,9 +294,9 @@ def _fold(model: nn.Module, layer_name: str, norm_name: str) -> None:
             layer.weight, layer.bias, mean, variance, eps, norm.weight, norm.bias, transposed
         )
     if not had_bias:
-        layer.bias.requires_grad_(layer.weight.requires_grad)  # the norm's offset was trained
+        layer.bias.requires_grad_(layer.weight.requires_grad)  # it replaces the norm's
     identity = nn.Identity().train(norm.training)
-    # What users hang on the batch norm goes on with the module in its place.
+    # The Identity takes over the batch norm's hooks and qconfig.
     kept = {key: value for key, value in vars(norm).items() if "hook" in key or key == "qconfig"}
     vars(identity).update(kept)
     parent = model.get_submodule(norm_name.rpartition(".")[0])

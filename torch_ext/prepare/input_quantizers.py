@@ -1,8 +1,8 @@
-"""How quantizers hang on the inputs of a model.
+"""Attaches quantizers to the inputs of a model.
 
-A subclass made for the purpose quantizes the arguments before it calls the model's own forward. A
-hook would do the same, but ``torch.compile`` runs the hooks of a compiled module outside of its
-graph and would make a second graph for the quantizers of each state.
+The model gets a subclass of its class, whose forward quantizes the arguments and then calls the
+original forward. A hook would do the same, but ``torch.compile`` runs the hooks of a compiled
+module outside of its graph and would compile another graph for them in each state.
 """
 
 from __future__ import annotations
@@ -18,11 +18,17 @@ from torch_ext.prepare.module_classes import Undo, class_with_forward, swap_clas
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import INPUTS
 
+# Annotations of arguments that get no quantizer.
 _NOT_TENSORS = (int, float, bool, str, "int", "float", "bool", "str")
 
 
 class InputQuantizers(nn.ModuleDict):
-    """The quantizers of a module's arguments, by argument."""
+    """The quantizers of the arguments of a module's forward, by :func:`key_for` of the argument.
+
+    Args:
+        positional: the arguments that can be passed by position, in order.
+        rest: the name of the ``*args`` argument, if there is one.
+    """
 
     def __init__(self, positional: tuple[str, ...], rest: str | None) -> None:
         super().__init__()
@@ -30,24 +36,30 @@ class InputQuantizers(nn.ModuleDict):
         self.rest_argument = rest
 
     def key_of(self, argument: str) -> str | None:
+        """The key of an argument's quantizer; None if it has none."""
         key = key_for(argument)
         return key if key in self else None
 
     def key_at(self, position: int) -> str | None:
+        """The key of the quantizer of a positional argument; None if it has none."""
         if position < len(self.positional_arguments):
             return self.key_of(self.positional_arguments[position])
         return self.key_of(self.rest_argument) if self.rest_argument else None
 
 
 def key_for(argument: str) -> str:
-    # A child cannot have the name of a method: `values`, `float`, ...
+    """The key for an argument's quantizer: its name, or ``values_`` for ``values``."""
+    # A child cannot have the name of a method of its parent: `values`, `float`, ...
     return f"{argument}_" if hasattr(nn.ModuleDict, argument) else argument
 
 
 def input_host(who: str, root: nn.Module) -> tuple[str, nn.Module]:
-    """The module that carries the input quantizers: the root, or what a Sequential runs first.
+    """The name and the module that get the input quantizers as a child.
 
-    A Sequential runs every child it has, so it cannot carry one that is not a step of its own.
+    That is the root, or the first step of a Sequential, because a Sequential calls every child.
+
+    Raises:
+        ValueError: that module cannot have such a child; the message says why.
     """
     name, host = "", root
     while type(host).forward is nn.Sequential.forward and len(list(host.children())) > 0:
@@ -70,7 +82,10 @@ def input_host(who: str, root: nn.Module) -> tuple[str, nn.Module]:
 
 
 def input_arguments(host: nn.Module) -> dict[str, inspect.Parameter]:
-    """The arguments of a module's forward that a tensor is expected in: those without default."""
+    """The arguments of a module's forward that get a quantizer, by name.
+
+    Those are all without a default value, unless annotated as numbers, bools or text.
+    """
     return {
         name: parameter
         for name, parameter in inspect.signature(host.forward).parameters.items()
@@ -81,7 +96,7 @@ def input_arguments(host: nn.Module) -> dict[str, inspect.Parameter]:
 
 
 def attach_inputs(host: nn.Module, quantizers: Mapping[str, FakeQuantize]) -> Undo:
-    """Adds the quantizers as a child and swaps the class; returns what undoes it."""
+    """Adds the quantizers and swaps the class; returns the function that undoes it."""
     remove = add_inputs(host, quantizers)
     swap_back = swap_class(host, class_with_inputs)
 
@@ -93,7 +108,7 @@ def attach_inputs(host: nn.Module, quantizers: Mapping[str, FakeQuantize]) -> Un
 
 
 def add_inputs(host: nn.Module, quantizers: Mapping[str, FakeQuantize]) -> Undo:
-    """Adds the quantizers as a child, for a forward that calls them; returns what undoes it."""
+    """Adds the quantizers as a child without calling them; returns the function that undoes it."""
     parameters = inspect.signature(host.forward).parameters.values()
     positional = tuple(
         p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
@@ -108,11 +123,11 @@ def add_inputs(host: nn.Module, quantizers: Mapping[str, FakeQuantize]) -> Undo:
 
 
 def class_with_inputs(base: type[nn.Module]) -> type[nn.Module]:
-    """A class whose forward quantizes the arguments before it calls that of ``base``."""
+    """A subclass whose forward quantizes the arguments and then calls that of ``base``."""
     return _class_with_inputs(base)  # type: ignore[arg-type]
 
 
-@functools.cache  # so that models of one class go on sharing theirs
+@functools.cache  # so that models of one class share the subclass
 def _class_with_inputs(base: type[nn.Module]) -> type[nn.Module]:
     @functools.wraps(base.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -139,11 +154,11 @@ def _quantize(
 
 
 def through(quantizer: Any, value: Any) -> Any:
-    """Quantizes the floating tensors in a value."""
+    """Quantizes the floating tensors in a value; lists, tuples and dicts are copied."""
     if isinstance(value, Tensor):
         return quantizer(value) if value.is_floating_point() else value
     if type(value) in (list, tuple):
-        return type(value)(through(quantizer, one) for one in value)
+        return type(value)(through(quantizer, entry) for entry in value)
     if type(value) is dict:
-        return {key: through(quantizer, one) for key, one in value.items()}
+        return {key: through(quantizer, entry) for key, entry in value.items()}
     return value

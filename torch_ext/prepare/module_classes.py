@@ -1,8 +1,8 @@
-"""Classes that ``prepare_qat`` makes for single modules: swapping, copying and pickling them.
+"""Classes that ``prepare_qat`` derives for single modules: swapping, copying and pickling them.
 
-Such a class derives from the one that the module had, so names, types, hooks and checkpoints stay.
-A module is pickled as an instance of the class that it had before it was prepared, by what can be
-found under its name; what was made of it is made again when it is read.
+Such a class derives from the module's original class, so names, types, hooks and checkpoints stay.
+Pickle cannot import a derived class. It stores the module as an instance of the original class,
+with the functions that derived the class from it, and calls these again when it loads the module.
 """
 
 from __future__ import annotations
@@ -21,19 +21,23 @@ Undo = Callable[[], None]
 Forward = Callable[..., Any]
 MakeClass = Callable[[type[nn.Module]], type[nn.Module]]
 
-_MADE_BY = "_torch_ext_made_by"  # in the namespace of a class that was made here
+_MADE_BY = "_torch_ext_made_by"  # in the namespace of a class derived here: the MakeClass
 _PARAMETRIZATIONS = "parametrizations"  # the child that torch adds
 
 
 def swap_class(module: nn.Module, make_class: MakeClass) -> Undo:
-    """Swaps the module's class for the one made of it; returns what undoes it."""
+    """Replaces a module's class by ``make_class(class)``; returns the function that undoes it."""
     before = type(module)
     _set_class(module, make_class(before))
     return lambda: _set_class(module, before)
 
 
 def reduce_prepared(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
-    """``__reduce_ex__`` of modules whose class was made here or by ``parametrize``."""
+    """``__reduce_ex__`` of modules whose class was derived here or by ``parametrize``.
+
+    Raises:
+        RuntimeError: something other than quantizers parametrizes the module too.
+    """
     kinds = type(module).__mro__
     original = next(kind for kind in kinds if not _is_made(kind))
     made_by = [vars(kind)[_MADE_BY].__func__ for kind in kinds if _MADE_BY in vars(kind)]
@@ -43,20 +47,21 @@ def reduce_prepared(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
 
 
 def swapped_below(module: nn.Module) -> bool:
-    """Whether ``parametrize`` derived the module's class from one that was made here."""
+    """Whether ``parametrize`` derived the module's class from one that was derived here."""
     kind, *bases = type(module).__mro__
     return _MADE_BY not in vars(kind) and any(_MADE_BY in vars(base) for base in bases)
 
 
 def keeps_parametrizations(module: nn.Module) -> bool:
-    """Whether something else than quantizers is a parametrization of the module."""
+    """Whether the module has parametrizations other than quantizers."""
     return any(not _is_ours(step) for chain in _chains(module).values() for step in chain)
 
 
 def restore_class(module: nn.Module) -> None:
-    """Takes the quantizers off the module's weights, and gives it the class back that it had.
+    """Removes the quantizers from the module's weights, and restores its original class.
 
-    By hand, because torch's removal changes the class, which copies of the module share.
+    ``parametrize.remove_parametrizations`` would change the derived class, which copies of the
+    module share.
     """
     if keeps_parametrizations(module):
         for chain in _chains(module).values():
@@ -79,24 +84,26 @@ def class_with_forward(
     make_class: MakeClass,
     prefix: str = "Quantized",
 ) -> type[nn.Module]:
-    """A class with another forward, named after its base, such as ``QuantizedResNet``.
+    """A subclass with another forward, named after its base, such as ``QuantizedResNet``.
 
     Args:
-        make_class: makes the class of a copy, which may have another base.
-        prefix: of its name.
+        base: the class to derive from.
+        forward: the forward of the subclass.
+        make_class: derives this class from a base; also called for copies, whose base may differ.
+        prefix: what the subclass's name has before that of the base.
     """
 
     def deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
-        # The base class may copy in a way of its own (a GraphModule: what its graph calls).
+        # The base class may define __deepcopy__, as a GraphModule does.
         kind = type(self)
         _set_class(self, base)
         try:
-            made = copy.deepcopy(self, memo)
+            copied = copy.deepcopy(self, memo)
         finally:
             _set_class(self, kind)
-        # One that torch derived from this one, for parametrizations, serves the copy as well.
-        _set_class(made, kind if type(made) is base else make_class(type(made)))
-        return made
+        # `kind` may be a class that parametrize derived from this one; the copy shares it.
+        _set_class(copied, kind if type(copied) is base else make_class(type(copied)))
+        return copied
 
     members = {
         "forward": forward,
@@ -105,19 +112,19 @@ def class_with_forward(
         "__module__": base.__module__,
         _MADE_BY: staticmethod(make_class),
     }
-    swapped = type(f"{prefix}{base.__name__}", (base,), members)
-    return swapped
+    derived = type(f"{prefix}{base.__name__}", (base,), members)
+    return derived
 
 
 def own_type(module: nn.Module) -> type[nn.Module]:
-    """The module's class, without those that preparing it put before."""
+    """The module's original class: the first that was not derived to prepare or parametrize it."""
     return next(kind for kind in type(module).__mro__ if not _is_made(kind))
 
 
 def parametrize_weight(module: nn.Module, parameter: str, step: nn.Module) -> None:
-    """Lets ``step`` compute the parameter, behind the steps that it has already."""
+    """Appends ``step`` to the parametrizations of a parameter; the module stays picklable."""
     parametrize.register_parametrization(module, parameter, step, unsafe=True)
-    # The class is this module's own, which torch made.
+    # torch derived this class for this module alone.
     type(module).__reduce_ex__ = reduce_prepared  # type: ignore[method-assign, assignment]
     chains = module.parametrizations
     assert isinstance(chains, nn.ModuleDict)
@@ -125,10 +132,10 @@ def parametrize_weight(module: nn.Module, parameter: str, step: nn.Module) -> No
 
 
 def _is_made(kind: type) -> bool:
-    """Whether a class was made for one module, here or by torch for its parametrizations."""
-    # Those of the module itself (ParametrizationList) can be found in it by their names.
-    home = parametrize.__name__ == kind.__module__ and not hasattr(parametrize, kind.__name__)
-    return _MADE_BY in vars(kind) or home
+    """Whether a class was derived for one module, here or by torch for its parametrizations."""
+    # The module's regular classes, such as ParametrizationList, are its attributes.
+    by_torch = parametrize.__name__ == kind.__module__ and not hasattr(parametrize, kind.__name__)
+    return _MADE_BY in vars(kind) or by_torch
 
 
 def _set_class(module: nn.Module, kind: type[nn.Module]) -> None:
@@ -148,9 +155,9 @@ def _is_ours(step: nn.Module) -> bool:
 
 
 def _plain_state(module: nn.Module) -> tuple[dict[str, Any], dict[str, list[nn.Module]]]:
-    """The module's ``__dict__`` without parametrizations, and the steps that compute each weight.
+    """The module's ``__dict__`` without parametrizations, and the quantizing steps of each weight.
 
-    Raises RuntimeError where something else is parametrized too.
+    Raises RuntimeError for parametrizations other than quantizers.
     """
     state = module.__dict__.copy()
     weights: dict[str, list[nn.Module]] = {}
@@ -165,7 +172,7 @@ def _plain_state(module: nn.Module) -> tuple[dict[str, Any], dict[str, list[nn.M
                     "prepare_qat of a new float model"
                 )
         originals[name] = chain.original
-    # Weights come before biases in torch's layers, and so in their state dicts.
+    # In torch's layers and their state dicts, weights come before biases.
     state["_parameters"] = originals | module._parameters
     state["_modules"] = {k: v for k, v in module._modules.items() if k != _PARAMETRIZATIONS}
     return state, weights
@@ -176,6 +183,7 @@ def _new_instance(kind: type[nn.Module]) -> nn.Module:
 
 
 def _restore(module: nn.Module, saved: tuple[Any, ...]) -> None:
+    """Sets the state that :func:`reduce_prepared` saved, and derives the classes again."""
     state: dict[str, Any]
     children: list[str]
     weights: Mapping[str, list[nn.Module]]
@@ -187,5 +195,5 @@ def _restore(module: nn.Module, saved: tuple[Any, ...]) -> None:
     for name, steps in weights.items():
         for step in steps:
             parametrize_weight(module, name, step)
-    for child in children:  # registered last, but not called last
+    for child in children:  # in their original order; parametrizations were just added last
         module._modules[child] = module._modules.pop(child)

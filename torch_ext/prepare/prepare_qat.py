@@ -1,4 +1,4 @@
-"""Makes a quantizable model of a float one: attaches quantizers to weights, outputs, inputs."""
+"""Prepares a float model: attaches quantizers to its weights, outputs and inputs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class _FromModel:
-    """Default of ``input_qconfig``: what the model itself has."""
+    """The type of the default of ``input_qconfig``: the model's own QConfig."""
 
 
 _FROM_MODEL = _FromModel()
@@ -51,47 +51,59 @@ def prepare_qat(
     example_inputs: Any = None,
     fold_batch_norms: bool = False,
 ) -> M:
-    """Attaches quantizers to a float model; all are in FLOAT, so it computes what it did.
+    """Attaches quantizers to a float model. They start in FLOAT, so its outputs do not change yet.
 
-    Quantized are the floating inputs of the model, the outputs of convolutions, transposed
-    convolutions, linear layers, activation functions, attention and the modules of
-    ``torch_ext.modules``, and the weights of these and of embeddings. An output is quantized for
-    every such module, also where an activation follows it: names do not depend on the
-    neighbours. To quantize only after the activation, give the layer a
-    ``QConfig(activation=None, weight=...)``. Fold batch norms first, with ``fuse``.
+    Without ``example_inputs``, quantizers go to the floating inputs of the model, to the outputs of
+    convolutions, transposed convolutions, linear layers, activation functions, attention and the
+    modules of ``torch_ext.modules``, and to the weights of these and of embeddings. The output of a
+    layer is quantized even if an activation follows it. To quantize only after the activation,
+    give the layer ``QConfig(activation=None, weight=...)``. Fold batch norms first, with
+    :func:`fuse`.
 
-    With ``example_inputs`` the forward is captured, and the values that INT8 engines want quantized
-    are, those of functions such as ``x + y`` too; ``prepare/insertion/operations.py`` has the
-    table. A value has one quantizer, however many operations read it; the first that asks
-    for it decides with which configuration. A function has that of the module whose forward calls
-    it. Control flow that depends on sizes is that of the example: a call that would go another way
-    is refused. Modules that have nothing to quantize by configuration are called as they are.
+    With ``example_inputs``, the forward is captured as a graph, and quantizers go to the values
+    that INT8 engines quantize, the operands of functions such as ``x + y`` among them; the table is
+    in ``prepare/insertion/operations.py``. A value has one quantizer, however many operations read
+    it; the first that reads it quantized decides its QConfig. A function has the QConfig of the
+    module whose forward calls it. Where the forward branches on sizes, the example's branch is
+    kept, and a call that would take another one raises. A module is called as it is, not traced
+    into, if neither it nor any module in it has a QConfig.
 
-    Names: ``<module>.activation_quantizer``, ``<module>.parametrizations.<weight>.0`` and
-    ``input_quantizers.<argument>`` (within the first layer, where the model is a Sequential).
-    Captured also ``<module>.add_quantizer`` for a function, ``<module>.<parameter>_quantizer`` for
-    a parameter, and for results of operands that share a scale that of their ``cat``; the second
-    such call in a forward is ``add_quantizer_1``, counted whether quantized or not.
+    Quantizers are named ``<module>.activation_quantizer``, ``<module>.parametrizations.<weight>.0``
+    and ``input_quantizers.<argument>`` (within the first layer, if the model is a Sequential). With
+    ``example_inputs`` there are also ``<module>.add_quantizer`` for the result of a function,
+    ``<module>.<parameter>_quantizer`` for a parameter, and ``<module>.cat_quantizer`` for operands
+    that share a scale. The second ``add`` in a forward is ``add_quantizer_1``, whether or not the
+    first is quantized.
 
-    A module's configuration is the first of: its own attribute ``qconfig``; its name in
-    ``mapping`` (exact, then patterns); its type in ``mapping``; that of its parent. ``None`` leaves
-    it float. The model has its attribute ``qconfig``, or the mapping's ``""``. A module of
-    another kind (a pooling, a custom layer) that is mapped by exact name or type has its output
-    quantized too.
+    A module's QConfig is the first of: its attribute ``qconfig``; its name in ``mapping`` (exact
+    names before patterns); its type in ``mapping``; its parent's. None leaves it float. The model
+    itself has the name ``""``. If the mapping has the exact name or the type of a module that is
+    not listed above (a pooling, a custom layer), its output is quantized too.
 
     Args:
-        inplace: change ``model``; otherwise a copy is changed and returned.
-        mapping: module names, patterns (``"layer1.*"``) or types to QConfig or None.
-        input_qconfig: for the inputs of the model; None leaves them float.
-        verbose: print the table of ``describe(model)``.
-        example_inputs: captures the forward: a tensor, a tuple of positional or a mapping of
-            keyword arguments. Only shapes, dtypes and what is no tensor matter. A forward that
-            cannot be captured is refused with its line and the ways out.
-        fold_batch_norms: with ``example_inputs``: where a batch norm follows a layer, both train
-            on as they are, and the layer's weight is quantized as it is once the norm is folded
-            into it (its quantizer is then ``parametrizations.weight.1``). By default the weight is
-            quantized as it is; per output channel that comes to the same, but for the scale's
-            value. To fold for good, before training: :func:`fuse`.
+        model: a float model, not wrapped.
+        inplace: change ``model``; by default, a copy is changed and returned.
+        mapping: QConfig or None by module name, pattern (``"layer1.*"``) or module type.
+        input_qconfig: the QConfig of the model's inputs, whose ``activation`` is used; by default,
+            the model's own. None leaves the inputs float.
+        verbose: print :func:`describe` of the result.
+        example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments, to
+            capture the forward with. Of tensors only shapes and dtypes matter.
+        fold_batch_norms: with ``example_inputs``, quantize the weight of a layer that a batch norm
+            follows as if the norm were folded into it. Both stay and train; the quantizer is
+            ``parametrizations.weight.1``. By default the unfolded weight is quantized. Per output
+            channel this equals folding, up to the factor in the scale. :func:`fuse` folds for good.
+
+    Returns:
+        The prepared model.
+
+    Raises:
+        TypeError: ``model`` is no module, or an argument or a QConfig has a wrong type.
+        ValueError: the model is prepared already, wrapped, has no QConfig or nothing to quantize; a
+            name in ``mapping`` matches no module; a weight cannot be parametrized; or the forward
+            cannot be captured, in which case the message has the line and what to do.
+
+    If it raises, the model is unchanged.
     """
     for name, flag in (("verbose", verbose), ("fold_batch_norms", fold_batch_norms)):
         parse_flag(_WHO, name, flag)
@@ -105,7 +117,7 @@ def prepare_qat(
         raise ValueError(
             f"{_WHO}: expected a plain model, got a {type(model).__name__}; prepare before wrapping"
         )
-    _refuse_prepared(model)
+    _check_float(model)
     configs = QConfigMapping(_WHO, model, mapping)
     prepared = model if inplace else copy.deepcopy(model)
     plan = _Attachments(prepared, configs)
@@ -127,25 +139,26 @@ def prepare_qat(
 
 def _modules(root: nn.Module) -> list[tuple[str, nn.Module, nn.Module | None]]:
     """Every module once, with its first name and its parent."""
-    found: list[tuple[str, nn.Module, nn.Module | None]] = []
+    modules: list[tuple[str, nn.Module, nn.Module | None]] = []
     for name, module in root.named_modules():
         parent = root.get_submodule(name.rpartition(".")[0]) if name else None
-        found.append((name, module, parent))
-    return found
+        modules.append((name, module, parent))
+    return modules
 
 
-def _refuse_prepared(model: nn.Module) -> None:
+def _check_float(model: nn.Module) -> None:
+    """Raises for a model that is prepared already, and for a ScriptModule in it."""
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise TypeError(f'{_WHO}: expected a Python model, got a ScriptModule at "{name}"')
-        if found := attach.attached(module):
-            where = f"{name}.{found}".strip(".")
+        if quantizer := attach.attached(module):
+            where = f"{name}.{quantizer}".strip(".")
             raise ValueError(
                 f'{_WHO}: expected a float model, got one that is prepared already ("{where}")'
             )
 
 
-def _checked(given: object) -> QConfig | None:
+def _check_input_qconfig(given: object) -> QConfig | None:
     if given is not None and not isinstance(given, QConfig):
         raise TypeError(
             f"{_WHO}: expected input_qconfig to be a QConfig or None, got {bounded(given)}"
@@ -154,17 +167,21 @@ def _checked(given: object) -> QConfig | None:
 
 
 class _Attachments:
-    """The quantizers to attach, all built before the first is attached."""
+    """Plans what to attach to a model; :meth:`carry_out` then attaches it.
+
+    All quantizers are built while planning, so most errors come before the model is changed.
+    """
 
     def __init__(self, root: nn.Module, configs: QConfigMapping) -> None:
         self.root = root
         self.configs = configs
         self.steps: list[Callable[[], Undo]] = []
         self.first_steps: list[Callable[[], Undo]] = []
-        self.made: list[FakeQuantize] = []
-        self.inputs: dict[str, FakeQuantize] = {}  # of a captured forward
+        self.built: list[FakeQuantize] = []
+        self.inputs: dict[str, FakeQuantize] = {}  # by argument, with example_inputs
 
     def carry_out(self) -> None:
+        """Attaches everything, or, if a step raises, nothing."""
         done: list[Undo] = []
         try:
             for step in (*self.first_steps, *self.steps):
@@ -177,9 +194,9 @@ class _Attachments:
     def add_inserted(
         self, given: QConfig | _FromModel | None, example_inputs: Any, fold: bool
     ) -> None:
-        """Quantizers for what the forward computes, and the plan by which it calls them."""
+        """Plans quantizers for the values of the forward, and what reads through which of them."""
         recordings = record_modes(_WHO, self.root, example_inputs, self._is_float)
-        config = None if isinstance(given, _FromModel) else _checked(given)
+        config = None if isinstance(given, _FromModel) else _check_input_qconfig(given)
         inputs = None if config is None else config.activation
         names = Names(recordings)
         norms = foldable_norms(self.root, recordings[0].graph) if fold else {}
@@ -187,7 +204,7 @@ class _Attachments:
         def make(placement: Placement, site: Site) -> str:
             name = self._add_site(placement, site, names)
             # Calibration in eval mode does not come by what only train mode has.
-            self.made[-1].optional |= placement.recording is not recordings[0]
+            self.built[-1].optional |= placement.recording is not recordings[0]
             return name
 
         assignment = Assignment(make)
@@ -219,9 +236,9 @@ class _Attachments:
         return frozenset(found)
 
     def _is_float(self, name: str) -> bool:
-        """Whether nothing in the module of that name is to be quantized."""
+        """Whether no module in the module of that name has a QConfig."""
         inside = self.root.get_submodule(name).named_modules(prefix=name)
-        return not any(self.configs.of(inner) for inner, _ in inside)
+        return not any(self.configs.of(inner_name) for inner_name, _ in inside)
 
     def _add_site(self, placement: Placement, site: Site, names: Names) -> str:
         """Plans a quantizer of values; returns its name."""
@@ -235,7 +252,7 @@ class _Attachments:
         if site.weight is None:
             quantizer = self._build(where, site.factory, device)
         else:
-            # The forward computes it, so there is no parameter to read it from.
+            # The forward computes this weight, so it is observed like an activation.
             keys = self._weight_keys(where, site.factory, device, *site.weight)
             keys["transient"] = False
             quantizer = self._build(where, site.factory, device, **keys)
@@ -243,8 +260,9 @@ class _Attachments:
         return where
 
     def _add_input(self, argument: str, factory: Factory) -> str:
+        """Plans the quantizer of an input of a captured forward; returns its name."""
         host_name, host = input_quantizers.input_host(_WHO, self.root)
-        if host is not self.root:  # its own argument, as it is without example_inputs
+        if host is not self.root:  # named after the host's argument, as without example_inputs
             argument = next(iter(input_quantizers.input_arguments(host)), argument)
         attach.check_free(_WHO, host_name, host, INPUTS)
         key = input_quantizers.key_for(argument)
@@ -255,7 +273,9 @@ class _Attachments:
         return where
 
     def add_inputs(self, given: QConfig | _FromModel | None) -> None:
-        config = self.configs.of("") if isinstance(given, _FromModel) else _checked(given)
+        """Plans the quantizers of the model's inputs."""
+        from_model = isinstance(given, _FromModel)
+        config = self.configs.of("") if from_model else _check_input_qconfig(given)
         if config is None or config.activation is None:
             return
         host_name, host = input_quantizers.input_host(_WHO, self.root)
@@ -270,6 +290,7 @@ class _Attachments:
             self.steps.append(lambda: input_quantizers.attach_inputs(host, quantizers))
 
     def add_module(self, name: str, module: nn.Module, parent: nn.Module | None) -> None:
+        """Plans the quantizers of a module's weights and output."""
         config = self.configs.of(name)
         target = target_of(module)
         if target is None and self.configs.chosen(name) and not any(module.children()):
@@ -294,6 +315,7 @@ class _Attachments:
         factory: Factory,
         norm: _BatchNorm | None = None,
     ) -> None:
+        """Plans the quantizer of a weight, as folded with ``norm`` if that is given."""
         if getattr(module, parameter, None) is None:
             return
         attach.check_weight(_WHO, name, module, parameter)
@@ -305,17 +327,17 @@ class _Attachments:
         if norm is not None:
             sides = [FoldedWeight(quantizer, norm, target.ch_axis, side) for side in (False, True)]
             chain = [sides[0], quantizer, sides[1]]
-        for one in chain:
-            self.steps.append(functools.partial(attach.attach_weight, module, parameter, one))
+        for step in chain:
+            self.steps.append(functools.partial(attach.attach_weight, module, parameter, step))
 
     def _weight_keys(
         self, where: str, factory: Factory, device: torch.device, ch_axis: int, shape: torch.Size
     ) -> dict[str, object]:
-        """What a factory is told about a weight whose output channels are on an axis."""
+        """The keys that a factory gets for a weight with its output channels on ``ch_axis``."""
         axis = self._build(where, factory, device).observer.ch_axis
         if axis < 0:
             return {"transient": True}
-        # Axis 0 of a qconfig means the output channels.
+        # Axis 0 in a QConfig means the output channels.
         axis = ch_axis if axis == 0 else axis
         if axis >= len(shape):
             raise ValueError(
@@ -324,7 +346,7 @@ class _Attachments:
         return {"transient": True, "ch_axis": axis, "channel_len": shape[axis]}
 
     def _device(self, module: nn.Module) -> torch.device:
-        """That of the module's own tensors, or of the model's first."""
+        """The device of the module's first tensor, or, if it has none, of the model's."""
         for source in (module, self.root):
             for tensor in (*source.parameters(), *source.buffers()):
                 return tensor.device
@@ -333,18 +355,20 @@ class _Attachments:
     def _build(
         self, where: str, factory: Factory, device: torch.device, **overrides: object
     ) -> FakeQuantize:
+        """Calls a factory; raises its errors with ``where``, and TypeError for other modules."""
         try:
-            made = factory(**overrides)
+            quantizer = factory(**overrides)
         except (TypeError, ValueError, RuntimeError) as error:
             raise type(error)(f"{_WHO}: {where}: {error}") from error
-        if not isinstance(made, FakeQuantize):
+        if not isinstance(quantizer, FakeQuantize):
             raise TypeError(
-                f"{_WHO}: {where}: expected the factory to make a FakeQuantize, got {bounded(made)}"
+                f"{_WHO}: {where}: expected the factory to make a FakeQuantize, got "
+                f"{bounded(quantizer)}"
             )
-        if any(made is other for other in self.made):
+        if any(quantizer is other for other in self.built):
             raise ValueError(
                 f"{_WHO}: {where}: expected the factory to make a new quantizer at each call, "
                 "got one that it made before"
             )
-        self.made.append(made)
-        return made.to(device)
+        self.built.append(quantizer)
+        return quantizer.to(device)

@@ -1,4 +1,4 @@
-"""Which quantizers a module gets: a pair of factories, and the usual pairs by name."""
+"""QConfig: the factories of a module's quantizers; and the usual ones, by names."""
 
 from __future__ import annotations
 
@@ -19,25 +19,33 @@ from torch_ext.utils.arguments import bounded
 
 Factory = Callable[..., FakeQuantize]
 
-# Keys of other toolchains that have nothing to set here, and why.
+# Keys of other toolchains that are accepted with a warning and ignored, and why.
 _IGNORED = {
     "bins": "the statistic keeps the same relative resolution at every magnitude",
     "stride": "the search is exact over every candidate",
     "update_interval": "the statistic accumulates over all data and is solved once",
 }
 
-# Weights are read as they are, so their range follows them at once.
+# A weight can be read at any time, so nothing is accumulated and its range needs no average.
 _WEIGHT_DEFAULTS: Mapping[str, Any] = {"averaging_constant": 1.0, "transient": True}
 _PER_TENSOR = (torch.per_tensor_symmetric, torch.per_tensor_affine)
 
 
 @dataclass(frozen=True)
 class QConfig:
-    """Factories of the quantizers of a module's output and of its weight; None: not quantized.
+    """The factories that make the quantizers of a module.
 
     A factory makes a new :class:`FakeQuantize` at each call and takes keyword overrides, as
-    ``functools.partial(FakeQuantize, observer="percentile")`` does: ``prepare_qat`` passes
-    ``channel_len``, ``ch_axis`` and ``transient`` for weights.
+    ``functools.partial(FakeQuantize, observer="percentile")`` does. For weights, ``prepare_qat``
+    passes ``channel_len``, ``ch_axis`` and ``transient``.
+
+    Args:
+        activation: makes quantizers of activations; None leaves them float.
+        weight: makes quantizers of weights; None leaves them float.
+
+    Raises:
+        TypeError: a factory cannot be called.
+        ValueError: a factory is a module, which all modules would share.
     """
 
     activation: Factory | None
@@ -66,17 +74,31 @@ def get_default_qconfig(
     activation_qkwargs: Mapping[str, Any] | None = None,
     weight_qkwargs: Mapping[str, Any] | None = None,
 ) -> QConfig:
-    """A QConfig by the names of methods and observers.
+    """A QConfig, by the names of fake-quant methods and observers.
 
-    A fake-quant name of None leaves that side float (the last layer's output, say).
-    ``*_qkwargs`` is one flat mapping of the keys of the quantizer, of the observer and of its
-    rule: ``dtype``, ``qscheme``, ``ch_axis``, ``channel_len``, ``quant_min``, ``quant_max``,
-    ``averaging_constant``, ``percentile``, ``std_scale``, ``xmin``, ``xmax``, ``scale``,
-    ``zero_point``, ... It is read, never changed. Unknown keys are refused.
+    By default, activations are int8, per tensor, symmetric, with averaging constant 0.01. Weights
+    are int8, per output channel (per tensor with ``pact``), symmetric, with averaging constant 1.
+    ``ch_axis=0`` of a weight means its output channels: ``prepare_qat`` uses axis 1 for transposed
+    convolutions.
 
-    Activations: int8, per tensor, symmetric, averaging constant 0.01.
-    Weights: int8, per channel on axis 0 (the output channels; ``prepare_qat`` turns it to axis 1
-    for transposed convolutions; per tensor for ``pact``), symmetric, averaging constant 1.
+    Args:
+        activation_fake_quant: the method for activations, one of ``torch_ext.fake_quants()``; None
+            leaves them float (the last layer's output, say).
+        weight_fake_quant: the method for weights, likewise.
+        activation_observer: the rule for activations, one of ``torch_ext.observers()``.
+        weight_observer: the rule for weights, likewise.
+        activation_qkwargs: keys of :class:`FakeQuantize`, of :class:`Observer` and options of the
+            rule, in one mapping: ``dtype``, ``qscheme``, ``quant_min``, ``averaging_constant``,
+            ``percentile``, ``scale``, ... It is not changed.
+        weight_qkwargs: the same for weights.
+
+    Raises:
+        TypeError: ``*_qkwargs`` is no mapping, or a value has a wrong type.
+        ValueError: a method, rule or key is unknown, or values do not fit together.
+        RuntimeError: the rule does not accept its options or the grid.
+
+    Warns:
+        UserWarning: ``bins``, ``stride`` or ``update_interval`` is given; they have no effect here.
     """
     return QConfig(
         activation=_factory(
@@ -94,7 +116,11 @@ def get_default_calib_qconfig(
     activation_qkwargs: Mapping[str, Any] | None = None,
     weight_qkwargs: Mapping[str, Any] | None = None,
 ) -> QConfig:
-    """:func:`get_default_qconfig` with an observer that keeps a histogram, for calibration."""
+    """:func:`get_default_qconfig` with ``"percentile"`` for activations, for calibration.
+
+    Its statistic includes a histogram, from which :func:`resolve` can solve every other rule.
+    Arguments and errors are those of :func:`get_default_qconfig`.
+    """
     return get_default_qconfig(
         activation_fake_quant,
         weight_fake_quant,
@@ -108,6 +134,7 @@ def get_default_calib_qconfig(
 def _factory(
     side: str, method: Method | None, observer: Rule | None, qkwargs: Mapping[str, Any] | None
 ) -> Factory | None:
+    """The factory of one side; calls it once, so that wrong values raise here."""
     if qkwargs is not None and not isinstance(qkwargs, Mapping):
         raise TypeError(f"expected {side}_qkwargs to be a mapping, got {bounded(qkwargs)}")
     given = dict(qkwargs or {})
@@ -136,7 +163,7 @@ def _factory(
     if side == "weight" and "ch_axis" not in given and not _is_per_tensor(given["qscheme"]):
         probe_keys["ch_axis"] = 0
     factory = functools.partial(FakeQuantize, method, observer, **probe_keys)
-    factory()  # wrong values fail here, not at prepare time
+    factory()
     return factory
 
 

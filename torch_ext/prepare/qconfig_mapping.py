@@ -16,31 +16,42 @@ _ATTRIBUTE = "qconfig"
 
 
 class QConfigMapping:
-    """Resolves attribute > name > type > parent, for every module of a model."""
+    """The QConfig of every module of a model.
+
+    A module's QConfig is the first of: its attribute ``qconfig``; its name in ``mapping`` (exact
+    names before patterns); its type in ``mapping`` (subclasses before bases); its parent's.
+    """
 
     def __init__(
         self, who: str, model: nn.Module, mapping: Mapping[Mapped, QConfig | None] | None
     ) -> None:
+        """Assigns the QConfigs, for the function ``who`` that errors name.
+
+        Raises:
+            TypeError: ``mapping`` or one of its entries, or an attribute, has a wrong type.
+            ValueError: a name matches no module, no module has a QConfig, or a module that appears
+                under two names has two of them.
+        """
         self._who = who
         self._names: dict[str, QConfig | None] = {}
         self._types: dict[type[nn.Module], QConfig | None] = {}
-        self._found: dict[str, QConfig | None] = {}
-        self._chosen: set[str] = set()
+        self._assigned: dict[str, QConfig | None] = {}
+        self._explicit: set[str] = set()
         self._read(model, mapping)
         self._assign(model, "", None)
-        if not any(self._found.values()):
+        if not any(self._assigned.values()):
             raise ValueError(
                 f"{who}: expected a qconfig on the model, on a submodule or in mapping, found none"
             )
-        self._refuse_conflicts(model)
+        self._check_conflicts(model)
 
     def of(self, name: str) -> QConfig | None:
-        """The configuration of the module of that name; None leaves it float."""
-        return self._found[name]
+        """The QConfig of the module of that name; None leaves it float."""
+        return self._assigned[name]
 
     def chosen(self, name: str) -> bool:
-        """Whether the mapping names this module, or its type, itself."""
-        return name in self._chosen
+        """Whether the mapping has this module's exact name or its type, so not by a pattern."""
+        return name in self._explicit
 
     def _read(self, model: nn.Module, mapping: Mapping[Mapped, QConfig | None] | None) -> None:
         if mapping is not None and not isinstance(mapping, Mapping):
@@ -70,7 +81,7 @@ class QConfigMapping:
         if config is None or isinstance(config, QConfig):
             return
         hint = ""
-        if type(config).__name__ == "QConfig":  # torch.ao's, or that of a package with its names
+        if type(config).__name__ == "QConfig":  # torch.ao's, or another package's of that name
             hint = (
                 f", which is {type(config).__module__}'s: take torch_ext.get_default_qconfig(), "
                 'or QConfig(functools.partial(FakeQuantize, observer="percentile"), ...)'
@@ -81,36 +92,36 @@ class QConfigMapping:
         )
 
     def _assign(self, module: nn.Module, name: str, inherited: QConfig | None) -> None:
-        config = self._own(module, name, inherited)
-        self._found[name] = config
+        config = self._config_of(module, name, inherited)
+        self._assigned[name] = config
         for child_name, child in module._modules.items():  # shared ones under each of their names
             if child is None:
                 continue
             self._assign(child, f"{name}.{child_name}" if name else child_name, config)
 
-    def _own(self, module: nn.Module, name: str, inherited: QConfig | None) -> QConfig | None:
+    def _config_of(self, module: nn.Module, name: str, inherited: QConfig | None) -> QConfig | None:
         if hasattr(module, _ATTRIBUTE):
             config: QConfig | None = getattr(module, _ATTRIBUTE)
             self._check(f"{name}.{_ATTRIBUTE}".strip("."), config)
             return config
         if name in self._names:
-            self._chosen.add(name)
+            self._explicit.add(name)
             return self._names[name]
         for pattern, config in self._names.items():
             if fnmatch.fnmatchcase(name, pattern):
                 return config
         for kind in type(module).__mro__:
             if kind in self._types:
-                self._chosen.add(name)
+                self._explicit.add(name)
                 return self._types[kind]
         return inherited
 
-    def _refuse_conflicts(self, model: nn.Module) -> None:
-        """A module that appears under several names cannot follow two configurations."""
+    def _check_conflicts(self, model: nn.Module) -> None:
+        """Raises ValueError if a module that appears under several names has several QConfigs."""
         first: dict[int, str] = {}
         for name, module in model.named_modules(remove_duplicate=False):
             earlier = first.setdefault(id(module), name)
-            if self._found[name] is not self._found[earlier]:
+            if self._assigned[name] is not self._assigned[earlier]:
                 raise ValueError(
                     f'{self._who}: "{earlier}" and "{name}" are one module, '
                     "but have different qconfigs"

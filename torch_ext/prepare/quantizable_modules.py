@@ -1,4 +1,4 @@
-"""Which modules are quantized, and what of them."""
+"""The module types that are quantized: which of their weights, and whether their output."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from torch_ext.modules import Add, Cat, MatMul, Mul, QuantStub
 
 
 class Target(NamedTuple):
-    """The weights of a module that are quantized, their output axis, and whether its output is."""
+    """What is quantized of a module."""
 
-    weights: tuple[str, ...]
-    ch_axis: int
-    output: bool
+    weights: tuple[str, ...]  # names of parameters
+    ch_axis: int  # the axis of the weights' output channels
+    output: bool  # whether the output is quantized
 
 
 OUTPUT_ONLY = Target((), 0, True)
 WEIGHTED = Target(("weight",), 0, True)
-# Weights are [in, out / groups, ...]: with groups, channel j of every group shares one scale.
+# Weights are [in, out / groups, ...]: channel j of all groups shares one scale.
 TRANSPOSED = Target(("weight",), 1, True)
 _EMBEDDING = Target(("weight",), 0, False)
-# The output of its out_proj is the attention's own; see `skips_output`.
+# The attention's output is that of its out_proj, which is not called; see `skips_output`.
 _ATTENTION = Target(("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"), 0, True)
 
-# Log-probabilities feed a loss, not a layer.
+# In torch's list of activations, but not quantized as such: attention has an entry of its own, and
+# log-probabilities feed a loss, not a layer.
 _NO_ACTIVATIONS = {"MultiheadAttention", "LogSoftmax"}
 
 _TABLE: dict[type[nn.Module], Target] = {
@@ -51,25 +52,25 @@ _TABLE: dict[type[nn.Module], Target] = {
 
 
 def _from_torch_ao(module: str, name: str) -> type[nn.Module] | None:
-    # A model that holds one has imported its module; nothing is imported for the others.
-    found = getattr(sys.modules.get(module), name, None)
-    return found if isinstance(found, type) else None
+    # A model with such a module has imported its class, so nothing has to be imported here.
+    kind = getattr(sys.modules.get(module), name, None)
+    return kind if isinstance(kind, type) else None
 
 
 def is_float_functional(module: nn.Module) -> bool:
-    """torch.ao's FloatFunctional, which runs ``activation_post_process`` on each result."""
+    """Whether it is torch.ao's FloatFunctional, which calls ``activation_post_process`` itself."""
     kind = _from_torch_ao("torch.ao.nn.quantized.modules.functional_modules", "FloatFunctional")
     return kind is not None and isinstance(module, kind)
 
 
 def is_quant_stub(module: nn.Module) -> bool:
-    """Ours or torch.ao's, which asks for its output to be quantized."""
+    """Whether it is this package's QuantStub or torch.ao's."""
     stub = _from_torch_ao("torch.ao.quantization.stubs", "QuantStub")
     return isinstance(module, QuantStub) or (stub is not None and isinstance(module, stub))
 
 
 def target_of(module: nn.Module) -> Target | None:
-    """What of a module is quantized; None for a kind that is not listed."""
+    """What is quantized of a module; None if its type and their bases are not in the table."""
     if is_float_functional(module) or is_quant_stub(module):
         return OUTPUT_ONLY
     for kind in type(module).__mro__:
@@ -79,5 +80,5 @@ def target_of(module: nn.Module) -> Target | None:
 
 
 def skips_output(parent: nn.Module | None, module: nn.Module) -> bool:
-    """Whether a parent uses the module's weight without calling it."""
+    """Whether the parent reads the module's weight without calling it, so no hook would run."""
     return isinstance(parent, nn.MultiheadAttention) and module is parent.out_proj

@@ -1,4 +1,4 @@
-"""The way back from a prepared model to a float one."""
+"""Turns a prepared model back into a float one."""
 
 from __future__ import annotations
 
@@ -22,21 +22,23 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def remove_quantizers(model: M, inplace: bool = False) -> M:
-    """A prepared model without its quantizers: float, with the weights that it has now.
+    """Removes all quantizers of a prepared model; it is float again, with its present weights.
 
-    Undoes what ``prepare_qat`` did: modules have their own classes again, parameters their own
-    names, and the hooks of quantizers are gone. The float weights stay as training left them.
-    Ranges are lost: ``save_observer_params`` keeps them. Batch norms that ``fuse`` folded stay
-    folded. What something else parametrizes (``weight_norm``) stays parametrized by that.
+    Modules get their original classes back and parameters their original names. Ranges are lost;
+    :func:`save_observer_params` keeps them. Batch norms that :func:`fuse` folded stay folded, and
+    other parametrizations, such as ``weight_norm``, stay.
 
     Args:
         model: a prepared model, not wrapped.
-        inplace: change ``model``; otherwise a copy is changed and returned.
+        inplace: change ``model``; by default, a copy is changed and returned.
+
+    Returns:
+        The float model.
 
     Raises:
         TypeError: ``model`` is no module, or ``inplace`` no bool.
-        ValueError: a model without quantizers, a wrapped one, or a parametrization that was
-            registered after ``prepare_qat`` on a module whose class it made.
+        ValueError: the model has no quantizers or is wrapped, or a module whose class
+            ``prepare_qat`` derived was parametrized afterwards.
     """
     parse_flag(_WHO, "inplace", inplace)
     if PreparedModel(_WHO, model).root is not model:
@@ -46,7 +48,7 @@ def remove_quantizers(model: M, inplace: bool = False) -> M:
     for name, module in model.named_modules():
         if keeps_parametrizations(module) and swapped_below(module):
             raise ValueError(
-                f"{_WHO}: expected {label_of(name)} to have no parametrization of later than "
+                f"{_WHO}: expected {label_of(name)} to have no parametrization from after "
                 "prepare_qat, got one; remove it first (torch.nn.utils.parametrize)"
             )
     result = model if inplace else copy.deepcopy(model)

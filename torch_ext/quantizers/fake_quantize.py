@@ -1,4 +1,4 @@
-"""The quantizer: an observer, the quantization parameters found with it, and their use."""
+"""The quantizer module: an observer, the range that it gives, and fake-quantization with it."""
 
 from __future__ import annotations
 
@@ -30,33 +30,44 @@ from torch_ext.quantizers.transition import QuantizationWarning, change_state, c
 from torch_ext.utils.arguments import bounded, parse_flag
 from torch_ext.utils.text import span
 
-# The class to make, by whether the method learns its range, where it is not FakeQuantize itself.
+# Under True the class of methods that learn their range, registered when it is defined; all others
+# are FakeQuantize itself.
 _CLASSES: dict[bool, type[FakeQuantize]] = {}
 _STATE = "state"  # the key of a checkpoint's metadata
 
 
 class FakeQuantize(nn.Module):
-    """Observes, or quantizes and dequantizes, as its state says.
+    """Observes a tensor, or quantizes and dequantizes it, depending on its state.
 
-    The state is one Python attribute, set for whole models by ``set_fake_quantize``; ``train()``
-    and ``eval()`` do not change it. A new quantizer is in FLOAT and passes everything through.
+    The state is a :class:`FakeQuantState`. ``set_fake_quantize`` sets it for a whole model;
+    ``train()`` and ``eval()`` do not change it. A new quantizer is in FLOAT: it returns its input.
 
     Args:
-        method: ``"fake_quant"``, straight through, its range following the batches; ``"lsq"`` and
-            ``"pact"`` learn theirs and give a :class:`LearnedFakeQuantize`.
-        observer: a rule, see :class:`Observer`, which takes the remaining keys.
+        method: ``"fake_quant"``: straight-through estimator, the range follows the batches in QAT.
+            ``"lsq"`` and ``"pact"`` learn the range and create a :class:`LearnedFakeQuantize`.
+        observer: the rule that computes the range, see :class:`Observer`.
         averaging_constant: c in ``range += c * (range of the batch - range)`` in QAT, 0 to 1:
-            0 keeps the range fixed, 1 takes each batch's. For weights it is 1. A method that
-            learns its range does without.
-        optional: may see no data; then it passes through instead of being refused. The inputs
-            of a model are optional, because an argument need not be a floating tensor.
-        use_grad_scaling: lsq's ``1 / sqrt(N * quant_max)`` on the gradient of the scale.
-        learn_zero_point: lsq on an affine grid learns the zero point too (LSQ+).
-        alpha: pact's clipping level before training, unless a calibration gives it.
+            0 keeps the range fixed, 1 takes each batch's, as for weights. Methods that learn the
+            range ignore it.
+        optional: whether it may have seen no data when its range is needed; it then passes values
+            through instead of raising. Quantizers of model inputs are optional, because an argument
+            may be no floating tensor.
+        use_grad_scaling: lsq: multiply the gradient of the scale by ``1 / sqrt(N * quant_max)``.
+        learn_zero_point: lsq with an affine qscheme: learn the zero point too (LSQ+).
+        alpha: pact: the clipping level to start from without a calibration; None is 6.
+        **keys: the other arguments of :class:`Observer`, options of the rule included.
 
-    Buffers: ``range`` float32 [C,2], ``scale`` float32 [C], ``zero_point`` int32 [C] and
-    ``solved`` uint8 [1], which says whether there is a range; child ``observer``. ``label`` is its
-    name in the model, once ``set_fake_quantize`` has seen it there.
+    Raises:
+        TypeError, ValueError, RuntimeError: an unknown method, rule or key, or a value that does
+            not fit.
+
+    Attributes:
+        range: float32 [C,2], buffer.
+        scale: float32 [C], buffer.
+        zero_point: int32 [C], buffer.
+        solved: uint8 [1], buffer: whether there is a range.
+        observer: the :class:`Observer`, a child module.
+        label: the name in the model, set by ``set_fake_quantize``.
     """
 
     _version = 1
@@ -67,7 +78,7 @@ class FakeQuantize(nn.Module):
     solved: Tensor
 
     def __init_subclass__(cls, learns: bool = False, **keys: Any) -> None:
-        """A subclass with ``learns=True`` is made for the methods that learn their range."""
+        """``FakeQuantize(method)`` creates the subclass with ``learns=True`` for lsq and pact."""
         super().__init_subclass__(**keys)
         if learns:
             _CLASSES[True] = cls
@@ -108,7 +119,7 @@ class FakeQuantize(nn.Module):
     def _allocate(
         self, use_grad_scaling: bool, learn_zero_point: bool, alpha: float | None
     ) -> None:
-        """Registers what holds the range and its parameters."""
+        """Registers buffers or parameters; raises ValueError for arguments of other methods."""
         who = f"FakeQuantize({self.method})"
         if fake_quant_info(self.method)["learned"]:
             raise ValueError(
@@ -116,12 +127,16 @@ class FakeQuantize(nn.Module):
                 f'"{self.method}"; derive the class from LearnedFakeQuantize'
             )
         if not parse_flag(who, "use_grad_scaling", use_grad_scaling):
-            raise ValueError(f"{who}: expected use_grad_scaling to be True, got False: no gradient")
+            raise ValueError(
+                f"{who}: expected use_grad_scaling to be True, got False: only lsq scales gradients"
+            )
         if parse_flag(who, "learn_zero_point", learn_zero_point):
-            raise ValueError(f"{who}: expected learn_zero_point to be False, got True: take lsq")
+            raise ValueError(
+                f"{who}: expected learn_zero_point to be False, got True: only lsq learns one"
+            )
         if alpha is not None:
             raise ValueError(
-                f"{who}: expected alpha to be None, got {bounded(alpha)}: pact has one"
+                f"{who}: expected alpha to be None, got {bounded(alpha)}: only pact has one"
             )
         channels = self.observer.channel_len
         self.register_buffer("range", torch.empty(channels, 2, dtype=torch.float32))
@@ -130,44 +145,56 @@ class FakeQuantize(nn.Module):
 
     @property
     def state(self) -> FakeQuantState:
+        """The state. Setting it solves the observer on leaving CALIBRATION.
+
+        Takes a :class:`FakeQuantState` or its value, such as ``"qat"``. A weight's quantizer raises
+        on leaving CALIBRATION, because it cannot reach the weight: use ``set_fake_quantize``.
+        """
         return self._state
 
     @state.setter
     def state(self, state: FakeQuantState | StateName) -> None:
         who = "FakeQuantize.state"
-        # As set_fake_quantize does for a model. The weight of a model is out of sight here.
+        # The module does not know its model, so there is no weight to read.
         change_state(who, {self.label: self}, parse_state(who, state), lambda _: None)
 
     @property
     def transient(self) -> bool:
-        """Whether it quantizes a weight, which is read when a range is needed."""
+        """Whether it quantizes a weight, from which the range is computed when it is needed."""
         return self.observer.transient
 
     @property
     def accumulates_data(self) -> bool:
-        """Whether its statistic grows with the data: weights are read, given scales need none."""
+        """Whether its statistic accumulates data: not for weights nor for given scales."""
         return not self.transient and self.observer.statistic != "none"
 
     @property
     def quantizes(self) -> bool:
-        """Whether it quantizes what passes through it now."""
+        """Whether it quantizes in its present state."""
         return self._action in QUANTIZE
 
     @property
     def passes_through(self) -> bool:
-        """Whether it lets values pass in VALIDATION, for want of a range."""
+        """Whether it is in VALIDATION without a range, and returns its input unchanged."""
         return self._state is FakeQuantState.VALIDATION and self._action != self._state.value
 
     def check_enters(self, who: str, name: str, state: FakeQuantState) -> None:
-        """Raises what makes a state impossible, whatever was observed; ``name``: in the model."""
+        """Raises if it cannot enter ``state``, whatever was observed; ``name``: in the model."""
 
     def enter(self, state: FakeQuantState, *, pass_through: bool = False) -> None:
-        """Sets the state without solving or checking; ``set_fake_quantize`` does both first."""
+        """Sets the state, without the checks and solving that ``set_fake_quantize`` does first.
+
+        With ``pass_through`` the quantizer returns its input unchanged in this state.
+        """
         self._state = state
         self._action = (FakeQuantState.FLOAT if pass_through else state).value
 
     def forward(self, x: Tensor) -> Tensor:
-        # One attribute decides, so a compiled graph is guarded by it alone.
+        """Observes or fake-quantizes ``x``, a floating tensor of any shape; keeps shape and dtype.
+
+        Raises RuntimeError while ``torch.export`` runs in CALIBRATION or QAT.
+        """
+        # The only attribute that decides, so a compiled graph has a single guard.
         action = self._action
         observer = self.observer
         if torch.compiler.is_exporting():
@@ -193,7 +220,7 @@ class FakeQuantize(nn.Module):
 
     @contextlib.contextmanager
     def replaced(self, quantize: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """Within, ``quantize`` takes the place of quantizing: what an export traces."""
+        """Calls ``quantize`` instead of the native op; exports trace this one."""
         self.__dict__["_quantize"] = lambda x, action: quantize(x)
         try:
             yield
@@ -203,14 +230,14 @@ class FakeQuantize(nn.Module):
     def _quantize(self, x: Tensor, action: str) -> Tensor:
         observer = self.observer
         if action in FOLLOW and observer.statistic != "none":
-            own = (self.range, self.scale, self.zero_point, self.solved)
-            return ops.follow_fake_quant(x, *own, *self._follow_arguments())
+            buffers = (self.range, self.scale, self.zero_point, self.solved)
+            return ops.follow_fake_quant(x, *buffers, *self._follow_arguments())
         return ops.fake_quant(
             x, self.scale, self.zero_point, observer.quant_min, observer.quant_max, observer.ch_axis
         )
 
     def _follow_arguments(self) -> tuple[Any, ...]:
-        """What ``ops.follow_`` takes behind the range it moves."""
+        """The arguments of ``ops.follow_`` from ``averaging_constant`` on."""
         observer = self.observer
         return (
             self.averaging_constant,
@@ -228,7 +255,7 @@ class FakeQuantize(nn.Module):
 
     @torch.no_grad()
     def solve_weight(self, weight: Tensor) -> WeightSolution:
-        """What the values of ``weight`` alone give; changes nothing here."""
+        """Computes the range and statistic of ``weight``, without changing the quantizer."""
         observer = self.observer
         fresh = Observer(
             "min_max",
@@ -240,19 +267,19 @@ class FakeQuantize(nn.Module):
         if observer.statistic == "none":
             given = Solution(observer.range(), *observer.calculate_qparams())
             return WeightSolution(given, fresh.extrema, fresh.tally)
-        # What a channel without a finite value keeps.
-        found = Solution.nothing(observer.channel_len, self.solved.device)
-        solved = torch.zeros_like(self.solved)  # so that the first batch, this one, is taken whole
-        ops.follow_(weight, *found, solved, *self._follow_arguments())
-        return WeightSolution(found if bool(solved) else None, fresh.extrema, fresh.tally)
+        # Written to by follow_; a channel without a finite value keeps the range (0,0).
+        solution = Solution.nothing(observer.channel_len, self.solved.device)
+        solved = torch.zeros_like(self.solved)  # 0: the range becomes that of the weight
+        ops.follow_(weight, *solution, solved, *self._follow_arguments())
+        return WeightSolution(solution if bool(solved) else None, fresh.extrema, fresh.tally)
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
-        """What it quantizes with: scale [C] float32 and zero point [C] int32."""
+        """The scale [C] float32 and zero point [C] int32 that it quantizes with."""
         return self.scale, self.zero_point
 
     @torch.no_grad()
     def take_(self, solution: Solution) -> Self:
-        """Takes a range and its parameters."""
+        """Copies a range, scale and zero point into the quantizer; it is solved then."""
         self._set(solution)
         self.solved.fill_(1)
         if self.passes_through:
@@ -265,20 +292,23 @@ class FakeQuantize(nn.Module):
         self.zero_point.copy_(solution.zero_point)
 
     def shared_values(self) -> Tensor:
-        """What ranks that train together have in common, one row [n]; see ``sync_observers``."""
+        """The values that ``sync_observers`` averages over the ranks, as one row [n]."""
         return self.range.flatten()
 
     @torch.no_grad()
     def take_shared_(self, values: Tensor) -> None:
-        """Takes the mean of all ranks' ``shared_values``."""
+        """Sets the range from the mean of all ranks' :meth:`shared_values`."""
         observer, range_ = self.observer, values.view_as(self.range).float()
         grid = (observer.quant_min, observer.quant_max, observer.symmetric)
-        found = ops.qparams(range_, *grid, observer.scale_rule, observer.power_of_two)
-        self.take_(Solution(range_, *found))
+        scale, zero_point = ops.qparams(range_, *grid, observer.scale_rule, observer.power_of_two)
+        self.take_(Solution(range_, scale, zero_point))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Forgets the range (a given scale is put back); also called after ``to_empty``."""
+        """Forgets range and statistic; with a given scale (``fixed_scale``) restores its range.
+
+        Deferred initialization calls it after ``to_empty``.
+        """
         self.observer.reset_()
         self._set(Solution.nothing(self.observer.channel_len, self.solved.device))
         self.solved.zero_()
@@ -290,7 +320,7 @@ class FakeQuantize(nn.Module):
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
-        if metadata is not None:  # beside the version; the state is no tensor
+        if metadata is not None:  # the state is no tensor, so it is saved beside the version
             metadata[_STATE] = self._state.value
 
     def _load_from_state_dict(
@@ -340,14 +370,14 @@ class FakeQuantize(nn.Module):
         return ", ".join(words)
 
     def range_text(self) -> str:
-        """The range and the scale in words; over channels the ends of all."""
-        with contextlib.suppress(RuntimeError):  # on a device or in a trace without values
+        """Range and scale as text; with several channels their least and greatest values."""
+        with contextlib.suppress(RuntimeError):  # meta and fake tensors have no values
             if not bool(self.solved):
                 return "not solved"
             try:
                 low, high = self.range.unbind(1)
                 scale = self.calculate_qparams()[0].tolist()
-            except ValueError:  # an optimizer left the numbers
+            except ValueError:  # a learned parameter became infinite or NaN
                 return "range not finite"
             channels = f" ({len(scale)} channels)" if len(scale) > 1 else ""
             return f"range=[{low.min():.6g}, {high.max():.6g}], scale={span(scale)}{channels}"
@@ -366,15 +396,15 @@ def _parse_constant(value: object) -> float:
     return float(value)
 
 
-# What help() shows, in place of the signature of __new__, which only chooses the class.
-_OWN = list(inspect.signature(FakeQuantize.__init__).parameters.values())[1:]
-FakeQuantize.__signature__ = inspect.Signature(_OWN)  # type: ignore[attr-defined]
+# help() would show the signature of __new__, which only chooses the class.
+_PARAMETERS = list(inspect.signature(FakeQuantize.__init__).parameters.values())[1:]
+FakeQuantize.__signature__ = inspect.Signature(_PARAMETERS)  # type: ignore[attr-defined]
 
-# The keys of a quantizer beside the options of its rule.
+# The keys that every quantizer takes beside method, rule and the rule's options.
 KEYS = (
     *(
         parameter.name
-        for parameter in _OWN
+        for parameter in _PARAMETERS
         if parameter.kind is not parameter.VAR_KEYWORD
         and parameter.name not in ("method", "observer")
     ),

@@ -1,4 +1,4 @@
-"""The quantizers of a model, under names that do not depend on its wrappers."""
+"""Finds a model's quantizers and their weights, under names that wrappers do not change."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Pattern = str | Sequence[str]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside data-parallel and compiled wrappers."""
+    """The module inside DataParallel, DistributedDataParallel and torch.compile wrappers."""
     while True:
         if isinstance(model, (DataParallel, DistributedDataParallel)):
             model = model.module
@@ -34,25 +34,28 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def check_model(who: str, model: object, argument: str = "model") -> nn.Module:
-    """The unwrapped model; TypeError, naming the argument, for what is no module."""
+    """The unwrapped model; raises TypeError, naming ``argument``, if it is no module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{who}: expected {argument} to be a torch.nn.Module, got {bounded(model)}")
     return unwrap(model)
 
 
 def clean_name(name: str) -> str:
-    """A module's name without the segments that compiling a part of the model adds."""
+    """A module's name without the ``_orig_mod.`` that torch.compile adds for a submodule."""
     return name.replace(_COMPILED, "")
 
 
 def named_quantizers(model: nn.Module) -> dict[str, FakeQuantize]:
-    """The model's quantizers by name, each once: ``conv1.activation_quantizer``, ...
+    """The model's quantizers by name, such as ``conv1.activation_quantizer``.
 
-    Names are the same whether the model is wrapped (DataParallel, DistributedDataParallel,
-    torch.compile) or not. A quantizer that is the model itself has the empty name. The mapping is
-    new at each call; a float model gives an empty one.
+    DataParallel, DistributedDataParallel and torch.compile do not change the names. A quantizer
+    that several modules share is listed once. If the model itself is a quantizer, its name is "".
 
-    Raises TypeError for what is no module.
+    Returns:
+        A new dict at each call; empty for a float model.
+
+    Raises:
+        TypeError: ``model`` is no module.
     """
     return {
         clean_name(name): module
@@ -62,10 +65,16 @@ def named_quantizers(model: nn.Module) -> dict[str, FakeQuantize]:
 
 
 class PreparedModel:
-    """A prepared model as one call sees it: its quantizers and their weights, found once."""
+    """The unwrapped model (``root``), its ``quantizers`` by name and their weights.
+
+    Made at the start of a call of the package, so that the model is searched only once.
+    """
 
     def __init__(self, who: str, model: object, argument: str = "model") -> None:
-        """Raises TypeError for what is no module, ValueError for a model without quantizers."""
+        """Raises TypeError if ``model`` is no module, ValueError if it has no quantizers.
+
+        Errors name the function ``who`` and its ``argument``.
+        """
         self.who = who
         self.root = check_model(who, model, argument)
         self.quantizers = named_quantizers(self.root)
@@ -76,7 +85,7 @@ class PreparedModel:
 
     @functools.cached_property
     def weights(self) -> dict[FakeQuantize, WeightSource]:
-        """The source of every quantizer that is a parametrization."""
+        """Where each weight quantizer, which is a parametrization, reads its weight."""
         return {
             module: WeightSource(owner, parameter, chain, i)
             for owner, parameter, chain in parametrizations(self.root)
@@ -85,21 +94,23 @@ class PreparedModel:
         }
 
     def read_weight(self, quantizer: FakeQuantize) -> Tensor | None:
-        """What a weight's quantizer quantizes now; None for one that is no parametrization."""
+        """The present input of a weight quantizer; None if it is no parametrization."""
         source = self.weights.get(quantizer)
         return None if source is None else source.read()
 
     def select(self, pattern: Pattern | None) -> dict[str, FakeQuantize]:
-        """The quantizers that a pattern names; see :func:`select`."""
+        """The quantizers that match a pattern; see :func:`select`."""
         return select(self.who, self.quantizers, pattern)
 
 
 def select(
     who: str, quantizers: Mapping[str, FakeQuantize], pattern: Pattern | None
 ) -> dict[str, FakeQuantize]:
-    """The quantizers that a pattern names, all for None.
+    """The quantizers whose names match a pattern (``fnmatch``) or one of several; None: all.
 
-    Raises TypeError for a pattern that is no text, ValueError for one that names no quantizer.
+    Raises:
+        TypeError: a pattern is not text.
+        ValueError: a pattern matches no quantizer, or the list of patterns is empty.
     """
     if pattern is None:
         return dict(quantizers)
@@ -123,26 +134,28 @@ def select(
 class WeightSource(NamedTuple):
     """Where a weight quantizer's input comes from."""
 
-    owner: str
-    parameter: str
+    owner: str  # name of the module that has the weight
+    parameter: str  # name of the weight in it
     chain: parametrize.ParametrizationList
-    position: int
+    position: int  # of the quantizer in the chain
 
     @torch.no_grad()
     def read(self) -> Tensor:
-        """The input of the quantizer: the original through the parametrizations before it."""
+        """The quantizer's input: the original weight after the parametrizations before it."""
         chain = self.chain
         if chain.is_tensor:
             values = [chain.original]
         else:
             values = [getattr(chain, f"original{i}") for i in range(chain.ntensors)]
-        # FSDP2 leaves each rank a shard (a DTensor); this is the weight it computes with.
-        values = [v.full_tensor() if hasattr(v, "full_tensor") else v for v in values]
-        for i, before in enumerate(chain):
+        # With FSDP2 each rank holds a shard (a DTensor); the forward uses the whole weight.
+        values = [
+            value.full_tensor() if hasattr(value, "full_tensor") else value for value in values
+        ]
+        for i, earlier in enumerate(chain):
             if i == self.position:
                 break
-            # A FoldedWeight called leaves the weight alone while nothing is quantized.
-            step = before.scaled if isinstance(before, FoldedWeight) else before
+            # FoldedWeight.forward does not scale the weight while its quantizer does not quantize.
+            step = earlier.scaled if isinstance(earlier, FoldedWeight) else earlier
             values = [step(*values)]
         value: Tensor = values[0]
         return value.detach()
@@ -151,7 +164,7 @@ class WeightSource(NamedTuple):
 def parametrizations(
     root: nn.Module,
 ) -> Iterator[tuple[str, str, parametrize.ParametrizationList]]:
-    """Owner's name, parameter's name and its parametrizations, for every parametrized tensor."""
+    """For every parametrized tensor: its module's name, its own name and its parametrizations."""
     for name, module in root.named_modules():
         if parametrize.is_parametrized(module):
             chains = module.parametrizations
@@ -162,7 +175,7 @@ def parametrizations(
 
 
 def role_of(name: str, quantizer: FakeQuantize) -> str:
-    """What a quantizer is of: ``"input"`` of the model, ``"output"`` or ``"weight"``."""
+    """What a quantizer quantizes: a module's ``"input"``, ``"output"`` or ``"weight"``."""
     if quantizer.transient:
         return "weight"
     return "input" if INPUTS in name.split(".") else "output"

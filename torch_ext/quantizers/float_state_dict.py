@@ -1,10 +1,7 @@
-"""Float state dicts and prepared models.
+"""Reads and loads a prepared model's weights and buffers under the float model's keys.
 
-A prepared model keeps the float weight ``conv.weight`` as ``conv.parametrizations.weight.original``
-and has quantizers that a float checkpoint knows nothing of. These functions speak the float
-model's keys. (Whole prepared models cannot be pickled: torch's parametrizations say "Serialization
-of parametrized modules is only supported through state_dict()". Save ``state_dict()``, and prepare
-a new model to load it into.)
+A prepared model has the weight ``conv.weight`` under ``conv.parametrizations.weight.original``, and
+quantizers, which a float checkpoint lacks.
 """
 
 from __future__ import annotations
@@ -20,20 +17,28 @@ from torch_ext.quantizers.folded_weight import FoldedWeight
 
 
 def float_keys(model: nn.Module) -> dict[str, str]:
-    """Key in the float model -> key in this model's ``state_dict``, without the quantizers."""
+    """The float model's keys, each with its key in this model's ``state_dict``; no quantizers."""
     model = check_model("float_keys", model)
-    inside = tuple(f"{name}." for name in named_quantizers(model))
+    quantizer_prefixes = tuple(f"{name}." for name in named_quantizers(model))
     renamed = {}
     for owner, parameter, chain in parametrizations(model):
-        if all(isinstance(one, (FakeQuantize, FoldedWeight)) for one in chain):
+        if all(isinstance(step, (FakeQuantize, FoldedWeight)) for step in chain):
             prefix = f"{owner}." if owner else ""
             renamed[f"{prefix}parametrizations.{parameter}.original"] = f"{prefix}{parameter}"
-    keys = [key for key in model.state_dict() if not key.startswith(inside)]
+    keys = [key for key in model.state_dict() if not key.startswith(quantizer_prefixes)]
     return {renamed.get(key, key): key for key in keys}
 
 
 def float_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The float weights and buffers of a prepared model, under the float model's keys."""
+    """The weights and buffers of a prepared model, without quantizers, as a float state dict.
+
+    Returns:
+        Tensors under the keys that the float model's ``state_dict()`` has; they share memory with
+        the model.
+
+    Raises:
+        TypeError: ``model`` is no module.
+    """
     state = check_model("float_state_dict", model).state_dict()
     return {name: state[key] for name, key in float_keys(model).items()}
 
@@ -43,8 +48,14 @@ def load_float_state_dict(
 ) -> None:
     """Loads a float model's ``state_dict`` into a prepared model; quantizers stay as they are.
 
-    A tensor of another shape, and with ``strict`` a missing or unexpected key, is refused before
-    anything is loaded.
+    Args:
+        model: the prepared model.
+        state_dict: tensors under the float model's keys.
+        strict: raise for missing and unexpected keys. False ignores them.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: a tensor of another shape, or with ``strict`` other keys. Nothing is loaded.
     """
     who = "load_float_state_dict"
     model = check_model(who, model)

@@ -1,4 +1,4 @@
-"""Parsing of the keys that say which integer grid a tensor is quantized to."""
+"""Parses the arguments that describe the integer grid of a quantizer."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ _NAME = re.compile(r"(?:torch\.)?q?(u?)int(\d+)")
 _MIN_BITS, _MAX_BITS = 2, 16
 _KNOWN_DTYPES = "int4, uint4, int8, uint8, int16, uint16 and others of 2 to 16 bits"
 
-# Dtypes that Torch holds numbers in; the others are known by name alone.
-_PLAIN = {str(d): d for d in (torch.int8, torch.uint8, torch.int16, torch.uint16)}
+# Grids that are dtypes of Torch; the others are given as text, such as "int4".
+_TORCH_DTYPES = {
+    str(dtype): dtype for dtype in (torch.int8, torch.uint8, torch.int16, torch.uint16)
+}
 _SCHEMES = {
-    str(s): s
-    for s in (
+    str(scheme): scheme
+    for scheme in (
         torch.per_tensor_symmetric,
         torch.per_tensor_affine,
         torch.per_channel_symmetric,
@@ -29,24 +31,30 @@ DType = torch.dtype | str
 
 
 def parse_dtype(who: str, dtype: object) -> tuple[DType, int, int]:
-    """The dtype under one name, and its least and greatest value.
+    """The normalized dtype, and its least and greatest value.
 
-    ``torch.int8``, ``"int8"``, ``"qint8"`` and ``torch.qint8`` are the same grid.
+    ``torch.int8``, ``"int8"``, ``"qint8"`` and ``torch.qint8`` all give ``torch.int8``. Dtypes that
+    Torch lacks stay text, such as ``"int4"``.
+
+    Raises:
+        ValueError: not an integer dtype of 2 to 16 bits.
     """
-    found = _NAME.fullmatch(str(dtype)) if isinstance(dtype, (str, torch.dtype)) else None
-    bits = int(found[2]) if found and len(found[2]) < 3 else 0
-    if not found or not _MIN_BITS <= bits <= _MAX_BITS:
+    match = _NAME.fullmatch(str(dtype)) if isinstance(dtype, (str, torch.dtype)) else None
+    bits = int(match[2]) if match and len(match[2]) < 3 else 0
+    if not match or not _MIN_BITS <= bits <= _MAX_BITS:
         raise ValueError(f"{who}: unknown dtype {dtype!r}; known: {_KNOWN_DTYPES}")
-    name = f"{found[1]}int{bits}"
-    low, high = (0, 2**bits - 1) if found[1] else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-    return _PLAIN.get(f"torch.{name}", name), low, high
+    name = f"{match[1]}int{bits}"
+    low, high = (0, 2**bits - 1) if match[1] else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    return _TORCH_DTYPES.get(f"torch.{name}", name), low, high
 
 
 def dtype_name(dtype: DType) -> str:
+    """The dtype as text, without ``torch.``."""
     return str(dtype).removeprefix("torch.")
 
 
 def parse_qscheme(who: str, qscheme: object) -> torch.qscheme:
+    """The qscheme of a name such as ``"per_tensor_affine"``; ValueError lists the known ones."""
     name = str(qscheme)
     name = name if name.startswith("torch.") else f"torch.{name}"
     if not isinstance(qscheme, (str, torch.qscheme)) or name not in _SCHEMES:
@@ -57,13 +65,13 @@ def parse_qscheme(who: str, qscheme: object) -> torch.qscheme:
 
 @dataclass(frozen=True)
 class Grid:
-    """A checked grid and the axis it varies along."""
+    """A checked integer grid, and the axis of its channels."""
 
     dtype: DType
     qscheme: torch.qscheme
     quant_min: int
     quant_max: int
-    ch_axis: int
+    ch_axis: int  # -1: per tensor
     channel_len: int
 
     @property
@@ -84,6 +92,14 @@ def parse_grid(
     quant_min: object,
     quant_max: object,
 ) -> Grid:
+    """Checks the arguments of an :class:`Observer` that describe its grid.
+
+    ``quant_min`` and ``quant_max`` may be None, for the ends of the dtype.
+
+    Raises:
+        TypeError: a number is no int.
+        ValueError: an unknown dtype or qscheme, or numbers that do not fit it or each other.
+    """
     parsed, low, high = parse_dtype(who, dtype)
     scheme = parse_qscheme(who, qscheme)
     least = low if quant_min is None else parse_integer(who, "quant_min", quant_min, low, high)

@@ -1,4 +1,4 @@
-"""Quantizers whose range is a parameter: lsq and pact, and what an optimizer needs of them."""
+"""Quantizers that learn their range (lsq and pact), and their parameters for an optimizer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch_ext.quantizers.state_table import DIFFERENTIATE, FOLLOW, QUANTIZE, Fa
 from torch_ext.utils.arguments import bounded, parse_flag
 from torch_ext.utils.text import joined, label_of
 
-# The rule whose scale an uncalibrated method starts from.
+# The rule that gives lsq's first scale without a calibration.
 _START: Rule = "mean_abs"
 
 
@@ -32,13 +32,17 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
                   an unsigned grid
     ============  ==================================================================================
 
-    They start from the calibrated range: lsq takes its scale and zero point, pact its largest
+    Learning starts from the calibrated range: lsq takes its scale and zero point, pact its largest
     magnitude. Without calibration lsq starts from ``2 * mean|x| / sqrt(quant_max)`` of the first
-    batch in QAT, and pact from the key ``alpha`` (6). Gradients reach them in QAT alone.
+    batch in QAT (Esser et al. 2020), and pact from the argument ``alpha``, 6 by default. The
+    parameters get gradients in QAT only.
 
     ``range``, ``scale`` and ``zero_point`` are computed from the parameters when they are read.
-    Buffers beside ``solved``: ``start_range`` float32 [C,2] and ``start_zero_point`` int32 [C],
-    where learning began.
+    Arguments and errors are those of :class:`FakeQuantize`.
+
+    Attributes:
+        start_range: float32 [C,2], buffer: the range that learning started from.
+        start_zero_point: int32 [C], buffer: the zero point that learning started from.
     """
 
     start_range: Tensor
@@ -59,16 +63,16 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
         self._parameter = info["parameter"]
         self._per_channel = info["per_channel"]
         self._start_value = info["start"]
-        self._starting = False  # whether the next batch may have to set the parameter
+        self._starting = False  # whether the next batch in QAT may set the parameter
         self._check_grid()
         if self._start_value:
             self._start_value = self._parse_start(alpha)
         elif alpha is not None:
             raise ValueError(
-                f"{self._who}: expected alpha to be None, got {bounded(alpha)}: pact has one"
+                f"{self._who}: expected alpha to be None, got {bounded(alpha)}: only pact has one"
             )
         channels = self.observer.channel_len
-        # Not by register_parameter: a property of the class may have the name.
+        # register_parameter raises for a name that is a property of the class, such as `scale`.
         self._parameters[self._parameter] = nn.Parameter(torch.ones(channels, dtype=torch.float32))
         if self.learn_zero_point:
             self.offset = nn.Parameter(torch.zeros(channels, dtype=torch.float32))
@@ -80,13 +84,16 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
         return f"FakeQuantize({self.method})"
 
     def _check_grid(self) -> None:
+        """Raises ValueError for a grid or an argument that the method does not support."""
         observer, who = self.observer, self._who
         if observer.quant_max < 1:
             raise ValueError(
                 f"{who}: expected quant_max to be at least 1, got {observer.quant_max}"
             )
         if observer.power_of_two:
-            raise ValueError(f"{who}: expected power_of_two to be False, got True: it is learned")
+            raise ValueError(
+                f"{who}: expected power_of_two to be False, got True: the scale is learned"
+            )
         if self.learn_zero_point and (observer.symmetric or not self._per_channel):
             raise ValueError(
                 f"{who}: expected learn_zero_point to be False, got True: only lsq learns one, on "
@@ -105,6 +112,7 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
             )
 
     def _parse_start(self, alpha: float | None) -> float:
+        """The clipping level to start from: ``alpha``, or the method's default."""
         if alpha is None:
             return self._start_value
         if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
@@ -115,41 +123,49 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
 
     @property
     def learned(self) -> dict[str, nn.Parameter]:
-        """The learned parameters by name."""
-        return {name: p for name, p in self._parameters.items() if p is not None}
+        """The learned parameters by name: ``scale`` and ``offset``, or ``alpha``."""
+        return {
+            name: parameter for name, parameter in self._parameters.items() if parameter is not None
+        }
 
     @property
     def starts_from_data(self) -> bool:
-        """Whether the first batch in QAT sets the parameter, unless a calibration has."""
+        """Whether, without a calibration, the first batch in QAT sets the parameter (lsq)."""
         return not self._start_value
 
-    # Read, the same names say for every method what it quantizes with.
+    # Properties, so that scale, zero_point and range can be read from quantizers of every method.
     @property
     def scale(self) -> Tensor:  # type: ignore[override]
-        own = self._parameters.get("scale")
-        return self.calculate_qparams()[0] if own is None else own
+        """float32 [C]: of lsq the parameter itself, of pact computed from ``alpha``."""
+        parameter = self._parameters.get("scale")
+        return self.calculate_qparams()[0] if parameter is None else parameter
 
     @property
     def zero_point(self) -> Tensor:  # type: ignore[override]
+        """int32 [C], learned offset included."""
         return self.calculate_qparams()[1]
 
     @property
     def range(self) -> Tensor:  # type: ignore[override]
-        """float32 [C,2], of the grid's ends; symmetric grids reach equally far to both sides."""
-        scale, zero_point = (t.double() for t in self.calculate_qparams())
+        """float32 [C,2]: the dequantized ``quant_min`` and ``quant_max``.
+
+        On a symmetric signed grid it is as wide, and centred on 0.
+        """
+        scale, zero_point = (tensor.double() for tensor in self.calculate_qparams())
         observer = self.observer
         low, high = observer.quant_min - zero_point, observer.quant_max - zero_point
         if observer.symmetric and observer.quant_min < 0:
             low, high = (low - high) / 2, (high - low) / 2
-        found = torch.stack([low * scale, high * scale], 1)
+        ends = torch.stack([low * scale, high * scale], 1)
         largest = torch.finfo(torch.float32).max
-        return found.clamp_(-largest, largest).float()
+        return ends.clamp_(-largest, largest).float()
 
     @torch.no_grad()
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
-        """What it quantizes with: scale [C] float32, above 0, and zero point [C] int32.
+        """The scale [C] float32, above 0, and zero point [C] int32 that it quantizes with.
 
-        Raises ValueError where an optimizer made a parameter infinite or NaN.
+        Raises:
+            ValueError: a parameter is infinite or NaN.
         """
         self.check_finite()
         observer = self.observer
@@ -158,14 +174,14 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
         scales = _C.learned_scales(self.method, parameter.tolist(), *grid)
         zero_point = self.start_zero_point
         if self.learn_zero_point:
-            # As the op does it.
+            # The op rounds and clamps a learned zero point the same way.
             learned = zero_point + _whole(self.offset)
             zero_point = learned.round().clamp(*grid).to(torch.int32)
         scale = torch.tensor(scales, dtype=torch.float32, device=parameter.device)
         return scale, zero_point
 
     def check_finite(self) -> None:
-        """Raises ValueError where an optimizer made a parameter infinite or NaN."""
+        """Raises ValueError if a learned parameter is infinite or NaN."""
         for name, parameter in self.learned.items():
             values = _whole(parameter)
             if not bool(values.isfinite().all()):
@@ -188,7 +204,7 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
             )
 
     def _would_start_on_a_shard(self) -> bool:
-        """Whether FSDP2 left this rank a part of the parameter that the next batch would set."""
+        """Whether the next batch would set the parameter, but FSDP2 has sharded it."""
         sharded = hasattr(self._parameters[self._parameter], "full_tensor")
         return self.starts_from_data and sharded and not bool(self.solved)
 
@@ -196,7 +212,7 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
         super().enter(state, pass_through=pass_through)
         if state.value in FOLLOW:
             if not self.starts_from_data:
-                self.solved.fill_(1)  # it has had a range all along
+                self.solved.fill_(1)  # the range follows from the parameter's start value
             self._starting = self.solved.is_meta or not bool(self.solved)
 
     def _fixed(self, action: str) -> str:
@@ -208,7 +224,7 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
         assert parameter is not None
         learns = action in DIFFERENTIATE
         if self._starting and action in FOLLOW:
-            # It works while `solved` is 0, and moves nothing later: no look at the device.
+            # Does nothing once `solved` is 1, so no host sync is needed to read it.
             ops.follow_(
                 x,
                 self.start_range,
@@ -225,12 +241,12 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
                 mantissa_bits=observer.mantissa_bits,
                 octaves=observer.octaves,
             )
-            # What is kept for the backward pass must not be what was written to.
+            # follow_ wrote to the parameter in place; autograd has to save another tensor.
             parameter = parameter.clone()
         zero_point = self.start_zero_point if self._per_channel else None
         if self.learn_zero_point:
             zero_point = self.start_zero_point + (self.offset if learns else self.offset.detach())
-        # The first axis of activations is the batch.
+        # Axis 0 of an activation is the batch; a weight has none.
         batch_axis = -1 if observer.transient or observer.ch_axis == 0 else 0
         try:
             return ops.learned_fake_quant(
@@ -253,7 +269,7 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
         self.start_zero_point.copy_(solution.zero_point)
         value = solution.scale
         if not self._per_channel:
-            # The largest magnitude; of the positive values alone on an unsigned grid.
+            # alpha is the largest magnitude; on an unsigned grid the upper end.
             reach = solution.range[:, 1]
             if self.observer.quant_min < 0:
                 reach = torch.maximum(reach, -solution.range[:, 0])
@@ -285,12 +301,13 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
 
 
 def _whole(parameter: Any) -> Tensor:
-    """All channels, also where FSDP2 left this rank a shard of them (a DTensor)."""
+    """The detached values of all channels; gathers a DTensor, as FSDP2 leaves it."""
     value: Tensor = parameter.detach()
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 def _write(parameter: Any, value: Tensor) -> None:
+    """Writes the values of all channels into a parameter; of a DTensor each rank's shard."""
     if hasattr(parameter, "full_tensor"):
         from torch.distributed.tensor import distribute_tensor  # slow to import
 
@@ -299,19 +316,22 @@ def _write(parameter: Any, value: Tensor) -> None:
 
 
 def quantization_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """What the model's quantizers learn, each parameter once: scales, offsets, clipping levels.
+    """The parameters that the model's quantizers learn: scales, offsets and clipping levels.
 
-    Scales want another learning rate than weights, and no weight decay, which would shrink the
-    range of what is quantized::
+    Scales usually need another learning rate than weights, and no weight decay, which would shrink
+    the ranges::
 
         torch.optim.SGD([
             {"params": quantization_parameters(model), "lr": 1e-3, "weight_decay": 0.0},
             {"params": float_parameters(model)},
         ], lr=1e-2, weight_decay=1e-4)
 
-    With methods that learn nothing (``fake_quant``) the list is empty.
+    Returns:
+        Each parameter once; an empty list for methods that learn nothing (``fake_quant``).
 
-    Raises TypeError for what is no module, ValueError where the model has no quantizers.
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: the model has no quantizers.
     """
     return _learned_parameters("quantization_parameters", model)
 
@@ -319,7 +339,9 @@ def quantization_parameters(model: nn.Module) -> list[nn.Parameter]:
 def float_parameters(model: nn.Module) -> list[nn.Parameter]:
     """All parameters but those of :func:`quantization_parameters`, each once.
 
-    Raises TypeError for what is no module, ValueError where the model has no quantizers.
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: the model has no quantizers.
     """
     learned = {id(parameter) for parameter in _learned_parameters("float_parameters", model)}
     return [parameter for parameter in model.parameters() if id(parameter) not in learned]
@@ -327,5 +349,9 @@ def float_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 def _learned_parameters(who: str, model: nn.Module) -> list[nn.Parameter]:
     quantizers = PreparedModel(who, model).quantizers.values()
-    learned = (q for q in quantizers if isinstance(q, LearnedFakeQuantize))
-    return [parameter for quantizer in learned for parameter in quantizer.parameters()]
+    return [
+        parameter
+        for quantizer in quantizers
+        if isinstance(quantizer, LearnedFakeQuantize)
+        for parameter in quantizer.parameters()
+    ]

@@ -1,4 +1,4 @@
-"""An observer: a statistic that data is added to, and the rule that makes a range of it."""
+"""The observer module: a statistic of the data, and the rule that computes a range from it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from torch_ext import ops
-from torch_ext.ops.functions import ScaleRule
 from torch_ext.ops.registry import OptionValue, encode_options, observer_info
 from torch_ext.ops.registry_names import Rule
+from torch_ext.ops.statistics import ScaleRule
 from torch_ext.quantizers.grid import DType, Grid, dtype_name, parse_grid
 from torch_ext.utils.arguments import parse_flag, parse_integer
 from torch_ext.utils.text import joined
 
-# Mantissa bits and octaves of the histogram: one quantizer's 256 KiB, or 24 KiB per channel.
+# Mantissa bits and octaves of the histogram, which takes 256 KiB, or 24 KiB per channel.
 _LAYOUT_PER_TENSOR = (10, 16)
 _LAYOUT_PER_CHANNEL = (7, 12)
 _SCALE_RULES = ("grid", "tvm")
@@ -28,10 +28,10 @@ TensorMap = Callable[[Tensor], Tensor]
 
 
 def keep_dtype(fn: TensorMap) -> TensorMap:
-    """What ``Module._apply`` is given, less any change of dtype: only the device follows.
+    """Wraps the function that ``Module._apply`` gets so that it changes devices but not dtypes.
 
-    Statistics are int64 and float32 whatever the model computes in; a scale rounded to half
-    precision by ``model.half()`` would be another scale.
+    Statistics stay int64 and float32 whatever the model computes in; ``model.half()`` would round
+    scales to float16.
     """
 
     def moved(tensor: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ def keep_dtype(fn: TensorMap) -> TensorMap:
 
 
 def check_keys(who: str, given: Iterable[str], rule: str, known: Iterable[str]) -> None:
-    """Raises for a key that is neither in `known` nor an option of the rule."""
+    """Raises ValueError for a key that is neither in ``known`` nor an option of the rule."""
     names = [*known, *(row["name"] for row in observer_info(rule)["options"])]
     for key in given:
         if key not in names:
@@ -50,30 +50,42 @@ def check_keys(who: str, given: Iterable[str], rule: str, known: Iterable[str]) 
 
 
 class Observer(nn.Module):
-    """Accumulates a statistic of what it sees; a rule named ``name`` makes the range.
+    """Accumulates a statistic of the tensors it is called with; a rule computes a range from it.
 
-    The statistic depends on the values alone, not on how they were split or ordered: batch size,
-    batch order, threads and device leave the same bits. ``torch_ext.observers()`` lists the rules;
-    ``**options`` are the rule's own (``percentile=99.9``).
+    The statistic depends on the values alone: batch size, batch order, number of threads and
+    device do not change a bit of it.
 
     Args:
-        name: a rule of the registry.
-        dtype: ``torch.int8``, ``"uint8"``, ``"int4"``, ``"qint8"``, ...
-        qscheme: ``torch.per_tensor_symmetric`` and its three siblings, or their names.
-        ch_axis: axis of the channels, with a per-channel scheme only.
-        channel_len: their number C.
-        quant_min, quant_max: a part of the dtype's grid; [-127,127] divides by 127.
+        name: the rule, one of ``torch_ext.observers()``.
+        dtype: the integers of the grid: ``torch.int8``, ``"uint8"``, ``"int4"``, ``"qint8"`` or
+            others of 2 to 16 bits.
+        qscheme: ``torch.per_tensor_symmetric``, ``per_tensor_affine``, ``per_channel_symmetric``
+            or ``per_channel_affine``, or the name as text.
+        ch_axis: the axis of the channels, with a per-channel scheme; else -1.
+        channel_len: the number of channels C; 1 with a per-tensor scheme.
+        quant_min, quant_max: the ends of the grid; None: those of the dtype. With [-127,127] a
+            symmetric scale is the largest magnitude divided by 127.
         scale_rule: ``"grid"``, or ``"tvm"`` to divide by 2^(bits-1).
         power_of_two: round the scale up to 2^k.
-        mantissa_bits, octaves: layout of the histogram, 5..10 and 4..32.
-        histogram: keep a histogram although this rule reads none, so that other rules can be
-            solved later from the same pass.
-        transient: keep none although the rule reads one: for weights, which are there to be read.
+        mantissa_bits, octaves: layout of the histogram, 5..10 and 4..32; None: 10 and 16, with
+            channels 7 and 12.
+        histogram: keep a histogram although this rule reads none, so that rules that do can be
+            solved later from the same statistic.
+        transient: keep no histogram although the rule reads one. For weights, whose range is
+            computed from the weight itself.
+        **options: options of the rule, such as ``percentile=99.9``.
 
-    Buffers: ``extrema`` float32 [C,2], ``tally`` int64 [C,5] (finite, zeros, tiny, inf, nan),
-    ``counts`` int64 [C,2,octaves,2^mantissa_bits], or [C,2,0,0] without a histogram.
-    ``synced``: whether the statistic holds the data of all ranks, see ``sync_observers``; files of
-    ``save_observer_params`` keep it, ``state_dict`` does not.
+    Raises:
+        TypeError, ValueError, RuntimeError: an unknown rule, key or option, or a value that does
+            not fit the grid or the rule.
+
+    Attributes:
+        extrema: float32 [C,2], buffer: least and greatest finite value.
+        tally: int64 [C,5], buffer: numbers of finite, zero, tiny, infinite and NaN values. Tiny
+            ones are below the histogram's window.
+        counts: int64 [C,2,octaves,2^mantissa_bits], buffer: the histogram; [C,2,0,0] without one.
+        synced: whether the statistic holds the data of all ranks, see ``sync_observers``. Files of
+            ``save_observer_params`` keep it, ``state_dict`` does not.
     """
 
     _version = 1
@@ -109,9 +121,9 @@ class Observer(nn.Module):
         if scale_rule not in _SCALE_RULES:
             known = joined(_SCALE_RULES)
             raise ValueError(f"{who}: unknown scale_rule {scale_rule!r}; known: {known}")
-        wants = info["statistic"] == "histogram"
+        keeps_histogram = info["statistic"] == "histogram"
         if histogram is not None:
-            wants = parse_flag(who, "histogram", histogram) or wants
+            keeps_histogram = parse_flag(who, "histogram", histogram) or keeps_histogram
         if parse_flag(who, "transient", transient) and histogram:
             raise ValueError(f"{who}: expected histogram to be False with transient, got True")
 
@@ -120,14 +132,14 @@ class Observer(nn.Module):
         self.ch_axis = grid.ch_axis
         self.scale_rule: ScaleRule = scale_rule
         self.power_of_two = parse_flag(who, "power_of_two", power_of_two)
-        default = _LAYOUT_PER_CHANNEL if grid.per_channel else _LAYOUT_PER_TENSOR
-        given = (mantissa_bits, octaves)
-        bits, window = (d if g is None else g for g, d in zip(given, default, strict=True))
-        self.mantissa_bits = parse_integer(who, "mantissa_bits", bits, 5, 10)
-        self.octaves = parse_integer(who, "octaves", window, 4, 32)
+        layout = _LAYOUT_PER_CHANNEL if grid.per_channel else _LAYOUT_PER_TENSOR
+        mantissa_bits = layout[0] if mantissa_bits is None else mantissa_bits
+        octaves = layout[1] if octaves is None else octaves
+        self.mantissa_bits = parse_integer(who, "mantissa_bits", mantissa_bits, 5, 10)
+        self.octaves = parse_integer(who, "octaves", octaves, 4, 32)
         self.transient = transient
         self.set_rule(name, **options)
-        self._allocate(grid, wants and not transient)
+        self._allocate(grid, keeps_histogram and not transient)
 
     def _allocate(self, grid: Grid, histogram: bool) -> None:
         channels = grid.channel_len
@@ -166,11 +178,20 @@ class Observer(nn.Module):
 
     @property
     def encoded_options(self) -> tuple[float, ...]:
-        """The same as the numbers that ops take."""
+        """The options as numbers, as ops take them; see ``ops.registry.encode_options``."""
         return self._encoded
 
     def set_rule(self, name: Rule, **options: OptionValue) -> None:
-        """Takes another rule, or other options; the statistic stays. Refused: nothing changes."""
+        """Changes the rule or its options; the statistic stays. If it raises, nothing changes.
+
+        Args:
+            name: the new rule.
+            **options: its options; defaults for those left out.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: an unknown rule or option, or one that does not fit
+                the grid.
+        """
         encoded = self.check_rule(name, **options)
         info = observer_info(name)
         self.name: Rule = name
@@ -181,11 +202,14 @@ class Observer(nn.Module):
         self._encoded: tuple[float, ...] = tuple(encoded)
 
     def check_rule(self, name: Rule, **options: OptionValue) -> list[float]:
-        """Raises unless the rule and its options hold together with this grid and layout."""
+        """Raises unless the rule supports the options, this grid and this histogram layout.
+
+        Returns the encoded options.
+        """
         encoded = encode_options(name, options)
         reads = observer_info(name)["statistic"] == "histogram"
         bins = (self.octaves, 2**self.mantissa_bits) if reads else (0, 0)
-        # Solving an empty statistic makes every check that the rule has, and only those.
+        # Solving an empty statistic runs all of the rule's checks.
         ops.solve_many(
             [name],
             [torch.tensor([[math.inf, -math.inf]], dtype=torch.float32, device="cpu")],
@@ -201,17 +225,26 @@ class Observer(nn.Module):
         return encoded
 
     def forward(self, x: Tensor) -> Tensor:
-        """Adds x to the statistic and returns it."""
+        """Adds ``x``, a floating tensor of any shape, to the statistic; returns ``x`` itself.
+
+        Raises RuntimeError if ``x.size(ch_axis)`` is not ``channel_len``.
+        """
         if self._statistic != "none":
             ops.observe_(x, self.extrema, self.tally, self.counts, self.ch_axis)
         return x
 
     def range(self) -> Tensor:
-        """The range [C,2] float32 of what was seen; (0,0) where nothing was."""
+        """The range [C,2] float32 of the statistic; (0,0) for channels without a finite value.
+
+        Raises RuntimeError if the rule reads a histogram and ``transient`` leaves it out.
+        """
         return self._solve()[0]
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
-        """Scale [C] float32 and zero point [C] int32 of :meth:`range`."""
+        """Scale [C] float32 and zero point [C] int32 of :meth:`range`.
+
+        Warns if no finite value was observed; then the scale is 1 and the zero point 0.
+        """
         if self._statistic != "none" and not self.saw_data:
             warnings.warn(
                 f"Observer({self.name}): no finite value was observed; scale 1, zero_point 0",
@@ -222,8 +255,8 @@ class Observer(nn.Module):
     def _solve(self) -> tuple[Tensor, Tensor, Tensor]:
         if self._statistic == "histogram" and not self.has_histogram:
             raise RuntimeError(
-                f"Observer({self.name}): expected a histogram, got none, as transient=True says; "
-                "solve from the data with ops.follow_"
+                f"Observer({self.name}): expected a histogram, got none, because transient is True;"
+                " compute the range from the data with ops.follow_"
             )
         ranges, scales, zero_points = ops.solve_many(
             [self.name],
@@ -241,14 +274,19 @@ class Observer(nn.Module):
 
     @torch.no_grad()
     def merge_(self, other: Observer) -> Self:
-        """Adds another observer's statistic, of the same shapes: that of both data sets."""
+        """Adds another observer's statistic: the result is that of both data sets together.
+
+        Raises:
+            TypeError: ``other`` is no Observer.
+            ValueError: its shapes or ``ch_axis`` differ.
+        """
         if not isinstance(other, Observer):
             kind = type(other).__name__
             raise TypeError(f"merge_: expected other to be an Observer, got {kind}")
         for field in ("extrema", "counts"):
-            mine, theirs = tuple(getattr(self, field).shape), tuple(getattr(other, field).shape)
-            if mine != theirs:
-                raise ValueError(f"merge_: expected other.{field} to be {mine}, got {theirs}")
+            want, have = tuple(getattr(self, field).shape), tuple(getattr(other, field).shape)
+            if want != have:
+                raise ValueError(f"merge_: expected other.{field} to be {want}, got {have}")
         if self.ch_axis != other.ch_axis:
             raise ValueError(
                 f"merge_: expected other.ch_axis to be {self.ch_axis}, got {other.ch_axis}"
@@ -267,7 +305,7 @@ class Observer(nn.Module):
 
     @torch.no_grad()
     def reset_(self) -> Self:
-        """Forgets everything seen."""
+        """Empties the statistic."""
         self.extrema[:, 0] = math.inf
         self.extrema[:, 1] = -math.inf
         self.tally.zero_()
@@ -276,7 +314,7 @@ class Observer(nn.Module):
         return self
 
     def reset_parameters(self) -> None:
-        """What deferred initialisation calls after ``to_empty``."""
+        """Empties the statistic. Deferred initialization calls it after ``to_empty``."""
         self.reset_()
 
     def _apply(self, fn: TensorMap, recurse: bool = True) -> Self:

@@ -1,4 +1,4 @@
-"""What runs a model for its own purposes has to leave it as it was."""
+"""Context managers that restore a model's quantizers, or warn if its forward changed the model."""
 
 from __future__ import annotations
 
@@ -16,52 +16,57 @@ from torch_ext.utils.text import shown
 
 @contextlib.contextmanager
 def restored_on_error(quantizers: Mapping[str, FakeQuantize]) -> Iterator[None]:
-    """Puts buffers, rules and states back when what runs inside fails."""
-    put_back = _keep(quantizers)
+    """Restores the quantizers' buffers, rules and states if the body raises."""
+    restore = _snapshot(quantizers)
     try:
         yield
     except BaseException:
-        put_back()
+        restore()
         raise
 
 
 @contextlib.contextmanager
 def restored(quantizers: Mapping[str, FakeQuantize]) -> Iterator[None]:
-    """Puts buffers, rules and states back at the end, however it ends."""
-    put_back = _keep(quantizers)
+    """Restores the quantizers' buffers, rules and states when the body ends or raises."""
+    restore = _snapshot(quantizers)
     try:
         yield
     finally:
-        put_back()
+        restore()
 
 
-def _keep(quantizers: Mapping[str, FakeQuantize]) -> Callable[[], None]:
+def _snapshot(quantizers: Mapping[str, FakeQuantize]) -> Callable[[], None]:
+    """Copies the quantizers' buffers, rules and states; the function returned restores them."""
     states = {
-        name: (q.state, q.passes_through, q.observer.synced) for name, q in quantizers.items()
+        name: (quantizer.state, quantizer.passes_through, quantizer.observer.synced)
+        for name, quantizer in quantizers.items()
     }
-    rules = {name: (q.observer.name, q.observer.options) for name, q in quantizers.items()}
-    kept = {
-        name: {key: value.clone() for key, value in q.state_dict().items()}
-        for name, q in quantizers.items()
+    rules = {
+        name: (quantizer.observer.name, quantizer.observer.options)
+        for name, quantizer in quantizers.items()
+    }
+    tensors = {
+        name: {key: value.clone() for key, value in quantizer.state_dict().items()}
+        for name, quantizer in quantizers.items()
     }
 
-    def put_back() -> None:
+    def restore() -> None:
         for name, quantizer in quantizers.items():
-            state, passing, synced = states[name]
+            state, passes_through, synced = states[name]
             rule, options = rules[name]
             quantizer.enter(FakeQuantState.FLOAT)
             quantizer.observer.set_rule(rule, **options)
-            quantizer.load_state_dict(kept[name])
+            quantizer.load_state_dict(tensors[name])
             quantizer.observer.synced = synced
-            quantizer.enter(state, pass_through=passing)
+            quantizer.enter(state, pass_through=passes_through)
 
-    return put_back
+    return restore
 
 
 @contextlib.contextmanager
 def watched(who: str, model: nn.Module) -> Iterator[None]:
-    """Warns when the forward itself wrote to the model's parameters or buffers."""
-    skip = {
+    """Warns if a parameter or buffer was written to in the body; quantizers' buffers may be."""
+    quantizer_buffers = {
         id(tensor)
         for quantizer in named_quantizers(model).values()
         for tensor in quantizer.buffers()
@@ -69,7 +74,7 @@ def watched(who: str, model: nn.Module) -> Iterator[None]:
     tensors = {
         name: tensor
         for name, tensor in (*model.named_parameters(), *model.named_buffers())
-        if id(tensor) not in skip and not tensor.is_inference()
+        if id(tensor) not in quantizer_buffers and not tensor.is_inference()
     }
     versions = {name: tensor._version for name, tensor in tensors.items()}
     yield

@@ -1,4 +1,4 @@
-"""Setting and reading the state of a model's quantizers."""
+"""Sets and reads the states of a model's quantizers."""
 
 from __future__ import annotations
 
@@ -18,26 +18,31 @@ def set_fake_quantize(
     pattern: Pattern | None = None,
     allow_unobserved: bool = False,
 ) -> None:
-    """Sets the state of the model's quantizers, whatever ``train()`` and ``eval()`` say.
+    """Sets the state of the model's quantizers; ``train()`` and ``eval()`` do not change it.
 
-    Leaving CALIBRATION solves every observer, activations from their statistics in one call and
-    weights from the weights, and raises when a quantizer saw no data. VALIDATION raises when a
-    quantizer has no range. A change that raises changes nothing.
+    Quantizers that leave CALIBRATION are solved: activations from their statistics, weights from
+    the weights themselves. If the call raises, no quantizer has changed.
 
-    Statistics go on from where they are when CALIBRATION is entered again;
-    :func:`reset_statistics` forgets them.
+    Entering CALIBRATION again adds to the statistics; :func:`reset_statistics` empties them.
 
     Args:
+        model: a prepared model, wrapped or not.
         state: a :class:`FakeQuantState` or its value, such as ``"qat"``.
-        pattern: names of quantizers, with ``*`` and ``?``, or a list of such; None is all.
-        allow_unobserved: let quantizers without data be: they pass through in VALIDATION, and in
-            QAT their first batch sets the range.
+        pattern: names of quantizers, which may contain ``*`` and ``?``, or a list of them; None
+            sets all quantizers.
+        allow_unobserved: do not raise for quantizers without data or range. In VALIDATION they pass
+            values through; in QAT their first batch sets the range.
 
     Raises:
-        TypeError: ``model`` is no module, ``allow_unobserved`` no bool.
-        ValueError: an unknown state, a pattern that matches no quantizer, no quantizers at all,
-            learned parameters that are not finite.
-        RuntimeError: quantizers without data or range, by name.
+        TypeError: ``model`` is no module, ``allow_unobserved`` no bool or ``pattern`` no text.
+        ValueError: an unknown state, a pattern that matches no quantizer, a model without
+            quantizers, or learned parameters that are not finite.
+        RuntimeError: quantizers that leave CALIBRATION saw no data, or in VALIDATION have no range;
+            the message names them.
+
+    Warns:
+        QuantizationWarning: non-finite values, channels that are all zero, negative values that
+            clip to 0, or inputs that saw no floating tensor; the message names the quantizers.
     """
     change_states(_WHO, model, state, pattern, allow_unobserved)
 
@@ -49,7 +54,7 @@ def change_states(
     pattern: Pattern | None = None,
     allow_unobserved: bool = False,
 ) -> None:
-    """:func:`set_fake_quantize` on behalf of the function that errors are to name."""
+    """:func:`set_fake_quantize` with errors that name the function ``who``."""
     target = parse_state(who, state)
     parse_flag(who, "allow_unobserved", allow_unobserved)
     prepared = PreparedModel(who, model)
@@ -62,20 +67,24 @@ def change_states(
 def fake_quantize_states(model: nn.Module) -> dict[str, FakeQuantState]:
     """The state of every quantizer, by name.
 
-    Raises TypeError for what is no module, ValueError for a model without quantizers.
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: the model has no quantizers.
     """
     prepared = PreparedModel("fake_quantize_states", model)
     return {name: quantizer.state for name, quantizer in prepared.quantizers.items()}
 
 
 def reset_statistics(model: nn.Module, pattern: Pattern | None = None) -> None:
-    """Forgets what the observers saw; ranges stay.
+    """Empties the observers' statistics; ranges stay.
 
     Args:
-        pattern: of the quantizers, as in :func:`set_fake_quantize`.
+        model: a prepared model, wrapped or not.
+        pattern: names of quantizers, as in :func:`set_fake_quantize`.
 
-    Raises TypeError for what is no module; ValueError for a model without quantizers, or a pattern
-    that matches none.
+    Raises:
+        TypeError: ``model`` is no module, or ``pattern`` no text.
+        ValueError: the model has no quantizers, or the pattern matches none.
     """
     for quantizer in PreparedModel("reset_statistics", model).select(pattern).values():
         quantizer.observer.reset_()

@@ -1,4 +1,4 @@
-"""Ranges from statistics and weights: what quantizers would take, before any of them does."""
+"""Computes ranges from statistics and weights, before any quantizer is changed."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch_ext.quantizers.observer import Observer
 from torch_ext.quantizers.state_table import FakeQuantState
 from torch_ext.utils.text import label_of, shown
 
-_SHOWN = 8  # channels that a finding lists
+_MAX_SHOWN = 8  # channels in a finding
 
 
 class Solution(NamedTuple):
-    """A range [C,2] with the parameters that quantize to it, not yet in a quantizer."""
+    """A range with its scale and zero point, not yet copied into a quantizer."""
 
     range: Tensor  # float32 [C,2]
     scale: Tensor  # float32 [C]
@@ -26,7 +26,7 @@ class Solution(NamedTuple):
 
     @classmethod
     def nothing(cls, channels: int, device: torch.device) -> Solution:
-        """Of data that is all zero: the range (0,0), scale 1."""
+        """The solution of all-zero data: range (0,0), scale 1, zero point 0."""
         return cls(
             torch.zeros(channels, 2, dtype=torch.float32, device=device),
             torch.ones(channels, dtype=torch.float32, device=device),
@@ -35,15 +35,15 @@ class Solution(NamedTuple):
 
 
 class WeightSolution(NamedTuple):
-    """What a weight gives, and its statistic; ``solution`` is None without a finite value."""
+    """A weight's range and statistic."""
 
-    solution: Solution | None
+    solution: Solution | None  # None if no value is finite
     extrema: Tensor  # float32 [C,2]
     tally: Tensor  # int64 [C,5]
 
 
 class Quantizer(Protocol):
-    """What solving and a change of state need of a FakeQuantize, whose module imports this one."""
+    """The part of FakeQuantize used here, which cannot be imported: its module imports this one."""
 
     observer: Observer
     solved: Tensor
@@ -61,22 +61,23 @@ class Quantizer(Protocol):
 
 
 Q = TypeVar("Q", bound=Quantizer)
-# The weight that a quantizer quantizes; None where it is no parametrization of one.
+# Reads the weight of a quantizer; None if the quantizer is no parametrization.
 ReadWeight = Callable[[Q], Tensor | None]
 
 
 class Solutions:
-    """Ranges found for a set of quantizers, before any of them is taken."""
+    """The ranges computed for a set of quantizers, until :meth:`commit` copies them over."""
 
     def __init__(self, quantizers: Mapping[str, Quantizer]) -> None:
+        # All by quantizer name.
         self.quantizers = quantizers
         self.solved: dict[str, Solution] = {}
         self.weights: dict[str, WeightSolution] = {}
-        self.unobserved: dict[str, str] = {}  # those with nothing to solve from, and why
+        self.unobserved: dict[str, str] = {}  # why there was nothing to solve from; may be ""
 
     @torch.no_grad()
     def commit(self) -> None:
-        """Every quantizer takes its range; weights' observers their statistic."""
+        """Copies the ranges into the quantizers, and weights' statistics into their observers."""
         for name, weight in self.weights.items():
             observer = self.quantizers[name].observer
             observer.extrema.copy_(weight.extrema)
@@ -85,7 +86,7 @@ class Solutions:
             self.quantizers[name].take_(solution)
 
     def findings(self) -> list[str]:
-        """What deserves a look, one line per quantizer and kind of finding."""
+        """Non-finite data, dead channels and clipped negatives; see :func:`findings`."""
         return findings(
             {
                 name: (self.quantizers[name].observer, solution.range)
@@ -95,7 +96,11 @@ class Solutions:
 
 
 def solve_quantizers(chosen: Mapping[str, Q], read_weight: ReadWeight[Q]) -> Solutions:
-    """Solves quantizers without changing them; those with nothing to solve are named."""
+    """Solves quantizers without changing them.
+
+    Activations are solved from their statistics, weights from what ``read_weight`` returns.
+    Quantizers without data are listed in ``Solutions.unobserved``, unless they are optional.
+    """
     solutions = Solutions(chosen)
     counts = _finite_counts(chosen)
     ready: dict[str, Observer] = {}
@@ -104,7 +109,7 @@ def solve_quantizers(chosen: Mapping[str, Q], read_weight: ReadWeight[Q]) -> Sol
         if quantizer.transient:
             weight = read_weight(quantizer)
             if weight is None:
-                solutions.unobserved[name] = "it reads a weight, but is no parametrization of one"
+                solutions.unobserved[name] = "a weight quantizer, but no parametrization"
                 continue
             solutions.weights[name] = solved = quantizer.solve_weight(weight)
             if solved.solution is None:
@@ -120,7 +125,7 @@ def solve_quantizers(chosen: Mapping[str, Q], read_weight: ReadWeight[Q]) -> Sol
 
 
 def _finite_counts(chosen: Mapping[str, Quantizer]) -> dict[str, tuple[int, int]]:
-    """Finite and non-finite values that each statistic holds; one transfer per device."""
+    """The numbers of finite and non-finite values of each statistic; one transfer per device."""
     by_device: dict[torch.device, list[str]] = {}
     for name, quantizer in chosen.items():
         by_device.setdefault(quantizer.observer.tally.device, []).append(name)
@@ -133,41 +138,47 @@ def _finite_counts(chosen: Mapping[str, Quantizer]) -> dict[str, tuple[int, int]
 
 
 def solve_observers(observers: Mapping[str, Observer]) -> dict[str, Solution]:
-    """Solves statistics, all those of a device in one call.
+    """Solves the observers' statistics, in one call per device.
 
-    Raises ValueError, by name, for a statistic that no data makes.
+    Raises:
+        ValueError: tensors of a statistic contradict each other; the message names the quantizers.
     """
     by_device: dict[torch.device, list[str]] = {}
     for name, observer in observers.items():
         by_device.setdefault(observer.extrema.device, []).append(name)
     solutions: dict[str, Solution] = {}
     for names in by_device.values():
-        own = [observers[name] for name in names]
+        on_device = [observers[name] for name in names]
         ranges, scales, zero_points = ops.solve_many(
-            [o.name for o in own],
-            [o.extrema for o in own],
-            [o.tally for o in own],
-            [o.counts for o in own],
-            [o.quant_min for o in own],
-            [o.quant_max for o in own],
-            [o.symmetric for o in own],
-            [o.scale_rule for o in own],
-            [o.power_of_two for o in own],
-            [o.encoded_options for o in own],
+            [observer.name for observer in on_device],
+            [observer.extrema for observer in on_device],
+            [observer.tally for observer in on_device],
+            [observer.counts for observer in on_device],
+            [observer.quant_min for observer in on_device],
+            [observer.quant_max for observer in on_device],
+            [observer.symmetric for observer in on_device],
+            [observer.scale_rule for observer in on_device],
+            [observer.power_of_two for observer in on_device],
+            [observer.encoded_options for observer in on_device],
         )
-        _refuse_contradictions(names, ranges)
+        _check_no_nan(names, ranges)
         solutions.update(zip(names, map(Solution, ranges, scales, zero_points), strict=True))
     return solutions
 
 
-def _refuse_contradictions(names: list[str], ranges: list[Tensor]) -> None:
-    """The op raises for a statistic that no data makes, but on a device that is not the CPU it
-    cannot look without waiting: the range is NaN there, and seen here."""
-    if not ranges or not bool(torch.cat([r.flatten() for r in ranges]).isnan().any()):
+def _check_no_nan(names: list[str], ranges: list[Tensor]) -> None:
+    """Raises ValueError for contradictory statistics on a GPU.
+
+    On the CPU the op itself raises. On a GPU that would need a host sync: the range is NaN instead.
+    """
+    if not ranges or not bool(torch.cat([range_.flatten() for range_ in ranges]).isnan().any()):
         return
-    broken = [n for n, r in zip(names, ranges, strict=True) if bool(r.isnan().any())]
+    broken = [
+        name for name, range_ in zip(names, ranges, strict=True) if bool(range_.isnan().any())
+    ]
     raise ValueError(
-        f"solve: expected extrema, tally and counts to hold together, got others in {shown(broken)}"
+        "solve: expected extrema, tally and counts to agree, got contradictory ones in "
+        f"{shown(broken)}"
     )
 
 
@@ -178,16 +189,19 @@ def has_range(chosen: Mapping[str, Quantizer]) -> dict[str, bool]:
     for name, quantizer in chosen.items():
         by_device.setdefault(quantizer.solved.device, []).append(name)
     for names in by_device.values():
-        read: Tensor = torch.cat([chosen[name].solved for name in names])
-        flags.update(zip(names, map(bool, read.tolist()), strict=True))
+        solved: Tensor = torch.cat([chosen[name].solved for name in names])
+        flags.update(zip(names, map(bool, solved.tolist()), strict=True))
     return flags
 
 
 def findings(solved: Mapping[str, tuple[Observer, Tensor]]) -> list[str]:
-    """Non-finite data, dead tensors and clipped negatives, one line per quantizer and kind.
+    """Lines for a warning: non-finite data, dead channels and negative values that clip to 0.
 
     Args:
         solved: observer and range [C,2] by name of the quantizer.
+
+    Returns:
+        One line for each quantizer and kind of finding.
     """
     notes: list[str] = []
     for name, (observer, range_) in solved.items():
@@ -209,13 +223,16 @@ def findings(solved: Mapping[str, tuple[Observer, Tensor]]) -> list[str]:
 
 
 def dead_channels(range_: Tensor, one_sided: bool) -> list[int]:
-    """Channels of a range [C,2] that hold nothing to scale."""
+    """The channels of a range [C,2] that are all zero; if ``one_sided``, without positive values.
+
+    Their scale is 1.
+    """
     alive = range_[:, 1] > 0 if one_sided else (range_ != 0).any(1)
     dead: list[int] = torch.nonzero(~alive).flatten().tolist()
     return dead
 
 
 def listed(channels: list[int]) -> str:
-    """The first channels, for a message."""
-    more = ", ..." if len(channels) > _SHOWN else ""
-    return "[" + ", ".join(map(str, channels[:_SHOWN])) + more + "]"
+    """The first channels as text for a message, such as "[0, 3, ...]"."""
+    more = ", ..." if len(channels) > _MAX_SHOWN else ""
+    return "[" + ", ".join(map(str, channels[:_MAX_SHOWN])) + more + "]"

@@ -1,4 +1,4 @@
-"""Changes of state: all that can be wrong with one is found before the first quantizer moves."""
+"""Changes quantizers' states: checks all of them first, then changes all of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch_ext.utils.text import shown
 
 
 class QuantizationWarning(UserWarning):
-    """Quantizers whose data or range deserves a look, by name."""
+    """Warns of quantizers whose data, range or state is unusual; the message names them."""
 
 
 def change_state(
@@ -30,11 +30,20 @@ def change_state(
     read_weight: ReadWeight[Q],
     allow_unobserved: bool = False,
 ) -> None:
-    """Moves quantizers to another state; those that leave CALIBRATION are solved.
+    """Changes the state of quantizers; those that leave CALIBRATION are solved.
 
-    Raises RuntimeError, by name, where a quantizer saw no data or has no range for VALIDATION,
-    unless ``allow_unobserved``; ValueError where one has numbers that nothing can be quantized
-    with. Nothing has changed then. Warns, by name, of odd data.
+    Args:
+        who: the function that errors and warnings name.
+        chosen: quantizers by name.
+        target: the new state.
+        read_weight: reads the weight of a weight quantizer.
+        allow_unobserved: do not raise for quantizers without data or range.
+
+    Raises:
+        RuntimeError: a quantizer saw no data, or in VALIDATION has no range.
+        ValueError: learned parameters that are not finite, or a contradictory statistic.
+
+    If it raises, no quantizer has changed. The findings are given as a QuantizationWarning.
     """
     for name, quantizer in chosen.items():
         quantizer.check_enters(who, name, target)
@@ -46,10 +55,10 @@ def change_state(
     }
     solutions = solve_quantizers(leaving, read_weight)
     if not allow_unobserved:
-        _refuse_unobserved(who, solutions.unobserved)
+        _check_observed(who, solutions.unobserved)
     without = _without_range(chosen, solutions) if target is FakeQuantState.VALIDATION else []
     if not allow_unobserved:
-        _refuse_without_range(who, [name for name in without if not _may_pass(chosen[name])])
+        _check_have_range(who, [name for name in without if not _may_lack_range(chosen[name])])
 
     solutions.commit()
     for name, quantizer in chosen.items():
@@ -61,10 +70,10 @@ def change_state(
 
 
 def check_export(state: str) -> None:
-    """Raises where the program of an export would go on changing its ranges.
+    """Raises RuntimeError during ``torch.export`` in a state that changes the quantizer.
 
-    Warns in torch.onnx's own export, which has no operator for a quantizer: an exception it would
-    hide, and try again in another way.
+    During ``torch.onnx.export``, which has no operator for a quantizer, it warns: that function
+    catches exceptions and retries with another capture.
     """
     if state in CHANGES:
         raise RuntimeError(
@@ -84,24 +93,25 @@ def check_export(state: str) -> None:
 
 
 def _without_range(chosen: Mapping[str, Quantizer], solutions: Solutions) -> list[str]:
+    """Names of the quantizers that have no range, and get none from ``solutions``."""
     flags = has_range(chosen)
     return [name for name in chosen if not flags[name] and name not in solutions.solved]
 
 
-def _may_pass(quantizer: Quantizer) -> bool:
+def _may_lack_range(quantizer: Quantizer) -> bool:
     return quantizer.optional or quantizer.unobserved_allowed
 
 
-def _refuse_unobserved(who: str, unobserved: Mapping[str, str]) -> None:
+def _check_observed(who: str, unobserved: Mapping[str, str]) -> None:
     if unobserved:
-        names = [f"{n} ({why})" if why else n for n, why in unobserved.items()]
+        names = [f"{name} ({why})" if why else name for name, why in unobserved.items()]
         raise RuntimeError(
             f"{who}: expected every quantizer to have seen data, got none for "
             f"{shown(names, 1000)}; run data through them, or pass allow_unobserved=True"
         )
 
 
-def _refuse_without_range(who: str, names: list[str]) -> None:
+def _check_have_range(who: str, names: list[str]) -> None:
     if names:
         raise RuntimeError(
             f"{who}: expected every quantizer to have a range for VALIDATION, got none for "
@@ -111,5 +121,7 @@ def _refuse_without_range(who: str, names: list[str]) -> None:
 
 
 def _idle_inputs(without: list[str], chosen: Mapping[str, Quantizer]) -> list[str]:
-    idle = sorted(n for n in without if chosen[n].optional and not chosen[n].unobserved_allowed)
+    idle = sorted(
+        name for name in without if chosen[name].optional and not chosen[name].unobserved_allowed
+    )
     return [f"  inputs that saw no floating tensor pass through: {shown(idle)}"] if idle else []

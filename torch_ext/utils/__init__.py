@@ -1,1 +1,1 @@
-"""What knows nothing of quantization: arguments, text, batches, modes, progress bars."""
+"""Helpers that are independent of quantization: arguments, text, batches, modes, progress bars."""

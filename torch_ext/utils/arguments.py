@@ -8,32 +8,45 @@ from typing import Any
 
 from torch import Tensor, nn
 
-_MOST = 200  # characters of a value in a message
+_MAX_SHOWN = 200  # characters of a value in a message
 
 
 def bounded(value: object) -> str:
-    """A value for a message: its ``repr``, cut; of tensors and modules the kind alone."""
+    """A value as text for a message, of bounded length.
+
+    That is its ``repr``, cut to 200 characters. Of a tensor it is the dtype and shape, of a module
+    the class, because their ``repr`` is long.
+    """
     if isinstance(value, Tensor):
         return f"a tensor {value.dtype} of shape {list(value.shape)}"
     if isinstance(value, nn.Module):
-        return f"a {type(value).__name__}"
+        return f"a module {type(value).__name__}"
     text = repr(value)
-    return text if len(text) <= _MOST else f"{text[:_MOST]}... ({type(value).__name__})"
+    if len(text) <= _MAX_SHOWN:
+        return text
+    return f"{text[:_MAX_SHOWN]}... ({type(value).__name__})"
 
 
 def parse_flag(who: str, name: str, value: object) -> bool:
+    """Returns ``value``, the argument ``name`` of ``who``; raises TypeError unless it is a bool."""
     if not isinstance(value, bool):
         raise TypeError(f"{who}: expected {name} to be True or False, got {bounded(value)}")
     return value
 
 
 def check_callable(who: str, name: str, value: object) -> None:
-    """Raises TypeError for what is neither None nor can be called."""
+    """Raises TypeError unless ``value`` is None or callable."""
     if value is not None and not callable(value):
         raise TypeError(f"{who}: expected {name} to be a function or None, got {bounded(value)}")
 
 
 def parse_integer(who: str, name: str, value: object, low: int, high: int) -> int:
+    """Returns ``value``, the argument ``name`` of ``who``.
+
+    Raises:
+        TypeError: ``value`` is not an int, or is a bool.
+        ValueError: ``value`` is outside ``low`` to ``high``, both included.
+    """
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{who}: expected {name} to be an integer, got {bounded(value)}")
     if not low <= value <= high:
@@ -41,21 +54,40 @@ def parse_integer(who: str, name: str, value: object, low: int, high: int) -> in
     return value
 
 
-def bound_arguments(who: str, model: nn.Module, example_inputs: Any) -> dict[str, Any]:
-    """The values of an example by argument of the model's forward."""
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = {}
+def split_arguments(who: str, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """An example as positional and keyword arguments.
+
+    A tensor is the only argument, a tuple or list holds positional ones, a mapping those by name.
+    Raises TypeError for anything else.
+    """
     if isinstance(example_inputs, Mapping):
-        kwargs = dict(example_inputs)
-    elif isinstance(example_inputs, (tuple, list)):
-        args = tuple(example_inputs)
-    elif isinstance(example_inputs, Tensor):
-        args = (example_inputs,)
-    else:
-        raise TypeError(
-            f"{who}: expected example_inputs to be a tensor, a tuple of arguments or a mapping of "
-            f"keyword arguments, got {bounded(example_inputs)}"
-        )
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,), {}
+    raise TypeError(
+        f"{who}: expected example_inputs to be a tensor, a tuple of arguments or a mapping of "
+        f"keyword arguments, got {bounded(example_inputs)}"
+    )
+
+
+def bound_arguments(who: str, model: nn.Module, example_inputs: Any) -> dict[str, Any]:
+    """Binds example inputs to the parameters of the model's forward.
+
+    Args:
+        who: the function that errors name.
+        model: the module whose ``forward`` has the signature.
+        example_inputs: one tensor (the first argument), a tuple or list of positional arguments,
+            or a mapping of keyword arguments.
+
+    Returns:
+        Values by parameter name. Parameters left at their defaults are not included.
+
+    Raises:
+        TypeError: ``example_inputs`` is of another type, or does not fit the signature.
+    """
+    args, kwargs = split_arguments(who, example_inputs)
     try:
         return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
     except TypeError as error:

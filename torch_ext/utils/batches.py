@@ -1,4 +1,4 @@
-"""Taking a loader's batches apart: what the model is called with, how many samples, which bytes."""
+"""Batches of a data loader: calling the model, moving to a device, counting samples, hashing."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ Forward = Callable[[nn.Module, Any], object]
 
 
 def default_forward(who: str) -> Forward:
-    """Calls a model with a batch, for the function that errors are to name.
+    """The function that calls a model with one batch, unless the user gives another.
 
-    A tensor is the argument; of a tuple or list the first entry is; a mapping holds keywords.
+    A tensor is passed as the argument. Of a tuple or list only the first entry is, since the
+    others are usually labels. A mapping is passed as keyword arguments.
+
+    The returned function raises ValueError, naming ``who``, for an empty tuple or list.
     """
 
     def forward(model: nn.Module, batch: Any) -> object:
@@ -33,13 +36,13 @@ def default_forward(who: str) -> Forward:
 
 
 def check_batches(who: str, argument: str, batches: object) -> None:
-    """Raises TypeError for what is no iterable of batches.
+    """Raises TypeError unless ``batches`` is an iterable that can hold batches.
 
-    A tensor would be taken apart into samples, text into characters, a mapping into its keys.
+    Tensors, text and mappings are iterable too, but give samples, characters and keys; they raise.
     """
     if isinstance(batches, Tensor):
         raise TypeError(
-            f"{who}: expected {argument} to be batches, got {bounded(batches)}, which is one: "
+            f"{who}: expected {argument} to be batches, got {bounded(batches)}, a single batch: "
             "pass a list, such as tensor.split(32), or a DataLoader"
         )
     if isinstance(batches, (str, bytes, Mapping, nn.Module)) or not isinstance(batches, Iterable):
@@ -47,9 +50,14 @@ def check_batches(who: str, argument: str, batches: object) -> None:
 
 
 def model_device(who: str, model: nn.Module, device: torch.device | str | None) -> torch.device:
-    """Where batches go: what is asked for, else to the model's first parameter.
+    """The device that batches are moved to.
 
-    Raises TypeError or ValueError for what is no device.
+    It is ``device`` if given, else that of the model's first parameter (or buffer, without
+    parameters).
+
+    Raises:
+        TypeError: ``device`` is neither text nor a ``torch.device``.
+        ValueError: torch does not know the device.
     """
     if device is not None:
         if not isinstance(device, (str, torch.device)):
@@ -65,38 +73,43 @@ def model_device(who: str, model: nn.Module, device: torch.device | str | None) 
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """The same batch with its tensors on the device."""
+    """A batch with its tensors moved to the device.
+
+    Descends into mappings, tuples and lists. Named tuples and other objects are returned as they
+    are.
+    """
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
     if isinstance(value, Mapping):
-        return {key: to_device(one, device) for key, one in value.items()}
+        return {key: to_device(item, device) for key, item in value.items()}
     if type(value) in (tuple, list):
-        return type(value)(to_device(one, device) for one in value)
+        return type(value)(to_device(item, device) for item in value)
     return value
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors of a batch, in order; descends into mappings, tuples and lists."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
-        for one in value.values():
-            yield from tensors_in(one)
+        for item in value.values():
+            yield from tensors_in(item)
     elif isinstance(value, (tuple, list)):
-        for one in value:
-            yield from tensors_in(one)
+        for item in value:
+            yield from tensors_in(item)
 
 
 def sample_count(batch: Any) -> int:
-    """The first dimension of the batch's first tensor."""
+    """The size of the first dimension of the batch's first tensor; 1 without such a dimension."""
     first = next(tensors_in(batch), None)
     return 1 if first is None or first.dim() == 0 else first.shape[0]
 
 
 def digest(batch: Any) -> str:
-    """A name for the batch's contents: bytes, dtypes and shapes of its tensors."""
-    found = hashlib.sha256()
+    """A SHA-256 of the dtypes, shapes and bytes of the batch's tensors, in hexadecimal."""
+    sha = hashlib.sha256()
     for tensor in tensors_in(batch):
         plain = tensor.detach().cpu().contiguous()
-        found.update(f"{plain.dtype}{list(plain.shape)}".encode())
-        found.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+        sha.update(f"{plain.dtype}{list(plain.shape)}".encode())
+        sha.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()

@@ -12,7 +12,7 @@ from torch import nn
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """All modules in eval mode; each gets its own mode back."""
+    """Puts all modules in eval mode, and restores each module's mode at the end."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -24,14 +24,18 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def forked_rng(model: nn.Module) -> Iterator[None]:
-    """Torch's random state, of the CPU and of the model's devices, is put back."""
+    """Restores torch's random state, of the CPU and of the model's CUDA devices, at the end."""
     tensors = (*model.parameters(), *model.buffers())
     cuda = {tensor.device for tensor in tensors if tensor.is_cuda}
-    with torch.random.fork_rng(devices=sorted(d.index or 0 for d in cuda)):
+    with torch.random.fork_rng(devices=sorted(device.index or 0 for device in cuda)):
         yield
 
 
 def autocasting(autocast: torch.dtype | bool | None, device: torch.device) -> Any:
+    """The ``torch.autocast`` context of a device, or a null context for None and False.
+
+    True is the device's default dtype, a dtype is that one.
+    """
     if autocast is None or autocast is False:
         return contextlib.nullcontext()
     dtype = None if autocast is True else autocast

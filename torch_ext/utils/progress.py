@@ -1,4 +1,4 @@
-"""The progress bar of every long loop: rate and remaining time, silent where nobody looks."""
+"""The progress bar of every long loop, with rate and remaining time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ T = TypeVar("T")
 def progress_bar(
     items: Iterable[T], total: int | None, label: str, progress: bool | None
 ) -> Iterable[T]:
-    """The same items with a bar on standard error; ``None`` shows one where that is a terminal."""
+    """The same items, shown with a tqdm bar on standard error.
+
+    Args:
+        items: what the loop runs over.
+        total: their number; None if it is not known.
+        label: the text before the bar.
+        progress: whether to show the bar; None shows it if standard error is a terminal. Without
+            tqdm there is no bar.
+    """
     if progress is None:
         progress = sys.stderr.isatty()
     if not progress:

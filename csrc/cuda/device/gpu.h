@@ -13,38 +13,40 @@
 
 #include "core/half.h"
 
-// The words of CUDA that the kernels use, and how a kernel is launched. A kernel is a struct with
-// `kThreads`, the threads of a block, and operator(), what one thread does. The tests have a second
-// file of this name, which runs the same kernels on the host, thread by thread, in any order.
+// The functions of CUDA that the kernels use, and the launch of a kernel. A kernel is a struct with
+// kThreads, the number of threads of a block, and operator(), which one thread runs. The tests have
+// another file of this name, which runs the same kernels on the host, one thread at a time, in
+// random order.
 #define TE_GPU __device__ __forceinline__
 
 namespace torch_ext::gpu {
 
 using Stream = struct CUstream_st*;
 
-// Where this thread is.
+// Index of this thread in its block, index of the block, number of blocks.
 TE_GPU int thread() { return static_cast<int>(threadIdx.x); }
 TE_GPU int64_t block() { return blockIdx.x; }
 TE_GPU int64_t blocks() { return gridDim.x; }
 constexpr int kWarp = 32;
 
-// The block's memory on chip, of the size that the launch asked for, aligned to 16 bytes.
+// The block's dynamic shared memory, aligned to 16 bytes. Its size is in the Launch.
 extern __shared__ int4 dynamic_shared_memory[];
 TE_GPU void* shared() { return dynamic_shared_memory; }
 
-// All threads of the block arrive; what they wrote is visible to each other.
+// Barrier of all threads of the block; makes their writes visible to each other.
 TE_GPU void sync() { __syncthreads(); }
 TE_GPU bool sync_or(bool value) { return __syncthreads_or(value) != 0; }
-// The same for all blocks of a launch `together`.
+// Barrier of all blocks; only in a cooperative launch.
 TE_GPU void sync_blocks() { cooperative_groups::this_grid().sync(); }
 
-// The value of the lane whose number differs in these bits. All lanes of a warp call it.
+// The value of the lane whose number is this lane's xor `lanes`. All lanes of a warp have to call
+// it.
 template <class T>
 TE_GPU T shuffle_xor(T value, int lanes) {
   return __shfl_xor_sync(0xffffffffu, value, lanes);
 }
 
-// Atomic, on shared or global memory.
+// Atomics, on shared or global memory.
 TE_GPU void add(uint32_t* to, uint32_t value) { atomicAdd(to, value); }
 TE_GPU uint32_t fetch_add(uint32_t* to, uint32_t value) { return atomicAdd(to, value); }
 TE_GPU void add(int64_t* to, int64_t value) {
@@ -53,7 +55,7 @@ TE_GPU void add(int64_t* to, int64_t value) {
 TE_GPU void lower(int32_t* to, int32_t value) { atomicMin(to, value); }
 TE_GPU void raise(int32_t* to, int32_t value) { atomicMax(to, value); }
 
-// 16 bytes at once, from or to an address that is a multiple of 16.
+// 16 bytes, loaded and stored in one access; the address has to be a multiple of 16.
 struct alignas(16) Packet {
   uint32_t words[4];
 };
@@ -65,26 +67,28 @@ TE_GPU void store(void* to, const Packet& p) {
   *static_cast<uint4*>(to) = make_uint4(p.words[0], p.words[1], p.words[2], p.words[3]);
 }
 
-// Exact, in one instruction.
+// Exact conversion, in one instruction.
 TE_GPU float widen(core::half x) { return __half2float(__ushort_as_half(x.bits)); }
 
 inline void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
-  // It is told here: whoever asks next would take it for their own. A fault of the device stays.
+  // Clears the error, which the next caller of cudaGetLastError() would take for its own. Errors of
+  // a broken device are sticky and remain.
   cudaGetLastError();
   throw std::runtime_error(std::string("CUDA: ") + what + ": " + cudaGetErrorString(error));
 }
 
-// f(arguments), called and not inlined: for what is long and not often reached.
+// f(arguments) as a call that is not inlined, for long code that runs rarely or that several
+// kernels share.
 template <class F, class... A>
-__device__ __noinline__ auto apart(const F& f, A... arguments) {
+__device__ __noinline__ auto call_noinline(const F& f, A... arguments) {
   return f(arguments...);
 }
 
 struct Device {
   int index;
   int processors;
-  int64_t shared_memory;  // that a block can have, in bytes
+  int64_t shared_memory;  // most that a block can have, in bytes
 };
 
 // The current device.
@@ -94,8 +98,8 @@ inline Device device() {
   int index = 0;
   check(cudaGetDevice(&index), "finding the current device");
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto found = known.find(index);
-  if (found != known.end()) return found->second;
+  const auto entry = known.find(index);
+  if (entry != known.end()) return entry->second;
   int processors = 0, shared_memory = 0;
   check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index),
         "reading the number of multiprocessors");
@@ -109,7 +113,7 @@ __global__ void __launch_bounds__(Kernel::kThreads, 1) run(const __grid_constant
   kernel();
 }
 
-// How many blocks of this kernel the current device holds at once.
+// How many blocks of this kernel run at the same time on the current device.
 template <class Kernel>
 int64_t resident_blocks(size_t shared_memory) {
   static std::mutex mutex;
@@ -117,8 +121,8 @@ int64_t resident_blocks(size_t shared_memory) {
   const Device on = device();
   const std::lock_guard<std::mutex> lock(mutex);
   const auto key = std::make_pair(on.index, shared_memory);
-  const auto found = known.find(key);
-  if (found != known.end()) return found->second;
+  const auto entry = known.find(key);
+  if (entry != known.end()) return entry->second;
   check(cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(shared_memory)),
         "asking for shared memory");
@@ -126,7 +130,7 @@ int64_t resident_blocks(size_t shared_memory) {
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, run<Kernel>, Kernel::kThreads,
                                                       shared_memory),
         "counting resident blocks");
-  // None would become a launch of no block, which does nothing and says nothing.
+  // A launch of 0 blocks would do nothing without an error.
   if (per_processor == 0)
     throw std::runtime_error("CUDA: a block of " + std::to_string(Kernel::kThreads) +
                              " threads and " + std::to_string(shared_memory) +
@@ -137,7 +141,8 @@ int64_t resident_blocks(size_t shared_memory) {
 struct Launch {
   int64_t blocks;
   size_t shared_memory = 0;  // in bytes
-  bool together = false;  // all blocks at once, at most resident_blocks(): they may sync_blocks()
+  // All blocks run at the same time, so they may call sync_blocks(). At most resident_blocks().
+  bool cooperative = false;
 };
 
 template <class Kernel>
@@ -148,17 +153,17 @@ void launch(const char* op, const Kernel& kernel, const Launch& how, Stream stre
     check(cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(how.shared_memory)),
           op);
-  cudaLaunchAttribute cooperative{};
-  cooperative.id = cudaLaunchAttributeCooperative;
-  cooperative.val.cooperative = 1;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(how.blocks));
   config.blockDim = dim3(Kernel::kThreads);
   config.dynamicSmemBytes = how.shared_memory;
   config.stream = stream;
-  config.attrs = &cooperative;
-  config.numAttrs = how.together ? 1 : 0;
-  // The error of this very launch; an earlier one stays where its owner will look for it.
+  config.attrs = &attribute;
+  config.numAttrs = how.cooperative ? 1 : 0;
+  // The result of this launch only; errors of earlier work stay for their own checks.
   check(cudaLaunchKernelEx(&config, run<Kernel>, kernel), op);
 }
 

@@ -24,8 +24,8 @@ constexpr unsigned char kGarbage = 0xa5;
 
 struct Block;
 
-// A fiber begins on its own stack by setcontext(); from then on it is left and entered by
-// _longjmp(), which makes no system call.
+// setcontext() starts a fiber on its own stack; later switches use _longjmp(), which makes no
+// system call.
 struct Fiber {
   ucontext_t context;
   jmp_buf place;
@@ -36,8 +36,8 @@ struct Fiber {
   bool done = true;
 };
 
-// Where a number of fibers wait for each other. Two sets of values, by the parity of the meeting: a
-// fast fiber may come to the next one before a slow one has looked at this one's.
+// A barrier, with values that its fibers exchange. There are two sets of values, used in turn: a
+// fast fiber can reach the next barrier before a slow one has read the values of this one.
 struct Meeting {
   int64_t expected = 0, arrived = 0;
   int parity = 0;
@@ -75,7 +75,8 @@ struct Scheduler {
     for (auto& fiber : pool) fiber->done = true;
   }
 
-  // A fiber that nobody uses. Stacks are kept: they cost more than what runs on them.
+  // A fiber that is not in use. Stacks are reused, because mapping them takes longer than running a
+  // kernel's thread.
   Fiber* take() {
     for (; next_free < pool.size(); ++next_free)
       if (pool[next_free]->done) return pool[next_free++].get();
@@ -108,7 +109,7 @@ Scheduler& scheduler() {
   return instance;
 }
 
-// What a fiber does from its beginning to its end.
+// The function that a fiber runs.
 void enter() {
   Scheduler& s = scheduler();
   try {
@@ -121,7 +122,7 @@ void enter() {
   s.yield();
 }
 
-// Apart: getcontext() is one of the functions that return twice.
+// A function of its own, because getcontext() can return twice.
 void begin(Fiber& fiber) {
   getcontext(&fiber.context);
   fiber.context.uc_stack.ss_sp = fiber.stack;
@@ -151,7 +152,8 @@ void Scheduler::start_block(int64_t index, int threads) {
   resident.push_back(std::move(made));
 }
 
-// The last to come lets all go on; returns the parity of this meeting.
+// Waits at a barrier. The last fiber to arrive makes the others ready. Returns which set of values
+// this barrier uses.
 int meet(Meeting& meeting) {
   Scheduler& s = scheduler();
   const int parity = meeting.parity;
@@ -188,7 +190,7 @@ Machine& machine() {
 
 int64_t launches() { return scheduler().launches; }
 
-void run(int64_t blocks, int threads, size_t shared_memory, bool together,
+void run(int64_t blocks, int threads, size_t shared_memory, bool cooperative,
          const std::function<void()>& kernel) {
   Scheduler& s = scheduler();
   s.reset();
@@ -199,7 +201,7 @@ void run(int64_t blocks, int threads, size_t shared_memory, bool together,
   s.random.seed(machine().seed);
   ++s.launches;
   if (threads % kWarp != 0 || static_cast<int64_t>(shared_memory) > machine().shared_memory ||
-      (together && blocks > machine().processors))
+      (cooperative && blocks > machine().processors))
     throw std::logic_error("a launch that no device could run: " + std::to_string(blocks) +
                            " blocks, " + std::to_string(shared_memory) + " bytes");
   s.grid.expected = blocks * threads;
@@ -207,12 +209,12 @@ void run(int64_t blocks, int threads, size_t shared_memory, bool together,
   for (int64_t b = 0; b < blocks; ++b) order[b] = b;
   if (machine().order == Machine::backwards) std::reverse(order.begin(), order.end());
   if (machine().order == Machine::random) std::shuffle(order.begin(), order.end(), s.random);
-  const int64_t at_once = together ? blocks : std::min<int64_t>(blocks, 2);
+  const int64_t at_once = cooperative ? blocks : std::min<int64_t>(blocks, 2);
   int64_t started = 0;
   while (started < blocks || !s.resident.empty()) {
     while (started < blocks && static_cast<int64_t>(s.resident.size()) < at_once)
       s.start_block(order[started++], threads);
-    if (s.ready.empty()) throw std::logic_error("threads of a kernel wait for each other for ever");
+    if (s.ready.empty()) throw std::logic_error("deadlock: all threads of the kernel wait");
     size_t pick = s.ready.size() - 1;
     if (machine().order == Machine::random) pick = s.random() % s.ready.size();
     if (machine().order == Machine::in_order) pick = 0;

@@ -8,11 +8,11 @@
 
 struct CUstream_st;  // a cudaStream_t points to one
 
-// The words of csrc/cuda/device/gpu.h on the host: the kernels' own source, compiled by the C++
-// compiler, with one fiber for each thread of each resident block. Which fiber runs next is drawn
-// at random (or in order, or backwards), at every barrier, shuffle and atomic, so a result that
-// depends on scheduling shows. Shared memory begins as garbage and is watched for writes past its
-// end; threads that wait for each other for ever are an error.
+// The functions of csrc/cuda/device/gpu.h on the host: the C++ compiler compiles the kernels' own
+// source, and each thread of each resident block is a fiber. At every barrier, shuffle and atomic
+// the next fiber to run is chosen at random (or in order, or backwards), so a result that depends
+// on scheduling is found. Shared memory is filled with garbage first and checked for writes past
+// its end; a deadlock is an error.
 #define TE_GPU inline
 
 namespace torch_ext::gpu {
@@ -21,7 +21,7 @@ using Stream = CUstream_st*;
 
 namespace emulation {
 
-// What the drivers plan for, and how threads are scheduled. Tests set it.
+// The device that the drivers plan for, and how threads are scheduled. Set by the tests.
 struct Machine {
   int processors = 3;
   int64_t shared_memory = 227 * 1024;
@@ -30,15 +30,15 @@ struct Machine {
 };
 Machine& machine();
 
-// Kernels run since the program began.
+// Number of launches since the program started.
 int64_t launches();
 
-void run(int64_t blocks, int threads, size_t shared_memory, bool together,
+void run(int64_t blocks, int threads, size_t shared_memory, bool cooperative,
          const std::function<void()>& kernel);
 
-// Lets the scheduler run somebody else, at times.
+// Sometimes lets another fiber run.
 void pause();
-// Waits for all lanes of the warp; `mine` and the result are `size` <= 8 bytes.
+// Exchanges `size` <= 8 bytes with lane (this lane xor `lanes`); waits for all lanes of the warp.
 void exchange(const void* mine, void* theirs, size_t size, int lanes);
 
 }  // namespace emulation
@@ -80,7 +80,7 @@ inline void raise(int32_t* to, int32_t value) {
 struct alignas(16) Packet {
   uint32_t words[4];
 };
-// The alignment that the device insists on.
+// Throws unless the address is aligned to 16 bytes, as a device requires.
 void expect_aligned(const void* at);
 inline Packet load(const void* from) {
   expect_aligned(from);
@@ -96,7 +96,7 @@ inline void store(void* to, const Packet& p) {
 inline float widen(core::half x) { return core::to_float(x); }
 
 template <class F, class... A>
-auto apart(const F& f, A... arguments) {
+auto call_noinline(const F& f, A... arguments) {
   return f(arguments...);
 }
 
@@ -117,14 +117,15 @@ int64_t resident_blocks(size_t) {
 struct Launch {
   int64_t blocks;
   size_t shared_memory = 0;
-  bool together = false;
+  bool cooperative = false;
 };
 
 template <class Kernel>
 void launch(const char*, const Kernel& kernel, const Launch& how, Stream) {
   static_assert(sizeof(Kernel) <= 32764);
   if (how.blocks == 0) return;
-  emulation::run(how.blocks, Kernel::kThreads, how.shared_memory, how.together, [&] { kernel(); });
+  emulation::run(how.blocks, Kernel::kThreads, how.shared_memory, how.cooperative,
+                 [&] { kernel(); });
 }
 
 }  // namespace torch_ext::gpu

@@ -1,1 +1,1 @@
-"""One HTML page about every quantizer: measurements, pictures, advice."""
+"""The HTML report about every quantizer: measurements, pictures, advice."""

@@ -1,4 +1,4 @@
-"""The page of a report: one HTML file that loads nothing and reads without scripts, too."""
+"""The HTML page of a report: it loads nothing, and can be read without scripts, too."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ i{display:inline-block;width:11px;height:11px;margin-right:6px}
 code{background:#f3f3f3}
 """
 
-# Sorts by the values in data-v, what has none last; opens what a link leads to; filters by name.
+# Sorts the table by the cells' data-v, empty ones last; opens the section that a link leads to;
+# filters table and sections by name.
 _SCRIPT = """
 const table=document.getElementById("overview"),body=table.tBodies[0];
 table.tHead.addEventListener("click",event=>{
@@ -55,11 +56,14 @@ document.getElementById("filter").addEventListener("input",event=>{
 });
 """
 
-Cell = tuple[str, float | str]  # what is shown, and what it is sorted by
+Cell = tuple[str, float | str]  # the text, and the value that the column is sorted by
 
 
 def page(title: str, about: str, subjects: Sequence[tuple[QuantizerReport, list[Note]]]) -> str:
-    body = "\n".join(_section(i, subject, found) for i, (subject, found) in enumerate(subjects))
+    """The whole page; `about` is a sentence below the title, `subjects` are the quantizers."""
+    body = "\n".join(
+        _section(index, subject, notes) for index, (subject, notes) in enumerate(subjects)
+    )
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy"
@@ -80,9 +84,9 @@ def page(title: str, about: str, subjects: Sequence[tuple[QuantizerReport, list[
 
 def _warnings(subjects: Sequence[tuple[QuantizerReport, list[Note]]]) -> str:
     rows = [
-        f"<li>{_link(i, subject)} {_flag(note)} {html.escape(note.text)}</li>"
-        for i, (subject, found) in enumerate(subjects)
-        for note in found
+        f"<li>{_link(index, subject)} {_flag(note)} {html.escape(note.text)}</li>"
+        for index, (subject, notes) in enumerate(subjects)
+        for note in notes
         if note.flag
     ]
     if not rows:
@@ -103,6 +107,7 @@ def _flag(note: Note) -> str:
 
 
 def _rule(subject: QuantizerReport) -> str:
+    """The rule with its options; before it the method, if the quantizer learns its range."""
     params = subject.params
     rule = str(choice(params.observer, params.spec["options"]))
     method = params.spec["method"]
@@ -116,7 +121,7 @@ def _grid(subject: QuantizerReport) -> str:
 
 
 def number(value: float, digits: int = 4) -> Cell:
-    """Text and sorting value; nothing where there is no number."""
+    """A cell of a number with so many significant digits; an empty cell for NaN."""
     if math.isnan(value):
         return "", ""
     return f"{value:.{digits}g}", value
@@ -130,32 +135,35 @@ def _span(low: float, high: float) -> Cell:
     return (f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"), high
 
 
-_Column = tuple[str, str, bool, Callable[[QuantizerReport], Cell]]
+_Getter = Callable[[QuantizerReport], Cell]
+_Column = tuple[str, str, bool, _Getter]
 
 
 def _columns() -> list[_Column]:
-    """Head, explanation, whether it is text, and the cell."""
+    """The overview's columns: head, explanation, whether it is text, and the cell."""
 
-    def text(get: Callable[[QuantizerReport], str]) -> Callable[[QuantizerReport], Cell]:
-        return lambda s: (get(s), get(s))
+    def text(get: Callable[[QuantizerReport], str]) -> _Getter:
+        return lambda subject: (get(subject), get(subject))
 
-    def solved(get: Callable[[QuantizerReport], Cell]) -> Callable[[QuantizerReport], Cell]:
-        return lambda s: get(s) if s.params.solved else ("", "")
+    def solved(get: _Getter) -> _Getter:
+        return lambda subject: get(subject) if subject.params.solved else ("", "")
 
-    def quality(field: str, shown: Callable[[float], Cell]) -> Callable[[QuantizerReport], Cell]:
-        return lambda s: shown(getattr(s.quality, field)) if s.quality else ("", "")
+    def quality(field: str, cell: Callable[[float], Cell]) -> _Getter:
+        return lambda subject: (
+            cell(getattr(subject.quality, field)) if subject.quality else ("", "")
+        )
 
-    def span(s: QuantizerReport) -> Cell:
-        scale = s.params["scale"]
+    def span(subject: QuantizerReport) -> Cell:
+        scale = subject.params["scale"]
         return _span(float(scale.min()), float(scale.max()))
 
-    def zeros(s: QuantizerReport) -> Cell:
-        finite, none, *_ = s.counts
-        return _share(none / finite) if finite else ("", "")
+    def zeros(subject: QuantizerReport) -> Cell:
+        finite, zero, *_ = subject.counts
+        return _share(zero / finite) if finite else ("", "")
 
     return [
         ("of", "what it quantizes", True, text(lambda s: s.of)),
-        ("rule", "that its range is solved by", True, text(_rule)),
+        ("rule", "by which its range is solved", True, text(_rule)),
         ("grid", "dtype, quant_min and quant_max, scheme", True, text(_grid)),
         ("low", "end of the range; the least channel's", False,
          solved(lambda s: number(float(s.params["range"][:, 0].min())))),
@@ -182,14 +190,14 @@ def _overview(subjects: Sequence[tuple[QuantizerReport, list[Note]]]) -> str:
         head += f'<th{kind} title="{html.escape(hint)}">{html.escape(title)}</th>'
     head += '<th class="t">flags</th>'
     rows = []
-    for index, (subject, found) in enumerate(subjects):
+    for index, (subject, notes) in enumerate(subjects):
         name = html.escape(_name(subject))
         cells = f'<td data-v="{name}">{_link(index, subject)}</td>'
         for _, _, text, cell in columns:
             shown, key = cell(subject)
             kind = ' class="t"' if text else ""
             cells += f'<td{kind} data-v="{html.escape(str(key))}">{html.escape(shown)}</td>'
-        flags = [note for note in found if note.flag]
+        flags = [note for note in notes if note.flag]
         words = html.escape(" ".join(note.flag for note in flags))
         cells += f'<td class="t" data-v="{words}">{" ".join(map(_flag, flags))}</td>'
         rows.append(f'<tr data-name="{name}">{cells}</tr>')
@@ -197,12 +205,13 @@ def _overview(subjects: Sequence[tuple[QuantizerReport, list[Note]]]) -> str:
     return f'<table id="overview"><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>'
 
 
-def _section(index: int, subject: QuantizerReport, found: list[Note]) -> str:
+def _section(index: int, subject: QuantizerReport, notes: list[Note]) -> str:
+    """A quantizer's section: facts, findings, picture, and the comparison of rules."""
     name = html.escape(_name(subject))
-    said = "".join(
+    findings = "".join(
         f"<li>{_flag(note) if note.flag else ''} "
         f"<span{'' if note.flag else ' class=hint'}>{html.escape(note.text)}</span></li>"
-        for note in found
+        for note in notes
     )
     finite, zeros, _, infinite, nan = subject.counts
     facts = f"{subject.of}; {_rule(subject)}; {_grid(subject)}; {finite:,} values"
@@ -210,16 +219,16 @@ def _section(index: int, subject: QuantizerReport, found: list[Note]) -> str:
     facts += f"; {infinite:,} infinite, {nan:,} NaN" if infinite or nan else ""
     if subject.quality is not None:
         facts += f"; measured on {subject.source}"
-    flags = " ".join(_flag(note) for note in found if note.flag)
+    flags = " ".join(_flag(note) for note in notes if note.flag)
     return (
         f'<details id="q{index}" data-name="{name}"><summary>{name} {flags}</summary>'
-        f"<p>{html.escape(facts)}</p><ul>{said}</ul>"
+        f"<p>{html.escape(facts)}</p><ul>{findings}</ul>"
         f'<div class="both">{picture(subject)}{_rules(subject)}</div></details>'
     )
 
 
 def _rules(subject: QuantizerReport) -> str:
-    """What is in use, then the rules by their noise."""
+    """The table of rules: the range in use, then the rules from the least noise on."""
     lines = sorted(subject.lines, key=_order)
     if not lines:
         return ""
@@ -227,14 +236,15 @@ def _rules(subject: QuantizerReport) -> str:
     head = ["rule", "range", "clipped, %", "to zero, %", "SQNR, dB", "cosine"]
     if subject.channels > 1:
         head[1] = "of the largest"
-    cells = "".join(f"<th>{one}</th>" for one in head)
-    which = ""
+    cells = "".join(f"<th>{title}</th>" for title in head)
+    caption = ""
     if subject.compared < subject.channels:
-        which = f"<caption>on {subject.compared} of {subject.channels} channels</caption>"
-    return f"<table>{which}<thead><tr>{cells}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+        caption = f"<caption>on {subject.compared} of {subject.channels} channels</caption>"
+    return f"<table>{caption}<thead><tr>{cells}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
 def _order(line: RuleLine) -> float:
+    """Sort key: the highest SQNR first, NaN last."""
     sqnr = line.quality.sqnr
     return math.inf if math.isnan(sqnr) else -sqnr
 

@@ -1,4 +1,4 @@
-"""The picture of one quantizer: how its values are spread, every rule's threshold, the error."""
+"""The picture of one quantizer: its histogram, every rule's threshold, and the error curve."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from torch_ext.analysis.report.quantizer_report import QuantizerReport
 from torch_ext.analysis.rule_choices import rules_that_look
 from torch_ext.analysis.svg import COLOURS, GREY, Svg
 
-_LEFT, _WIDTH = 58.0, 640.0
-_TOP, _HIGH = 18.0, 170.0  # of the histogram
-_GAP, _LOW = 26.0, 96.0  # down to the error curve, and its height
+# Pixels.
+_LEFT, _WIDTH = 58.0, 640.0  # of both charts
+_TOP, _HIGH = 18.0, 170.0  # top and height of the histogram
+_GAP, _LOW = 26.0, 96.0  # the space between histogram and error curve, and the height of the curve
 _NEGATIVE, _POSITIVE = "#b9a3c9", "#8fb3d9"
-_OCTAVES = 12.0  # what is shown below the largest magnitude
+_OCTAVES = 12.0  # how far below the largest magnitude the charts begin
 
 
 def colour_of(line: RuleLine) -> str:
+    """A rule's colour; black for the range in use and for rules that do not look at the data."""
     rules = rules_that_look()
     if line.choice is None or line.choice.rule not in rules:
         return "#111"
@@ -25,7 +27,7 @@ def colour_of(line: RuleLine) -> str:
 
 
 def picture(subject: QuantizerReport) -> str:
-    """An SVG; empty where there are no values to show."""
+    """The picture as an ``<svg>`` element; empty if there are no values to show."""
     bins = subject.bins
     if bins is None or not any(map(sum, bins.counts)):
         return ""
@@ -33,7 +35,10 @@ def picture(subject: QuantizerReport) -> str:
 
 
 class _Picture:
-    """Both axes of magnitude are the same; 0 is the channel's largest magnitude, in octaves."""
+    """Draws a histogram and an error curve below it, on the same horizontal axis.
+
+    The axis is the magnitude in octaves (log2), relative to the channel's largest, which is at 0.
+    """
 
     def __init__(self, subject: QuantizerReport, bins: Bins) -> None:
         self.subject = subject
@@ -61,6 +66,7 @@ class _Picture:
         return self.svg.render()
 
     def _x(self, octave: float) -> float:
+        """The position of a magnitude, cut to the chart."""
         share = (octave - self.left) / (self.right - self.left)
         return _LEFT + _WIDTH * min(max(share, 0.0), 1.0)
 
@@ -86,7 +92,7 @@ class _Picture:
             svg.text((_LEFT + place + 13, _TOP - 6), word)
 
     def _steps(self, counts: list[float]) -> Iterator[tuple[float, float]]:
-        """The outline of the bins that are shown, without those at its ends that are empty."""
+        """The outline of the bins inside the chart, from the first to the last with values."""
         held = [i for i, count in enumerate(counts) if count]
         for i in range(held[0], held[-1] + 1) if held else ():
             begin = self.bins.low + i / 8
@@ -113,10 +119,13 @@ class _Picture:
         svg.text((_LEFT, top - 6), "squared error by threshold, dB of the values' power")
 
     def _magnitudes(self, bottom: float) -> None:
-        """Ticks at powers of ten of the magnitude, or of its share of the channel's largest."""
+        """The axis, with ticks at powers of ten.
+
+        They are of the magnitude; with several channels, of its share of the channel's largest.
+        """
         single = self.subject.channels == 1
         unit = self.bins.largest if single else 1.0
-        words = "magnitude" if single else "magnitude, by the largest of its channel"
+        words = "magnitude" if single else "magnitude / largest of its channel"
         base = math.log2(unit) if unit > 0 else 0.0
         first = math.ceil((self.left + base) * math.log10(2))
         last = math.floor((self.right + base) * math.log10(2))

@@ -1,7 +1,7 @@
-"""What a report says of one quantizer: how well its range, and that of every rule, serves its data.
+"""Measures how well a range, or that of each rule, quantizes a quantizer's data.
 
-The data are a weight's values, or the histogram of a statistic, whose bins count as their edge of
-least magnitude. They are quantized by the library's own ops.
+The data are a weight's values, or the histogram of a statistic: then each value counts as the edge
+of its bin that is nearest to 0. They are quantized by the library's own ops.
 """
 
 from __future__ import annotations
@@ -19,35 +19,35 @@ from torch_ext.analysis.rule_choices import Choice, choice, rules_that_look
 from torch_ext.files.quantizer_params import Params
 from torch_ext.ops.registry import observer_info
 
-# Thresholds of the error curve: so many, down to 2^-6 of the largest magnitude.
+# The error curve: its number of thresholds, and how many octaves below the largest magnitude the
+# least of them is.
 _STEPS, _OCTAVES = 49, 6
-
-
-# The picture's bins: so many octaves below the largest magnitude, in parts.
+# The picture's histogram: octaves below the largest magnitude, and bins per octave.
 _DEPTH, _PER_OCTAVE = 16, 8
-# Values that are looked at in one piece.
-_PIECE = 2**22
+# Values that are processed at a time, to bound the memory.
+MAX_PIECE = 2**22
 
 
 class Sample(NamedTuple):
-    """Values x float32 [C,n] between ends [C,2], each `times` times: float64 [C,n], None for 1."""
+    """Values by channel, each with how often it is there."""
 
-    x: Tensor
-    ends: Tensor
-    times: Tensor | None = None
+    x: Tensor  # float32 [C,n]
+    ends: Tensor  # the least and the greatest value, float32 [C,2]
+    times: Tensor | None = None  # how often each value is there, float64 [C,n]; None: once
 
     @property
     def largest(self) -> Tensor:
-        """Magnitude [C,1]; 0 for a channel without values."""
+        """The largest magnitude, float32 [C,1]; 0 for a channel without values."""
         return self.ends.abs().amax(1, keepdim=True)
 
     def pick(self, channels: Tensor, step: int = 1) -> Sample:
-        """Some channels, and every `step`-th value."""
+        """Every `step`-th value of some channels (int64 indices)."""
         times = None if self.times is None else self.times[channels, ::step]
         return Sample(self.x[channels, ::step], self.ends[channels], times)
 
     def pieces(self) -> Iterator[Sample]:
-        width = max(1, _PIECE // len(self.x))
+        """The sample in parts of at most ``MAX_PIECE`` values."""
+        width = max(1, MAX_PIECE // len(self.x))
         for begin in range(0, self.x.shape[1], width):
             part = slice(begin, begin + width)
             times = None if self.times is None else self.times[:, part]
@@ -55,46 +55,55 @@ class Sample(NamedTuple):
 
 
 class Statistic(NamedTuple):
-    """As an observer keeps it, on the CPU."""
+    """An observer's statistic, on the CPU."""
 
-    extrema: Tensor
-    tally: Tensor
-    counts: Tensor
+    extrema: Tensor  # the least and the greatest value, float32 [C,2]
+    tally: Tensor  # how many were finite, zero, tiny, infinite and NaN, int64 [C,5]
+    counts: Tensor  # the histogram by sign, octave and bin, int64 [C,2,octaves,bins]
 
     def pick(self, channels: Tensor) -> Statistic:
+        """The statistic of some channels (int64 indices)."""
         return Statistic(*(part[channels] for part in self))
 
 
 @dataclass(frozen=True)
 class Quality:
-    """Of all values: shares from 0 to 1, and the ratio of signal to quantization noise."""
+    """How well values are quantized; `clipped` and `to_zero` are shares from 0 to 1."""
 
-    clipped: float  # further from what it is quantized to than half a step
-    to_zero: float  # not zero, but quantized to it
-    sqnr: float  # dB; NaN without a value other than zero
-    cosine: float
+    clipped: float  # values that are more than half a step from their quantized value
+    to_zero: float  # values other than 0 that are quantized to 0
+    sqnr: float  # signal to quantization noise ratio in dB; NaN if all values are 0
+    cosine: float  # of the angle between values and quantized values; NaN if either is all 0
 
 
 class Sums:
-    """Sums over values and what they are quantized to; a :class:`Quality` follows from them."""
+    """Accumulates values and their quantized values, for a :class:`Quality`."""
 
     def __init__(self) -> None:
         self._sums = torch.zeros(7, dtype=torch.float64)
 
     def add(self, x: Tensor, out: Tensor, step: Tensor, times: Tensor | None = None) -> None:
-        """`step`: the scale, broadcast to x; `times`: how often each value is there."""
+        """Adds values that are finite; others count as 0 quantized to 0.
+
+        Args:
+            x: the values.
+            out: their quantized values, of the same shape.
+            step: the scale, broadcastable to x.
+            times: how often each value is there; None: once.
+        """
         x, out = x.double(), out.double()
         if not bool(x.isfinite().all()):
             finite = x.isfinite()
             x, out = torch.where(finite, x, 0), torch.where(finite, out, 0)
-        away = (x - out).abs()
-        # Half a step is rounding; the float32 result may be off by an ulp.
-        flags = [torch.ones_like(x), away > 0.50001 * step, (out == 0) & (x != 0)]
-        parts = [*flags, away.square(), x.square(), out.square(), x * out]
-        kept = [part if times is None else part * times for part in parts]
-        self._sums += torch.stack([part.double().sum() for part in kept]).cpu()
+        error = (x - out).abs()
+        # Rounding is off by half a step at most, and the float32 result by an ulp more.
+        flags = [torch.ones_like(x), error > 0.50001 * step, (out == 0) & (x != 0)]
+        terms = [*flags, error.square(), x.square(), out.square(), x * out]
+        weighted = [term if times is None else term * times for term in terms]
+        self._sums += torch.stack([term.double().sum() for term in weighted]).cpu()
 
     def quality(self) -> Quality:
+        """The quality over everything added so far."""
         total, clipped, to_zero, noise, signal, output, product = self._sums.tolist()
         sqnr = cosine = math.nan
         if signal > 0:
@@ -107,36 +116,40 @@ class Sums:
 
 @dataclass(frozen=True)
 class RuleLine:
-    """A range [C,2] on this quantizer's data and grid."""
+    """A rule's range on the quantizer's grid, and how well it quantizes the quantizer's data."""
 
     label: str
-    choice: Choice | None  # None: what is in use
-    range: Tensor
-    share: float  # of the channel's largest magnitude that the range reaches; median of channels
+    choice: Choice | None  # the rule; None for the range that is in use
+    range: Tensor  # float32 [C,2]
+    # The largest magnitude in the range over that in the channel's data; median of the channels.
+    share: float
     quality: Quality
 
 
 def weight_sample(weight: Tensor, ch_axis: int) -> Sample:
-    """The values of a weight; those that are not finite are there 0 times."""
+    """The values of a weight by channel (`ch_axis` -1: one); those not finite are there 0 times."""
     x = weight.float()
     x = x.movedim(ch_axis, 0).flatten(1) if ch_axis >= 0 else x.reshape(1, -1)
-    finite = x.isfinite()
-    held = torch.where(finite, x, 0)
     if x.shape[1] == 0:
         return Sample(x, torch.zeros(len(x), 2))
-    ends = torch.stack([held.amin(1), held.amax(1)], 1)
-    return Sample(held, ends, None if bool(finite.all()) else finite.double())
+    finite = x.isfinite()
+    x = torch.where(finite, x, 0)
+    ends = torch.stack([x.amin(1), x.amax(1)], 1)
+    return Sample(x, ends, None if bool(finite.all()) else finite.double())
 
 
 def histogram_sample(statistic: Statistic) -> Sample | None:
-    """The bins of a histogram that hold values, and zero; None without a histogram or data."""
+    """The values that a histogram counted; None without a histogram or data.
+
+    Each bin gives its edge nearest to 0, as often as it counted; tiny values count as 0.
+    """
     extrema, tally, counts = statistic
     channels, _, octaves, bins = counts.shape
     if not octaves or not bool((tally[:, 0] > 0).any()):
         return None
     ends = torch.where(tally[:, :1] > 0, extrema, 0)
     largest = ends.abs().amax(1)
-    # Octave e lives in slot e mod octaves of the window that ends at that of the largest value.
+    # Octave e is kept in slot e mod `octaves`, and the highest octave is the largest value's.
     top = torch.frexp(largest.double()).exponent - 1
     octave = top[:, None] - torch.remainder(top[:, None] - torch.arange(octaves), octaves)
     mantissa = 1 + torch.arange(bins, dtype=torch.float64) / bins
@@ -145,13 +158,13 @@ def histogram_sample(statistic: Statistic) -> Sample | None:
     x = torch.cat([-edges, edges, torch.zeros(channels, 1, dtype=torch.float64)], 1)
     times = torch.cat([counts.flatten(1), tally[:, 1:3].sum(1, keepdim=True)], 1)
     held = (times > 0).any(0)
-    # A bin that is empty in this channel may lie past what float32 holds.
+    # An empty bin's edge may be too large for float32, and inf * 0 is NaN.
     x = torch.where(times > 0, x, 0)
     return Sample(x[:, held].float(), ends, times[:, held].double())
 
 
 def quality_of(sample: Sample, scale: Tensor, zero_point: Tensor, params: Params) -> Quality:
-    """How the values fare with these qparams [C] on the grid of `params`."""
+    """The quality with a scale and a zero point [C] each, on the grid of `params`."""
     sums = Sums()
     for piece in sample.pieces():
         out = _quantized(piece.x, scale, zero_point, params)
@@ -160,59 +173,67 @@ def quality_of(sample: Sample, scale: Tensor, zero_point: Tensor, params: Params
 
 
 def _quantized(x: Tensor, scale: Tensor, zero_point: Tensor, params: Params) -> Tensor:
+    """Fake-quantizes x [C,n] by channel."""
     axis = 0 if len(scale) > 1 else -1
     return ops.fake_quant(x, scale, zero_point, params.quant_min, params.quant_max, axis)
 
 
 def rule_lines(sample: Sample, statistic: Statistic, params: Params) -> list[RuleLine]:
-    """Every rule that can be solved here, with its defaults; the quantizer's with its options."""
-    own = choice(params.observer, params.spec["options"])
-    names = dict.fromkeys([own.rule, *rules_that_look()])
+    """Solves every rule that supports the grid's bits, and measures its range on the sample.
+
+    Rules have their default options, the quantizer's own rule its options; that rule comes first.
+    """
+    current = choice(params.observer, params.spec["options"])
+    names = dict.fromkeys([current.rule, *rules_that_look()])
     bits = (params.quant_max - params.quant_min).bit_length()
-    choices = [own if name == own.rule else choice(name, {}) for name in names]
-    choices = [c for c in choices if observer_info(c.rule)["max_bits"] >= bits]
+    choices = [current if name == current.rule else choice(name, {}) for name in names]
+    choices = [
+        candidate for candidate in choices if observer_info(candidate.rule)["max_bits"] >= bits
+    ]
     many = len(choices)
     extrema, tally, counts = statistic
-    none = counts[:, :, :0, :0]
-    reads = [observer_info(c.rule)["statistic"] == "histogram" for c in choices]
-    found = ops.solve_many(
-        [c.rule for c in choices],
+    no_counts = counts[:, :, :0, :0]
+    reads = [observer_info(candidate.rule)["statistic"] == "histogram" for candidate in choices]
+    solutions = ops.solve_many(
+        [candidate.rule for candidate in choices],
         [extrema] * many,
         [tally] * many,
-        [counts if wanted else none for wanted in reads],
+        [counts if reads_counts else no_counts for reads_counts in reads],
         [params.quant_min] * many,
         [params.quant_max] * many,
         [params.symmetric] * many,
         [params.scale_rule] * many,
         [params.power_of_two] * many,
-        [c.options for c in choices],
+        [candidate.options for candidate in choices],
     )
     return [
-        line_of(str(one), one, sample, params, *solution)
-        for one, *solution in zip(choices, *found, strict=True)
+        line_of(str(candidate), candidate, sample, params, *solution)
+        for candidate, *solution in zip(choices, *solutions, strict=True)
     ]
 
 
 def line_of(
     label: str,
-    one: Choice | None,
+    candidate: Choice | None,
     sample: Sample,
     params: Params,
     range_: Tensor,
     scale: Tensor,
     zero_point: Tensor,
 ) -> RuleLine:
+    """Measures a range [C,2], with its scale and zero point [C], on the sample."""
     shares = range_.double().abs().amax(1, keepdim=True) / sample.largest.double()
     shares = shares[shares.isfinite()]
     share = float(shares.median()) if len(shares) else math.nan
-    return RuleLine(label, one, range_, share, quality_of(sample, scale, zero_point, params))
+    return RuleLine(label, candidate, range_, share, quality_of(sample, scale, zero_point, params))
 
 
 def error_curve(sample: Sample, params: Params) -> list[tuple[float, float]]:
-    """Threshold, as a share of the channel's largest magnitude, and squared error in dB.
+    """The squared error by threshold: pairs of a threshold and an error in dB.
 
-    The range of a threshold T is [clamp(min, -T, T), clamp(max, -T, T)], as that of search rules;
-    the error is relative to the sum of squares.
+    A threshold is a share of the channel's largest magnitude. The range of a threshold T is
+    [clamp(min, -T, T), clamp(max, -T, T)], as in the rules that search for one. The error is
+    relative to the sum of the squared values.
     """
     x, largest = sample.x, sample.largest.double()
     times = torch.ones(1, 1, dtype=torch.float64) if sample.times is None else sample.times
@@ -230,17 +251,19 @@ def error_curve(sample: Sample, params: Params) -> list[tuple[float, float]]:
 
 
 class Bins(NamedTuple):
-    """Values by magnitude, as a share of their channel's largest, in bins of 1/8 octave.
+    """A histogram of magnitudes, relative to their channel's largest, in bins of 1/8 octave.
 
-    ``counts[sign][i]`` holds the values from ``2^(low + i/8)`` on; sign 0 is negative.
+    ``counts[sign][i]`` is the number of values from ``2^(low + i/8)`` up to the next bin; sign 0
+    is negative.
     """
 
-    low: float
+    low: float  # octave of the first bin
     counts: tuple[list[float], list[float]]
-    largest: float  # of all channels, the magnitude that 1 stands for where there is one channel
+    largest: float  # the largest magnitude of all channels; with one channel, that of octave 0
 
 
 def bins_of(sample: Sample) -> Bins:
+    """The histogram of all channels of a sample."""
     largest = sample.largest
     counts = torch.zeros(2, _DEPTH * _PER_OCTAVE + 1, dtype=torch.float64)
     for piece in sample.pieces():

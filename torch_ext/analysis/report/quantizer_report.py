@@ -1,4 +1,4 @@
-"""One quantizer of a report: its keys and range, and what was measured of it."""
+"""One quantizer of a report: its settings and range, and the measurements of it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from torch_ext.analysis.report.quality import (
+    MAX_PIECE,
     Bins,
     Quality,
     RuleLine,
@@ -30,43 +31,46 @@ from torch_ext.files.quantizer_params import STATISTIC, Params, spec_of
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.observer import Observer
 
-# Rules are compared, and errors drawn, on at most so many channels, evenly spread.
+# The most channels, evenly spread, that rules are compared on and the error curve is computed for.
 _CHANNELS = 16
-# A channel's values past which the error curve takes every so many-th.
+# About the most values of a weight's channel that the error curve is computed for, evenly spread.
 _VALUES = 2**14
-# Values of an activation that are looked at in one piece.
-_PIECE = 2**22
 
 
 class WatchedData:
-    """What passed through a quantizer while data ran through the model."""
+    """Accumulates what passes through a quantizer of activations.
+
+    `largest` are the largest magnitudes by position along `axis`, on the CPU, or None before data.
+    `observer` collects the histogram if the quantizer's own observer keeps none, else it is None.
+    """
 
     def __init__(self, quantizer: FakeQuantize) -> None:
         self._sums = Sums()
         self.axis = 1
-        self.largest: Tensor | None = None  # magnitude by position along the axis
-        own = quantizer.observer
-        # Keeps the histogram that the quantizer's own observer does not.
-        spec = spec_of(quantizer)
-        self.observer = None if own.has_histogram else _histogram_observer(spec, own.channel_len)
+        self.largest: Tensor | None = None
+        self.observer: Observer | None = None
+        if not quantizer.observer.has_histogram:
+            channels = quantizer.observer.channel_len
+            self.observer = _histogram_observer(spec_of(quantizer), channels)
 
     @torch.no_grad()
     def add(self, quantizer: FakeQuantize, x: Tensor, out: Tensor) -> None:
+        """Adds the quantizer's input and output, of the same shape; scalars are ignored."""
         if x.dim() == 0 or x.numel() == 0:
             return
         if self.observer is not None:
             self.observer.to(x.device)(x)
         axis = quantizer.observer.ch_axis
         step = quantizer.calculate_qparams()[0]
-        rows = max(1, _PIECE * len(x) // x.numel())
+        rows = max(1, MAX_PIECE * len(x) // x.numel())
         if axis >= 0:
             step = step.view([-1 if i == axis else 1 for i in range(x.dim())])
         steps = torch.split(step, rows) if axis == 0 else itertools.repeat(step)
-        for piece, result, one in zip(
+        for part, out_part, step_part in zip(
             torch.split(x, rows), torch.split(out, rows), steps, strict=False
         ):
-            self._sums.add(piece, result, one)
-        # Channels are the second axis, but the last of [batch, tokens, channels].
+            self._sums.add(part, out_part, step_part)
+        # Channels are axis 1, but the last axis of [channels] and [batch, tokens, channels].
         self.axis = x.dim() - 1 if x.dim() in (1, 3) else 1
         finite = torch.where(x.isfinite(), x.abs(), 0)
         others = [i for i in range(x.dim()) if i != self.axis]
@@ -77,25 +81,26 @@ class WatchedData:
 
     @property
     def quality(self) -> Quality:
+        """The quality over everything added so far."""
         return self._sums.quality()
 
 
 @dataclass
 class QuantizerReport:
-    """Everything the page says; None where there is nothing to say it from."""
+    """Everything that the page shows of a quantizer; None for what there is no data for."""
 
     name: str
-    of: str
+    of: str  # "input", "output" or "weight"
     params: Params
     statistic: Statistic
-    bins: Bins | None = None
+    bins: Bins | None = None  # the picture's histogram
     quality: Quality | None = None
     source: str = ""  # what `quality` was measured on
-    lines: list[RuleLine] = field(default_factory=list)
-    in_use: RuleLine | None = None  # on the channels of `lines`
-    compared: int = 0  # channels of `lines`
-    curve: list[tuple[float, float]] = field(default_factory=list)
-    largest: Tensor | None = None  # magnitude by position along `axis` of what was quantized
+    lines: list[RuleLine] = field(default_factory=list)  # the rules, compared on some channels
+    in_use: RuleLine | None = None  # the quantizer's range, on the same channels
+    compared: int = 0  # the number of these channels
+    curve: list[tuple[float, float]] = field(default_factory=list)  # of error_curve
+    largest: Tensor | None = None  # the largest magnitudes by position along `axis`
     axis: int = 0
 
     @property
@@ -104,12 +109,12 @@ class QuantizerReport:
 
     @property
     def counts(self) -> list[int]:
-        """finite, zeros, tiny, inf, nan"""
-        found: list[int] = self.statistic.tally.sum(0).tolist()
-        return found
+        """How many values were finite, zero, tiny, infinite and NaN, over all channels."""
+        totals: list[int] = self.statistic.tally.sum(0).tolist()
+        return totals
 
     def suggestion(self) -> RuleLine | None:
-        """The rule with the least noise."""
+        """The rule with the highest SQNR; None if none was measured."""
         lines = [line for line in self.lines if not math.isnan(line.quality.sqnr)]
         return max(lines, key=lambda line: line.quality.sqnr, default=None)
 
@@ -121,7 +126,14 @@ def measured(
     weight: Tensor | None = None,
     seen: WatchedData | None = None,
 ) -> QuantizerReport:
-    """Measures on the weight, on what was seen, or on the histogram that is kept."""
+    """Measures a quantizer on its weight, on watched data, or else on its histogram.
+
+    Args:
+        name, of: the quantizer's name, and ``"input"``, ``"output"`` or ``"weight"``.
+        params: its settings and tensors, on the CPU.
+        weight: the weight that it quantizes, for a quantizer of a weight.
+        seen: what passed through it, for a quantizer of activations, if the report has data.
+    """
     statistic = Statistic(*(params[key] for key in STATISTIC))
     subject = QuantizerReport(name, of, params, statistic)
     if weight is not None:
@@ -150,30 +162,30 @@ def _qparams(params: Params) -> tuple[Tensor, Tensor]:
 
 
 def _compare(subject: QuantizerReport, sample: Sample, weight: Tensor | None) -> None:
-    """Every rule, and the error by threshold, on some of the channels."""
+    """Fills in the comparison of rules and the error curve, on some of the channels."""
     params = subject.params
     step = -(-params.channels // _CHANNELS)
     channels = torch.arange(0, params.channels, step)
     statistic = subject.statistic.pick(channels)
     if weight is not None:
-        # The transient statistic that its rule was solved from.
+        # A weight's statistic is not kept, so it is collected again.
         part = weight if params.ch_axis < 0 else weight.index_select(params.ch_axis, channels)
         observer = _histogram_observer(params.spec, len(channels))
         observer(part)
         statistic = _statistic(observer)
-    chosen = sample.pick(channels)
+    picked = sample.pick(channels)
     subject.compared = len(channels)
-    subject.lines = rule_lines(chosen, statistic, params)
+    subject.lines = rule_lines(picked, statistic, params)
     if params.solved:
-        own = (params["range"], *_qparams(params))
-        parts = (part[channels] for part in own)
-        subject.in_use = line_of("in use", None, chosen, params, *parts)
-    fewer = -(-chosen.x.shape[1] // _VALUES) if weight is not None else 1
-    subject.curve = error_curve(sample.pick(channels, fewer), params)
+        solution = (params["range"], *_qparams(params))
+        parts = (part[channels] for part in solution)
+        subject.in_use = line_of("in use", None, picked, params, *parts)
+    stride = -(-picked.x.shape[1] // _VALUES) if weight is not None else 1
+    subject.curve = error_curve(sample.pick(channels, stride), params)
 
 
 def _histogram_observer(spec: Mapping[str, Any], channels: int) -> Observer:
-    """An observer of the same layout that keeps its histogram."""
+    """A min_max observer with the layout of a quantizer's settings, that keeps a histogram."""
     return Observer(
         "min_max",
         qscheme=spec["qscheme"],
@@ -186,4 +198,5 @@ def _histogram_observer(spec: Mapping[str, Any], channels: int) -> Observer:
 
 
 def _statistic(observer: Observer) -> Statistic:
-    return Statistic(*(t.cpu() for t in (observer.extrema, observer.tally, observer.counts)))
+    tensors = (observer.extrema, observer.tally, observer.counts)
+    return Statistic(*(tensor.cpu() for tensor in tensors))

@@ -1,4 +1,4 @@
-"""A page about a model's quantizers: tables, pictures, and what deserves a look, in words."""
+"""Writes the report: one HTML page of tables, pictures and findings about a model's quantizers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch_ext.analysis.report.advice import notes
 from torch_ext.analysis.report.page import page
 from torch_ext.analysis.report.quantizer_report import WatchedData, measured
-from torch_ext.files.quantizer_params import Params, params_of
+from torch_ext.files.quantizer_params import params_of
 from torch_ext.files.saved_quantizers import SavedQuantizers, read_quantizers
 from torch_ext.files.storage import PathLike, write_atomically
 from torch_ext.quantizers.fake_quantize import FakeQuantize
@@ -36,11 +36,14 @@ _WHO = "report"
 
 @dataclass(frozen=True)
 class ReportSummary:
-    """What :func:`report` wrote; printed, the warnings."""
+    """What :func:`report` wrote; as text, the warnings."""
 
+    #: The HTML file.
     path: str
+    #: The number of quantizers in it.
     quantizers: int
-    warnings: tuple[tuple[str, str], ...]  # name of the quantizer, text
+    #: The warnings in it, each with the name of the quantizer and a text.
+    warnings: tuple[tuple[str, str], ...]
 
     def __str__(self) -> str:
         lines = [f"{self.path}: {self.quantizers} quantizers, {len(self.warnings)} warnings"]
@@ -57,27 +60,35 @@ def report(
     device: torch.device | str | None = None,
     progress: bool | None = None,
 ) -> ReportSummary:
-    """Writes one HTML file about every quantizer; it loads nothing from anywhere.
+    """Writes one HTML file about every quantizer, which loads nothing from elsewhere.
 
     A table, sortable by column, has each quantizer's range, scale, clipped share, signal to
-    quantization noise ratio (SQNR), cosine, share of zeros, and flags. Each has a section of its
-    own: a picture of the histogram with every rule's threshold and the squared error by threshold,
-    the rules side by side, and findings in words with what to do about them.
+    quantization noise ratio (SQNR), cosine, share of zeros, and flags. A section per quantizer has
+    a picture of the histogram with every rule's threshold and the squared error by threshold, a
+    table that compares the rules, and findings with advice.
 
-    All is computed from the calibrated statistics, and from the weights: rules are solved with
-    their defaults, the quantizer's own with its options, on at most 16 of a weight's channels.
-    With ``data`` the SQNR and its neighbours are measured on what passes through the quantizers of
-    activations, in VALIDATION, and outlier channels are found; histograms that the statistics do
-    not keep are made of it. The model stays as it is.
+    The numbers are computed from the calibrated statistics, and from the weights. Rules are solved
+    with their default options, the quantizer's own rule with its options, on at most 16 channels of
+    a weight. With ``data``, the shares, SQNR and cosine of activations are measured on the values
+    that pass through their quantizers in VALIDATION, outlier channels are found, and histograms
+    that the statistics do not keep are computed from it. The model stays as it was.
 
     Args:
-        model: calibrated, or a file of :func:`save_observer_params`, which holds no weights.
-        data: batches, as ``calibrate`` takes them.
+        model: calibrated; or the path of a file of ``save_observer_params``, which has no weights.
+        path: the HTML file to write; it appears complete or not at all.
+        data: batches, as ``calibrate`` takes them; None (default) uses the statistics alone.
         forward, device: as in ``calibrate``.
-        progress: a bar; by default where standard error is a terminal.
+        progress: whether to show a progress bar; by default if standard error is a terminal.
 
-    Raises TypeError or ValueError for what is neither a model with quantizers nor such a file, or
-    for a file together with data; FileNotFoundError where the folder of `path` does not exist.
+    Returns:
+        The number of quantizers and the warnings.
+
+    Raises:
+        TypeError: if ``model`` is neither a model nor a path, or ``data`` no batches.
+        ValueError: for a model without quantizers, a damaged file, a file together with ``data``,
+            and ``data`` without batches.
+        FileNotFoundError: if ``model`` is a path of no file, or the folder of ``path`` does not
+            exist.
     """
     folder = Path(path).parent
     if not folder.is_dir():
@@ -99,10 +110,13 @@ def report(
     with contextlib.ExitStack() as stack:
         stack.enter_context(restored(quantizers))
         stack.enter_context(torch.no_grad())
-        calibrating = any(q.state is FakeQuantState.CALIBRATION for q in quantizers.values())
+        calibrating = any(
+            quantizer.state is FakeQuantState.CALIBRATION for quantizer in quantizers.values()
+        )
         if data is not None or calibrating:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", QuantizationWarning)  # the page has its own words
+                # The page has its own warnings about the same.
+                warnings.simplefilter("ignore", QuantizationWarning)
                 change_states(_WHO, model, FakeQuantState.VALIDATION, allow_unobserved=True)
         seen: dict[str, WatchedData] = {}
         if data is not None:
@@ -114,22 +128,23 @@ def report(
             quantizer = quantizers[name]
             weight = prepared.read_weight(quantizer)
             role = role_of(name, quantizer)
-            subject = measured(name, role, _on_cpu(quantizer), weight, seen.get(name))
+            subject = measured(name, role, params_of(quantizer).on_cpu(), weight, seen.get(name))
             subjects.append((subject, notes(subject)))
     kinds = [subject.of for subject, _ in subjects]
     about = ", ".join(f"{kind} {kinds.count(kind)}" for kind in dict.fromkeys(kinds))
     text = page(title, f"{len(subjects)} quantizers: {about}.", subjects)
     write_atomically(path, text.encode("utf-8", "replace"))
-    found = tuple((s.name, note.text) for s, said in subjects for note in said if note.flag)
-    return ReportSummary(os.fspath(path), len(subjects), found)
-
-
-def _on_cpu(quantizer: FakeQuantize) -> Params:
-    params = params_of(quantizer)
-    return replace(params, tensors={field: t.cpu() for field, t in params.tensors.items()})
+    flagged = tuple(
+        (subject.name, note.text)
+        for subject, subject_notes in subjects
+        for note in subject_notes
+        if note.flag
+    )
+    return ReportSummary(os.fspath(path), len(subjects), flagged)
 
 
 def _length(data: Iterable[Any]) -> int | None:
+    """The number of batches, if the data tells it."""
     with contextlib.suppress(TypeError):
         return len(data)  # type: ignore[arg-type]
     return None
@@ -141,23 +156,28 @@ def _watch(
     forward: Forward,
     device: torch.device,
 ) -> dict[str, WatchedData]:
-    """Runs the batches; what passes through each activation's quantizer, by name."""
+    """Runs the model on the batches; returns what passed through the quantizers of activations.
+
+    Quantizers that pass values through, or that the forward did not call, are left out. Raises
+    ValueError if there are no batches.
+    """
     seen: dict[str, WatchedData] = {}
     with contextlib.ExitStack() as stack:
         stack.enter_context(eval_mode(prepared.root))
         stack.enter_context(forked_rng(prepared.root))
         for name, quantizer in prepared.quantizers.items():
             if not quantizer.transient and not quantizer.passes_through:
-                one = seen[name] = WatchedData(quantizer)
-                stack.callback(quantizer.register_forward_hook(_hook(one)).remove)
+                watched = seen[name] = WatchedData(quantizer)
+                stack.callback(quantizer.register_forward_hook(_hook(watched)).remove)
         empty = True
         for batch in batches:
-            forward(prepared.root, to_device(batch, device))  # a compiled one skips hooks
+            # The module inside torch.compile's wrapper, because compiled code may skip new hooks.
+            forward(prepared.root, to_device(batch, device))
             empty = False
         if empty:
             raise ValueError(f"{_WHO}: expected data to give batches, got none")
-    return {name: one for name, one in seen.items() if one.largest is not None}
+    return {name: watched for name, watched in seen.items() if watched.largest is not None}
 
 
-def _hook(seen: WatchedData) -> Callable[[FakeQuantize, tuple[Tensor, ...], Tensor], None]:
-    return lambda quantizer, inputs, out: seen.add(quantizer, inputs[0], out)
+def _hook(watched: WatchedData) -> Callable[[FakeQuantize, tuple[Tensor, ...], Tensor], None]:
+    return lambda quantizer, inputs, out: watched.add(quantizer, inputs[0], out)

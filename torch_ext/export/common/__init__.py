@@ -1,1 +1,1 @@
-"""What several formats need: the exported quantizers, names in the network, the traced forward."""
+"""Shared by the formats: choosing quantizers, names in the network, tracing the forward."""

@@ -1,4 +1,4 @@
-"""What of a model is exported, and what every export refuses before it writes anything."""
+"""The quantizers that an export writes, and the checks that every export makes first."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TO_FLOAT = 'set_fake_quantize(model, "float", pattern=[...]) leaves them out'
 
 @dataclass(frozen=True)
 class Entry:
-    """A quantizer that quantizes, with its tensors on the CPU."""
+    """A quantizer that an export writes; `params` holds its tensors, on the CPU."""
 
     name: str
     quantizer: FakeQuantize
@@ -31,6 +31,7 @@ class Entry:
 
     @property
     def role(self) -> str:
+        """``"input"``, ``"output"`` or ``"weight"``."""
         return role_of(self.name, self.quantizer)
 
     @property
@@ -39,21 +40,27 @@ class Entry:
 
     @property
     def scale(self) -> Tensor:
+        """float32 [C]."""
         return self.params["scale"]
 
     @property
     def zero_point(self) -> Tensor:
+        """int32 [C]."""
         return self.params["zero_point"]
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What an export wrote; printed, its names."""
+    """What an export wrote. As text: file, format, and the quantizers that were left out."""
 
+    #: The file.
     path: str
+    #: The format's name, such as ``"ONNX"``.
     format: str
+    #: Names of the quantizers in the file.
     quantizers: tuple[str, ...]
-    left_out: Mapping[str, str]  # quantizers that are not in the file, and why
+    #: Names of the quantizers that are not in the file, with the reason.
+    left_out: Mapping[str, str]
 
     def __str__(self) -> str:
         lines = [f"{self.path}: {self.format} of {len(self.quantizers)} quantizers"]
@@ -62,10 +69,15 @@ class ExportReport:
 
 
 def entries(prepared: PreparedModel) -> tuple[dict[str, Entry], dict[str, str]]:
-    """The quantizers that quantize in VALIDATION, and those that let values pass, with the reason.
+    """Chooses the quantizers of a model that an export writes.
 
-    Raises ValueError, by name, for those in another state, without a range or with numbers that
-    nothing can be quantized with.
+    Returns:
+        The quantizers in VALIDATION that have a range, by name; and the names of those that pass
+        values through, because they are in FLOAT or saw no data, with the reason.
+
+    Raises:
+        ValueError: by name, for quantizers in another state, without a range, or with invalid
+            scales or zero points; and if no quantizer quantizes.
     """
     chosen: dict[str, Entry] = {}
     left_out: dict[str, str] = {}
@@ -81,7 +93,7 @@ def entries(prepared: PreparedModel) -> tuple[dict[str, Entry], dict[str, str]]:
             problems[name] = "it has no range"
         else:
             try:
-                params = _on_cpu(params_of(quantizer))
+                params = params_of(quantizer).on_cpu()
                 check_parameters(params)
             except ValueError as error:
                 problems[name] = str(error)
@@ -93,13 +105,8 @@ def entries(prepared: PreparedModel) -> tuple[dict[str, Entry], dict[str, str]]:
     return chosen, left_out
 
 
-def _on_cpu(params: Params) -> Params:
-    tensors = {key: value.detach().cpu() for key, value in params.tensors.items()}
-    return Params(**{**vars(params), "tensors": tensors})
-
-
 def refuse(who: str, problems: Mapping[str, str], advice: str) -> None:
-    """Raises ValueError with every offending quantizer and its reason, if there is one."""
+    """Raises ValueError that lists `problems`, reasons by quantizer's name; none: does nothing."""
     if problems:
         lines = [f"  {label_of(name)}: {why}" for name, why in problems.items()]
         raise ValueError(
@@ -114,7 +121,17 @@ def refuse(who: str, problems: Mapping[str, str], advice: str) -> None:
 
 
 def check_path(who: str, path: PathLike, suffix: str | None) -> Path:
-    """Refuses the suffix of another format; None: the format has none of its own."""
+    """Checks the path of a file to write, before anything is computed.
+
+    Args:
+        suffix: that of the format, with the dot; None for a format without one, whose path may
+            have any suffix but that of another format.
+
+    Raises:
+        TypeError: if `path` is no path.
+        ValueError: if it has another suffix.
+        FileNotFoundError: if its folder does not exist.
+    """
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"{who}: expected path to be a file's path, got {bounded(path)}")
     target = Path(path)
@@ -129,13 +146,19 @@ def check_path(who: str, path: PathLike, suffix: str | None) -> Path:
 
 
 def read_lines(path: PathLike, limit: int) -> list[str]:
-    """The lines of a text file in UTF-8, whether they end in LF or in CR LF."""
+    """The lines of a text file in UTF-8, which may end in LF or in CR LF.
+
+    Raises FileError for a file of more than `limit` bytes or of another encoding.
+    """
     with open(path, "rb") as file:
         return split_lines(path, file.read(limit + 1), limit)
 
 
 def split_lines(path: PathLike, data: bytes, limit: int) -> list[str]:
-    """The same of a file's bytes; `limit` and one more have to be read."""
+    """The lines of a file's bytes, as of :func:`read_lines`.
+
+    The caller reads up to `limit` + 1 bytes, so that a longer file is noticed.
+    """
     if len(data) > limit:
         raise FileError(path, f"expected at most {limit} bytes")
     try:

@@ -1,4 +1,4 @@
-"""Which tensors or layers of an engine's network a model's quantizers belong to."""
+"""The names that a model's quantizers or layers have in an engine's network."""
 
 from __future__ import annotations
 
@@ -14,10 +14,17 @@ Names = Mapping[str, str | Sequence[str]] | PathLike | None
 
 
 def network_names(who: str, names: Names, wanted: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """The names in the network for each of ours; without `names` they are the same.
+    """The names in the network for each of the names in `wanted`.
 
-    Raises ValueError where one of ours is not named or unknown, where two share a name, and for
-    names that no line of text can hold.
+    Args:
+        names: a mapping from our name to one name or several in the network; or an ONNX file of
+            :func:`onnx`, whose metadata has them; None if the network uses our names.
+
+    Raises:
+        ValueError: for a name in `wanted` that `names` lacks or maps to nothing, for a name that is
+            not in `wanted`, for a network's name that is given twice or that a line of text cannot
+            hold.
+        TypeError: if `names` is neither a mapping nor a path.
     """
     wanted = list(wanted)
     if names is None:
@@ -34,22 +41,22 @@ def network_names(who: str, names: Names, wanted: Iterable[str]) -> dict[str, tu
         raise TypeError(
             f"{who}: expected names to be a mapping or an ONNX file, got {bounded(names)}"
         )
-    found: dict[str, tuple[str, ...]] = {}
+    mapped: dict[str, tuple[str, ...]] = {}
     problems: dict[str, str] = {}
     owners: dict[str, str] = {}
-    for own in wanted:
-        theirs = given.get(own, ())
-        listed = (theirs,) if isinstance(theirs, str) else tuple(theirs)
-        if not listed:
-            problems[own] = "names has none for it"
-        for one in listed:
-            if not isinstance(one, str) or (problem := name_problem(one)):
-                want = problem if isinstance(one, str) else "text"
-                problems[own] = f"expected its name to be {want}, got {str(one)[:80]!r}"
-            elif one in owners:
-                problems[own] = f"its name {one!r} is that of {owners[one]}"
+    for name in wanted:
+        value = given.get(name, ())
+        targets = (value,) if isinstance(value, str) else tuple(value)
+        if not targets:
+            problems[name] = "names has none for it"
+        for target in targets:
+            if not isinstance(target, str) or (problem := name_problem(target)):
+                want = problem if isinstance(target, str) else "text"
+                problems[name] = f"expected its name to be {want}, got {str(target)[:80]!r}"
+            elif target in owners:
+                problems[name] = f"its name {target!r} is that of {owners[target]}"
             else:
-                owners[one] = own
-        found[own] = listed
+                owners[target] = name
+        mapped[name] = targets
     refuse(who, problems, "pass names={quantizer: name in the network}")
-    return found
+    return mapped

@@ -1,4 +1,4 @@
-"""A model's forward as torch.export sees it, and the quantizers in it."""
+"""Traces a model's forward by torch.export, with its quantizers as operators."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from torch_ext.quantizers.find import unwrap
 from torch_ext.utils.arguments import bound_arguments
 from torch_ext.utils.modes import eval_mode
 
-SYMBOL = ("torch_ext", "FakeQuant")
-BATCH = "batch"
+SYMBOL = ("torch_ext", "FakeQuant")  # domain and name of the ONNX operator for a quantizer
+BATCH = "batch"  # name of the dynamic first axis
 
 
 @dataclass
 class TracedInput:
-    """What a quantizer met while the model was traced."""
+    """The dtypes, and the rank, of the inputs that a quantizer was traced with."""
 
     dtypes: set[torch.dtype] = field(default_factory=set)
     rank: int = 0
@@ -32,7 +32,11 @@ class TracedInput:
 
 @contextmanager
 def symbols(quantizers: Mapping[str, FakeQuantize]) -> Iterator[dict[str, TracedInput]]:
-    """Inside, each quantizer traces as one operator of ONNX that has nothing but its name."""
+    """Context manager in which each quantizer traces as one node of the ONNX operator `SYMBOL`.
+
+    The node's only attribute is the quantizer's name. Yields by name what each was traced with,
+    filled in by the tracing.
+    """
     seen = {name: TracedInput() for name in quantizers}
 
     def symbol(name: str, x: Tensor) -> Tensor:
@@ -49,9 +53,10 @@ def symbols(quantizers: Mapping[str, FakeQuantize]) -> Iterator[dict[str, Traced
 
 
 def trace(who: str, model: nn.Module, example_inputs: Any, dynamic_batch: bool) -> ExportedProgram:
-    """The forward in eval mode, without gradients; the model stays as it was.
+    """Traces the forward by torch.export in eval mode, without gradients.
 
-    Raises ValueError where torch.export cannot take the model, with its reason.
+    The model stays as it was. With `dynamic_batch` the size of the inputs' first axis is left open.
+    Raises ValueError with torch.export's reason if it cannot trace the model.
     """
     root = unwrap(model)
     given = bound_arguments(who, unwrap(root), example_inputs)
@@ -61,17 +66,17 @@ def trace(who: str, model: nn.Module, example_inputs: Any, dynamic_batch: bool) 
     try:
         with eval_mode(root), torch.no_grad():
             return torch.export.export(root, bound.args, bound.kwargs, dynamic_shapes=shapes)
-    except Exception as error:  # torch.export runs the user's forward: anything may come
+    except Exception as error:  # torch.export runs the user's forward, which may raise anything
         advice = "; dynamic_batch=False keeps the example's batch" if dynamic_batch else ""
         raise ValueError(
-            f"{who}: torch.export does not take the model{advice}: "
+            f"{who}: torch.export cannot trace the model{advice}: "
             f"{type(error).__name__}: {str(error).strip()[:2000]}"
         ) from error
 
 
 def _dynamic_shapes(who: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The first axis of every tensor that is as long as that of the first one."""
-    leaves = [one for one in torch.utils._pytree.tree_leaves(dict(given)) if _has_axes(one)]
+    """Makes the first axis dynamic, of all tensors with the batch size of the first tensor."""
+    leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(dict(given)) if _has_axes(leaf)]
     size = leaves[0].shape[0] if leaves else 0
     if size < 2:
         raise ValueError(
@@ -80,10 +85,10 @@ def _dynamic_shapes(who: str, given: Mapping[str, Any]) -> dict[str, Any]:
         )
     batch = Dim(BATCH)
 
-    def shape(one: Any) -> dict[int, Any] | None:
-        return {0: batch} if _has_axes(one) and one.shape[0] == size else None
+    def shape(leaf: Any) -> dict[int, Any] | None:
+        return {0: batch} if _has_axes(leaf) and leaf.shape[0] == size else None
 
-    return {name: torch.utils._pytree.tree_map(shape, one) for name, one in given.items()}
+    return {name: torch.utils._pytree.tree_map(shape, value) for name, value in given.items()}
 
 
 def _has_axes(value: Any) -> bool:

@@ -1,1 +1,1 @@
-"""TensorRT's calibration cache, a calibrator that hands it over, and its rules for ONNX files."""
+"""TensorRT's calibration cache, a calibrator that returns it, and the rules for ONNX files."""

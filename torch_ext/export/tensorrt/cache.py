@@ -1,12 +1,12 @@
 """TensorRT's calibration cache, up to TensorRT 10: one scale for each tensor of the network.
 
-A line of text says the version and the algorithm, then comes one line per tensor: its name, a
-colon, a space, and the bits of the float32 scale in hexadecimal, most significant digit first::
+The first line of the text has the version and the algorithm. One line per tensor follows: its name,
+a colon, a space, and the bits of the float32 scale in hexadecimal, most significant digit first::
 
     TRT-8601-EntropyCalibration2
     images: 3c010a14
 
-The number is what a quantized value is multiplied by (127 of it are the threshold).
+The scale is the step of the int8 grid: the range ends at 127 times the scale.
 """
 
 from __future__ import annotations
@@ -36,18 +36,21 @@ ALGORITHMS = ("EntropyCalibration2", "MinMaxCalibration")
 _LAST_MAJOR = 10  # 11 has no calibrators
 _HEADER = re.compile(r"TRT-(\d{4,6})-(\w{1,64})")
 _BITS = re.compile(r"[0-9a-fA-F]{1,8}")
-_INFINITY = 0x7F800000  # and past it NaN and what is negative
+_INFINITY = 0x7F800000  # bits of inf; greater ones are NaN, or have the sign of a negative number
 _LIMIT = 64 * 2**20
 WEIGHT_REASON = "TensorRT quantizes weights itself, per channel, by max|w|"
 
 
 @dataclass(frozen=True)
 class TensorrtCache:
-    """A calibration cache."""
+    """The contents of a calibration cache."""
 
-    version: str  # of TensorRT, "8.6.1"
+    #: The version of TensorRT, such as ``"8.6.1"``.
+    version: str
+    #: The calibration algorithm, such as ``"EntropyCalibration2"``.
     algorithm: str
-    scales: Mapping[str, float]  # by tensor; 0 for one that was all zero
+    #: The scales by the network's tensors; 0 for a tensor that was all zero.
+    scales: Mapping[str, float]
 
 
 def tensorrt_cache(
@@ -57,25 +60,31 @@ def tensorrt_cache(
     algorithm: str = "EntropyCalibration2",
     names: Names = None,
 ) -> ExportReport:
-    """Writes the scales of a model's activations as a calibration cache; the model in VALIDATION.
+    """Writes the scales of a model's activations as a TensorRT calibration cache.
 
-    TensorRT takes it if version and algorithm are those of the builder and its calibrator,
-    otherwise it calibrates again without a word; it reads the algorithm for nothing else. Weights
-    are not in the cache: the builder quantizes them by max|w| per output channel, as
+    TensorRT uses the cache if its version and algorithm are those of the builder and its
+    calibrator; otherwise it calibrates again without a message. The algorithm has no other effect.
+    Weights are not in the cache: the builder quantizes them by max|w| per output channel, as
     ``weight_observer="min_max"`` with ``quant_min=-127`` does.
 
     Args:
-        path: any suffix but that of another format; appears complete or not at all.
-        version: of the TensorRT that will read it, such as ``"8.6.1"``; by default that of the
-            package ``tensorrt`` that is installed. TensorRT 11 reads no caches.
-        algorithm: ``"EntropyCalibration2"`` (what trtexec and Polygraphy expect) or
-            ``"MinMaxCalibration"``, whatever observer found the scales.
-        names: the network's tensors by quantizer, a mapping to one name or several. By default the
-            quantizers' own names.
+        model: calibrated, in VALIDATION.
+        path: with any suffix but that of another format; the file appears complete or not at all.
+        version: of the TensorRT that will read the cache, such as ``"8.6.1"``; by default that of
+            the installed package ``tensorrt``. At most 10, as TensorRT 11 reads no caches.
+        algorithm: ``"EntropyCalibration2"`` (default; what trtexec and Polygraphy expect) or
+            ``"MinMaxCalibration"``. It need not match the observers that found the scales.
+        names: the network's tensors for each quantizer: a mapping to one name or several, or an
+            ONNX file of :func:`onnx`, which lists them. By default the quantizers' own names.
+
+    Returns:
+        Which quantizers are in the cache, and which were left out and why.
 
     Raises:
-        ValueError: quantizers that are not symmetric int8 per tensor, that have no name or that
-            share one, by name; a version or an algorithm that TensorRT would not take.
+        ValueError: by name, for quantizers that are not symmetric int8 per tensor, that have no
+            name in the network or share it; for an invalid version or an unknown algorithm; for a
+            model without quantizers of activations.
+        FileNotFoundError: if the folder of ``path`` does not exist.
     """
     who = "export.tensorrt_cache"
     target = check_path(who, path, None)
@@ -87,12 +96,17 @@ def tensorrt_cache(
 def cache_text(
     who: str, model: nn.Module, version: str | None, algorithm: str, names: Names
 ) -> tuple[str, tuple[tuple[str, ...], dict[str, str]]]:
-    """A cache, the quantizers in it, and those left out with the reason."""
+    """The text of a cache; then the quantizers in it, and those left out with the reason.
+
+    Arguments and errors are those of :func:`tensorrt_cache`.
+    """
     header = f"TRT-{_encode_version(who, version)}-{_check_algorithm(who, algorithm)}"
     chosen, left_out = entries(PreparedModel(who, model))
     activations = {name: entry for name, entry in chosen.items() if not entry.is_weight}
     left_out |= {name: WEIGHT_REASON for name, entry in chosen.items() if entry.is_weight}
-    problems = {name: problem for name, e in activations.items() if (problem := _problem(e))}
+    problems = {
+        name: problem for name, entry in activations.items() if (problem := _problem(entry))
+    }
     refuse(who, problems, f'take dtype="int8", symmetric, per tensor; or {TO_FLOAT}')
     if not activations:
         raise ValueError(f"{who}: expected model to have activation quantizers, got none")
@@ -104,11 +118,12 @@ def cache_text(
 
 
 def encode_scale(scale: float) -> str:
-    """Eight digits: readers that want an even number of them, or all eight, take these."""
+    """A scale's bits as eight hexadecimal digits, with leading zeros, which some readers need."""
     return struct.pack(">f", scale).hex()
 
 
 def _problem(entry: Entry) -> str:
+    """Why a cache cannot hold a quantizer of an activation; empty if it can."""
     grid = entry.params
     if grid.channels > 1 or grid.ch_axis >= 0:
         return f"it is per channel (axis {grid.ch_axis})"
@@ -120,7 +135,11 @@ def _problem(entry: Entry) -> str:
 
 
 def _encode_version(who: str, version: str | None) -> int:
-    """8.6.1 is 8601; from 10 on there are two digits for the minor version: 10.3.0 is 100300."""
+    """The version as in the first line: 8.6.1 is 8601, and from TensorRT 10 on 10.3.0 is 100300.
+
+    None is the version of the installed package. Raises ValueError for text that is no version, for
+    TensorRT 11 and later, and for None without the package.
+    """
     if version is None:
         try:
             import tensorrt
@@ -130,10 +149,10 @@ def _encode_version(who: str, version: str | None) -> int:
                 'such as "8.6.1", got None, and the package tensorrt is not installed'
             ) from error
         version = tensorrt.__version__
-    found = re.match(r"(\d{1,2})\.(\d{1,2})\.(\d{1,2})(\.|$)", str(version))
-    if not found or not isinstance(version, str):
+    match = re.match(r"(\d{1,2})\.(\d{1,2})\.(\d{1,2})(\.|$)", str(version))
+    if not match or not isinstance(version, str):
         raise ValueError(f'{who}: expected version to be such as "8.6.1", got {bounded(version)}')
-    major, minor, patch = (int(part) for part in found.groups()[:3])
+    major, minor, patch = (int(part) for part in match.groups()[:3])
     if major > _LAST_MAJOR:
         raise ValueError(
             f"{who}: expected version to be at most {_LAST_MAJOR}, got {version}, which has no "
@@ -145,6 +164,7 @@ def _encode_version(who: str, version: str | None) -> int:
 
 
 def _decode_version(code: int) -> str:
+    """The inverse of :func:`_encode_version`: 8601 is 8.6.1."""
     unit = 10000 if code >= _LAST_MAJOR * 10000 else 1000
     return f"{code // unit}.{code % unit // 100}.{code % 100}"
 
@@ -157,17 +177,20 @@ def _check_algorithm(who: str, algorithm: str) -> str:
 
 
 def read_tensorrt_cache(path: PathLike) -> TensorrtCache:
-    """A cache that this library or TensorRT wrote, of any algorithm.
+    """Reads a cache that this library or TensorRT wrote, of any algorithm.
 
-    Names may hold colons and spaces; a scale may lack leading zeros. Raises FileError (a
-    ValueError) with the file and the line that is wrong.
+    Names may hold colons and spaces; a scale may lack leading zeros.
+
+    Raises:
+        FileError: a ValueError with the file and the line that is wrong.
+        FileNotFoundError: if there is no such file.
     """
     with open(path, "rb") as file:
         return parse_cache(path, file.read(_LIMIT + 1))
 
 
 def parse_cache(path: PathLike, data: bytes) -> TensorrtCache:
-    """The same of a file's bytes."""
+    """Reads a cache from a file's bytes, as :func:`read_tensorrt_cache`; `path` is for errors."""
     lines = split_lines(path, data, _LIMIT)
     header = _HEADER.fullmatch(lines[0]) if lines else None
     if not header:

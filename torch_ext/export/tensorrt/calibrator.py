@@ -1,4 +1,4 @@
-"""A calibrator for the builder of TensorRT up to 10, which hands over our scales."""
+"""A calibrator for the builder of TensorRT, up to TensorRT 10, that returns our scales."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _WHO = "export.tensorrt_calibrator"
 
 
 class CalibrationAlgorithm(enum.IntEnum):
-    """TensorRT's numbers, for where the package tensorrt is not installed."""
+    """The values of TensorRT's enumeration, used if the package tensorrt is not installed."""
 
     ENTROPY_CALIBRATION_2 = 2
     MINMAX_CALIBRATION = 3
 
 
-# Algorithm of a cache -> its member of CalibrationAlgoType, and the class to be an instance of.
+# A cache's algorithm -> its member of tensorrt.CalibrationAlgoType, and its calibrator class.
 _KINDS = {
     "EntropyCalibration2": ("ENTROPY_CALIBRATION_2", "IInt8EntropyCalibrator2"),
     "MinMaxCalibration": ("MINMAX_CALIBRATION", "IInt8MinMaxCalibrator"),
@@ -32,7 +32,10 @@ _KINDS = {
 
 
 class TensorrtCalibrator:
-    """Has the methods that the builder calls: it reads the cache, and needs no batch."""
+    """A calibrator that gives the builder a cache and no batches; the builder calls its methods.
+
+    Made by :func:`tensorrt_calibrator`.
+    """
 
     def __init__(self, cache: bytes, path: Path | None, algorithm: Any) -> None:
         self._cache = cache
@@ -40,31 +43,35 @@ class TensorrtCalibrator:
         self._algorithm = algorithm
 
     def get_batch_size(self) -> int:
+        """1; the builder asks for it, although it gets no batch."""
         return 1
 
     def get_batch(self, names: Sequence[str], *_: Any) -> None:
-        """No batch: there is nothing left to calibrate."""
+        """Returns None, which means that there are no batches."""
         return None
 
     def read_calibration_cache(self) -> bytes:
+        """The cache, as a file of :func:`tensorrt_cache` holds it."""
         return self._cache
 
     def write_calibration_cache(self, cache: Any) -> None:
-        """Takes back what was handed over; other scales would be those of no data at all.
+        """Takes the cache that the builder used, and writes it to the calibrator's file.
 
-        Raises ValueError: the builder calibrated, so it is of another version or algorithm.
+        Raises:
+            ValueError: if the builder calibrated again: without batches its scales mean nothing.
         """
-        given = bytes(cache)
-        have, want = (parse_cache("<cache>", data).scales for data in (given, self._cache))
+        used = bytes(cache)
+        have, want = (parse_cache("<cache>", data).scales for data in (used, self._cache))
         if have != want:
             raise ValueError(
-                f"{_WHO}: expected TensorRT to hand back the cache it read, got other scales: it "
-                "took the cache for that of another version or algorithm"
+                f"{_WHO}: expected TensorRT to return the cache it read, got other scales: it "
+                "calibrated again, as it is of another version or uses another algorithm"
             )
         if self._path is not None:
-            write_atomically(self._path, given)
+            write_atomically(self._path, used)
 
     def get_algorithm(self) -> Any:
+        """TensorRT's ``CalibrationAlgoType``; an integer of the same value without the package."""
         return self._algorithm
 
 
@@ -77,16 +84,19 @@ def tensorrt_calibrator(
 ) -> TensorrtCalibrator:
     """A calibrator for ``config.int8_calibrator``, so that the builder uses the model's scales.
 
-    Where the package tensorrt is installed it is an instance of its calibrator class. All else is
-    as for :func:`tensorrt_cache`; everything is checked here, and nothing when the builder calls.
+    If the package tensorrt is installed, the result is an instance of its calibrator class. Model,
+    scales and names are checked here, before the builder runs.
 
     Args:
-        path: a file to keep the cache in: written here, unless it is there already. A file with
-            other scales, of another version or algorithm is refused, as the builder would use
-            these: remove it, or take another path. None keeps the cache in memory.
+        model: calibrated, in VALIDATION.
+        path: a file to keep the cache in, written here unless it exists already with the same
+            cache. None (default) keeps the cache in memory.
+        version, algorithm, names: as for :func:`tensorrt_cache`.
 
     Raises:
-        ValueError: as :func:`tensorrt_cache`, or for a file that holds another cache.
+        ValueError: as :func:`tensorrt_cache`; for a file with other scales, another version or
+            another algorithm; for an installed tensorrt without calibrators.
+        FileNotFoundError: if the folder of ``path`` does not exist.
     """
     target = None if path is None else check_path(_WHO, path, None)
     text, _ = cache_text(_WHO, model, version, algorithm, names)
@@ -102,6 +112,7 @@ def tensorrt_calibrator(
 
 
 def _keep(target: Path, cache: bytes) -> None:
+    """Writes the cache unless the file holds it; raises ValueError for a file with another one."""
     if not target.exists():
         write_atomically(target, cache)
         return
@@ -110,9 +121,13 @@ def _keep(target: Path, cache: bytes) -> None:
         return
     names = dict.fromkeys((*want.scales, *have.scales))
     other = [name for name in names if have.scales.get(name) != want.scales.get(name)]
-    what = f"scales, first of {other[0]!r}" if other else f"{have.version} {have.algorithm}"
+    problem = (
+        f"other scales, first of {other[0]!r}"
+        if other
+        else f"a cache of {have.version} {have.algorithm}"
+    )
     raise ValueError(
-        f"{_WHO}: expected {target} to hold this model's cache or not to exist, got other {what}; "
+        f"{_WHO}: expected {target} to hold this model's cache or not to exist, got {problem}; "
         "remove it, or pass another path"
     )
 
@@ -120,6 +135,7 @@ def _keep(target: Path, cache: bytes) -> None:
 def _as_tensorrt(
     package: Any, algorithm: str, cache: bytes, target: Path | None
 ) -> TensorrtCalibrator:
+    """A calibrator that is an instance of the package's class too, which the builder checks."""
     member, name = _KINDS[algorithm]
     base: Any = getattr(package, name, None)
     if base is None:
@@ -130,7 +146,7 @@ def _as_tensorrt(
 
     class Calibrator(TensorrtCalibrator, base):  # type: ignore[misc]
         def __init__(self) -> None:
-            base.__init__(self)  # the bindings refuse objects without it
+            base.__init__(self)  # the bindings reject objects whose base was not initialised
             kind = getattr(package.CalibrationAlgoType, member)
             TensorrtCalibrator.__init__(self, cache, target, kind)
 

@@ -1,7 +1,8 @@
-"""What TensorRT asks of ONNX files with QuantizeLinear and DequantizeLinear, and a check of it.
+"""TensorRT's rules for ONNX files with QuantizeLinear and DequantizeLinear, and their check.
 
-From NVIDIA's documentation of explicit quantization: types int8 (here; also FP8 and INT4), zero
-points 0, scales constant, activations per tensor, weights per tensor or per output channel.
+From NVIDIA's documentation of explicit quantization: type int8 (TensorRT also has FP8 and INT4,
+which are not checked here), zero points of 0, constant scales, activations per tensor, weights per
+tensor or per output channel.
 """
 
 from __future__ import annotations
@@ -10,16 +11,16 @@ from collections.abc import Callable
 from typing import Any
 
 from torch_ext.export.common.entries import Entry
-from torch_ext.export.common.packages import onnx_packages
+from torch_ext.export.common.packages import load_onnx
 from torch_ext.export.onnx_qdq import OnnxGrid
-from torch_ext.files.storage import FileError, PathLike
+from torch_ext.files.storage import PathLike
 
 _PAIR = ("QuantizeLinear", "DequantizeLinear")
 _LEAST_OPSET = 13  # the first with an axis
 
 
 def grid_problem(entry: Entry, grid: OnnxGrid) -> str:
-    """Why TensorRT does not take a quantizer's grid, or nothing."""
+    """Why TensorRT does not take a quantizer's grid; empty if it does."""
     if grid.type != "int8":
         return f"its type is {grid.type}, not int8"
     if bool(entry.zero_point.any()):
@@ -30,36 +31,48 @@ def grid_problem(entry: Entry, grid: OnnxGrid) -> str:
 
 
 def tensorrt_violations(path: PathLike) -> dict[str, str]:
-    """The QuantizeLinear and DequantizeLinear nodes of an ONNX file that TensorRT would not take,
-    by name (by output where they have none), with the reason; empty for a file that suits it.
+    """Checks QuantizeLinear and DequantizeLinear in an ONNX file against TensorRT's rules.
 
-    Raises FileError (a ValueError) for a file that is not ONNX.
+    The rules: type int8, zero points of 0, constant scales, QuantizeLinear followed by
+    DequantizeLinear with the same scale, activations per tensor, weights per tensor or per output
+    channel.
+
+    Returns:
+        Names of the nodes that TensorRT would not take (of their outputs, for nodes without a
+        name), with the reason; empty if it would take all.
+
+    Raises:
+        FileError: a ValueError, for a file that is not ONNX.
+        FileNotFoundError: if there is no such file.
+        ImportError: if the packages onnx and onnxscript are missing.
     """
-    packages = onnx_packages("export.tensorrt_violations")
-    try:
-        proto = packages.load(str(path))
-    except OSError:
-        raise
-    except Exception as error:  # protobuf has an exception of its own
-        raise FileError(path, f"not an ONNX file: {error}") from error
+    packages, proto = load_onnx("export.tensorrt_violations", path)
     return violations(packages, proto)
 
 
 def violations(packages: Any, proto: Any) -> dict[str, str]:
+    """What :func:`tensorrt_violations` returns, for a ModelProto; `packages` is onnx."""
     checker = _Checker(packages, proto)
-    found = {}
+    problems = {}
     for node in proto.graph.node:
-        if node.op_type in _PAIR and (why := checker.problem(node)):
-            found[node.name or node.output[0]] = why
-    return found
+        if node.op_type in _PAIR and (problem := checker.problem(node)):
+            problems[node.name or node.output[0]] = problem
+    return problems
 
 
 class _Checker:
+    """Checks nodes of one ModelProto against TensorRT's rules.
+
+    Its methods return what is wrong with a node, or an empty text.
+    """
+
     def __init__(self, packages: Any, proto: Any) -> None:
         self.onnx = packages
-        self.opset = max((o.version for o in proto.opset_import if o.domain == ""), default=0)
-        self.constants = {one.name: one for one in proto.graph.initializer}
-        self.producers: dict[str, Any] = {}
+        opsets = (entry.version for entry in proto.opset_import if entry.domain == "")
+        self.opset = max(opsets, default=0)
+        self.constants = {tensor.name: tensor for tensor in proto.graph.initializer}
+        self.producers: dict[str, Any] = {}  # the node that computes each tensor
+        # The nodes that read each tensor, and at which input.
         self.readers: dict[str, list[tuple[Any, int]]] = {}
         for node in proto.graph.node:
             self.producers.update(dict.fromkeys(node.output, node))
@@ -74,13 +87,15 @@ class _Checker:
         )  # fmt: skip
         if self.opset < _LEAST_OPSET:
             return f"the model is of opset {self.opset}, below {_LEAST_OPSET}"
-        return next((why for check in checks if (why := check(node))), "")
+        return next((problem for check in checks if (problem := check(node))), "")
 
     def _value(self, name: str) -> Any:
-        found = self.constants.get(name)
-        return None if found is None else self.onnx.numpy_helper.to_array(found)
+        """A constant tensor as an array; None for a tensor that is computed."""
+        tensor = self.constants.get(name)
+        return None if tensor is None else self.onnx.numpy_helper.to_array(tensor)
 
     def _parameters(self, node: Any) -> str:
+        """Scale: constant, positive, finite. Zero point: constant, int8, 0."""
         scale = self._value(node.input[1])
         if scale is None:
             return "its scale is no constant"
@@ -97,8 +112,10 @@ class _Checker:
         return "its zero point is not 0" if self._value(node.input[2]).any() else ""
 
     def _pairing(self, node: Any) -> str:
-        """A QuantizeLinear is followed by DequantizeLinear with the same scale, and only by that; a
-        DequantizeLinear reads one, or a constant."""
+        """Only DequantizeLinear, with the same scale, may read the output of QuantizeLinear.
+
+        DequantizeLinear has to read QuantizeLinear or a constant.
+        """
         if node.op_type == "DequantizeLinear":
             source = self.producers.get(node.input[0])
             if node.input[0] in self.constants or (source and source.op_type == _PAIR[0]):
@@ -116,7 +133,7 @@ class _Checker:
         return ""
 
     def _granularity(self, node: Any) -> str:
-        """Per tensor, or weights per output channel of the layer that reads them."""
+        """Activations per tensor; weights per tensor or by output channels of their layer."""
         if self._value(node.input[1]).ndim == 0:
             return ""
         tensor = node.input[0]
@@ -125,12 +142,14 @@ class _Checker:
             tensor = source.input[0]
         if tensor not in self.constants:
             return "it quantizes an activation per channel"
-        axis = next((one.i for one in node.attribute if one.name == "axis"), 1)
+        axis = next((entry.i for entry in node.attribute if entry.name == "axis"), 1)
         rank = len(self.constants[tensor].dims)
         quantizes = node.op_type == _PAIR[0]
-        ends = [r for r, _ in self.readers[node.output[0]]] if quantizes else [node]
-        for end in ends:
-            for reader, position in self.readers.get(end.output[0], []):
+        dequantizers = (
+            [reader for reader, _ in self.readers[node.output[0]]] if quantizes else [node]
+        )
+        for dequantizer in dequantizers:
+            for reader, position in self.readers.get(dequantizer.output[0], []):
                 want = _output_axis(reader, position, rank)
                 if want is None:
                     return f"it is per channel and read by {reader.op_type}, not by a layer"
@@ -140,12 +159,15 @@ class _Checker:
 
 
 def _output_axis(layer: Any, position: int, rank: int) -> int | None:
-    """The axis of output channels in the weight of a layer."""
+    """The axis of a layer's output channels in its weight of `rank`; None if it is no weight.
+
+    `position` is that of the weight among the layer's inputs.
+    """
     if position != 1:
         return None
     if layer.op_type in ("Conv", "ConvTranspose"):
         return 0 if layer.op_type == "Conv" else 1
     if layer.op_type == "Gemm":
-        transposed = any(one.name == "transB" and one.i for one in layer.attribute)
+        transposed = any(entry.name == "transB" and entry.i for entry in layer.attribute)
         return 0 if transposed else 1
     return rank - 1 if layer.op_type == "MatMul" else None

@@ -1,1 +1,1 @@
-"""Where quantizers go in a forward."""
+"""Captures a forward, and inserts quantizers where the table of operations asks for them."""

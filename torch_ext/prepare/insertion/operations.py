@@ -1,7 +1,7 @@
-"""Which values of a forward are quantized: one table, which the guide shows.
+"""The table of operations whose inputs are quantized; docs/guides/placement.md shows it.
 
-Operations are called by torch's names; modules by those of their functions (``AvgPool2d`` is
-``avg_pool2d``), in-place variants and Python's operators by the plain name (``+=`` is ``add``).
+Operations have torch's names. A module has the name of its function (``AvgPool2d`` is
+``avg_pool2d``), an in-place variant or an operator that of the function (``+=`` is ``add``).
 """
 
 from __future__ import annotations
@@ -15,28 +15,31 @@ from torch import Tensor, fx
 
 from torch_ext.prepare.module_classes import own_type
 from torch_ext.prepare.quantizable_modules import is_quant_stub
+from torch_ext.utils.operations import KEEP_VALUES
 
 if TYPE_CHECKING:
     from torch_ext.prepare.insertion.recording import Recording
 
 
 class Kind(enum.Enum):
-    """What a row of the table does to its operations' inputs."""
+    """What the operations of a row have quantized; the values are the table's texts."""
 
     WEIGHTED = "the input, and the weight per output channel; not the bias"
     PRODUCT = "every factor"
     PAIR = "both operands, if both are computed; beside a parameter, buffer or number: nothing"
     JOIN = "all operands, by one quantizer, so that they share a scale"
     RESAMPLE = "the input"
-    CARRY = "nothing: what reads its result quantized has the quantizer of its input"
+    CARRY = "nothing: it only moves or picks values; what reads its result uses its input's quantizer"
     STUB = "its output, always"
     OTHER = "nothing"
 
 
 class Row(NamedTuple):
+    """A row of the table."""
+
     kind: Kind
-    operations: str  # names, or a description where there are none
-    output: str
+    operations: str  # names, separated by spaces; a description for STUB and OTHER
+    output: str  # how the result's grid relates to the input's
 
 
 _NEW = "a new value"
@@ -57,15 +60,7 @@ PLACEMENT_TABLE = (
         "adaptive_avg_pool3d interpolate upsample",
         _NEW,
     ),
-    Row(
-        Kind.CARRY,
-        "max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d "
-        "adaptive_max_pool3d reshape view flatten unflatten permute transpose swapaxes movedim t "
-        "squeeze unsqueeze expand repeat getitem select narrow chunk split unbind roll flip pad "
-        "pixel_shuffle pixel_unshuffle channel_shuffle contiguous clone identity dropout dropout1d "
-        "dropout2d dropout3d",
-        _SAME,
-    ),
+    Row(Kind.CARRY, " ".join(KEEP_VALUES), _SAME),
     Row(Kind.STUB, "`torch_ext.QuantStub`", _NEW),
     Row(Kind.OTHER, "everything else: activations, norms, softmax, mean, ...", _NEW),
 )
@@ -79,7 +74,7 @@ DROPOUTS = ("dropout", "dropout1d", "dropout2d", "dropout3d")
 PAIRS = frozenset(name for name, kind in _KINDS.items() if kind is Kind.PAIR)
 JOINS = frozenset(name for name, kind in _KINDS.items() if kind is Kind.JOIN)
 
-# Where an operation's quantized inputs stand: position, and names as a keyword.
+# The quantized arguments of an operation: position, and the names as keywords.
 _FIRST = (0, ("input", "tensors", "self"))
 _OPERANDS: dict[str, tuple[tuple[int, tuple[str, ...]], ...]] = {
     "baddbmm": ((1, ("batch1",)), (2, ("batch2",))),
@@ -153,14 +148,14 @@ def inputs_of(recording: Recording, node: fx.Node) -> list[fx.Node]:
     """The nodes that a node's row speaks of: its quantized inputs, or what it carries."""
     name = operation(recording, node)
     if name == "einsum":
-        found: list[Any] = [node.args[1:]]
+        operands: list[Any] = [node.args[1:]]
     else:
-        found = [_operand(node, *place) for place in _OPERANDS.get(name, (_FIRST,))]
-    return [one for one in _flat(found) if isinstance(one, fx.Node)]
+        operands = [_operand(node, *place) for place in _OPERANDS.get(name, (_FIRST,))]
+    return [operand for operand in _flat(operands) if isinstance(operand, fx.Node)]
 
 
 def weight_of(node: fx.Node) -> fx.Node | None:
-    """The weight of a convolution or a linear layer that is called as a function."""
+    """The weight argument of a convolution or linear function; None for other nodes."""
     weight = _operand(node, *_WEIGHT)
     return weight if node.op == "call_function" and isinstance(weight, fx.Node) else None
 
@@ -173,8 +168,8 @@ def _operand(node: fx.Node, position: int, names: tuple[str, ...]) -> Any:
 
 def _flat(value: Any) -> Iterator[Any]:
     if isinstance(value, (tuple, list)):
-        for one in value:
-            yield from _flat(one)
+        for entry in value:
+            yield from _flat(entry)
     else:
         yield value
 

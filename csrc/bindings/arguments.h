@@ -1,0 +1,142 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <tuple>
+
+// The ops with long argument lists. A list is written here as a struct, which the kernels take, and
+// as a function type, from which the dispatcher infers the schema of a kernel. The order is that of
+// schema.cpp; registration fails where the types differ from the schema.
+namespace torch_ext::bindings {
+
+struct FakeQuantArguments {
+  const at::Tensor& x;
+  const at::Tensor& scale;
+  const at::Tensor& zero_point;
+  int64_t quant_min;
+  int64_t quant_max;
+  int64_t ch_axis;
+  c10::string_view mask;
+  c10::string_view rounding;
+};
+template <class Result>
+using FakeQuantSignature = Result(const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t,
+                                  int64_t, int64_t, c10::string_view, c10::string_view);
+
+struct FakeQuantOp {
+  static constexpr const char* name = "torch_ext::fake_quant";
+  using Arguments = FakeQuantArguments;
+  using Signature = FakeQuantSignature<at::Tensor>;
+};
+struct FakeQuantForwardOp {
+  static constexpr const char* name = "torch_ext::_fake_quant_forward";
+  using Arguments = FakeQuantArguments;
+  using Signature = FakeQuantSignature<std::tuple<at::Tensor, at::Tensor>>;
+};
+
+struct LearnedArguments {
+  const at::Tensor& x;
+  c10::string_view method;
+  const at::Tensor& parameter;
+  const std::optional<at::Tensor>& zero_point;
+  int64_t quant_min;
+  int64_t quant_max;
+  int64_t ch_axis;
+  bool use_grad_scaling;
+  int64_t batch_axis;
+};
+struct LearnedBackwardArguments {
+  const at::Tensor& grad;
+  LearnedArguments forward;
+};
+// Leading: the types of the arguments in front of x.
+template <class Result, class... Leading>
+using LearnedSignature = Result(Leading..., const at::Tensor&, c10::string_view, const at::Tensor&,
+                                const std::optional<at::Tensor>&, int64_t, int64_t, int64_t, bool,
+                                int64_t);
+
+struct LearnedOp {
+  static constexpr const char* name = "torch_ext::learned_fake_quant";
+  using Arguments = LearnedArguments;
+  using Signature = LearnedSignature<at::Tensor>;
+};
+struct LearnedBackwardOp {
+  static constexpr const char* name = "torch_ext::_learned_fake_quant_backward";
+  using Arguments = LearnedBackwardArguments;
+  using Signature = LearnedSignature<std::tuple<at::Tensor, at::Tensor, at::Tensor>,  //
+                                     const at::Tensor&>;
+};
+
+struct FollowArguments {
+  const at::Tensor& x;
+  const at::Tensor& range;
+  const at::Tensor& scale;
+  const at::Tensor& zero_point;
+  const at::Tensor& solved;
+  double averaging_constant;
+  c10::string_view rule;
+  int64_t quant_min;
+  int64_t quant_max;
+  bool symmetric;
+  c10::string_view scale_rule;
+  bool power_of_two;
+  at::ArrayRef<double> options;
+  int64_t ch_axis;
+  int64_t mantissa_bits;
+  int64_t octaves;
+  // Of the ops that also quantize:
+  c10::string_view mask = {};
+  c10::string_view rounding = {};
+  bool with_mask = false;
+};
+// Quantize: the types of the arguments from `mask` on.
+template <class Result, class... Quantize>
+using FollowSignature = Result(const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                               const at::Tensor&, const at::Tensor&, double, c10::string_view,
+                               int64_t, int64_t, bool, c10::string_view, bool, at::ArrayRef<double>,
+                               int64_t, int64_t, int64_t, Quantize...);
+
+struct FollowOp {
+  static constexpr const char* name = "torch_ext::follow_";
+  using Arguments = FollowArguments;
+  using Signature = FollowSignature<void>;
+};
+struct FollowFakeQuantOp {
+  static constexpr const char* name = "torch_ext::follow_fake_quant";
+  using Arguments = FollowArguments;
+  using Signature = FollowSignature<at::Tensor, c10::string_view, c10::string_view>;
+};
+struct FollowForwardOp {
+  static constexpr const char* name = "torch_ext::_follow_fake_quant_forward";
+  using Arguments = FollowArguments;
+  using Signature =
+      FollowSignature<std::tuple<at::Tensor, at::Tensor>, c10::string_view, c10::string_view, bool>;
+};
+
+// A function of the op's signature that calls `body` with the op's struct of arguments.
+template <class Op, auto body, class Signature = typename Op::Signature>
+struct Kernel;
+template <class Op, auto body, class Result, class... Types>
+struct Kernel<Op, body, Result(Types...)> {
+  static Result call(Types... arguments) { return body(typename Op::Arguments{arguments...}); }
+};
+
+// Registers `body` as the kernel of an op.
+template <class Op, auto body>
+void impl(torch::Library& m) {
+  m.impl(Op::name, TORCH_FN((Kernel<Op, body>::call)));
+}
+
+// Calls an op through the dispatcher, with all arguments in the order of its schema.
+template <class Op, class... Arguments>
+auto call_op(const Arguments&... arguments) {
+  static const auto handle = c10::Dispatcher::singleton()
+                                 .findSchemaOrThrow(Op::name, "")
+                                 .template typed<typename Op::Signature>();
+  return handle.call(arguments...);
+}
+
+}  // namespace torch_ext::bindings

@@ -1,0 +1,222 @@
+"""Ops that quantize, or that move the range to quantize with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from torch import Tensor
+
+from torch_ext.ops.loader import NATIVE
+from torch_ext.ops.registry import Options, encode_options
+from torch_ext.ops.registry_names import LearnedMethod, Rule
+from torch_ext.ops.statistics import ScaleRule
+
+Mask = Literal["rounded", "paper"]
+Rounding = Literal["half_even", "half_away", "floor_half_up"]
+
+
+def fake_quant(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    ch_axis: int = -1,
+    mask: Mask = "rounded",
+    rounding: Rounding = "half_even",
+) -> Tensor:
+    """Quantizes and dequantizes ``x``; differentiable in ``x`` (straight-through estimator).
+
+    ``q = clamp(round(x / scale) + zero_point, quant_min, quant_max); (q - zero_point) * scale``,
+    bit-equal to ONNX QuantizeLinear and DequantizeLinear. NaN stays NaN, infinities saturate.
+    float16 and bfloat16 are computed in float32 and rounded once.
+
+    Args:
+        x: any floating dtype, shape and strides.
+        scale: float32 [C], above 0 and finite.
+        zero_point: int32 [C], between ``quant_min`` and ``quant_max``.
+        ch_axis: the axis of the C channels; -1: C = 1.
+        mask: where the gradient passes: ``"rounded"``, where the rounded value is on the grid,
+            ends included; ``"paper"``, where the value before rounding is strictly between them.
+        rounding: ``"half_even"``, ``"half_away"`` (from zero) or ``"floor_half_up"``.
+
+    Raises:
+        RuntimeError: an argument is not as above.
+    """
+    out: Tensor = NATIVE.fake_quant(
+        x, scale, zero_point, quant_min, quant_max, ch_axis, mask, rounding
+    )
+    return out
+
+
+def lsq(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    ch_axis: int = -1,
+    use_grad_scaling: bool = True,
+    batch_axis: int = -1,
+) -> Tensor:
+    """Quantizes and dequantizes with a learned scale (Esser et al. 2020, arXiv 1902.08153).
+
+    Let v = x / scale and z the zero point. A value is inside if ``quant_min < v + z < quant_max``.
+
+    - Gradient of x: 1 inside, 0 outside.
+    - Gradient of the scale: ``round(v) - v`` inside, ``quant_min - z`` below, ``quant_max - z``
+      above; summed over the channel in float64, then multiplied by ``1 / sqrt(N * quant_max)``,
+      where N is the number of elements that share the scale.
+    - Gradient of a learned zero point: 0 inside, ``-scale`` outside (LSQ+, Bhalgat et al. 2020).
+
+    Args:
+        x: float32, float64, float16 or bfloat16, any shape and strides.
+        scale: float32 [C], finite. The op computes with ``max(|scale|, 2^-126)``.
+        zero_point: int32 [C], which is fixed; or float32 [C], which is learned, and is rounded and
+            clamped to the grid.
+        ch_axis: the axis of the C channels; -1: C = 1.
+        use_grad_scaling: False omits the factor ``1 / sqrt(N * quant_max)``.
+        batch_axis: the axis whose size is left out of N; 0 for activations, -1 for none.
+
+    Raises:
+        RuntimeError: an argument is not as above. Values of CUDA tensors are not checked: a scale
+            that is not finite gives NaN.
+    """
+    return NATIVE.lsq(  # type: ignore[no-any-return]
+        x, scale, zero_point, quant_min, quant_max, ch_axis, use_grad_scaling, batch_axis
+    )
+
+
+def pact(x: Tensor, alpha: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    """Quantizes and dequantizes with a learned clipping level (Choi et al. 2018, arXiv 1805.06085).
+
+    Clips x to [0, alpha] if ``quant_min`` is 0, else to [-alpha, alpha], and quantizes it with the
+    scale of that range. The gradient of x is 1 where x is not clipped, else 0. The gradient of
+    alpha is the sum of the upstream gradients where ``x >= alpha``, minus, on a signed grid, those
+    where ``x <= -alpha``. The paper's L2 penalty on alpha is not included: use weight decay.
+
+    Args:
+        x: float32, float64, float16 or bfloat16, any shape and strides.
+        alpha: float32 [1], finite. The op computes with ``max(|alpha|, 2^-110)``.
+
+    Raises:
+        RuntimeError: an argument is not as above.
+    """
+    return NATIVE.pact(x, alpha, quant_min, quant_max)  # type: ignore[no-any-return]
+
+
+def learned_fake_quant(
+    x: Tensor,
+    method: LearnedMethod,
+    parameter: Tensor,
+    zero_point: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    ch_axis: int = -1,
+    use_grad_scaling: bool = True,
+    batch_axis: int = -1,
+) -> Tensor:
+    """Calls the learned method of a name: :func:`lsq` or :func:`pact`.
+
+    Args:
+        method: ``"lsq"`` or ``"pact"``.
+        parameter: what the method learns: ``scale`` [C] of lsq, ``alpha`` [1] of pact.
+        zero_point: as in :func:`lsq`; None for pact.
+        ch_axis, use_grad_scaling, batch_axis: as in :func:`lsq`; the defaults for pact.
+
+    Raises:
+        RuntimeError: an unknown method, or an argument that it does not take.
+    """
+    grid = (quant_min, quant_max)
+    return NATIVE.learned_fake_quant(  # type: ignore[no-any-return]
+        x, method, parameter, zero_point, *grid, ch_axis, use_grad_scaling, batch_axis
+    )
+
+
+def follow_(
+    x: Tensor,
+    range: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    solved: Tensor,
+    averaging_constant: float,
+    rule: Rule,
+    quant_min: int,
+    quant_max: int,
+    symmetric: bool,
+    scale_rule: ScaleRule = "grid",
+    power_of_two: bool = False,
+    options: Options | None = None,
+    ch_axis: int = -1,
+    mantissa_bits: int = 10,
+    octaves: int = 16,
+) -> None:
+    """Moves a range towards that of the batch ``x`` and updates scale and zero point, in place.
+
+    ``range += averaging_constant * (range of x by the rule - range)``. If ``solved`` is 0, the
+    range becomes that of x, and ``solved`` 1. Channels without a finite value keep their range.
+    Does not synchronize with the host. Does nothing while a backward pass runs.
+
+    Args:
+        x: any floating dtype, shape and strides.
+        range, scale, zero_point: float32 [C,2], float32 [C] and int32 [C], written to.
+        solved: uint8 [1], whether there is a range yet; written to.
+        averaging_constant: 0 to 1; 0 leaves a solved range as it is.
+        rule: a rule of the registry.
+        options: of the rule, by name; or as numbers in the order of the rule's table, which only
+            the op checks.
+        mantissa_bits, octaves: layout of the batch's histogram, 5..10 and 4..32.
+
+    Raises:
+        ValueError, TypeError: an unknown rule or option, or an option out of bounds.
+        RuntimeError: an argument is not as above.
+    """
+    values = _option_values(rule, options)
+    buffers = (range, scale, zero_point, solved)
+    grid = (quant_min, quant_max, symmetric, scale_rule, power_of_two)
+    layout = (ch_axis, mantissa_bits, octaves)
+    NATIVE.follow_(x, *buffers, averaging_constant, rule, *grid, values, *layout)
+
+
+def follow_fake_quant(
+    x: Tensor,
+    range: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    solved: Tensor,
+    averaging_constant: float,
+    rule: Rule,
+    quant_min: int,
+    quant_max: int,
+    symmetric: bool,
+    scale_rule: ScaleRule = "grid",
+    power_of_two: bool = False,
+    options: Options | None = None,
+    ch_axis: int = -1,
+    mantissa_bits: int = 10,
+    octaves: int = 16,
+    mask: Mask = "rounded",
+    rounding: Rounding = "half_even",
+) -> Tensor:
+    """Runs :func:`follow_`, then :func:`fake_quant` of ``x`` with the updated scale.
+
+    Gives the same numbers as the two calls. On a GPU it reads ``x`` only once if a channel's values
+    fit into on-chip memory. Differentiable in ``x`` (straight-through).
+
+    Arguments, result and errors are those of the two functions.
+    """
+    values = _option_values(rule, options)
+    buffers = (range, scale, zero_point, solved)
+    grid = (quant_min, quant_max, symmetric, scale_rule, power_of_two)
+    layout = (ch_axis, mantissa_bits, octaves)
+    return NATIVE.follow_fake_quant(  # type: ignore[no-any-return]
+        x, *buffers, averaging_constant, rule, *grid, values, *layout, mask, rounding
+    )
+
+
+def _option_values(rule: str, options: Options | None) -> list[float]:
+    """Encodes names and values; numbers are passed on, since this runs at every training step."""
+    if options is None or isinstance(options, Mapping):
+        return encode_options(rule, options or {})
+    return list(options)

@@ -1,0 +1,190 @@
+"""Ops that accumulate a statistic, and that make ranges and qparams of one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor
+
+from torch_ext.ops.loader import NATIVE
+from torch_ext.ops.registry import Options, OptionValue, encode_options
+from torch_ext.ops.registry_names import Rule
+
+ScaleRule = Literal["grid", "tvm"]
+HistogramVariant = Literal["slides", "modelopt", "ncnn", "tvm", "onnxruntime", "horizon"]
+
+
+def observe_(x: Tensor, extrema: Tensor, tally: Tensor, counts: Tensor, ch_axis: int = -1) -> None:
+    """Adds the values of ``x`` to a statistic, in place.
+
+    The result depends on the values alone: any split into batches, order, strides and number of
+    threads give the same bits. Non-finite values are counted in ``tally`` and nowhere else. Does
+    nothing while a backward pass runs, because activation checkpointing repeats the forward there.
+
+    Args:
+        x: any floating dtype, shape and strides.
+        extrema, tally, counts: the statistic, of C = ``x.size(ch_axis)`` channels.
+        ch_axis: the axis of the C channels; -1: C = 1.
+
+    Raises:
+        RuntimeError: an argument of another dtype, shape or device.
+    """
+    NATIVE.observe_(x, extrema, tally, counts, ch_axis)
+
+
+def merge_(
+    extrema: Tensor,
+    tally: Tensor,
+    counts: Tensor,
+    other_extrema: Tensor,
+    other_tally: Tensor,
+    other_counts: Tensor,
+) -> None:
+    """Adds the statistic ``other_*`` to the first one, in place.
+
+    The result is the statistic of both data sets together. All shapes must be equal.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices differ.
+    """
+    NATIVE.merge_(extrema, tally, counts, other_extrema, other_tally, other_counts)
+
+
+def solve(
+    rule: Rule,
+    extrema: Tensor,
+    tally: Tensor,
+    counts: Tensor,
+    quant_min: int,
+    quant_max: int,
+    symmetric: bool,
+    scale_rule: ScaleRule = "grid",
+    power_of_two: bool = False,
+    **options: OptionValue,
+) -> Tensor:
+    """Computes the range of a statistic by a rule.
+
+    Args:
+        rule: a rule of the registry, one of ``torch_ext.observers()``.
+        extrema, tally, counts: the statistic. Rules that read a histogram need ``counts``.
+        options: options of the rule by name; the others have their defaults.
+
+    Returns:
+        The range [C,2] float32: lower and upper end; (0,0) for channels without a finite value.
+
+    Raises:
+        ValueError, TypeError: an unknown rule or option, or an option out of bounds.
+        RuntimeError: a missing histogram, a grid that the rule does not support, or a statistic
+            whose tensors contradict each other (on a CUDA device: NaN).
+    """
+    values = encode_options(rule, options)
+    grid = (quant_min, quant_max, symmetric, scale_rule, power_of_two)
+    range_: Tensor = NATIVE.solve(rule, extrema, tally, counts, *grid, values)
+    return range_
+
+
+def solve_many(
+    rules: Sequence[str],
+    extrema: Sequence[Tensor],
+    tally: Sequence[Tensor],
+    counts: Sequence[Tensor],
+    quant_min: Sequence[int],
+    quant_max: Sequence[int],
+    symmetric: Sequence[bool],
+    scale_rule: Sequence[str] | None = None,
+    power_of_two: Sequence[bool] | None = None,
+    options: Sequence[Options] | None = None,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Computes ranges, scales and zero points of N statistics in one call, in parallel.
+
+    Every argument is a list of N entries, one per statistic, with the meaning that it has in
+    :func:`solve`. All tensors are on one device.
+
+    Args:
+        scale_rule: by default ``"grid"`` for all.
+        power_of_two: by default False for all.
+        options: for each statistic a mapping of option names to values, or the values as numbers
+            in the order of the rule's table (a choice as its index); None: defaults for all.
+
+    Returns:
+        Three lists of N tensors: ranges [C,2] float32, scales [C] float32, zero points [C] int32.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as :func:`solve`; or lists of different lengths.
+    """
+    count = len(rules)
+    if options is None:
+        options = [{}] * count
+    if len(options) != count:
+        raise ValueError(f"solve_many: expected options to be {count} entries, got {len(options)}")
+    values = [
+        value
+        for rule, rule_options in zip(rules, options, strict=True)
+        for value in encode_options(rule, rule_options)
+    ]
+    scale_rule = ["grid"] * count if scale_rule is None else scale_rule
+    power_of_two = [False] * count if power_of_two is None else power_of_two
+    statistics = (extrema, tally, counts)
+    grids = (quant_min, quant_max, symmetric, scale_rule, power_of_two)
+    lists = map(list, (rules, *statistics, *grids))
+    ranges, scales, zero_points = NATIVE.solve_many(*lists, values)
+    return list(ranges), list(scales), list(zero_points)
+
+
+def qparams(
+    range: Tensor,
+    quant_min: int,
+    quant_max: int,
+    symmetric: bool,
+    scale_rule: ScaleRule = "grid",
+    power_of_two: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Computes scales and zero points of ranges. In float64, rounded once.
+
+    - Symmetric, signed: ``scale = 2 * max(|lo|, |hi|) / (quant_max - quant_min)``, zero point 0.
+    - Symmetric, unsigned: ``scale = max(hi, 0) / quant_max``, zero point 0.
+    - Affine: the range is widened to include 0; ``scale = (hi - lo) / (quant_max - quant_min)``.
+
+    The range (0,0) gives scale 1.
+
+    Args:
+        range: float32 [C,2], finite, lower end first.
+        scale_rule: ``"grid"``, as above; ``"tvm"`` (symmetric grids only) divides
+            ``max(|lo|, |hi|)`` by 2^(bits-1), on an unsigned grid by 2^bits.
+        power_of_two: rounds the scale up to a power of two.
+
+    Returns:
+        Scale [C] float32 and zero point [C] int32.
+
+    Raises:
+        RuntimeError: an argument is not as above.
+    """
+    grid = (quant_min, quant_max, symmetric, scale_rule, power_of_two)
+    scale, zero_point = NATIVE.qparams(range, *grid)
+    return scale, zero_point
+
+
+def kl_threshold(
+    counts: Tensor, bin_width: Tensor, levels: int = 128, variant: HistogramVariant = "slides"
+) -> tuple[Tensor, Tensor]:
+    """Searches the clipping threshold of N linear histograms by KL divergence.
+
+    Args:
+        counts: int64 [N,B], the histograms; each sums to at most 2^53. Bins start at 0, except for
+            the variants ``"tvm"`` and ``"onnxruntime"``, whose histograms are centred on 0.
+        bin_width: float64 [N], above 0.
+        levels: quantization levels, 2 to 65536 and at most B.
+        variant: the engine whose search is computed: ``"slides"`` (TensorRT's published search),
+            ``"modelopt"``, ``"ncnn"``, ``"tvm"``, ``"onnxruntime"`` or ``"horizon"``.
+
+    Returns:
+        ``index`` [N] int64, the number of bins that are kept (of a centred histogram, on one side
+        of the centre), and ``threshold`` [N] float64.
+
+    Raises:
+        RuntimeError: an argument is not as above. On a CUDA device values are not checked: a bad
+            row gives index -1 and threshold NaN.
+    """
+    index, threshold = NATIVE.kl_threshold(counts, bin_width, levels, variant)
+    return index, threshold
