@@ -8,9 +8,17 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from torch_ext.prepare.insertion.merging import merge_calls
 from torch_ext.prepare.insertion.operations import operation
 from torch_ext.prepare.insertion.placement import Ask, Placement, Site
-from torch_ext.prepare.insertion.plan import FunctionPlan, Plan, Read, link_twins
+from torch_ext.prepare.insertion.plan import (
+    CallPlan,
+    FunctionPlan,
+    Plan,
+    Read,
+    functions_with_reads,
+    link_twins,
+)
 from torch_ext.prepare.insertion.recording import Key, Recording
 
 # Makes the quantizer of a site, in one of the placements; returns its name.
@@ -77,20 +85,23 @@ class Assignment:
 
 
 def make_plan(recordings: list[Recording], layers: frozenset[str]) -> Plan:
-    """The plan of recordings of eval and, if there is one, of train mode.
+    """The plan of recordings of eval and, if there are some, of train mode.
 
     ``layers``: modules of which no call may be missed, beside those that read something.
     """
-    reading = {
-        call.module
-        for recording in recordings
-        for call in recording.all_calls
-        if call.reads or call.output
-    }
-    for recording in recordings[1:]:
-        keys = {**recordings[0].call_keys, **recording.call_keys}
-        link_twins(recordings[0].root, recording.root, keys)
-    return Plan([recording.root for recording in recordings], layers | reading)
+    calls = [call for recording in recordings for call in recording.all_calls]
+    reading = {call.module for call in calls if call.reads or call.output}
+    functions = functions_with_reads(recording.root for recording in recordings)
+    roots: dict[bool, CallPlan] = {}
+    for recording in recordings:
+        recording.root.finish(functions)
+        root = roots.setdefault(recording.training, recording.root)
+        if root is not recording.root:
+            merge_calls(root, recording.root)
+    if len(roots) == 2:
+        keys = {call: key for recording in recordings for call, key in recording.call_keys.items()}
+        link_twins(*roots.values(), keys)
+    return Plan(list(roots.values()), layers | reading)
 
 
 def _observing(placement: Placement, asks: list[Ask]) -> list[Ask]:

@@ -18,7 +18,7 @@ from torch_ext.prepare.insertion.operations import (
     weight_of,
     weight_source,
 )
-from torch_ext.prepare.insertion.recording import Recording
+from torch_ext.prepare.insertion.recording import Recording, is_wrapped
 from torch_ext.prepare.qconfig import Factory
 from torch_ext.prepare.qconfig_mapping import QConfigMapping
 from torch_ext.prepare.quantizable_modules import TRANSPOSED, WEIGHTED, Target, target_of
@@ -149,7 +149,7 @@ class Placement:
 
     def _is_floating(self, node: fx.Node) -> bool:
         value = self.recording.values[node]
-        return isinstance(value, Tensor) and value.is_floating_point()
+        return isinstance(value, Tensor) and value.is_floating_point() and not is_wrapped(value)
 
     def _values(self, operand: fx.Node) -> Iterator[fx.Node]:
         """The values behind what carries their grid."""

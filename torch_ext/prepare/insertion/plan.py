@@ -6,7 +6,7 @@ A tree over the calls of modules in an observed run, for each of train and eval 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -53,7 +53,7 @@ class CallPlan:
         # A function's name and the lines that lead to it; for each call None, or its reads.
         self.lines: dict[str, list[FunctionPlan | None]] = {}
         self.children: dict[str, list[CallPlan]] = {}
-        self.expected = 0  # calls of functions that have reads
+        self.expected: tuple[int, ...] = (0,)  # how many calls of functions that have reads
         self.reads_inside = False
         self.twin: CallPlan | None = None  # the same call in the other mode
 
@@ -65,11 +65,12 @@ class CallPlan:
     def finish(self, functions: frozenset[str]) -> None:
         """Keeps the lines of ``functions``, those that have a site somewhere, and counts."""
         self.lines = {k: v for k, v in self.lines.items() if k.partition(" ")[0] in functions}
-        self.expected = sum(call is not None for calls in self.lines.values() for call in calls)
+        reading = sum(call is not None for calls in self.lines.values() for call in calls)
+        self.expected = (reading,)
         for child in self.calls():
             child.finish(functions)
         inside = any(child.reads_inside for child in self.calls())
-        self.reads_inside = bool(self.reads or self.output or self.expected or inside)
+        self.reads_inside = bool(self.reads or self.output or reading or inside)
 
     def calls(self) -> Iterator[CallPlan]:
         for children in self.children.values():
@@ -95,18 +96,13 @@ class Plan:
             roots: of eval mode, then of train mode if the example runs there.
             layers: modules whose call has a read wherever it stands, so that none may be missed.
         """
-        functions = frozenset(
-            line.partition(" ")[0] for root in roots for line in _lines_with_reads(root)
-        )
-        for root in roots:
-            root.finish(functions)
         self.root = roots[0]
-        self.functions = dict.fromkeys(sorted(functions), True)
+        self.functions = dict.fromkeys(sorted(functions_with_reads(roots)), True)
         self.layers = dict.fromkeys(sorted(layers), True)
         self.quantizers = sorted({read.quantizer for root in roots for read in _reads(root)})
         # How a module is called by itself; None where its calls differ.
         self.alone: dict[str, CallPlan | None] = {}
-        for root in roots[:1] + roots[1:]:
+        for root in roots:
             _collect(root, self.alone)
 
     def __deepcopy__(self, memo: Any) -> Plan:
@@ -167,6 +163,11 @@ def counted(name: str, args: Any, kwargs: Mapping[str, Any]) -> bool:
 
 def _is_floating(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def functions_with_reads(roots: Iterable[CallPlan]) -> frozenset[str]:
+    """The functions that have a read somewhere, by torch's names."""
+    return frozenset(line.partition(" ")[0] for root in roots for line in _lines_with_reads(root))
 
 
 def _lines_with_reads(call: CallPlan) -> Iterator[str]:

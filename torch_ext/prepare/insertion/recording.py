@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import itertools
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -58,6 +59,7 @@ class Recording:
 
     def __init__(self, model: nn.Module, is_float: IsFloat) -> None:
         self.model = model
+        self.training = model.training
         self.root = CallPlan("", model.training)
         self.graph = fx.Graph()
         self.values: dict[fx.Node, Any] = {}
@@ -156,7 +158,7 @@ class Recording:
         outer = self._call
         call = CallPlan(name, module.training)
         outer.children.setdefault(name, []).append(call)
-        key = self._counted(self.call_keys[outer], name, instructions())
+        key = self._counted(self.call_keys[outer], name, instructions(skipped=2))
         self._call = call
         self.call_keys[call] = key
         try:
@@ -186,6 +188,7 @@ class Recording:
                 result = result.view_as(result)  # told apart from its input
         finally:
             self.hidden = False
+        self._call = outer
         if not self._is_known(result):
             node = self.add("call_module", call.module, *given, result, key)
             self.calls[node] = call
@@ -285,32 +288,40 @@ def record(
 def record_modes(
     who: str, model: nn.Module, example_inputs: Any, is_float: IsFloat
 ) -> list[Recording]:
-    """Recordings of eval mode and, if the example runs there too, of train mode.
+    """Recordings of eval mode and, if the examples run there too, of train mode.
 
-    Raises ValueError with the line where the example does not run.
+    Raises ValueError with the line if an example does not run in eval mode.
     """
     if "forward" in vars(model):
         raise ValueError(
             f"{who}: expected the model's class to define its forward, got one that is an "
             f"attribute of the instance; {_OTHERWISE}"
         )
-    example = bound_arguments(who, model, example_inputs)
-    try:
-        recordings = [record(model, example, False, is_float)]
-    except Exception as error:  # the user's forward: anything may come
-        raise ValueError(
-            f"{who}: expected example_inputs that the model can run, got at {_failing_line(error)} "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    try:
-        recordings.append(record(model, example, True, is_float))
-    except Exception as error:  # it may want targets
-        warnings.warn(
-            f"{who}: the example does not run in train mode ({_failing_line(error)}: "
-            f"{type(error).__name__}: {error}), so it is taken to be like eval mode",
-            stacklevel=4,
-        )
+    examples = [bound_arguments(who, model, given) for given in _examples(example_inputs)]
+    recordings = []
+    for training, example in itertools.product((False, True), examples):
+        try:
+            recordings.append(record(model, example, training, is_float))
+        except Exception as error:  # the user's forward: anything may come
+            problem = f"at {_failing_line(error)} {type(error).__name__}: {error}"
+            if not training:
+                raise ValueError(
+                    f"{who}: expected example_inputs that the model can run, got {problem}"
+                ) from error
+            warnings.warn(  # it may want targets
+                f"{who}: the example does not run in train mode ({problem}), so calls in train "
+                "mode are expected to be like those in eval mode",
+                stacklevel=4,
+            )
     return recordings
+
+
+def _examples(example_inputs: Any) -> list[Any]:
+    """A list of tuples or mappings has several examples; all else is one."""
+    several = isinstance(example_inputs, list) and bool(example_inputs)
+    if several and all(isinstance(given, (tuple, Mapping)) for given in example_inputs):
+        return list(example_inputs)
+    return [example_inputs]
 
 
 def _failing_line(error: BaseException) -> str:
@@ -373,8 +384,14 @@ def _is_plain_slice(value: Any) -> bool:
     return all(end is None or type(end) is int for end in ends)
 
 
+def is_wrapped(value: Tensor) -> bool:
+    """Whether a tensor is one of those that ``torch.vmap`` and the like pass: without data."""
+    wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(value)
+    return wrapped
+
+
 def _is_mask(value: Tensor) -> bool:
-    if not value.is_floating_point() or value.numel() == 0 or value.is_meta:
+    if not value.is_floating_point() or value.numel() == 0 or value.is_meta or is_wrapped(value):
         return False
     return not bool((value.abs() < _LARGE).all())
 

@@ -30,21 +30,26 @@ _PLACE = "_insertion_place"
 _FLOAT = FakeQuantState.FLOAT.value
 _OUT_OF_PLACE = {"add": torch.add, "mul": torch.mul}
 _OTHERWISE = (
-    "pass prepare_qat an example that comes by here too (example_inputs=[first, second]), or give "
+    "pass prepare_qat an example that comes by here too (example_inputs=[(first,), (second,)]), or give "
     "the module that holds this line qconfig=None"
 )
 _EMPTY = CallPlan("", False)
 _EMPTY.free = True
 
 
+Scope = tuple[str, nn.Module, Any]
+
+
 class Call:
     """One call of a prepared model, or of one of its modules by itself.
 
-    ``root`` is None in FLOAT, where nothing is looked at.
+    ``scope`` has the modules that are being called, innermost first: the start of the names in
+    each, the module, and the rest. It is None in FLOAT, where nothing is looked at. A quantizer is
+    looked up in the innermost that has it, so that a part can be compiled by itself.
     """
 
-    def __init__(self, link: Link, root: nn.Module | None, plan: CallPlan) -> None:
-        self.link, self.root = link, root
+    def __init__(self, link: Link, scope: Scope | None, plan: CallPlan) -> None:
+        self.link, self.scope = link, scope
         self.current = plan
         self.counts: dict[str, int] = {}  # calls of children and lines by what was current
         self.done = 0  # functions with reads
@@ -103,8 +108,14 @@ class Call:
             return None
         return calls[index]
 
+    def quantizer(self, name: str) -> Any:
+        scope: Any = self.scope
+        while not name.startswith(scope[0]):
+            scope = scope[2]
+        return _quantizer(scope[1], name[len(scope[0]) :])
+
     def read(self, read: Read, x: Tensor) -> Tensor:
-        quantizer = _quantizer(self.root, read.quantizer)
+        quantizer = self.quantizer(read.quantizer)
         if read.memo == "":
             return _quantized(quantizer, x, read.observes)
         grad = torch.is_grad_enabled()
@@ -117,7 +128,7 @@ class Call:
 
     def check_done(self, plan: CallPlan) -> None:
         """Raises if a function that has reads did not come by."""
-        if plan.free or self.done == plan.expected:
+        if plan.free or self.done in plan.expected:
             return
         missing = []
         for line, calls in plan.lines.items():
@@ -143,7 +154,7 @@ def _have_reads(calls: list[FunctionPlan | None]) -> bool:
     return False
 
 
-def _quantizer(root: nn.Module | None, name: str) -> Any:
+def _quantizer(root: nn.Module, name: str) -> Any:
     module: Any = root
     for part in name.split("."):
         module = getattr(module, part)
@@ -208,7 +219,7 @@ def _with_reads(
             value = several
         else:
             if plan.in_place and place == 0 and torch.is_grad_enabled():
-                if _quantizer(call.root, read.quantizer).method != "fake_quant":
+                if call.quantizer(read.quantizer).method != "fake_quant":
                     value = value.clone()  # which these keep for the backward pass
             value = call.read(read, value)
         if by_name:
@@ -270,7 +281,8 @@ def _run_alone(
         )
     if plan.training != module.training and plan.twin is not None:
         plan = plan.twin
-    call = Call(link, root, plan)
+    scope: Scope = ("", root, None)
+    call = Call(link, scope if place.name == "" else (place.name + ".", module, scope), plan)
     _CURRENT.call = call
     try:
         if plan.reads:
@@ -287,12 +299,12 @@ def _run_alone(
 
 
 def _check_without_root(module: nn.Module, place: Place) -> None:
-    """A copy of a part, or one that was unpickled alone, works in FLOAT only."""
+    """Raises for a part that is not in FLOAT: its quantizers may hang on other modules."""
     for part in module.modules():
         if isinstance(part, FakeQuantize) and part._action != _FLOAT:
             raise RuntimeError(
-                f'prepare_qat: expected "{place.name}" to be called within its prepared model, got '
-                "a copy of this part alone; copy the whole model"
+                f'prepare_qat: expected "{place.name}" to belong to a prepared model, got one '
+                "copied without it, or whose model is gone; copy and keep the whole model"
             )
 
 
@@ -304,18 +316,19 @@ def _tracked_forward(base_forward: Callable[..., Any]) -> Callable[..., Any]:
         call = _CURRENT.call
         if call is None or call.link is not place.link:
             return _run_alone(self, place, base_forward, layered, args, kwargs)
-        if call.root is None:
+        if call.scope is None:
             return base_forward(self, *args, **kwargs)
-        outer, counts, done = call.current, call.counts, call.done
+        outer, counts, done, scope = call.current, call.counts, call.done, call.scope
         plan = call.enter(self, place.name)
         if plan.reads:
             args, kwargs = _read_arguments(call, plan, args, kwargs)
         call.current, call.counts, call.done = plan, {}, 0
+        call.scope = (place.name + ".", self, scope)
         try:
             made = layered(self, *args, **kwargs)
             call.check_done(plan)
         finally:
-            call.current, call.counts, call.done = outer, counts, done
+            call.current, call.counts, call.done, call.scope = outer, counts, done, scope
         return made if plan.output is None else call.read(plan.output, made)
 
     return forward

@@ -85,9 +85,12 @@ def traced_lines() -> tuple[str, bool]:
     return text, apart
 
 
-def instructions() -> tuple[tuple[str, str, int], ...]:
-    """As ``calling_lines``, but each by the very instruction, which tells calls of a line apart."""
-    frame: FrameType | None = sys._getframe(1)
+def instructions(skipped: int = 0) -> tuple[tuple[str, str, int], ...]:
+    """As ``calling_lines``, but each by the very instruction, which tells calls of a line apart.
+
+    ``skipped``: frames above the caller's to begin behind, such as that of a call that begins.
+    """
+    frame: FrameType | None = sys._getframe(1 + skipped)
     found = []
     while frame is not None and frame.f_code not in _BEGINNINGS:
         if is_users(frame.f_code.co_filename):
