@@ -174,6 +174,11 @@ class FakeQuantize(nn.Module):
         return self._action in QUANTIZE
 
     @property
+    def idle(self) -> bool:
+        """Whether it neither observes nor quantizes what passes through it now."""
+        return self._action == FakeQuantState.FLOAT.value
+
+    @property
     def passes_through(self) -> bool:
         """Whether it is in VALIDATION without a range, and returns its input unchanged."""
         return self._state is FakeQuantState.VALIDATION and self._action != self._state.value

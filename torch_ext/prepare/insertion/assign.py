@@ -6,9 +6,9 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 
-from torch_ext.prepare.insertion.merging import merge_calls
 from torch_ext.prepare.insertion.operations import operation
 from torch_ext.prepare.insertion.placement import Ask, Placement, Site
 from torch_ext.prepare.insertion.plan import (
@@ -18,8 +18,9 @@ from torch_ext.prepare.insertion.plan import (
     Read,
     functions_with_reads,
     link_twins,
+    merge_calls,
 )
-from torch_ext.prepare.insertion.recording import Key, Recording
+from torch_ext.prepare.insertion.recording import Key, Recording, is_torchs_leaf
 
 # Makes the quantizer of a site, in one of the placements; returns its name.
 MakeQuantizer = Callable[[Placement, Site], str]
@@ -100,8 +101,26 @@ def make_plan(recordings: list[Recording], layers: frozenset[str]) -> Plan:
             merge_calls(root, recording.root)
     if len(roots) == 2:
         keys = {call: key for recording in recordings for call, key in recording.call_keys.items()}
-        link_twins(*roots.values(), keys)
+        link_twins(roots[False], roots[True], keys)
     return Plan(list(roots.values()), layers | reading)
+
+
+def tracked_modules(model: nn.Module, recordings: list[Recording], plan: Plan) -> list[str]:
+    """Their names, the model's own first.
+
+    Torch's modules that read nothing quantized and call no function of the table do without; so
+    does what is inside of a module that is left float as a whole.
+    """
+    busy = set().union(*(recording.busy for recording in recordings))
+    whole = {call.module for recording in recordings for call in recording.all_calls if call.free}
+    found = []
+    for name, module in model.named_modules():
+        inside_whole = any(name.startswith(f"{other}.") for other in whole)
+        plain = is_torchs_leaf(module) and not (name in busy or name in plan.layers)
+        computes_weight = isinstance(module, parametrize.ParametrizationList)
+        if not (inside_whole or plain or computes_weight or "forward" in vars(module)):
+            found.append(name)
+    return found
 
 
 def _observing(placement: Placement, asks: list[Ask]) -> list[Ask]:
@@ -159,7 +178,8 @@ def _write(recording: Recording, ask: Ask, memo: str, quantizer: str, observes: 
 
 def _places(reader: fx.Node, operand: fx.Node) -> list[_Place]:
     found: list[_Place] = []
-    for place, given in (*enumerate(reader.args), *reader.kwargs.items()):
+    arguments: list[tuple[int | str, Any]] = [*enumerate(reader.args), *reader.kwargs.items()]
+    for place, given in arguments:
         if given is operand:
             found.append((place, -1))
         elif isinstance(given, (tuple, list)):

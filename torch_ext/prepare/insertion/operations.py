@@ -9,16 +9,14 @@ from __future__ import annotations
 import enum
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, fx
 
+from torch_ext.prepare.insertion.run_graph import RunGraph
 from torch_ext.prepare.module_classes import own_type
 from torch_ext.prepare.quantizable_modules import is_quant_stub
 from torch_ext.utils.operations import KEEP_VALUES
-
-if TYPE_CHECKING:
-    from torch_ext.prepare.insertion.recording import Recording
 
 
 class Kind(enum.Enum):
@@ -29,7 +27,9 @@ class Kind(enum.Enum):
     PAIR = "both operands, if both are computed; beside a parameter, buffer or number: nothing"
     JOIN = "all operands, by one quantizer, so that they share a scale"
     RESAMPLE = "the input"
-    CARRY = "nothing: it only moves or picks values; what reads its result uses its input's quantizer"
+    CARRY = (
+        "nothing: it only moves or picks values; what reads its result uses its input's quantizer"
+    )
     STUB = "its output, always"
     OTHER = "nothing"
 
@@ -83,7 +83,17 @@ _OPERANDS: dict[str, tuple[tuple[int, tuple[str, ...]], ...]] = {
 }
 _WEIGHT = (1, ("weight",))
 _CHUNKS = ("chunk", "split", "getitem")
-_BEFORE_SOFTMAX = ("div", "float", "to", "type_as", "masked_fill", "where", "max", "maximum", "clamp")
+_BEFORE_SOFTMAX = (
+    "div",
+    "float",
+    "to",
+    "type_as",
+    "masked_fill",
+    "where",
+    "max",
+    "maximum",
+    "clamp",
+)
 
 
 def placement_table() -> str:
@@ -97,56 +107,56 @@ def placement_table() -> str:
     return "\n".join(lines)
 
 
-def operation(recording: Recording, node: fx.Node) -> str:
+def operation(run: RunGraph, node: fx.Node) -> str:
     """Torch's name of what a node does; empty for what is not torch's."""
     if node.op == "call_module":
-        kind = own_type(recording.model.get_submodule(str(node.target)))
+        kind = own_type(run.model.get_submodule(str(node.target)))
         if kind.__module__.startswith("torch.nn."):
             name = re.sub("(?<=[a-z])(?=[A-Z])", "_", kind.__name__).lower()
             return "pad" if re.fullmatch(r"[a-z]+_pad[123]d", name) else name
-    return recording.functions.get(node, "")
+    return run.functions.get(node, "")
 
 
-def kind_of(recording: Recording, node: fx.Node) -> Kind:
-    if node.op == "call_module" and is_quant_stub(recording.model.get_submodule(str(node.target))):
+def kind_of(run: RunGraph, node: fx.Node) -> Kind:
+    if node.op == "call_module" and is_quant_stub(run.model.get_submodule(str(node.target))):
         return Kind.STUB
-    name = operation(recording, node)
+    name = operation(run, node)
     kind = _KINDS.get(name, Kind.OTHER)
-    if node in recording.written:
+    if node in run.written:
         return kind if kind is Kind.PAIR else Kind.OTHER
-    if kind is Kind.RESAMPLE and _option(recording, node, "mode", 3, "nearest").startswith("near"):
+    if kind is Kind.RESAMPLE and _option(run, node, "mode", 3, "nearest").startswith("near"):
         return Kind.CARRY
-    if name == "pad" and _option(recording, node, "value", 3, "0") not in ("0", "0.0", "None"):
+    if name == "pad" and _option(run, node, "value", 3, "0") not in ("0", "0.0", "None"):
         return Kind.OTHER  # the value need not be on the input's grid
     return kind
 
 
-def _option(recording: Recording, node: fx.Node, name: str, position: int, default: str) -> str:
+def _option(run: RunGraph, node: fx.Node, name: str, position: int, default: str) -> str:
     """An option of a function, or of the module that stands for it, as text."""
-    if operation(recording, node).endswith(("pool1d", "pool2d", "pool3d")):
+    if operation(run, node).endswith(("pool1d", "pool2d", "pool3d")):
         return ""
     if node.op == "call_module":
-        module = recording.model.get_submodule(str(node.target))
+        module = run.model.get_submodule(str(node.target))
         return str(getattr(module, name, default))
     given = node.args[position] if len(node.args) > position else default
     return str(node.kwargs.get(name, given))
 
 
-def feeds_softmax(recording: Recording, node: fx.Node) -> bool:
+def feeds_softmax(run: RunGraph, node: fx.Node) -> bool:
     """Whether a sum is one of attention scores: a mask is added, and a softmax reads the result."""
     for user in node.users:
-        name = operation(recording, user)
+        name = operation(run, user)
         if name in ("softmax", "log_softmax"):
             return True
         carries = _KINDS.get(name) in (Kind.CARRY, Kind.PAIR) or name in _BEFORE_SOFTMAX
-        if carries and feeds_softmax(recording, user):
+        if carries and feeds_softmax(run, user):
             return True
     return False
 
 
-def inputs_of(recording: Recording, node: fx.Node) -> list[fx.Node]:
+def inputs_of(run: RunGraph, node: fx.Node) -> list[fx.Node]:
     """The nodes that a node's row speaks of: its quantized inputs, or what it carries."""
-    name = operation(recording, node)
+    name = operation(run, node)
     if name == "einsum":
         operands: list[Any] = [node.args[1:]]
     else:
@@ -174,13 +184,13 @@ def _flat(value: Any) -> Iterator[Any]:
         yield value
 
 
-def weight_source(recording: Recording, node: fx.Node) -> fx.Node:
+def weight_source(run: RunGraph, node: fx.Node) -> fx.Node:
     """The parameter that a weight is, or is a part of by output channels; else the node."""
     step = node
-    while (name := operation(recording, step)) in _CHUNKS and isinstance(step.args[0], fx.Node):
+    while (name := operation(run, step)) in _CHUNKS and isinstance(step.args[0], fx.Node):
         before = step.args[0]
         if name == "getitem":
-            of_tensor = isinstance(recording.values[before], Tensor)
+            of_tensor = isinstance(run.values[before], Tensor)
             whole = isinstance(step.args[1], slice) or not of_tensor
         else:
             whole = all(dim == 0 for dim in (*step.args[2:], *step.kwargs.values()))

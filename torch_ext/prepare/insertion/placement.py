@@ -108,9 +108,7 @@ class Placement:
         if asked and self._is_floating(node):
             self.outputs[node] = None
             self._join([node], config.activation)
-        wanted = [
-            (operand, list(self._values(operand))) for operand in self._wanted(node, kind)
-        ]
+        wanted = [(operand, list(self._values(operand))) for operand in self._wanted(node, kind)]
         wanted = [(operand, values) for operand, values in wanted if values]
         if kind is Kind.JOIN and wanted:
             self._joined.add(node)
@@ -190,10 +188,7 @@ class Placement:
 
     def _is_active_dropout(self, node: fx.Node, before: fx.Node) -> bool:
         values = self.recording.values
-        return (
-            operation(self.recording, node) in DROPOUTS
-            and values[node] is not values[before]
-        )
+        return operation(self.recording, node) in DROPOUTS and values[node] is not values[before]
 
     def _join(
         self, values: list[fx.Node], factory: Factory, named_after: fx.Node | None = None

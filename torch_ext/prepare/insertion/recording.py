@@ -6,34 +6,21 @@ own modules without children are one node each, and modules in which nothing is 
 
 from __future__ import annotations
 
-import copy
-import functools
-import inspect
-import itertools
-import types
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
-from torch_ext.prepare.insertion.functions import LAYER_BY_LAYER, OPENED, is_torchs, plain_name
+from torch_ext.prepare.insertion.functions import is_torchs, plain_name
 from torch_ext.prepare.insertion.operations import DROPOUTS, PLANNED
 from torch_ext.prepare.insertion.plan import CallPlan, counted
-from torch_ext.prepare.insertion.user_lines import (
-    begins_call,
-    calling_lines,
-    instructions,
-    user_line,
-)
+from torch_ext.prepare.insertion.run_graph import RunGraph
+from torch_ext.prepare.insertion.user_lines import calling_lines, instructions
 from torch_ext.prepare.module_classes import own_type
 from torch_ext.prepare.quantizable_modules import is_quant_stub
-from torch_ext.utils.arguments import bound_arguments
-from torch_ext.utils.modes import forked_rng
 
 # Whether nothing in a module, by name, is to be quantized.
 IsFloat = Callable[[str], bool]
@@ -41,34 +28,27 @@ IsFloat = Callable[[str], bool]
 FunctionCall = tuple[CallPlan, str, int]
 Key = tuple[Any, ...]
 
-_OTHERWISE = "call prepare_qat without example_inputs, or give the class a forward"
 _LARGE = 1e30  # below the least value of float32, above what data reaches
 # Of these only shape and dtype of other tensors are taken.
 _SHAPE_ONLY = ("type_as", "expand_as", "view_as", "reshape_as", "to")
 
 
-class Recording:
+class Recording(RunGraph):
     """A run, as placement looks at it.
 
-    By node: ``values`` (of the example), ``owners`` (the module whose forward it stands in),
-    ``functions`` (torch's name of a function), ``calls`` and ``function_calls`` (its place in the
-    plan), ``keys`` (the same in another run), ``written`` (what an in-place operation writes to).
-    ``masks``: nodes with infinities or values near the end of their dtype. ``busy``: modules
-    that call functions of the table, also inside torch's own.
+    By node: ``calls`` and ``function_calls`` (its place in the plan) and ``keys`` (the same in
+    another run). ``in_place``: nodes that write to their first argument. ``masks``: nodes with
+    infinities or values near the end of their dtype. ``busy``: modules that call functions of the
+    table, also inside torch's own.
     """
 
     def __init__(self, model: nn.Module, is_float: IsFloat) -> None:
-        self.model = model
+        super().__init__(model)
         self.training = model.training
         self.root = CallPlan("", model.training)
-        self.graph = fx.Graph()
-        self.values: dict[fx.Node, Any] = {}
-        self.owners: dict[fx.Node, str] = {}
-        self.functions: dict[fx.Node, str] = {}
         self.calls: dict[fx.Node, CallPlan] = {}
         self.function_calls: dict[fx.Node, FunctionCall] = {}
         self.keys: dict[fx.Node, Key] = {}
-        self.written: dict[fx.Node, fx.Node] = {}
         self.in_place: set[fx.Node] = set()
         self.masks: set[fx.Node] = set()
         self.busy: set[str] = set()
@@ -251,122 +231,6 @@ def is_torchs_leaf(module: nn.Module) -> bool:
         return True
     children = {name for name, _ in module.named_children()} - {"parametrizations"}
     return own_type(module).__module__.startswith(("torch.nn.", "torch.ao.nn.")) and not children
-
-
-def record(
-    model: nn.Module, example: Mapping[str, Any], training: bool, is_float: IsFloat
-) -> Recording:
-    """Runs a copy of the model in one mode; the model and torch's random state stay as they are.
-
-    ``example``: values by argument of the forward. Batch norms evaluate also while training, since
-    they refuse to train on one value per channel.
-    """
-    twin = copy.deepcopy(model)
-    twin.train(training)
-    for module in twin.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()
-    recording = Recording(twin, is_float)
-    bound = inspect.signature(twin.forward).bind_partial()
-    bound.arguments.update(tree_map(_cloned, dict(example)))
-    for name, value in bound.arguments.items():
-        recording.argument(name, value)
-    forward = layered(twin)
-    for name, module in twin.named_modules():
-        if name and "forward" not in vars(module):
-            _wrap(recording, name, module)
-
-    def recorded_forward() -> None:
-        forward(*bound.args, **bound.kwargs)
-
-    begins_call(recorded_forward.__code__)
-    with torch.no_grad(), forked_rng(model), _RecordMode(recording):
-        recorded_forward()
-    return recording
-
-
-def record_modes(
-    who: str, model: nn.Module, example_inputs: Any, is_float: IsFloat
-) -> list[Recording]:
-    """Recordings of eval mode and, if the examples run there too, of train mode.
-
-    Raises ValueError with the line if an example does not run in eval mode.
-    """
-    if "forward" in vars(model):
-        raise ValueError(
-            f"{who}: expected the model's class to define its forward, got one that is an "
-            f"attribute of the instance; {_OTHERWISE}"
-        )
-    examples = [bound_arguments(who, model, given) for given in _examples(example_inputs)]
-    recordings = []
-    for training, example in itertools.product((False, True), examples):
-        try:
-            recordings.append(record(model, example, training, is_float))
-        except Exception as error:  # the user's forward: anything may come
-            problem = f"at {_failing_line(error)} {type(error).__name__}: {error}"
-            if not training:
-                raise ValueError(
-                    f"{who}: expected example_inputs that the model can run, got {problem}"
-                ) from error
-            warnings.warn(  # it may want targets
-                f"{who}: the example does not run in train mode ({problem}), so calls in train "
-                "mode are expected to be like those in eval mode",
-                stacklevel=4,
-            )
-    return recordings
-
-
-def _examples(example_inputs: Any) -> list[Any]:
-    """A list of tuples or mappings has several examples; all else is one."""
-    several = isinstance(example_inputs, list) and bool(example_inputs)
-    if several and all(isinstance(given, (tuple, Mapping)) for given in example_inputs):
-        return list(example_inputs)
-    return [example_inputs]
-
-
-def _failing_line(error: BaseException) -> str:
-    """The innermost line of the user's that an error passed."""
-    frames = []
-    step = error.__traceback__
-    while step is not None:
-        frames.append((step.tb_frame.f_code.co_filename, step.tb_lineno))
-        step = step.tb_next
-    return user_line(frames)
-
-
-class _RecordMode(TorchFunctionMode):
-    def __init__(self, recording: Recording) -> None:
-        super().__init__()
-        self.recording = recording
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in OPENED and not self.recording.hidden:
-            with self:
-                return OPENED[func](*args, **(kwargs or {}))
-        return self.recording.run_function(func, args, kwargs or {})
-
-
-def _wrap(recording: Recording, name: str, module: nn.Module) -> None:
-    """Lets the recording see the module's calls."""
-    forward = layered(module)
-
-    @functools.wraps(module.forward)
-    def recorded_forward(*args: Any, **kwargs: Any) -> Any:
-        return recording.run_module(name, forward, args, kwargs)
-
-    begins_call(recorded_forward.__code__)
-    module.__dict__["forward"] = recorded_forward
-
-
-def layered(module: nn.Module) -> Callable[..., Any]:
-    """The module's forward, without torch's fused paths that call no layer."""
-    forward = module.forward
-    replaced = LAYER_BY_LAYER.get(getattr(forward, "__func__", None))
-    return forward if replaced is None else types.MethodType(replaced, module)
-
-
-def _cloned(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 def _tensors(value: Any) -> list[Tensor]:
