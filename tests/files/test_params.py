@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 import torch_ext
-from nets.tiny_net import ACTIVATIONS, WEIGHTS, TinyNet, calibrated, images, prepared
+from nets.tiny_net import ACTIVATIONS, WEIGHTS, TinyNet, images, prepared
+from params_of_rules import PARAMETERS, RULES, STATISTIC, config, solved_net
 from snapshots import same, same_bits, snapshot
 from torch_ext import (
-    get_default_qconfig,
     load_observer_params,
     named_quantizers,
     ops,
@@ -23,18 +23,6 @@ from torch_ext import (
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-RULES = torch_ext.observers()
-STATISTIC = ("observer.extrema", "observer.tally", "observer.counts")
-PARAMETERS = ("range", "scale", "zero_point", "solved")
-
-
-def config(rule: str, **keys: Any) -> torch_ext.QConfig:
-    return get_default_qconfig(activation_observer=rule, weight_observer=rule, **keys)
-
-
-def solved_net(rule: str, **keys: Any) -> TinyNet:
-    return calibrated(config(rule, **keys))
 
 
 @pytest.fixture(scope="module")

@@ -13,30 +13,17 @@ from typing import Any
 import pytest
 import torch
 
-import torch_ext
-from nets.tiny_net import TinyNet, calibrated, prepared
+from nets.tiny_net import prepared
+from params_of_rules import config, solved_net
 from snapshots import same, same_bits, snapshot
 from torch_ext import (
     FakeQuantize,
-    get_default_qconfig,
     load_observer_params,
     named_quantizers,
     save_observer_params,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-RULES = torch_ext.observers()
-STATISTIC = ("observer.extrema", "observer.tally", "observer.counts")
-PARAMETERS = ("range", "scale", "zero_point", "solved")
-
-
-def config(rule: str, **keys: Any) -> torch_ext.QConfig:
-    return get_default_qconfig(activation_observer=rule, weight_observer=rule, **keys)
-
-
-def solved_net(rule: str, **keys: Any) -> TinyNet:
-    return calibrated(config(rule, **keys))
 
 
 class TestFiles:
