@@ -84,6 +84,7 @@ class Rewriter:
         self.weights: dict[str, str] = {}  # a weight's quantizer -> the tensor in its place
         self.tensors: dict[str, dict[str, Any]] = {}
         self.renamed: dict[str, str] = {}
+        self.labels: set[str] = set()  # of the calls of quantizers
         self.outputs = {output.name for output in self.graph.output}
         self.taken = {tensor.name for tensor in self.graph.initializer}
 
@@ -137,8 +138,7 @@ class Rewriter:
 
     def _activation(self, entry: Entry, x: str) -> str:
         """Adds the nodes that quantize `x`, and returns their output."""
-        uses = self.tensors.get(entry.name, {}).get("tensors", [])
-        label = entry.name + (f"_{len(uses)}" if uses else "")
+        label = self._label(entry.name)
         self._note(entry.name, x)
         half = self._half(entry)
         if half:
@@ -146,6 +146,15 @@ class Rewriter:
         x = self._clip(entry, x, label)
         y = self._pair(entry, x, label)
         return self._add("Cast", [y], f"{label}/{half.lower()}", to=self._code(half)) if half else y
+
+    def _label(self, quantizer: str) -> str:
+        """A label for a call of a quantizer: its name, then with a number that no other has."""
+        label, count = quantizer, 0
+        while label in self.labels or (count and label in self.chosen):
+            count += 1
+            label = f"{quantizer}_{count}"
+        self.labels.add(label)
+        return label
 
     def _weight(self, entry: Entry, source: WeightSource) -> str:
         """Stores a weight and adds its nodes; returns the dequantized tensor.

@@ -181,7 +181,7 @@ def _pairs_by_graph(
 
 
 def foldable_norms(model: nn.Module, graph: fx.Graph) -> dict[str, _BatchNorm]:
-    """The batch norms of a captured forward that can be folded, by the name of their layer."""
+    """The batch norms of a recorded run that can be folded, by the name of their layer."""
     modules = dict(model.named_modules())
     pairs, _ = _pairs_by_graph(graph, modules)
     norms = {}

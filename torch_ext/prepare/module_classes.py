@@ -19,7 +19,6 @@ from torch_ext.quantizers.folded_weight import FoldedWeight
 
 Undo = Callable[[], None]
 Forward = Callable[..., Any]
-Reduce = Callable[[nn.Module, Any], tuple[Any, ...]]
 MakeClass = Callable[[type[nn.Module]], type[nn.Module]]
 
 _MADE_BY = "_torch_ext_made_by"  # in the namespace of a class derived here: the MakeClass
@@ -83,7 +82,7 @@ def class_with_forward(
     base: type[nn.Module],
     forward: Forward,
     make_class: MakeClass,
-    reduce_ex: Reduce = reduce_prepared,
+    prefix: str = "Quantized",
 ) -> type[nn.Module]:
     """A subclass with another forward, named after its base, such as ``QuantizedResNet``.
 
@@ -91,7 +90,7 @@ def class_with_forward(
         base: the class to derive from.
         forward: the forward of the subclass.
         make_class: derives this class from a base; also called for copies, whose base may differ.
-        reduce_ex: the ``__reduce_ex__`` of the subclass.
+        prefix: what the subclass's name has before that of the base.
     """
 
     def deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
@@ -108,12 +107,12 @@ def class_with_forward(
 
     members = {
         "forward": forward,
-        "__reduce_ex__": reduce_ex,
+        "__reduce_ex__": reduce_prepared,
         "__deepcopy__": deepcopy,
         "__module__": base.__module__,
         _MADE_BY: staticmethod(make_class),
     }
-    derived = type(f"Quantized{base.__name__}", (base,), members)
+    derived = type(f"{prefix}{base.__name__}", (base,), members)
     return derived
 
 

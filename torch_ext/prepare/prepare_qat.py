@@ -14,9 +14,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch_ext.prepare import attach, input_quantizers
 from torch_ext.prepare.describe import describe
 from torch_ext.prepare.fuse import foldable_norms
-from torch_ext.prepare.insertion import rewrite
-from torch_ext.prepare.insertion.capture import bound, capture
-from torch_ext.prepare.insertion.placement import Names, Placement, Site
+from torch_ext.prepare.insertion.assign import Assignment, make_plan, tracked_modules
+from torch_ext.prepare.insertion.names import Names
+from torch_ext.prepare.insertion.placement import Placement, Site
+from torch_ext.prepare.insertion.plan import Link, Place
+from torch_ext.prepare.insertion.record_runs import record_modes
+from torch_ext.prepare.insertion.running import track
 from torch_ext.prepare.module_classes import Undo
 from torch_ext.prepare.qconfig import Factory, QConfig
 from torch_ext.prepare.qconfig_mapping import Mapped, QConfigMapping
@@ -56,13 +59,13 @@ def prepare_qat(
     give the layer ``QConfig(activation=None, weight=...)``. Fold batch norms first, with
     :func:`fuse`.
 
-    With ``example_inputs``, the forward is captured as a graph, and quantizers go to the values
-    that INT8 engines quantize, the operands of functions such as ``x + y`` among them; the table is
-    in ``prepare/insertion/operations.py``. A value has one quantizer, however many operations read
-    it; the first that reads it quantized decides its QConfig. A function has the QConfig of the
-    module whose forward calls it. Where the forward branches on sizes, the example's branch is
-    kept, and a call that would take another one raises. A module is called as it is, not traced
-    into, if neither it nor any module in it has a QConfig.
+    With ``example_inputs``, quantizers go to the values that INT8 engines quantize, the operands of
+    functions such as ``x + y`` among them; the table is in ``prepare/insertion/operations.py``. A
+    copy of the model runs on the example, once in eval and once in train mode, to find them. The
+    model's own forward keeps running. A value has one quantizer, however many operations read it;
+    the first that reads it quantized decides its QConfig. A function has the QConfig of the module
+    whose forward calls it. A later call in which a function that has quantizers does not come by,
+    or a layer is called at another place, raises RuntimeError with the line.
 
     Quantizers are named ``<module>.activation_quantizer``, ``<module>.parametrizations.<weight>.0``
     and ``input_quantizers.<argument>`` (within the first layer, if the model is a Sequential). With
@@ -83,8 +86,8 @@ def prepare_qat(
         input_qconfig: the QConfig of the model's inputs, whose ``activation`` is used; by default,
             the model's own. None leaves the inputs float.
         verbose: print :func:`describe` of the result.
-        example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments, to
-            capture the forward with. Of tensors only shapes and dtypes matter.
+        example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments; or a list
+            of such tuples or mappings, for a forward that goes several ways.
         fold_batch_norms: with ``example_inputs``, quantize the weight of a layer that a batch norm
             follows as if the norm were folded into it. Both stay and train; the quantizer is
             ``parametrizations.weight.1``. By default the unfolded weight is quantized. Per output
@@ -96,8 +99,8 @@ def prepare_qat(
     Raises:
         TypeError: ``model`` is no module, or an argument or a QConfig has a wrong type.
         ValueError: the model is prepared already, wrapped, has no QConfig or nothing to quantize; a
-            name in ``mapping`` matches no module; a weight cannot be parametrized; or the forward
-            cannot be captured, in which case the message has the line and what to do.
+            name in ``mapping`` matches no module; a weight cannot be parametrized; or the model
+            does not run on the example, in which case the message has the line.
 
     If it raises, the model is unchanged.
     """
@@ -118,7 +121,7 @@ def prepare_qat(
     prepared = model if inplace else copy.deepcopy(model)
     plan = _Attachments(prepared, configs)
     if example_inputs is not None:
-        plan.add_captured(input_qconfig, example_inputs, fold_batch_norms)
+        plan.add_inserted(input_qconfig, example_inputs, fold_batch_norms)
     elif fold_batch_norms:
         raise ValueError(f"{_WHO}: expected example_inputs with fold_batch_norms=True, got None")
     else:
@@ -172,52 +175,76 @@ class _Attachments:
         self.root = root
         self.configs = configs
         self.steps: list[Callable[[], Undo]] = []
+        self.first_steps: list[Callable[[], Undo]] = []
         self.built: list[FakeQuantize] = []
-        self.inputs: dict[str, FakeQuantize] = {}  # by argument of a captured forward
+        self.inputs: dict[str, FakeQuantize] = {}  # by argument, with example_inputs
 
     def carry_out(self) -> None:
         """Attaches everything, or, if a step raises, nothing."""
         done: list[Undo] = []
         try:
-            for step in self.steps:
+            for step in (*self.first_steps, *self.steps):
                 done.append(step())
         except BaseException:
             for undo in reversed(done):
                 undo()
             raise
 
-    def add_captured(
+    def add_inserted(
         self, given: QConfig | _FromModel | None, example_inputs: Any, fold: bool
     ) -> None:
-        """Plans quantizers for the values of a captured forward, and the forward with them."""
-        example = bound(_WHO, self.root, example_inputs)
-        tracer = capture(_WHO, self.root, example, self._is_float)
+        """Plans quantizers for the values of the forward, and what reads through which of them."""
+        recordings = record_modes(_WHO, self.root, example_inputs, self._is_float)
         config = None if isinstance(given, _FromModel) else _check_input_qconfig(given)
         inputs = None if config is None else config.activation
-        placement = Placement(tracer, self.configs, given is _FROM_MODEL or inputs)
-        names = Names(tracer)
-        norms = foldable_norms(self.root, tracer.graph) if fold else {}
-        for weight in placement.weights.values():
-            module = self.root.get_submodule(weight.owner)
-            self._add_weight(weight.owner, module, *weight[1:], norm=norms.get(weight.owner))
-        for site in placement.sites:
-            target = self._add_site(site, names)
-            rewrite.insert(tracer, site.readers, target)
+        names = Names(recordings)
+        norms = foldable_norms(self.root, recordings[0].graph) if fold else {}
+
+        def make(placement: Placement, site: Site) -> str:
+            name = self._add_site(placement, site, names)
+            # Calibration in eval mode does not come by what only train mode has.
+            self.built[-1].optional |= placement.recording is not recordings[0]
+            return name
+
+        assignment = Assignment(make)
+        done: set[tuple[str, str]] = set()
+        for recording in recordings:
+            placement = Placement(recording, self.configs, given is _FROM_MODEL or inputs)
+            for key, weight in placement.weights.items():
+                if key not in done:
+                    module, norm = self.root.get_submodule(weight.owner), norms.get(weight.owner)
+                    self._add_weight(weight.owner, module, *weight[1:], norm=norm)
+                done.add(key)
+            assignment.add(placement)
         if self.steps:
-            forward = rewrite.compiled(tracer)
-            self.steps.append(lambda: rewrite.replace_forward(self.root, forward))
+            link = Link(make_plan(recordings, self._layers()))
+            for name in tracked_modules(self.root, recordings, link.plan):
+                place = Place(name, link)
+                module = self.root.get_submodule(name)
+                # Before weights are parametrized, which gives each module a class of its own.
+                self.first_steps.append(functools.partial(track, module, place))
+
+    def _layers(self) -> frozenset[str]:
+        """Modules whose every call reads something quantized."""
+        found = set()
+        for name, module in self.root.named_modules():
+            target, config = target_of(module), self.configs.of(name)
+            embeds = isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+            if target and target.weights and config and config.activation and not embeds:
+                found.add(name)
+        return frozenset(found)
 
     def _is_float(self, name: str) -> bool:
         """Whether no module in the module of that name has a QConfig."""
         inside = self.root.get_submodule(name).named_modules(prefix=name)
         return not any(self.configs.of(inner_name) for inner_name, _ in inside)
 
-    def _add_site(self, site: Site, names: Names) -> str:
-        """Plans the quantizer of a site; returns the name by which the forward calls it."""
-        value = site.named_after or next(iter(site.readers))
+    def _add_site(self, placement: Placement, site: Site, names: Names) -> str:
+        """Plans a quantizer of values; returns its name."""
+        value = site.name_giver
         if value.op == "placeholder":
             return self._add_input(str(value.target), site.factory)
-        host_name, name = names.of(value)
+        host_name, name = names.of(placement.recording.keys[value])
         host = self.root.get_submodule(host_name)
         attach.check_free(_WHO, host_name, host, name)
         where, device = f"{host_name}.{name}".strip("."), self._device(host)
@@ -232,7 +259,7 @@ class _Attachments:
         return where
 
     def _add_input(self, argument: str, factory: Factory) -> str:
-        """Plans the quantizer of an input of a captured forward; returns its name."""
+        """Plans the quantizer of an argument of the model; returns its name."""
         host_name, host = input_quantizers.input_host(_WHO, self.root)
         if host is not self.root:  # named after the host's argument, as without example_inputs
             argument = next(iter(input_quantizers.input_arguments(host)), argument)

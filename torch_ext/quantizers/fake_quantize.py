@@ -175,6 +175,11 @@ class FakeQuantize(nn.Module):
         return self._action in QUANTIZE
 
     @property
+    def idle(self) -> bool:
+        """Whether it neither observes nor quantizes what passes through it now."""
+        return self._action == FakeQuantState.FLOAT.value
+
+    @property
     def passes_through(self) -> bool:
         """Whether it is in VALIDATION without a range, and returns its input unchanged."""
         return self._state is FakeQuantState.VALIDATION and self._action != self._state.value
@@ -205,6 +210,19 @@ class FakeQuantize(nn.Module):
         if action not in QUANTIZE:
             return x
         return self._quantize(x, action)
+
+    def quantize_only(self, x: Tensor) -> Tensor:
+        """Quantizes ``x`` as ``forward`` does, and observes nothing: for what it saw elsewhere."""
+        action = self._action
+        if torch.compiler.is_exporting():
+            check_export(action)
+        if action not in QUANTIZE:
+            return x
+        return self._quantize(x, self._fixed(action))
+
+    def _fixed(self, action: str) -> str:
+        """The action that quantizes as this one does, with the range that there is."""
+        return FakeQuantState.VALIDATION.value
 
     @contextlib.contextmanager
     def replaced(self, quantize: Callable[[Tensor], Tensor]) -> Iterator[None]:

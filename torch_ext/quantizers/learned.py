@@ -215,6 +215,9 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
                 self.solved.fill_(1)  # the range follows from the parameter's start value
             self._starting = self.solved.is_meta or not bool(self.solved)
 
+    def _fixed(self, action: str) -> str:
+        return action  # the range is learned from every value that is quantized
+
     def _quantize(self, x: Tensor, action: str) -> Tensor:
         observer = self.observer
         parameter: Tensor | None = self._parameters[self._parameter]

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, fx
 
-from torch_ext.prepare.insertion.tracer import Tracer
+from torch_ext.prepare.insertion.run_graph import RunGraph
 from torch_ext.prepare.module_classes import own_type
 from torch_ext.prepare.quantizable_modules import is_quant_stub
 from torch_ext.utils.operations import KEEP_VALUES
@@ -27,7 +27,9 @@ class Kind(enum.Enum):
     PAIR = "both operands, if both are computed; beside a parameter, buffer or number: nothing"
     JOIN = "all operands, by one quantizer, so that they share a scale"
     RESAMPLE = "the input"
-    CARRY = "nothing: it only moves or picks values, so a quantizer for its result goes before it"
+    CARRY = (
+        "nothing: it only moves or picks values; what reads its result uses its input's quantizer"
+    )
     STUB = "its output, always"
     OTHER = "nothing"
 
@@ -64,6 +66,13 @@ PLACEMENT_TABLE = (
 )
 
 _KINDS = {name: row.kind for row in PLACEMENT_TABLE for name in row.operations.split()}
+_ASKING = (Kind.WEIGHTED, Kind.PRODUCT, Kind.PAIR, Kind.JOIN, Kind.RESAMPLE)
+
+# Operations that ask for quantized inputs, and those that scale what they keep while training.
+PLANNED = tuple(name for name, kind in _KINDS.items() if kind in _ASKING)
+DROPOUTS = ("dropout", "dropout1d", "dropout2d", "dropout3d")
+PAIRS = frozenset(name for name, kind in _KINDS.items() if kind is Kind.PAIR)
+JOINS = frozenset(name for name, kind in _KINDS.items() if kind is Kind.JOIN)
 
 # The quantized arguments of an operation: position, and the names as keywords.
 _FIRST = (0, ("input", "tensors", "self"))
@@ -74,6 +83,17 @@ _OPERANDS: dict[str, tuple[tuple[int, tuple[str, ...]], ...]] = {
 }
 _WEIGHT = (1, ("weight",))
 _CHUNKS = ("chunk", "split", "getitem")
+_BEFORE_SOFTMAX = (
+    "div",
+    "float",
+    "to",
+    "type_as",
+    "masked_fill",
+    "where",
+    "max",
+    "maximum",
+    "clamp",
+)
 
 
 def placement_table() -> str:
@@ -87,71 +107,56 @@ def placement_table() -> str:
     return "\n".join(lines)
 
 
-def operation(tracer: Tracer, node: fx.Node) -> str:
-    """The name of a node's operation as in the table; empty if it is not torch's."""
-    if node.op == "call_method":
-        return _plain(str(node.target))
-    if node.op == "call_function":
-        if node.target is getattr:
-            return {"T": "t", "mT": "transpose"}.get(str(node.args[1]), "")
-        home = getattr(node.target, "__module__", None) or "torch"
-        name = getattr(node.target, "__name__", "")
-        if home == "_operator":
-            return _plain(name.removeprefix("i") if name in _IN_PLACE else name)
-        return _plain(name) if home.partition(".")[0] == "torch" else ""
+def operation(run: RunGraph, node: fx.Node) -> str:
+    """Torch's name of what a node does; empty for what is not torch's."""
     if node.op == "call_module":
-        kind = own_type(tracer.model.get_submodule(str(node.target)))
+        kind = own_type(run.model.get_submodule(str(node.target)))
         if kind.__module__.startswith("torch.nn."):
-            return re.sub("(?<=[a-z])(?=[A-Z])", "_", kind.__name__).lower()
-    return ""
+            name = re.sub("(?<=[a-z])(?=[A-Z])", "_", kind.__name__).lower()
+            return "pad" if re.fullmatch(r"[a-z]+_pad[123]d", name) else name
+    return run.functions.get(node, "")
 
 
-_IN_PLACE = ("iadd", "imul", "imatmul")
-
-
-def _plain(name: str) -> str:
-    return name.rstrip("_") if not name.startswith("_") else name
-
-
-def kind_of(tracer: Tracer, node: fx.Node) -> Kind:
-    """The row of the table that a node belongs to."""
-    if node.op == "call_module" and is_quant_stub(tracer.model.get_submodule(str(node.target))):
+def kind_of(run: RunGraph, node: fx.Node) -> Kind:
+    if node.op == "call_module" and is_quant_stub(run.model.get_submodule(str(node.target))):
         return Kind.STUB
-    kind = _KINDS.get(operation(tracer, node), Kind.OTHER)
-    if node in tracer.written or node.op in ("placeholder", "get_attr", "output"):
+    name = operation(run, node)
+    kind = _KINDS.get(name, Kind.OTHER)
+    if node in run.written:
         return kind if kind is Kind.PAIR else Kind.OTHER
-    if kind is Kind.RESAMPLE and _is_nearest(tracer, node):
+    if kind is Kind.RESAMPLE and _option(run, node, "mode", 3, "nearest").startswith("near"):
         return Kind.CARRY
-    if kind is Kind.OTHER and _returns_its_input(tracer, node):
-        return Kind.CARRY
+    if name == "pad" and _option(run, node, "value", 3, "0") not in ("0", "0.0", "None"):
+        return Kind.OTHER  # the value need not be on the input's grid
     return kind
 
 
-def _is_nearest(tracer: Tracer, node: fx.Node) -> bool:
-    name = operation(tracer, node)
-    if name not in ("interpolate", "upsample"):
-        return False
+def _option(run: RunGraph, node: fx.Node, name: str, position: int, default: str) -> str:
+    """An option of a function, or of the module that stands for it, as text."""
+    if operation(run, node).endswith(("pool1d", "pool2d", "pool3d")):
+        return ""
     if node.op == "call_module":
-        mode = getattr(tracer.model.get_submodule(str(node.target)), "mode", "nearest")
-    else:
-        mode = node.kwargs.get("mode", node.args[3] if len(node.args) > 3 else "nearest")
-    return str(mode).startswith("nearest")
+        module = run.model.get_submodule(str(node.target))
+        return str(getattr(module, name, default))
+    given = node.args[position] if len(node.args) > position else default
+    return str(node.kwargs.get(name, given))
 
 
-def _returns_its_input(tracer: Tracer, node: fx.Node) -> bool:
-    """Whether an operation returns its input in eval mode, as stochastic depth does."""
-    value = tracer.values.get(node)
-    first = node.args[0] if node.args else None
-    return (
-        isinstance(value, Tensor)
-        and isinstance(first, fx.Node)
-        and tracer.values.get(first) is value
-    )
+def feeds_softmax(run: RunGraph, node: fx.Node) -> bool:
+    """Whether a sum is one of attention scores: a mask is added, and a softmax reads the result."""
+    for user in node.users:
+        name = operation(run, user)
+        if name in ("softmax", "log_softmax"):
+            return True
+        carries = _KINDS.get(name) in (Kind.CARRY, Kind.PAIR) or name in _BEFORE_SOFTMAX
+        if carries and feeds_softmax(run, user):
+            return True
+    return False
 
 
-def inputs_of(tracer: Tracer, node: fx.Node) -> list[fx.Node]:
-    """The inputs of a node that its row concerns: those quantized, or passed through by CARRY."""
-    name = operation(tracer, node)
+def inputs_of(run: RunGraph, node: fx.Node) -> list[fx.Node]:
+    """The nodes that a node's row speaks of: its quantized inputs, or what it carries."""
+    name = operation(run, node)
     if name == "einsum":
         operands: list[Any] = [node.args[1:]]
     else:
@@ -179,16 +184,14 @@ def _flat(value: Any) -> Iterator[Any]:
         yield value
 
 
-def weight_source(tracer: Tracer, node: fx.Node) -> fx.Node:
-    """The node of the parameter that ``node`` is, or is a slice of output channels of.
-
-    ``node`` itself if it is neither.
-    """
+def weight_source(run: RunGraph, node: fx.Node) -> fx.Node:
+    """The parameter that a weight is, or is a part of by output channels; else the node."""
     step = node
-    while (name := operation(tracer, step)) in _CHUNKS and isinstance(step.args[0], fx.Node):
+    while (name := operation(run, step)) in _CHUNKS and isinstance(step.args[0], fx.Node):
         before = step.args[0]
         if name == "getitem":
-            whole = isinstance(step.args[1], slice) or not isinstance(tracer.values[before], Tensor)
+            of_tensor = isinstance(run.values[before], Tensor)
+            whole = isinstance(step.args[1], slice) or not of_tensor
         else:
             whole = all(dim == 0 for dim in (*step.args[2:], *step.kwargs.values()))
         if not whole:

@@ -1,0 +1,194 @@
+"""Makes the plan of the placements of one model's recordings: which read has which quantizer."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+
+from torch_ext.prepare.insertion.operations import operation
+from torch_ext.prepare.insertion.placement import Ask, Placement, Site
+from torch_ext.prepare.insertion.plan import (
+    CallPlan,
+    FunctionPlan,
+    Plan,
+    Read,
+    functions_with_reads,
+    link_twins,
+    merge_calls,
+)
+from torch_ext.prepare.insertion.recording import Key, Recording, is_torchs_leaf
+
+# Makes the quantizer of a site, in one of the placements; returns its name.
+MakeQuantizer = Callable[[Placement, Site], str]
+# Position or keyword of an argument, and the position in it or -1.
+_Place = tuple[int | str, int]
+
+
+class Assignment:
+    """Quantizers of sites; the same value, and the same reader, has one in all recordings."""
+
+    def __init__(self, make: MakeQuantizer) -> None:
+        self._make = make
+        self._of_value: dict[Key, str] = {}
+        self._of_read: dict[tuple[Key, _Place], str] = {}
+        self._memos: dict[Key, str] = {}
+
+    def add(self, placement: Placement) -> None:
+        """Writes the reads of one recording into its plan."""
+        recording = placement.recording
+        asks: dict[fx.Node, list[Ask]] = {}
+        for ask in placement.asks.values():
+            asks.setdefault(ask.value, []).append(ask)
+        quantizers: dict[fx.Node, str] = {}
+        for site in placement.sites:
+            mine = [ask for value in site.values for ask in asks.get(value, [])]
+            if not mine and placement.outputs.keys().isdisjoint(site.values):
+                continue
+            name = self._known(recording, site, mine) or self._make(placement, site)
+            for value in site.values:
+                quantizers[value] = name
+                self._of_value.setdefault(recording.keys[value], name)
+            for ask in mine:
+                for place in _places(ask.reader, ask.operand):
+                    self._of_read.setdefault((recording.keys[ask.reader], place), name)
+        for node in placement.outputs:
+            read = Read(0, -1, "", "", quantizers[node], observes=True)
+            recording.calls[node].output = read
+        reads: dict[fx.Node, int] = {}
+        for ask in placement.asks.values():
+            count = len(_places(ask.reader, ask.operand))
+            reads[ask.operand] = reads.get(ask.operand, 0) + count
+        order = {node: i for i, node in enumerate(recording.graph.nodes)}
+        for value, some in asks.items():
+            some.sort(key=lambda ask: order[ask.reader])
+            observing = _observing(placement, some)
+            for ask in some:
+                memo = self._memo(recording, ask.operand) if reads[ask.operand] > 1 else ""
+                _write(recording, ask, memo, quantizers[value], ask in observing)
+
+    def _known(self, recording: Recording, site: Site, asks: list[Ask]) -> str | None:
+        for value in site.values:
+            if (name := self._of_value.get(recording.keys[value])) is not None:
+                return name
+        for ask in asks:
+            for place in _places(ask.reader, ask.operand):
+                name = self._of_read.get((recording.keys[ask.reader], place))
+                if name is not None:
+                    return name
+        return None
+
+    def _memo(self, recording: Recording, operand: fx.Node) -> str:
+        return self._memos.setdefault(recording.keys[operand], f"value {len(self._memos)}")
+
+
+def make_plan(recordings: list[Recording], layers: frozenset[str]) -> Plan:
+    """The plan of recordings of eval and, if there are some, of train mode.
+
+    ``layers``: modules of which no call may be missed, beside those that read something.
+    """
+    calls = [call for recording in recordings for call in recording.all_calls]
+    reading = {call.module for call in calls if call.reads or call.output}
+    functions = functions_with_reads(recording.root for recording in recordings)
+    roots: dict[bool, CallPlan] = {}
+    for recording in recordings:
+        recording.root.finish(functions)
+        root = roots.setdefault(recording.training, recording.root)
+        if root is not recording.root:
+            merge_calls(root, recording.root)
+    if len(roots) == 2:
+        keys = {call: key for recording in recordings for call, key in recording.call_keys.items()}
+        link_twins(roots[False], roots[True], keys)
+    return Plan(list(roots.values()), layers | reading)
+
+
+def tracked_modules(model: nn.Module, recordings: list[Recording], plan: Plan) -> list[str]:
+    """Their names, the model's own first.
+
+    Torch's modules that read nothing quantized and call no function of the table do without; so
+    does what is inside of a module that is left float as a whole.
+    """
+    busy = set().union(*(recording.busy for recording in recordings))
+    whole = {call.module for recording in recordings for call in recording.all_calls if call.free}
+    found = []
+    for name, module in model.named_modules():
+        inside_whole = any(name.startswith(f"{other}.") for other in whole)
+        plain = is_torchs_leaf(module) and not (name in busy or name in plan.layers)
+        computes_weight = isinstance(module, parametrize.ParametrizationList)
+        if not (inside_whole or plain or computes_weight or "forward" in vars(module)):
+            found.append(name)
+    return found
+
+
+def _observing(placement: Placement, asks: list[Ask]) -> list[Ask]:
+    """The reads that observe a value: one of the whole, else one of each part that is read."""
+    parts: dict[Any, Ask] = {}
+    for ask in asks:
+        part = _part(placement, ask)
+        if part is ask.value:
+            return [ask]
+        value = placement.recording.values[part]
+        if isinstance(value, Tensor):  # the same part, taken twice
+            parts.setdefault((value.data_ptr(), value.shape, value.stride()), ask)
+    return list(parts.values())
+
+
+def _part(placement: Placement, ask: Ask) -> fx.Node:
+    """The value, or what of it is left before operations that only move values."""
+    recording = placement.recording
+    size = _size(recording, ask.operand)
+    part = step = ask.operand
+    while step is not ask.value:
+        if "max_pool" in operation(recording, step):
+            break
+        step = placement.carried(step)[0]
+        if (before := _size(recording, step)) != size and before >= 0:
+            break
+        if before >= 0:
+            part = step
+    return part
+
+
+def _size(recording: Recording, node: fx.Node) -> int:
+    value = recording.values[node]
+    return value.numel() if isinstance(value, Tensor) else -1
+
+
+def _write(recording: Recording, ask: Ask, memo: str, quantizer: str, observes: bool) -> None:
+    places = _places(ask.reader, ask.operand)
+    if ask.reader in recording.calls:
+        call = recording.calls[ask.reader]
+        module = recording.model.get_submodule(call.module)
+        for place, item in places:
+            name = _argument(module.forward, place)
+            call.reads.append(Read(place, item, name, memo, quantizer, observes))
+            observes = False
+        return
+    call, line, index = recording.function_calls[ask.reader]
+    function = call.lines[line][index]
+    if function is None:
+        function = call.lines[line][index] = FunctionPlan(ask.reader in recording.in_place)
+    for place, item in places:
+        function.reads.append(Read(place, item, "", memo, quantizer, observes))
+        observes = False
+
+
+def _places(reader: fx.Node, operand: fx.Node) -> list[_Place]:
+    found: list[_Place] = []
+    arguments: list[tuple[int | str, Any]] = [*enumerate(reader.args), *reader.kwargs.items()]
+    for place, given in arguments:
+        if given is operand:
+            found.append((place, -1))
+        elif isinstance(given, (tuple, list)):
+            found += [(place, i) for i, item in enumerate(given) if item is operand]
+    return found
+
+
+def _argument(forward: Callable[..., Any], place: int | str) -> str:
+    if isinstance(place, str):
+        return place
+    names = list(inspect.signature(forward).parameters)
+    return names[place] if place < len(names) else ""

@@ -1,0 +1,159 @@
+"""The state of one call of a prepared model: where in the plan it is, and what was quantized."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_ext.prepare.insertion.plan import CallPlan, FunctionPlan, Link, Read
+from torch_ext.prepare.insertion.user_lines import calling_lines, traced_lines
+from torch_ext.quantizers.fake_quantize import FakeQuantize
+
+_OTHERWISE = (
+    "pass prepare_qat an example that comes by here too (example_inputs=[(first,), (second,)]), or "
+    "give the module that holds this line qconfig=None"
+)
+# What is not in the plan. In FLOAT, and inside of modules that are left float, nothing is checked.
+_UNKNOWN = CallPlan("", False)
+UNCHECKED = CallPlan("", False)
+UNCHECKED.free = True
+
+
+class Scope:
+    """A module that is being called, and those that call it.
+
+    ``prefix``: what the names in the module start with; ``depth``: of how many parts.
+    """
+
+    def __init__(self, prefix: str, depth: int, module: nn.Module, around: Scope | None) -> None:
+        self.prefix, self.depth, self.module, self.around = prefix, depth, module, around
+
+
+class Call:
+    """One call of a prepared model, or of one of its modules by itself.
+
+    ``scope`` has the modules that are being called, innermost first; it is None in FLOAT, where
+    nothing is looked at. A quantizer is looked up in the innermost module that has it, so that a
+    part can be compiled by itself.
+    """
+
+    def __init__(self, link: Link, scope: Scope | None, plan: CallPlan) -> None:
+        self.link, self.scope = link, scope
+        self.current = plan
+        self.counts: dict[str, int] = {}  # calls of children and lines by what was current
+        self.done = 0  # functions with reads
+        self.values: dict[str, tuple[Tensor, Tensor, bool]] = {}
+
+    def enter(self, module: nn.Module, name: str) -> CallPlan:
+        """The plan of the call that begins."""
+        calls = self.current.children.get(name)
+        if calls is None:
+            if self.current.free:
+                return UNCHECKED
+            if name in self.link.plan.layers:
+                raise RuntimeError(
+                    f'prepare_qat: expected "{name}" to be called where the example_inputs had it '
+                    f'called, got a call in "{self.current.module}"; {_OTHERWISE}'
+                )
+            return _UNKNOWN
+        key = "." + name
+        index = self.counts.get(key, 0)
+        self.counts[key] = index + 1
+        if index >= len(calls):
+            if calls[-1].reads_inside:
+                raise RuntimeError(
+                    f'prepare_qat: expected "{name}" to be called {len(calls)} times, as with the '
+                    f"example_inputs, got another call; {_OTHERWISE}"
+                )
+            index = len(calls) - 1
+        found = calls[index]
+        if found.training != module.training and found.twin is not None:
+            return found.twin
+        return found
+
+    def function(self, name: str) -> FunctionPlan | None:
+        """The plan of the call of a function that begins."""
+        if torch.compiler.is_dynamo_compiling():
+            text, apart = traced_lines()
+        else:
+            text, apart = calling_lines()
+        line = name + text
+        calls = self.current.lines.get(line)
+        if calls is None:
+            if apart:
+                return None
+            raise RuntimeError(
+                f"prepare_qat: expected the functions that the example_inputs came by, got {name} "
+                f"at{text or ' torch.nn'}; {_OTHERWISE}"
+            )
+        index = self.counts.get(line, 0)
+        self.counts[line] = index + 1
+        if index >= len(calls):
+            if _have_reads(calls):
+                raise RuntimeError(
+                    f"prepare_qat: expected {len(calls)} calls of {name} at{text}, as with the "
+                    f"example_inputs, got another; {_OTHERWISE}"
+                )
+            return None
+        return calls[index]
+
+    def quantizer(self, name: str) -> Any:
+        scope: Any = self.scope
+        while not name.startswith(scope.prefix):
+            scope = scope.around
+        return find_quantizer(scope.module, self.link.plan.quantizers[name][scope.depth :])
+
+    def read(self, read: Read, x: Tensor) -> Tensor:
+        quantizer = self.quantizer(read.quantizer)
+        if read.memo == "":
+            return _quantized(quantizer, x, read.observes)
+        grad = torch.is_grad_enabled()
+        known = self.values.get(read.memo)
+        if known is not None and known[0] is x and (known[2] or not grad):
+            return known[1]
+        made = _quantized(quantizer, x, read.observes)
+        self.values[read.memo] = (x, made, grad)
+        return made
+
+    def check_done(self, plan: CallPlan) -> None:
+        """Raises if a function that has reads did not come by."""
+        if plan.free or self.done in plan.expected:
+            return
+        missing = []
+        for line, calls in plan.lines.items():
+            if _have_reads(calls[self.counts.get(line, 0) :]):
+                missing.append(line)
+        raise RuntimeError(
+            f'prepare_qat: expected "{plan.module}" to come by the functions that it came by with '
+            f"the example_inputs, got none of {', '.join(missing)}; {_OTHERWISE}"
+        )
+
+
+class _Current(threading.local):
+    call: Call | None = None
+
+
+# What is being called in this thread.
+CURRENT = _Current()
+
+
+def _have_reads(calls: list[FunctionPlan | None]) -> bool:
+    return any(call is not None for call in calls)
+
+
+def find_quantizer(root: nn.Module, path: tuple[str, ...]) -> Any:
+    """The quantizer of that name; also through wrappers that pass attributes on."""
+    module: Any = root
+    for part in path:
+        child = module._modules.get(part)
+        module = getattr(module, part) if child is None else child
+    return module
+
+
+def _quantized(quantizer: FakeQuantize, x: Tensor, observes: bool) -> Tensor:
+    if observes:
+        return quantizer(x)  # type: ignore[no-any-return]
+    return quantizer.quantize_only(x)

@@ -1,0 +1,92 @@
+"""The function mode by which functions read what the quantizers make of their operands."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from torch_ext.prepare.insertion.call import CURRENT, Call
+from torch_ext.prepare.insertion.functions import (
+    OPENED,
+    PYTHON_FUNCTIONS,
+    PYTHON_METHODS,
+    SITE_NAMES,
+)
+from torch_ext.prepare.insertion.plan import FunctionPlan, counted
+
+_OUT_OF_PLACE: dict[str, Any] = {"add": torch.add, "mul": torch.mul}
+
+
+class InsertionMode(TorchFunctionMode):
+    """Gives functions that have reads what the quantizers make of their operands."""
+
+    def __init__(self, call: Call) -> None:
+        super().__init__()
+        self.call = call
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if kwargs is None:
+            kwargs = {}
+        call = self.call
+        if func in OPENED and CURRENT.call is call and not call.current.free:
+            with self:
+                return OPENED[func](*args, **kwargs)
+        name = SITE_NAMES.get(func)
+        if name is None:
+            if torch.compiler.is_dynamo_compiling():
+                return _traced(func, args, kwargs)
+            return func(*args, **kwargs)
+        # A prepared model inside this one has calls of its own.
+        looked_at = CURRENT.call is call and not call.current.free
+        if not looked_at or name not in call.link.plan.functions or not counted(name, args, kwargs):
+            return func(*args, **kwargs)
+        plan = call.function(name)
+        if plan is None:
+            return func(*args, **kwargs)
+        call.done += 1
+        return _with_reads(call, plan, func, name, args, kwargs)
+
+
+def _traced(func: Any, args: Any, kwargs: Any) -> Any:
+    """Calls a function as ``torch.compile`` can trace it from a mode."""
+    if isinstance(func, types.FunctionType) and func not in PYTHON_FUNCTIONS:
+        method = PYTHON_METHODS.get(func.__name__)
+        if method is not None:
+            return getattr(args[0], method)(*args[1:], **kwargs)
+    return func(*args, **kwargs)
+
+
+def _with_reads(
+    call: Call, plan: FunctionPlan, func: Any, name: str, args: Any, kwargs: Any
+) -> Any:
+    new = list(args)
+    target = args[0] if plan.in_place else None
+    for read in plan.reads:
+        place: Any = read.place
+        by_name = type(place) is str
+        value = kwargs[place] if by_name else new[place]
+        if read.item >= 0:
+            several = list(value)
+            several[read.item] = call.read(read, several[read.item])
+            value = several
+        else:
+            written = plan.in_place and place == 0 and torch.is_grad_enabled()
+            if written and call.quantizer(read.quantizer).method != "fake_quant":
+                value = value.clone()  # which these keep for the backward pass
+            value = call.read(read, value)
+        if by_name:
+            kwargs = {**kwargs, place: value}
+        else:
+            new[place] = value
+    if not plan.in_place or new[0] is target:
+        return func(*new, **kwargs)
+    # Written into the caller's tensor, so that its views see it.
+    if name in _OUT_OF_PLACE:
+        made: Any = _OUT_OF_PLACE[name](*new, **kwargs)
+    else:
+        new[0] = new[0].clone()
+        made = func(*new, **kwargs)
+    return args[0].copy_(made)

@@ -1,0 +1,141 @@
+"""Records runs of a model on examples, in eval and in train mode."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import itertools
+import types
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+from torch_ext.prepare.insertion.functions import LAYER_BY_LAYER, OPENED
+from torch_ext.prepare.insertion.recording import IsFloat, Recording
+from torch_ext.prepare.insertion.user_lines import begins_call, user_line
+from torch_ext.utils.arguments import bound_arguments
+from torch_ext.utils.modes import forked_rng
+
+_OTHERWISE = "call prepare_qat without example_inputs, or give the class a forward"
+
+
+def record_modes(
+    who: str, model: nn.Module, example_inputs: Any, is_float: IsFloat
+) -> list[Recording]:
+    """Recordings of eval mode and, if the examples run there too, of train mode.
+
+    Raises ValueError with the line if an example does not run in eval mode.
+    """
+    if "forward" in vars(model):
+        raise ValueError(
+            f"{who}: expected the model's class to define its forward, got one that is an "
+            f"attribute of the instance; {_OTHERWISE}"
+        )
+    examples = [bound_arguments(who, model, given) for given in _examples(example_inputs)]
+    recordings = []
+    for training, example in itertools.product((False, True), examples):
+        try:
+            recordings.append(record(model, example, training, is_float))
+        except Exception as error:  # the user's forward: anything may come
+            problem = f"at {_failing_line(error)} {type(error).__name__}: {error}"
+            if not training:
+                raise ValueError(
+                    f"{who}: expected example_inputs that the model can run, got {problem}"
+                ) from error
+            warnings.warn(  # it may want targets
+                f"{who}: the example does not run in train mode ({problem}), so calls in train "
+                "mode are expected to be like those in eval mode",
+                stacklevel=4,
+            )
+    return recordings
+
+
+def _examples(example_inputs: Any) -> list[Any]:
+    """A list of tuples or mappings has several examples; all else is one."""
+    several = isinstance(example_inputs, list) and bool(example_inputs)
+    if several and all(isinstance(given, (tuple, Mapping)) for given in example_inputs):
+        return list(example_inputs)
+    return [example_inputs]
+
+
+def _failing_line(error: BaseException) -> str:
+    """The innermost line of the user's that an error passed."""
+    frames = []
+    step = error.__traceback__
+    while step is not None:
+        frames.append((step.tb_frame.f_code.co_filename, step.tb_lineno))
+        step = step.tb_next
+    return user_line(frames)
+
+
+def record(
+    model: nn.Module, example: Mapping[str, Any], training: bool, is_float: IsFloat
+) -> Recording:
+    """Runs a copy of the model in one mode; the model and torch's random state stay as they are.
+
+    ``example``: values by argument of the forward. Batch norms evaluate also while training, since
+    they refuse to train on one value per channel.
+    """
+    twin = copy.deepcopy(model)
+    twin.train(training)
+    for module in twin.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    recording = Recording(twin, is_float)
+    bound = inspect.signature(twin.forward).bind_partial()
+    bound.arguments.update(tree_map(_cloned, dict(example)))
+    for name, value in bound.arguments.items():
+        recording.argument(name, value)
+    forward = _layered(twin)
+    for name, module in twin.named_modules():
+        if name and "forward" not in vars(module):
+            _wrap(recording, name, module)
+
+    def recorded_forward() -> None:
+        forward(*bound.args, **bound.kwargs)
+
+    begins_call(recorded_forward.__code__)
+    with torch.no_grad(), forked_rng(model), _RecordMode(recording):
+        recorded_forward()
+    return recording
+
+
+class _RecordMode(TorchFunctionMode):
+    def __init__(self, recording: Recording) -> None:
+        super().__init__()
+        self.recording = recording
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in OPENED and not self.recording.hidden:
+            with self:
+                return OPENED[func](*args, **(kwargs or {}))
+        return self.recording.run_function(func, args, kwargs or {})
+
+
+def _wrap(recording: Recording, name: str, module: nn.Module) -> None:
+    """Lets the recording see the module's calls."""
+    forward = _layered(module)
+
+    def recorded_forward(*args: Any, **kwargs: Any) -> Any:
+        return recording.run_module(name, forward, args, kwargs)
+
+    begins_call(recorded_forward.__code__)
+    module.__dict__["forward"] = functools.wraps(module.forward)(recorded_forward)
+
+
+def _layered(module: nn.Module) -> Callable[..., Any]:
+    """The module's forward, without torch's fused paths that call no layer."""
+    forward = module.forward
+    layer_by_layer: Mapping[Any, Any] = LAYER_BY_LAYER
+    replaced = layer_by_layer.get(getattr(forward, "__func__", None))
+    return forward if replaced is None else types.MethodType(replaced, module)
+
+
+def _cloned(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
