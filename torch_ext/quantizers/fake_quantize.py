@@ -47,8 +47,9 @@ class FakeQuantize(nn.Module):
             ``"lsq"`` and ``"pact"`` learn the range and create a :class:`LearnedFakeQuantize`.
         observer: the rule that computes the range, see :class:`Observer`.
         averaging_constant: c in ``range += c * (range of the batch - range)`` in QAT, 0 to 1:
-            0 keeps the range fixed, 1 takes each batch's, as for weights. Methods that learn the
-            range ignore it.
+            0 keeps the range fixed, 1 takes each batch's, as for weights. In VALIDATION, exports
+            and files the range of a weight is that of the present weight, unless this is 0. Methods
+            that learn the range ignore it.
         optional: whether it may have seen no data when its range is needed; it then passes values
             through instead of raising. Quantizers of model inputs are optional, because an argument
             may be no floating tensor.
@@ -147,8 +148,9 @@ class FakeQuantize(nn.Module):
     def state(self) -> FakeQuantState:
         """The state. Setting it solves the observer on leaving CALIBRATION.
 
-        Takes a :class:`FakeQuantState` or its value, such as ``"qat"``. A weight's quantizer raises
-        on leaving CALIBRATION, because it cannot reach the weight: use ``set_fake_quantize``.
+        Takes a :class:`FakeQuantState` or its value, such as ``"qat"``. A weight's quantizer cannot
+        reach the weight: on leaving CALIBRATION it raises, and in VALIDATION it keeps the range
+        that it has, whatever the weight is by then. Use ``set_fake_quantize``.
         """
         return self._state
 
@@ -162,6 +164,11 @@ class FakeQuantize(nn.Module):
     def transient(self) -> bool:
         """Whether it quantizes a weight, from which the range is computed when it is needed."""
         return self.observer.transient
+
+    @property
+    def keeps_range(self) -> bool:
+        """Whether the range that it has stays when the weight that it quantizes changes."""
+        return self.averaging_constant == 0 or self.observer.statistic == "none"
 
     @property
     def accumulates_data(self) -> bool:

@@ -122,6 +122,10 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
         return float(alpha)
 
     @property
+    def keeps_range(self) -> bool:
+        return True
+
+    @property
     def learned(self) -> dict[str, nn.Parameter]:
         """The learned parameters by name: ``scale`` and ``offset``, or ``alpha``."""
         return {
