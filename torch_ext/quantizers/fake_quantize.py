@@ -264,7 +264,8 @@ class FakeQuantize(nn.Module):
         # Written to by follow_; a channel without a finite value keeps the range (0,0).
         solution = Solution.nothing(observer.channel_len, self.solved.device)
         solved = torch.zeros_like(self.solved)  # 0: the range becomes that of the weight
-        ops.follow_(weight, *solution, solved, *self._follow_arguments())
+        # With the constant 0 follow_ would not take the range of a weight that is all zero.
+        ops.follow_(weight, *solution, solved, 1.0, *self._follow_arguments()[1:])
         return WeightSolution(solution if bool(solved) else None, fresh.extrema, fresh.tally)
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
