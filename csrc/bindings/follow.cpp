@@ -24,7 +24,7 @@ struct Follow {
   core::SolveJob job(const Transient& statistic) const;
   // Observes the batch and solves, unless the range is to stay as it is.
   void run(const Backend& backend) const;
-  // With averaging_constant 0 the range stays what the first batch made it.
+  // With averaging_constant 0 the range stays what the first batch made it that was not all zero.
   bool frozen() const { return a.averaging_constant == 0; }
   uint8_t* solved_flag() const { return a.solved.mutable_data_ptr<uint8_t>(); }
 

@@ -35,7 +35,10 @@ struct Statistic {
 // One quantizer to solve. `options` holds the rule's option values. With `solved` null the outputs
 // are overwritten. Else the range moves by the fraction averaging_constant from its value towards
 // the newly solved one, all the way while *solved is 0, and a channel without values keeps its
-// range.
+// range; then *solved is set if a channel had values.
+// With averaging_constant 0 a range is set once: while *solved is 0 a channel keeps its range as
+// soon as that is not (0, 0), as it is after nothing but zeros, and *solved is set if a channel has
+// such a range.
 struct SolveJob {
   int32_t rule;
   Grid grid;

@@ -38,6 +38,12 @@ TE_HD bool moves(const SolveJob& job) {
   return job.solved != nullptr && *job.solved != 0 && job.averaging_constant != 1;
 }
 
+// Whether averaging_constant 0 lets a channel's range be set, and it has been.
+TE_HD bool is_set(const SolveJob& job, int64_t c) {
+  return job.solved != nullptr && job.averaging_constant == 0 &&
+         (job.range[2 * c] != 0 || job.range[2 * c + 1] != 0);
+}
+
 TE_HD void store_qparams(const SolveJob& job, int64_t c, const QParams& q) {
   job.scale[c] = q.scale;
   job.zero_point[c] = q.zero_point;

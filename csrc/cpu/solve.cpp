@@ -31,7 +31,7 @@ class Channel {
     const SolveKernels& k = kernels().solve;
     const core::ChannelStatistic s = job_.statistic.channel(channel_);
     const bool has_values = rule_.needs == core::Needs::nothing || s.tally[core::kFinite] > 0;
-    if (!has_values && job_.solved != nullptr) return;
+    if (job_.solved != nullptr && (!has_values || core::is_set(job_, channel_))) return;
     core::Range range{0, 0};
     if (has_values) {
       const core::View view =
@@ -95,7 +95,13 @@ class Channel {
   int64_t* memory_ = nullptr;
 };
 
-bool has_values(const SolveJob& job) {
+// Whether `solved` is to be set: a channel had values, or with averaging_constant 0 has a range.
+bool is_solved(const SolveJob& job) {
+  if (job.averaging_constant == 0) {
+    for (int64_t c = 0; c < job.statistic.channels; ++c)
+      if (core::is_set(job, c)) return true;
+    return false;
+  }
   if (rules()[job.rule].needs == core::Needs::nothing) return true;
   for (int64_t c = 0; c < job.statistic.channels; ++c)
     if (job.statistic.channel(c).tally[core::kFinite] > 0) return true;
@@ -129,7 +135,7 @@ void solve(const SolveJob* jobs, int64_t count) {
     });
   }
   for (int64_t j = 0; j < count; ++j)
-    if (jobs[j].solved != nullptr && has_values(jobs[j])) *jobs[j].solved = 1;
+    if (jobs[j].solved != nullptr && is_solved(jobs[j])) *jobs[j].solved = 1;
 }
 
 }  // namespace torch_ext::cpu

@@ -27,7 +27,7 @@ struct Follow {
   TE_GPU void operator()() const {
     BlockState& state = *static_cast<BlockState*>(gpu::shared());
     Accumulator<NoTable, kThreads, kGroup> block(state, {}, {}, 1);
-    bool saw_values = false;
+    bool solved = false;
     for (int64_t c = gpu::block(); c < map.layout.channels; c += gpu::blocks()) {
       const Row row{task, c};
       const bool frozen = row.is_frozen();
@@ -35,15 +35,15 @@ struct Follow {
       if (gpu::thread() == 0 && !frozen) {
         write(row.statistic(), state.totals[0]);
         solve_extrema(row);
-        saw_values = saw_values || row.has_values();
       }
+      if (gpu::thread() == 0) solved = solved || row.is_solved();
       gpu::sync();
       quantize(c);
       gpu::sync();
     }
     // Every row has read the flag; now it may be set.
     gpu::sync_blocks();
-    if (saw_values) *task.job.solved = 1;
+    if (solved) *task.job.solved = 1;
   }
 
  private:

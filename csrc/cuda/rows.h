@@ -38,10 +38,16 @@ struct Row {
   int64_t channel;
 
   TE_GPU core::ChannelStatistic statistic() const { return task.job.statistic.channel(channel); }
-  // Whether the range is solved and stays as it is (averaging_constant 0); then nothing was
-  // observed.
+  // Whether the range stays as it is (averaging_constant 0). If it is solved, nothing was observed.
   TE_GPU bool is_frozen() const {
-    return task.job.solved != nullptr && *task.job.solved != 0 && task.job.averaging_constant == 0;
+    return core::is_set(task.job, channel) || (task.job.solved != nullptr &&
+                                               *task.job.solved != 0 &&
+                                               task.job.averaging_constant == 0);
+  }
+  // Whether `solved` is to be set: the channel had values, or with averaging_constant 0 has a
+  // range.
+  TE_GPU bool is_solved() const {
+    return task.job.averaging_constant == 0 ? core::is_set(task.job, channel) : has_values();
   }
   TE_GPU bool has_values() const {
     return task.needs == core::Needs::nothing || statistic().tally[core::kFinite] > 0;

@@ -100,8 +100,7 @@ struct Steps {
 
   TE_GPU void mark(int64_t index) const {
     const Row row = row_of(index);
-    if (row.task.job.solved != nullptr && !row.is_frozen() && row.has_values())
-      *row.task.job.solved = 1;
+    if (row.task.job.solved != nullptr && row.is_solved()) *row.task.job.solved = 1;
   }
 
   // ---- steps

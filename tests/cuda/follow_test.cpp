@@ -36,7 +36,10 @@ struct Run {
         zero_point(channels, 1),
         solved(solved),
         out(channels * inner),
-        mask(channels * inner / 8) {}
+        mask(channels * inner / 8) {
+    // Every second channel has no range yet, which matters with averaging_constant 0.
+    for (int64_t c = 0; c < channels; c += 2) range[2 * c] = range[2 * c + 1] = 0;
+  }
 };
 
 template <class T>

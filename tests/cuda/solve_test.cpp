@@ -104,9 +104,12 @@ Quantizer make(int32_t rule, const Grid& grid, HistogramLayout layout, int64_t c
               false,
               1};
   for (int64_t c = 0; c < channels; ++c) {
-    // Some channels have no values.
+    // Some channels have no range yet, which matters with averaging_constant 0.
+    if (random() % 2 == 0) q.range[2 * c] = q.range[2 * c + 1] = 0;
+    // Some channels have no values, or nothing but zeros.
     const int64_t n = random() % 6 == 0 ? 0 : values;
-    const Values x = statistic_plain::sample(pick(kKinds, random), n, random);
+    Values x = statistic_plain::sample(pick(kKinds, random), n, random);
+    if (random() % 6 == 0) std::fill(x.begin(), x.end(), 0.0f);
     const int64_t stride = 1;
     const core::ChannelStatistic channel = q.statistic.channel(c);
     cpu::observe({x.data(), core::DType::f32, 1, &n, &stride}, -1,

@@ -100,6 +100,30 @@ def test_constant_0_freezes_and_1_follows():
     assert q.range.tolist() == [[-9.0, 9.0]]
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_with_constant_0_each_channel_waits_for_a_value_that_is_not_zero(rule: str):
+    q, layout = fresh(2), {"mantissa_bits": 7, "octaves": 12}
+    zeros, values = torch.zeros(50), sample("gauss", 50)
+    follow(q, torch.stack([zeros, zeros]), 0.0, rule, ch_axis=0, **layout)
+    assert (q.solved.tolist(), q.range.tolist()) == ([0], [[0, 0], [0, 0]])
+    follow(q, torch.stack([values, zeros]), 0.0, rule, ch_axis=0, **layout)
+    assert q.solved.tolist() == [1]
+    first = batch_range(torch.stack([values, zeros]), rule, "int8", 0)
+    assert torch.equal(q.range, first)
+    assert_qparams_fit(q, "int8")
+    waiting = q.clone()
+    follow(
+        q, torch.stack([values * 3, values]), 0.0, rule, ch_axis=0, **layout
+    )  # solved: nothing changes
+    assert all(torch.equal(a, b) for a, b in zip(q, waiting, strict=True))
+    q.solved.zero_()
+    follow(q, torch.stack([values * 3, values]), 0.0, rule, ch_axis=0, **layout)
+    assert torch.equal(q.range[0], first[0])  # it has a range already
+    second = batch_range(torch.stack([values, values]), rule, "int8", 0)
+    assert torch.equal(q.range[1], second[1])
+    assert q.solved.tolist() == [1]
+
+
 def test_loaded_range_is_the_start():
     q = fresh()
     q.range[0] = torch.tensor([-10.0, 10.0])

@@ -151,8 +151,9 @@ def test_validation_without_a_range_is_refused_by_name() -> None:
         before = snapshot(net)
         with pytest.raises(RuntimeError, match="to have a range for VALIDATION") as caught:
             set_fake_quantize(net, VALIDATION)
-        names = [n for n in ACTIVATIONS + WEIGHTS if not n.startswith("input")]
+        names = [n for n in ACTIVATIONS if not n.startswith("input")]
         assert all(name in str(caught.value) for name in names)
+        assert not any(name in str(caught.value) for name in WEIGHTS)  # these could be solved
         assert same(snapshot(net), before)
 
 

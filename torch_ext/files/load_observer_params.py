@@ -106,6 +106,10 @@ def load_observer_params(
     least and greatest end for a per-tensor quantizer. Statistics are copied if channels and
     histogram layout agree. A quantizer with a given scale (``fixed_scale``) keeps it.
 
+    A weight's range is replaced by that of the model's own weight when the model enters VALIDATION,
+    or now if it is in VALIDATION, except where it is learned or frozen. Ranges of weights in
+    ``from_model`` are first solved from its present weights.
+
     Args:
         from_model: a prepared model, or the path of a file of :func:`save_observer_params`.
         to_model: the prepared model to load into.
@@ -127,11 +131,15 @@ def load_observer_params(
     """
     for flag, value in (("weights", weights), ("strict", strict), ("verbose", verbose)):
         parse_flag(_WHO, flag, value)
-    target = PreparedModel(_WHO, to_model, "to_model").quantizers
+    to_prepared = PreparedModel(_WHO, to_model, "to_model")
+    target = to_prepared.quantizers
     if isinstance(from_model, nn.Module):
         label = type(from_model).__name__
-        quantizers = PreparedModel(_WHO, from_model, "from_model").quantizers
-        source = {name: params_of(quantizer) for name, quantizer in quantizers.items()}
+        from_prepared = PreparedModel(_WHO, from_model, "from_model")
+        from_prepared.refresh_weights()
+        source = {
+            name: params_of(quantizer) for name, quantizer in from_prepared.quantizers.items()
+        }
     elif isinstance(from_model, (str, os.PathLike)):
         label, source = os.fspath(from_model), read_observer_params(from_model)
         if weights:
@@ -161,6 +169,7 @@ def load_observer_params(
         report.weights = list(state)
     for change in changes:
         change.apply()
+    to_prepared.refresh_validating_weights()
     if verbose:
         print(report)
     return report

@@ -26,19 +26,26 @@ _VERSION = 1
 def save_observer_params(model: nn.Module, path: PathLike) -> None:
     """Saves every quantizer's range, qparams, statistic and configuration in a safetensors file.
 
+    The ranges of weights that have one are first solved from the present weights, in the model too.
+    With FSDP2, whose weights are sharded, every rank has to make this call.
+
     Args:
         model: a prepared model, wrapped or not, or what :func:`read_quantizers` returned.
         path: the file, which is written completely or not at all.
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: no quantizers, or values that could not be loaded again, such as a scale of 0.
+        ValueError: no quantizers, a weight without a finite value, or values that could not be
+            loaded again, such as a scale of 0.
         FileError: names that are not printable or too long, or too much data.
         OSError: the file cannot be written.
         ImportError: safetensors is not installed.
     """
     who = "save_observer_params"
-    quantizers = PreparedModel(who, model).quantizers
+    prepared = PreparedModel(who, model)
+    for name, why in prepared.refresh_weights().items():
+        raise ValueError(f"{who}: {label_of(name)}: {why}")
+    quantizers = prepared.quantizers
     write_params(who, {name: params_of(quantizer) for name, quantizer in quantizers.items()}, path)
 
 

@@ -59,8 +59,10 @@ class Params:
         return bool(self.tensors["solved"])
 
     def on_cpu(self) -> Params:
-        """The same with detached tensors on the CPU."""
-        tensors = {field: tensor.detach().cpu() for field, tensor in self.tensors.items()}
+        """A detached copy on the CPU, which stays when the quantizer changes."""
+        tensors = {
+            field: tensor.detach().to("cpu", copy=True) for field, tensor in self.tensors.items()
+        }
         return replace(self, tensors=tensors)
 
     @property

@@ -156,13 +156,18 @@ def follow_(
 
     ``range += averaging_constant * (range of x by the rule - range)``. If ``solved`` is 0, the
     range becomes that of x, and ``solved`` 1. Channels without a finite value keep their range.
+
+    With ``averaging_constant`` 0 a range is set once: if ``solved`` is 0, channels whose range is
+    (0, 0) take that of x, and ``solved`` becomes 1 if any range then differs from (0, 0), which is
+    that of zeros; if ``solved`` is not 0, nothing changes.
+
     Does not synchronize with the host. Does nothing while a backward pass runs.
 
     Args:
         x: any floating dtype, shape and strides.
         range, scale, zero_point: float32 [C,2], float32 [C] and int32 [C], written to.
         solved: uint8 [1], whether there is a range yet; written to.
-        averaging_constant: 0 to 1; 0 leaves a solved range as it is.
+        averaging_constant: 0 to 1.
         rule: a rule of the registry.
         options: of the rule, by name; or as numbers in the order of the rule's table, which only
             the op checks.

@@ -48,8 +48,9 @@ class FakeQuantize(nn.Module):
             ``"lsq"`` and ``"pact"`` learn the range and create a :class:`LearnedFakeQuantize`.
         observer: the rule that computes the range, see :class:`Observer`.
         averaging_constant: c in ``range += c * (range of the batch - range)`` in QAT, 0 to 1:
-            0 keeps the range fixed, 1 takes each batch's, as for weights. Methods that learn the
-            range ignore it.
+            0 keeps the range fixed, 1 takes each batch's, as for weights. In VALIDATION, exports
+            and files the range of a weight is that of the present weight, unless this is 0. Methods
+            that learn the range ignore it.
         optional: whether it may have seen no data when its range is needed; it then passes values
             through instead of raising. Quantizers of model inputs are optional, because an argument
             may be no floating tensor.
@@ -148,8 +149,9 @@ class FakeQuantize(nn.Module):
     def state(self) -> FakeQuantState:
         """The state. Setting it solves the observer on leaving CALIBRATION.
 
-        Takes a :class:`FakeQuantState` or its value, such as ``"qat"``. A weight's quantizer raises
-        on leaving CALIBRATION, because it cannot reach the weight: use ``set_fake_quantize``.
+        Takes a :class:`FakeQuantState` or its value, such as ``"qat"``. A weight's quantizer cannot
+        reach the weight: on leaving CALIBRATION it raises, and in VALIDATION it keeps the range
+        that it has, whatever the weight is by then. Use ``set_fake_quantize``.
         """
         return self._state
 
@@ -163,6 +165,11 @@ class FakeQuantize(nn.Module):
     def transient(self) -> bool:
         """Whether it quantizes a weight, from which the range is computed when it is needed."""
         return self.observer.transient
+
+    @property
+    def keeps_range(self) -> bool:
+        """Whether the range that it has stays when the weight that it quantizes changes."""
+        return self.averaging_constant == 0 or self.observer.statistic == "none"
 
     @property
     def accumulates_data(self) -> bool:
@@ -276,7 +283,8 @@ class FakeQuantize(nn.Module):
         # Written to by follow_; a channel without a finite value keeps the range (0,0).
         solution = Solution.nothing(observer.channel_len, self.solved.device)
         solved = torch.zeros_like(self.solved)  # 0: the range becomes that of the weight
-        ops.follow_(weight, *solution, solved, *self._follow_arguments())
+        # With the constant 0 follow_ would not take the range of a weight that is all zero.
+        ops.follow_(weight, *solution, solved, 1.0, *self._follow_arguments()[1:])
         return WeightSolution(solution if bool(solved) else None, fresh.extrema, fresh.tally)
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:

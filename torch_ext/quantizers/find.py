@@ -14,7 +14,10 @@ from torch.nn.utils import parametrize
 
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.folded_weight import FoldedWeight
+from torch_ext.quantizers.solve import refresh_weights
+from torch_ext.quantizers.state_table import FakeQuantState
 from torch_ext.utils.arguments import bounded
+from torch_ext.utils.modes import eval_mode
 from torch_ext.utils.text import shown
 
 _COMPILED = "_orig_mod."
@@ -98,6 +101,23 @@ class PreparedModel:
         source = self.weights.get(quantizer)
         return None if source is None else source.read()
 
+    def refresh_weights(self, chosen: Mapping[str, FakeQuantize] | None = None) -> dict[str, str]:
+        """Solves the ranges of ``chosen`` (None: all) weights again; see :func:`refresh_weights`.
+
+        Returns the names of those without a finite value, with the reason.
+        """
+        return refresh_weights(self.quantizers if chosen is None else chosen, self.read_weight)
+
+    def refresh_validating_weights(self) -> dict[str, str]:
+        """:meth:`refresh_weights` for the quantizers in VALIDATION, whose forward does not."""
+        return self.refresh_weights(
+            {
+                name: quantizer
+                for name, quantizer in self.quantizers.items()
+                if quantizer.state is FakeQuantState.VALIDATION
+            }
+        )
+
     def select(self, pattern: Pattern | None) -> dict[str, FakeQuantize]:
         """The quantizers that match a pattern; see :func:`select`."""
         return select(self.who, self.quantizers, pattern)
@@ -151,12 +171,13 @@ class WeightSource(NamedTuple):
         values = [
             value.full_tensor() if hasattr(value, "full_tensor") else value for value in values
         ]
-        for i, earlier in enumerate(chain):
-            if i == self.position:
-                break
-            # FoldedWeight.forward does not scale the weight while its quantizer does not quantize.
-            step = earlier.scaled if isinstance(earlier, FoldedWeight) else earlier
-            values = [step(*values)]
+        with eval_mode(chain):  # in train mode spectral_norm would update its buffers
+            for i, earlier in enumerate(chain):
+                if i == self.position:
+                    break
+                # FoldedWeight.forward does not scale while its quantizer does not quantize.
+                step = earlier.scaled if isinstance(earlier, FoldedWeight) else earlier
+                values = [step(*values)]
         value: Tensor = values[0]
         return value.detach()
 

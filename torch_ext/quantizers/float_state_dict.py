@@ -12,7 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from torch_ext.quantizers.fake_quantize import FakeQuantize
-from torch_ext.quantizers.find import check_model, named_quantizers, parametrizations
+from torch_ext.quantizers.find import (
+    PreparedModel,
+    check_model,
+    named_quantizers,
+    parametrizations,
+)
 from torch_ext.quantizers.folded_weight import FoldedWeight
 
 
@@ -46,7 +51,10 @@ def float_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def load_float_state_dict(
     model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True
 ) -> None:
-    """Loads a float model's ``state_dict`` into a prepared model; quantizers stay as they are.
+    """Loads a float model's ``state_dict`` into a prepared model; quantizers' states stay.
+
+    Ranges stay too, except those of weights in VALIDATION, which are solved from the loaded weights
+    as :func:`set_fake_quantize` does.
 
     Args:
         model: the prepared model.
@@ -76,3 +84,5 @@ def load_float_state_dict(
             raise ValueError(f"{who}: expected {key} to be of shape {want}, got {have}")
     with torch.no_grad():
         model.load_state_dict(chosen, strict=False)
+    if named_quantizers(model):
+        PreparedModel(who, model).refresh_validating_weights()

@@ -34,14 +34,15 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
 
     Learning starts from the calibrated range: lsq takes its scale and zero point, pact its largest
     magnitude. Without calibration lsq starts from ``2 * mean|x| / sqrt(quant_max)`` of the first
-    batch in QAT (Esser et al. 2020), and pact from the argument ``alpha``, 6 by default. The
-    parameters get gradients in QAT only.
+    batch in QAT (Esser et al. 2020) that is not all zero, per channel, and pact from the argument
+    ``alpha``, 6 by default. The parameters get gradients in QAT only.
 
     ``range``, ``scale`` and ``zero_point`` are computed from the parameters when they are read.
     Arguments and errors are those of :class:`FakeQuantize`.
 
     Attributes:
-        start_range: float32 [C,2], buffer: the range that learning started from.
+        start_range: float32 [C,2], buffer: the range that learning started from; (0,0) for a
+            channel that was all zero so far and has not started.
         start_zero_point: int32 [C], buffer: the zero point that learning started from.
     """
 
@@ -64,6 +65,7 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
         self._per_channel = info["per_channel"]
         self._start_value = info["start"]
         self._starting = False  # whether the next batch in QAT may set the parameter
+        self._starts_by_channel = False  # whether `solved` does not tell that it must not
         self._check_grid()
         if self._start_value:
             self._start_value = self._parse_start(alpha)
@@ -120,6 +122,10 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
         if not (alpha > 0 and math.isfinite(alpha)):
             raise ValueError(f"{self._who}: expected alpha to be finite and above 0, got {alpha}")
         return float(alpha)
+
+    @property
+    def keeps_range(self) -> bool:
+        return True
 
     @property
     def learned(self) -> dict[str, nn.Parameter]:
@@ -205,15 +211,29 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
 
     def _would_start_on_a_shard(self) -> bool:
         """Whether the next batch would set the parameter, but FSDP2 has sharded it."""
-        sharded = hasattr(self._parameters[self._parameter], "full_tensor")
-        return self.starts_from_data and sharded and not bool(self.solved)
+        return self.starts_from_data and self._is_sharded and not bool(self.solved)
+
+    @property
+    def _is_sharded(self) -> bool:
+        return hasattr(self._parameters[self._parameter], "full_tensor")
+
+    def _started(self) -> Tensor:
+        """Bool [C]: whether a channel's scale was set, from a calibration or a batch."""
+        return (self.start_range != 0).any(1)
 
     def enter(self, state: FakeQuantState, *, pass_through: bool = False) -> None:
         super().enter(state, pass_through=pass_through)
         if state.value in FOLLOW:
             if not self.starts_from_data:
                 self.solved.fill_(1)  # the range follows from the parameter's start value
-            self._starting = self.solved.is_meta or not bool(self.solved)
+            # A channel that was all zero has the scale 1 until there are values to scale.
+            may_start = self.starts_from_data and not self._is_sharded
+            waiting = may_start and (self.solved.is_meta or bool((~self._started()).any()))
+            self._starting = waiting
+            # `solved` is one flag for all channels, and a calibration sets it for zeros too.
+            self._starts_by_channel = waiting and (
+                self.observer.channel_len > 1 or self.solved.is_meta or bool(self.solved)
+            )
 
     def _fixed(self, action: str) -> str:
         return action  # the range is learned from every value that is quantized
@@ -224,23 +244,7 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
         assert parameter is not None
         learns = action in DIFFERENTIATE
         if self._starting and action in FOLLOW:
-            # Does nothing once `solved` is 1, so no host sync is needed to read it.
-            ops.follow_(
-                x,
-                self.start_range,
-                parameter.detach(),
-                self.start_zero_point,
-                self.solved,
-                0.0,
-                _START,
-                observer.quant_min,
-                observer.quant_max,
-                observer.symmetric,
-                ch_axis=observer.ch_axis,
-                options=(),
-                mantissa_bits=observer.mantissa_bits,
-                octaves=observer.octaves,
-            )
+            self._start(x, parameter.detach())
             # follow_ wrote to the parameter in place; autograd has to save another tensor.
             parameter = parameter.clone()
         zero_point = self.start_zero_point if self._per_channel else None
@@ -264,6 +268,32 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
             self.check_finite()
             raise
 
+    def _start(self, x: Tensor, parameter: Tensor) -> None:
+        """Sets the scale of the channels that have none and are not all zero in ``x``."""
+        observer = self.observer
+        # follow_ does nothing once `done` is 1, so no host sync is needed to read it.
+        done = self.solved
+        if self._starts_by_channel:
+            done = self._started().all().to(torch.uint8).view(1)
+        ops.follow_(
+            x,
+            self.start_range,
+            parameter,
+            self.start_zero_point,
+            done,
+            0.0,
+            _START,
+            observer.quant_min,
+            observer.quant_max,
+            observer.symmetric,
+            ch_axis=observer.ch_axis,
+            options=(),
+            mantissa_bits=observer.mantissa_bits,
+            octaves=observer.octaves,
+        )
+        if self._starts_by_channel:
+            self.solved.bitwise_or_(done)  # 1 if any channel has started
+
     def _set(self, solution: Solution) -> None:
         self.start_range.copy_(solution.range)
         self.start_zero_point.copy_(solution.zero_point)
@@ -282,6 +312,7 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
     def reset_parameters(self) -> None:
         super().reset_parameters()
         self._starting = self.starts_from_data
+        self._starts_by_channel = self._starting and self.observer.channel_len > 1
 
     def shared_values(self) -> Tensor:
         return torch.cat([_whole(parameter) for parameter in self.learned.values()])

@@ -21,7 +21,11 @@ def set_fake_quantize(
     """Sets the state of the model's quantizers; ``train()`` and ``eval()`` do not change it.
 
     Quantizers that leave CALIBRATION are solved: activations from their statistics, weights from
-    the weights themselves. If the call raises, no quantizer has changed.
+    the weights themselves. For VALIDATION every weight is solved, from the weight that is there
+    now, except where the range is learned (lsq, pact), given (``fixed_scale``) or frozen
+    (``averaging_constant=0``). If a weight changes later, in VALIDATION, call this again; exports
+    and :func:`save_observer_params` solve weights again themselves. If the call raises, no
+    quantizer has changed.
 
     Entering CALIBRATION again adds to the statistics; :func:`reset_statistics` empties them.
 

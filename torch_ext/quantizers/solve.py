@@ -54,6 +54,8 @@ class Quantizer(Protocol):
     def state(self) -> FakeQuantState: ...
     @property
     def transient(self) -> bool: ...
+    @property
+    def keeps_range(self) -> bool: ...
     def check_enters(self, who: str, name: str, state: FakeQuantState) -> None: ...
     def enter(self, state: FakeQuantState, *, pass_through: bool = False) -> None: ...
     def take_(self, solution: Solution) -> Self: ...
@@ -74,6 +76,21 @@ class Solutions:
         self.solved: dict[str, Solution] = {}
         self.weights: dict[str, WeightSolution] = {}
         self.unobserved: dict[str, str] = {}  # why there was nothing to solve from; may be ""
+
+    def add_weight(self, name: str, weight: WeightSolution) -> None:
+        """Adds a weight's statistic, and its range or why there is none."""
+        self.weights[name] = weight
+        if weight.solution is None:
+            self.unobserved[name] = "the weight has no finite value"
+        else:
+            self.solved[name] = weight.solution
+
+    def update(self, other: Solutions) -> None:
+        """Adds the ranges computed for other quantizers."""
+        self.quantizers = {**self.quantizers, **other.quantizers}
+        self.solved.update(other.solved)
+        self.weights.update(other.weights)
+        self.unobserved.update(other.unobserved)
 
     @torch.no_grad()
     def commit(self) -> None:
@@ -111,17 +128,48 @@ def solve_quantizers(chosen: Mapping[str, Q], read_weight: ReadWeight[Q]) -> Sol
             if weight is None:
                 solutions.unobserved[name] = "a weight quantizer, but no parametrization"
                 continue
-            solutions.weights[name] = solved = quantizer.solve_weight(weight)
-            if solved.solution is None:
-                solutions.unobserved[name] = "the weight has no finite value"
-            else:
-                solutions.solved[name] = solved.solution
+            solutions.add_weight(name, quantizer.solve_weight(weight))
         elif quantizer.observer.statistic == "none" or finite > 0:
             ready[name] = quantizer.observer
         elif not quantizer.optional or non_finite > 0:
             solutions.unobserved[name] = "only non-finite values" if non_finite else ""
     solutions.solved.update(solve_observers(ready))
     return solutions
+
+
+def solve_weights(chosen: Mapping[str, Q], read_weight: ReadWeight[Q]) -> Solutions:
+    """Solves the weight quantizers among ``chosen`` from the weights that are there now.
+
+    Left out are quantizers that have a range and keep it (``keeps_range``), and those for which
+    ``read_weight`` returns None, whose weight is not known. Weights without a finite value are
+    listed in ``Solutions.unobserved``.
+    """
+    solutions = Solutions(chosen)
+    weights = {name: quantizer for name, quantizer in chosen.items() if quantizer.transient}
+    flags = has_range(weights)
+    for name, quantizer in weights.items():
+        if flags[name] and quantizer.keeps_range:
+            continue
+        weight = read_weight(quantizer)
+        if weight is not None:
+            solutions.add_weight(name, quantizer.solve_weight(weight))
+    return solutions
+
+
+def refresh_weights(chosen: Mapping[str, Q], read_weight: ReadWeight[Q]) -> dict[str, str]:
+    """Solves again the ranges of weights that have one, by :func:`solve_weights`.
+
+    The weight may have changed since: by an optimizer, an average of weights, pruning, loading.
+    What writes ranges to a file calls this first.
+
+    Returns:
+        Names of the weights without a finite value, whose range has not changed, with the reason.
+    """
+    flags = has_range(chosen)
+    ranged = {name: quantizer for name, quantizer in chosen.items() if flags[name]}
+    solutions = solve_weights(ranged, read_weight)
+    solutions.commit()
+    return solutions.unobserved
 
 
 def _finite_counts(chosen: Mapping[str, Quantizer]) -> dict[str, tuple[int, int]]:

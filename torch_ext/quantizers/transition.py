@@ -14,6 +14,7 @@ from torch_ext.quantizers.solve import (
     Solutions,
     has_range,
     solve_quantizers,
+    solve_weights,
 )
 from torch_ext.quantizers.state_table import CHANGES, QUANTIZE, FakeQuantState
 from torch_ext.utils.text import shown
@@ -31,6 +32,9 @@ def change_state(
     allow_unobserved: bool = False,
 ) -> None:
     """Changes the state of quantizers; those that leave CALIBRATION are solved.
+
+    For VALIDATION every weight is solved, whatever state its quantizer leaves; see
+    :func:`solve_weights`.
 
     Args:
         who: the function that errors and warnings name.
@@ -54,6 +58,9 @@ def change_state(
         and target is not FakeQuantState.CALIBRATION
     }
     solutions = solve_quantizers(leaving, read_weight)
+    if target is FakeQuantState.VALIDATION:
+        others = {name: quantizer for name, quantizer in chosen.items() if name not in leaving}
+        solutions.update(solve_weights(others, read_weight))
     if not allow_unobserved:
         _check_observed(who, solutions.unobserved)
     without = _without_range(chosen, solutions) if target is FakeQuantState.VALIDATION else []

@@ -71,7 +71,8 @@ def report(
     with their default options, the quantizer's own rule with its options, on at most 16 channels of
     a weight. With ``data``, the shares, SQNR and cosine of activations are measured on the values
     that pass through their quantizers in VALIDATION, outlier channels are found, and histograms
-    that the statistics do not keep are computed from it. The model stays as it was.
+    that the statistics do not keep are computed from it. Ranges of
+    weights are those of the present weights. The model stays as it was.
 
     Args:
         model: calibrated; or the path of a file of ``save_observer_params``, which has no weights.
@@ -118,6 +119,8 @@ def report(
                 # The page has its own warnings about the same.
                 warnings.simplefilter("ignore", QuantizationWarning)
                 change_states(_WHO, model, FakeQuantState.VALIDATION, allow_unobserved=True)
+        else:
+            prepared.refresh_weights()
         seen: dict[str, WatchedData] = {}
         if data is not None:
             batches = progress_bar(data, _length(data), f"{_WHO}, data", progress)

@@ -71,6 +71,9 @@ class ExportReport:
 def entries(prepared: PreparedModel) -> tuple[dict[str, Entry], dict[str, str]]:
     """Chooses the quantizers of a model that an export writes.
 
+    The ranges of weights are solved from the present weights first, in the model too, so that
+    VALIDATION computes what the export does.
+
     Returns:
         The quantizers in VALIDATION that have a range, by name; and the names of those that pass
         values through, because they are in FLOAT or saw no data, with the reason.
@@ -82,6 +85,7 @@ def entries(prepared: PreparedModel) -> tuple[dict[str, Entry], dict[str, str]]:
     chosen: dict[str, Entry] = {}
     left_out: dict[str, str] = {}
     problems: dict[str, str] = {}
+    not_finite = prepared.refresh_validating_weights()
     for name, quantizer in prepared.quantizers.items():
         if quantizer.state is FakeQuantState.FLOAT:
             left_out[name] = "it is in FLOAT"
@@ -91,6 +95,8 @@ def entries(prepared: PreparedModel) -> tuple[dict[str, Entry], dict[str, str]]:
             problems[name] = f"it is in {quantizer.state.value.upper()}"
         elif not bool(quantizer.solved):
             problems[name] = "it has no range"
+        elif name in not_finite:
+            problems[name] = not_finite[name]
         else:
             try:
                 params = params_of(quantizer).on_cpu()
