@@ -14,8 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch_ext.prepare import attach, input_quantizers
 from torch_ext.prepare.describe import describe
 from torch_ext.prepare.fuse import foldable_norms
-from torch_ext.prepare.insertion.assign import Assignment, make_plan, tracked_modules
-from torch_ext.prepare.insertion.names import Names
+from torch_ext.prepare.insertion.assign import Assignment, Names, make_plan, tracked_modules
 from torch_ext.prepare.insertion.placement import Placement, Site
 from torch_ext.prepare.insertion.plan import Link, Place
 from torch_ext.prepare.insertion.record_runs import record_modes

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,7 +25,7 @@ from torch_ext.quantizers.state_table import (
     StateName,
     parse_state,
 )
-from torch_ext.quantizers.transition import QuantizationWarning, change_state, check_export
+from torch_ext.quantizers.transition import change_state, check_export, warn_of_state
 from torch_ext.utils.arguments import bounded, parse_flag
 from torch_ext.utils.modes import is_exporting
 from torch_ext.utils.text import span
@@ -52,16 +51,14 @@ class FakeQuantize(nn.Module):
             and files the range of a weight is that of the present weight, unless this is 0. Methods
             that learn the range ignore it.
         optional: whether it may have seen no data when its range is needed; it then passes values
-            through instead of raising. Quantizers of model inputs are optional, because an argument
-            may be no floating tensor.
+            through instead of raising. Those of model inputs may have got no floating tensor.
         use_grad_scaling: lsq: multiply the gradient of the scale by ``1 / sqrt(N * quant_max)``.
         learn_zero_point: lsq with an affine qscheme: learn the zero point too (LSQ+).
         alpha: pact: the clipping level to start from without a calibration; None is 6.
         **keys: the other arguments of :class:`Observer`, options of the rule included.
 
     Raises:
-        TypeError, ValueError, RuntimeError: an unknown method, rule or key, or a value that does
-            not fit.
+        TypeError, ValueError, RuntimeError: an unknown method, rule or key, or a wrong value.
 
     Attributes:
         range: float32 [C,2], buffer.
@@ -221,7 +218,7 @@ class FakeQuantize(nn.Module):
     def quantize_only(self, x: Tensor) -> Tensor:
         """Quantizes ``x`` as ``forward`` does, and observes nothing: for what it saw elsewhere."""
         action = self._action
-        if torch.compiler.is_exporting():
+        if is_exporting():
             check_export(action)
         if action not in QUANTIZE:
             return x
@@ -334,42 +331,20 @@ class FakeQuantize(nn.Module):
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
-        if metadata is not None:  # the state is no tensor, so it is saved beside the version
+        if metadata is not None:  # beside the version, as the state is no tensor
             metadata[_STATE] = self._state.value
 
     def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *more: Any
     ) -> None:
-        super()._load_from_state_dict(
-            state_dict,
-            prefix,
-            local_metadata,
-            strict,
-            missing_keys,
-            unexpected_keys,
-            error_msgs,
-        )
-        saved_in = local_metadata.get(_STATE)
-        if self._state is FakeQuantState.FLOAT and saved_in == FakeQuantState.VALIDATION.value:
-            warnings.warn(
-                "load_state_dict: the checkpoint was saved in VALIDATION, and the model is in "
-                "FLOAT, where it computes without quantization; call "
-                'set_fake_quantize(model, "validation")',
-                QuantizationWarning,
-                stacklevel=2,
-            )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *more)
+        warn_of_state(local_metadata.get(_STATE), self._state)
         if self._state is not FakeQuantState.VALIDATION:
             return
         has_range = bool(self.solved)
         if not has_range and not (self.optional or self.unobserved_allowed):
-            error_msgs.append(f"{prefix[:-1]}: loaded without a range while in VALIDATION")
+            errors: list[str] = more[-1]
+            errors.append(f"{prefix[:-1]}: loaded without a range while in VALIDATION")
         self.enter(self._state, pass_through=not has_range)
 
     def _apply(self, fn: TensorMap, recurse: bool = True) -> Self:

@@ -76,6 +76,17 @@ def change_state(
         warnings.warn("\n".join([f"{who}:", *notes]), QuantizationWarning, stacklevel=4)
 
 
+def warn_of_state(saved_in: str | None, state: FakeQuantState) -> None:
+    """Warns where a checkpoint of VALIDATION is loaded into a model in FLOAT."""
+    if state is FakeQuantState.FLOAT and saved_in == FakeQuantState.VALIDATION.value:
+        warnings.warn(
+            "load_state_dict: the checkpoint was saved in VALIDATION, and the model is in FLOAT, "
+            'where it computes without quantization; call set_fake_quantize(model, "validation")',
+            QuantizationWarning,
+            stacklevel=3,
+        )
+
+
 def check_export(state: str) -> None:
     """Raises RuntimeError during ``torch.export`` in a state that changes the quantizer.
 
