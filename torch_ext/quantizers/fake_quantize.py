@@ -343,8 +343,7 @@ class FakeQuantize(nn.Module):
             return
         has_range = bool(self.solved)
         if not has_range and not (self.optional or self.unobserved_allowed):
-            errors: list[str] = more[-1]
-            errors.append(f"{prefix[:-1]}: loaded without a range while in VALIDATION")
+            more[-1].append(f"{prefix[:-1]}: loaded without a range while in VALIDATION")
         self.enter(self._state, pass_through=not has_range)
 
     def _apply(self, fn: TensorMap, recurse: bool = True) -> Self:

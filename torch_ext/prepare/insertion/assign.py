@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
+from torch_ext.prepare.attach import OUTPUT, SUFFIX
 from torch_ext.prepare.insertion.operations import operation
 from torch_ext.prepare.insertion.placement import Ask, Placement, Site
 from torch_ext.prepare.insertion.plan import (
