@@ -214,7 +214,7 @@ class FakeQuantize(nn.Module):
     def quantize_only(self, x: Tensor) -> Tensor:
         """Quantizes ``x`` as ``forward`` does, and observes nothing: for what it saw elsewhere."""
         action = self._action
-        if torch.compiler.is_exporting():
+        if is_exporting():
             check_export(action)
         if action not in QUANTIZE:
             return x
