@@ -1,4 +1,4 @@
-"""A captured model with every other function of the package, and with torch's."""
+"""A model prepared with an example, with every other function of the package, and with torch's."""
 
 from __future__ import annotations
 

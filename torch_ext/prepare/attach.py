@@ -109,7 +109,7 @@ def attach_weight(module: nn.Module, parameter: str, quantizer: nn.Module) -> Un
 
 
 def attach_child(module: nn.Module, name: str, quantizer: FakeQuantize) -> Undo:
-    """Adds a quantizer that a captured forward calls; returns the function that undoes it."""
+    """Adds a quantizer that the plan of a forward calls; returns the function that undoes it."""
     module.add_module(name, quantizer.train(module.training))
     return lambda: delattr(module, name)
 

@@ -59,13 +59,13 @@ def prepare_qat(
     give the layer ``QConfig(activation=None, weight=...)``. Fold batch norms first, with
     :func:`fuse`.
 
-    With ``example_inputs``, the forward is captured as a graph, and quantizers go to the values
-    that INT8 engines quantize, the operands of functions such as ``x + y`` among them; the table is
-    in ``prepare/insertion/operations.py``. A value has one quantizer, however many operations read
-    it; the first that reads it quantized decides its QConfig. A function has the QConfig of the
-    module whose forward calls it. Where the forward branches on sizes, the example's branch is
-    kept, and a call that would take another one raises. A module is called as it is, not traced
-    into, if neither it nor any module in it has a QConfig.
+    With ``example_inputs``, quantizers go to the values that INT8 engines quantize, the operands of
+    functions such as ``x + y`` among them; the table is in ``prepare/insertion/operations.py``. A
+    copy of the model runs on the example, once in eval and once in train mode, to find them. The
+    model's own forward keeps running. A value has one quantizer, however many operations read it;
+    the first that reads it quantized decides its QConfig. A function has the QConfig of the module
+    whose forward calls it. A later call in which a function that has quantizers does not come by,
+    or a layer is called at another place, raises RuntimeError with the line.
 
     Quantizers are named ``<module>.activation_quantizer``, ``<module>.parametrizations.<weight>.0``
     and ``input_quantizers.<argument>`` (within the first layer, if the model is a Sequential). With
@@ -86,8 +86,8 @@ def prepare_qat(
         input_qconfig: the QConfig of the model's inputs, whose ``activation`` is used; by default,
             the model's own. None leaves the inputs float.
         verbose: print :func:`describe` of the result.
-        example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments, to
-            capture the forward with. Of tensors only shapes and dtypes matter.
+        example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments; or a list
+            of such tuples or mappings, for a forward that goes several ways.
         fold_batch_norms: with ``example_inputs``, quantize the weight of a layer that a batch norm
             follows as if the norm were folded into it. Both stay and train; the quantizer is
             ``parametrizations.weight.1``. The pairs are those of :func:`fuse`, which folds for
@@ -100,8 +100,8 @@ def prepare_qat(
     Raises:
         TypeError: ``model`` is no module, or an argument or a QConfig has a wrong type.
         ValueError: the model is prepared already, wrapped, has no QConfig or nothing to quantize; a
-            name in ``mapping`` matches no module; a weight cannot be parametrized; or the forward
-            cannot be captured, in which case the message has the line and what to do.
+            name in ``mapping`` matches no module; a weight cannot be parametrized; or the model
+            does not run on the example, in which case the message has the line.
 
     If it raises, the model is unchanged.
     """
@@ -266,7 +266,7 @@ class _Attachments:
         return where
 
     def _add_input(self, argument: str, factory: Factory) -> str:
-        """Plans the quantizer of an input of a captured forward; returns its name."""
+        """Plans the quantizer of an argument of the model; returns its name."""
         host_name, host = input_quantizers.input_host(_WHO, self.root)
         if host is not self.root:  # named after the host's argument, as without example_inputs
             argument = next(iter(input_quantizers.input_arguments(host)), argument)

@@ -8,6 +8,7 @@ from typing import TypeVar
 from torch import nn
 
 from torch_ext.prepare.attach import detach_children
+from torch_ext.prepare.insertion.running import untrack
 from torch_ext.prepare.module_classes import (
     keeps_parametrizations,
     restore_class,
@@ -54,5 +55,6 @@ def remove_quantizers(model: M, inplace: bool = False) -> M:
     result = model if inplace else copy.deepcopy(model)
     for module in list(result.modules()):
         detach_children(module)
+        untrack(module)
         restore_class(module)
     return result

@@ -21,8 +21,15 @@ _UNKNOWN = CallPlan("", False)
 UNCHECKED = CallPlan("", False)
 UNCHECKED.free = True
 
-# The start of the names in a module that is being called, the module, and the scope around it.
-Scope = tuple[str, nn.Module, Any]
+
+class Scope:
+    """A module that is being called, and those that call it.
+
+    ``prefix``: what the names in the module start with; ``depth``: of how many parts.
+    """
+
+    def __init__(self, prefix: str, depth: int, module: nn.Module, around: Scope | None) -> None:
+        self.prefix, self.depth, self.module, self.around = prefix, depth, module, around
 
 
 class Call:
@@ -95,9 +102,9 @@ class Call:
 
     def quantizer(self, name: str) -> Any:
         scope: Any = self.scope
-        while not name.startswith(scope[0]):
-            scope = scope[2]
-        return find_quantizer(scope[1], name[len(scope[0]) :])
+        while not name.startswith(scope.prefix):
+            scope = scope.around
+        return find_quantizer(scope.module, self.link.plan.quantizers[name][scope.depth :])
 
     def read(self, read: Read, x: Tensor) -> Tensor:
         quantizer = self.quantizer(read.quantizer)
@@ -137,11 +144,12 @@ def _have_reads(calls: list[FunctionPlan | None]) -> bool:
     return any(call is not None for call in calls)
 
 
-def find_quantizer(root: nn.Module, name: str) -> Any:
+def find_quantizer(root: nn.Module, path: tuple[str, ...]) -> Any:
     """The quantizer of that name; also through wrappers that pass attributes on."""
     module: Any = root
-    for part in name.split("."):
-        module = getattr(module, part)
+    for part in path:
+        child = module._modules.get(part)
+        module = getattr(module, part) if child is None else child
     return module
 
 

@@ -31,15 +31,17 @@ class InsertionMode(TorchFunctionMode):
         if kwargs is None:
             kwargs = {}
         call = self.call
-        if CURRENT.call is not call or call.current.free:  # of another prepared model inside
-            return _plain(func, args, kwargs)
-        if func in OPENED:
+        if func in OPENED and CURRENT.call is call and not call.current.free:
             with self:
                 return OPENED[func](*args, **kwargs)
         name = SITE_NAMES.get(func)
-        if name is None or name not in call.link.plan.functions:
-            return _plain(func, args, kwargs)
-        if not counted(name, args, kwargs):
+        if name is None:
+            if torch.compiler.is_dynamo_compiling():
+                return _traced(func, args, kwargs)
+            return func(*args, **kwargs)
+        # A prepared model inside this one has calls of its own.
+        looked_at = CURRENT.call is call and not call.current.free
+        if not looked_at or name not in call.link.plan.functions or not counted(name, args, kwargs):
             return func(*args, **kwargs)
         plan = call.function(name)
         if plan is None:
@@ -48,9 +50,9 @@ class InsertionMode(TorchFunctionMode):
         return _with_reads(call, plan, func, name, args, kwargs)
 
 
-def _plain(func: Any, args: Any, kwargs: Any) -> Any:
-    compiling = torch.compiler.is_dynamo_compiling()
-    if compiling and isinstance(func, types.FunctionType) and func not in PYTHON_FUNCTIONS:
+def _traced(func: Any, args: Any, kwargs: Any) -> Any:
+    """Calls a function as ``torch.compile`` can trace it from a mode."""
+    if isinstance(func, types.FunctionType) and func not in PYTHON_FUNCTIONS:
         method = PYTHON_METHODS.get(func.__name__)
         if method is not None:
             return getattr(args[0], method)(*args[1:], **kwargs)

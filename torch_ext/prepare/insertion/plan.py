@@ -99,7 +99,9 @@ class Plan:
         self.root = roots[0]
         self.functions = dict.fromkeys(sorted(functions_with_reads(roots)), True)
         self.layers = dict.fromkeys(sorted(layers), True)
-        self.quantizers = sorted({read.quantizer for root in roots for read in _reads(root)})
+        # Their names, and these in parts.
+        names = sorted({read.quantizer for root in roots for read in _reads(root)})
+        self.quantizers = {name: tuple(name.split(".")) for name in names}
         # How a module is called by itself; None where its calls differ.
         self.alone: dict[str, CallPlan | None] = {}
         for root in roots:
@@ -145,6 +147,8 @@ class Place:
 
     def __init__(self, name: str, link: Link) -> None:
         self.name, self.link = name, link
+        self.prefix = f"{name}." if name else ""
+        self.depth = self.prefix.count(".")
 
 
 def counted(name: str, args: Any, kwargs: Mapping[str, Any]) -> bool:

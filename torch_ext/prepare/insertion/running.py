@@ -32,7 +32,7 @@ def _read_arguments(call: Call, plan: CallPlan, args: Any, kwargs: Any) -> Any:
 
 
 def _is_float(plan: Plan, root: nn.Module) -> bool:
-    return all(find_quantizer(root, name).idle for name in plan.quantizers)
+    return all(find_quantizer(root, path).idle for path in plan.quantizers.values())
 
 
 def _run_alone(
@@ -59,8 +59,10 @@ def _run_alone(
         )
     if plan.training != module.training and plan.twin is not None:
         plan = plan.twin
-    scope: Scope = ("", root, None)
-    call = Call(link, scope if place.name == "" else (place.name + ".", module, scope), plan)
+    scope = Scope("", 0, root, None)
+    if place.name:
+        scope = Scope(place.prefix, place.depth, module, scope)
+    call = Call(link, scope, plan)
     CURRENT.call = call
     try:
         if plan.reads:
@@ -100,8 +102,15 @@ def _tracked_forward(base_forward: Callable[..., Any]) -> Callable[..., Any]:
         plan = call.enter(self, place.name)
         if plan.reads:
             args, kwargs = _read_arguments(call, plan, args, kwargs)
+        if plan.free:  # one of torch's layers, or a module that is left float
+            call.current = plan
+            try:
+                made = layered(self, *args, **kwargs)
+            finally:
+                call.current = outer
+            return made if plan.output is None else call.read(plan.output, made)
         call.current, call.counts, call.done = plan, {}, 0
-        call.scope = (place.name + ".", self, scope)
+        call.scope = Scope(place.prefix, place.depth, self, scope)
         try:
             made = layered(self, *args, **kwargs)
             call.check_done(plan)
