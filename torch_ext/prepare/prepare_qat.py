@@ -131,8 +131,8 @@ def prepare_qat(
             plan.add_module(name, module, parent)
     if not plan.steps:
         raise ValueError(f"{_WHO}: expected model to have modules to quantize, found none")
-    plan.carry_out()
     warn_of_left(_WHO, plan.norms.left, has_example=True)
+    plan.carry_out()
     if verbose:
         print(describe(prepared))
     return prepared
