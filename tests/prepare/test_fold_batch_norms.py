@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import torch_ext
+from batch_norms import Frozen
 from nets.tiny_net import images, tiny_net
 from prepare_steps import CONFIG, names, ready, run_calibration
 from snapshots import same_bits
@@ -125,11 +126,12 @@ class Classes(nn.Module):
         self.conv, self.bn1 = SameConv(1, 4, 3, bias=False), NormRelu(4)
         self.up, self.bn2 = nn.ConvTranspose2d(4, 6, 2, groups=2), nn.BatchNorm2d(6)
         self.fc, self.bn3 = nn.Linear(6, 5, bias=False), nn.BatchNorm1d(5)
-        self.last = nn.Linear(5, 3)
+        self.last, self.bn4 = nn.Conv2d(1, 4, 3), Frozen()
 
     def forward(self, x: Tensor) -> Tensor:
+        y = self.bn4(self.last(x)).mean((2, 3))
         x = self.bn2(self.up(self.bn1(self.conv(x)))).sigmoid()
-        return self.last(self.bn3(self.fc(x.mean((2, 3)))).relu())
+        return torch.cat([self.bn3(self.fc(x.mean((2, 3)))).relu(), y], 1)
 
 
 @pytest.mark.parametrize("config", [CONFIG, PER_TENSOR], ids=["per_channel", "per_tensor"])
@@ -153,7 +155,7 @@ def test_after_training_validation_is_the_fused_model_quantized(
     assert not torch.equal(state["bn1.running_var"], plain.state_dict()["bn1.running_var"])
     plain.load_state_dict(state)
     fused = ready(torch_ext.fuse(plain.eval(), example_inputs=x), config, example_inputs=x)
-    assert not any(isinstance(module, _BatchNorm) for module in fused.modules())
+    assert not any(isinstance(module, (_BatchNorm, Frozen)) for module in fused.modules())
     quantizers = named_quantizers(fused)
     assert {n.replace(".weight.1", ".weight.0") for n in names(net)} == quantizers.keys()
     run_calibration(fused, x)

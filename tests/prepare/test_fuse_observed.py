@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batch_norms import kinds, shake
+from batch_norms import Frozen, kinds, shake
 from nets.architectures import architecture
 from torch_ext import fuse
 
@@ -414,19 +414,41 @@ def test_left_and_named(kind: type[nn.Module], why: str) -> None:
         assert torch.equal(fused.state_dict()[name], tensor)
 
 
-def test_a_module_that_is_no_norm_but_has_its_buffers_is_named() -> None:
-    class Frozen(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.register_buffer("running_mean", torch.zeros(4))
-            self.register_buffer("running_var", torch.ones(4))
+class OwnBuffers(nn.Module):
+    """Calls the function with buffers of its own, between others."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            return F.batch_norm(x, self.running_mean, self.running_var)
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.register_buffer("running_mean", torch.zeros(4))
+        self.register_buffer("running_var", torch.ones(4))
 
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), Frozen()).double()
-    with pytest.warns(UserWarning, match=r"1 \(F.batch_norm reads its buffers, and it is no"):
-        fuse(model, example_inputs=x64())
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(self.conv(x), self.running_mean, self.running_var).relu()
+
+
+def test_modules_that_compute_a_batch_norm_without_being_one() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Frozen()).double().eval()
+    fused = fuse(model, example_inputs=x64())
+    assert isinstance(fused[1], nn.Identity)
+    assert torch.allclose(fused(x64()), model(x64()), rtol=1e-11, atol=1e-11)
+
+    with pytest.warns(
+        UserWarning, match=r"1 \(it has the buffers of a batch norm, and is a Frozen"
+    ):
+        fuse(model)
+
+    other = nn.Sequential(nn.Conv2d(3, 4, 3), Frozen(1.5)).double().eval()
+    text = r"1 \(it has the buffers of a batch norm, and its forward \(Frozen\) computes something"
+    with pytest.warns(UserWarning, match=text):
+        assert isinstance(fuse(other, example_inputs=x64())[1], Frozen)
+
+    inside = nn.Sequential(OwnBuffers()).double().eval()
+    with pytest.warns(
+        UserWarning, match=r"0 \(it has the buffers of a batch norm, and its forward"
+    ):
+        fuse(inside, example_inputs=x64())
 
 
 def test_a_pair_holds_for_all_examples() -> None:

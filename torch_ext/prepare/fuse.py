@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from torch_ext.prepare.batch_norms.fold import fold
+from torch_ext.prepare.batch_norms.look_alikes import look_alikes
 from torch_ext.prepare.batch_norms.observed import observed_norms
 from torch_ext.prepare.batch_norms.pair import (
     LAYERS,
@@ -73,9 +74,7 @@ def fuse(
             f'("{next(iter(quantizers))}"); fuse before prepare_qat'
         )
     names = None if pairs is None else _check_names(model, pairs)
-    norms = Norms([], {})
-    if all_norms(model) or example_inputs is not None:
-        norms = _find(model, names, example_inputs)
+    norms = _find(model, names, example_inputs)
     fused = model if inplace else copy.deepcopy(model)
     for pair in norms.pairs:
         fold(fused, pair)
@@ -86,6 +85,8 @@ def fuse(
 
 def find_norms(who: str, model: nn.Module, example_inputs: Any) -> Norms:
     """The pairs in runs of the examples, and why other batch norms are in none."""
+    if not _has_norms(model):
+        return Norms([], {})
     recordings = record_modes(who, model, example_inputs, lambda _: False, modes=(False,))
     return observed_norms(recordings)
 
@@ -103,11 +104,15 @@ def warn_of_left(who: str, left: Mapping[str, str], has_example: bool) -> None:
     warnings.warn(f"{who}: batch norms left as they are: {text}", stacklevel=3)
 
 
+def _has_norms(model: nn.Module) -> bool:
+    return bool(all_norms(model) or look_alikes(model))
+
+
 def _find(model: nn.Module, names: list[tuple[str, str]] | None, example_inputs: Any) -> Norms:
     """What to fold, and why not the rest; raises ValueError for given pairs that cannot be."""
     if example_inputs is None:
         if names is None:
-            return traced_norms(model)
+            return traced_norms(model) if _has_norms(model) else Norms([], {})
         return Norms([_given(model, layer, norm) for layer, norm in names], {})
     norms = find_norms(_WHO, model, example_inputs)
     examples = [split_arguments(_WHO, given) for given in examples_of(example_inputs)]

@@ -13,17 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.utils.arguments import bounded
 
 
-def folding_factor(norm: _BatchNorm) -> Tensor:
-    """``gamma / sqrt(running_var + eps)``, one value a channel."""
-    assert norm.running_var is not None
-    factor = (norm.running_var + norm.eps).rsqrt()
-    return factor if norm.weight is None else factor * norm.weight
+def folding_factor(norm: nn.Module) -> Tensor:
+    """``gamma / sqrt(running_var + eps)``, one value a channel, of a module with these."""
+    factor: Tensor = (norm.running_var + norm.eps).rsqrt()  # type: ignore[operator]
+    gamma = getattr(norm, "weight", None)
+    return factor if gamma is None else factor * gamma
 
 
 def along_channels(values: Tensor, weight: Tensor, ch_axis: int) -> Tensor:
@@ -81,13 +80,14 @@ class FoldedWeight(nn.Module):
         Raises RuntimeError, by name, if what is in the norm's place is no such batch norm.
         """
         norm = getattr(self._links[1], self._child, None)
-        if not isinstance(norm, _BatchNorm) or norm.running_var is None:
+        if not isinstance(getattr(norm, "running_var", None), Tensor):
             raise RuntimeError(
                 f'fold_batch_norms: expected "{self.norm_name}" to be a batch norm with running '
                 f'statistics, as "{self.layer_name}" is quantized with it folded, got '
                 f"{bounded(norm)}; replace it by another batch norm, or prepare the float model "
                 "as it is now"
             )
+        assert norm is not None
         factor = folding_factor(norm)
         # Where gamma is 0 (a common initialization) the factor is 1: it could not be undone.
         factor = torch.where(factor == 0, 1, factor).to(weight.dtype)

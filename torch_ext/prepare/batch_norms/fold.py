@@ -6,8 +6,7 @@ from collections import OrderedDict
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor, nn
 
 from torch_ext.prepare.batch_norms.pair import Pair, Step, parameter
 from torch_ext.quantizers.folded_weight import along_channels, folding_factor
@@ -42,16 +41,15 @@ def fold(model: nn.Module, pair: Pair) -> None:
     In the norm's stead stands an Identity, or what its module applies behind the norm.
     """
     norm = model.get_submodule(pair.norm)
-    assert isinstance(norm, _BatchNorm)
-    assert norm.running_mean is not None
+    mean, beta = norm.running_mean, getattr(norm, "bias", None)
+    assert isinstance(mean, Tensor)
     weight, bias = parameter(model, pair.weight), parameter(model, pair.bias)
     assert weight is not None
     factor = folding_factor(norm)
     scale = along_channels(factor.to(weight.dtype), weight, pair.ch_axis)
-    shift = -norm.running_mean if bias is None else bias - norm.running_mean
-    shift = shift * factor
-    if norm.bias is not None:
-        shift = shift + norm.bias
+    shift = (-mean if bias is None else bias - mean) * factor
+    if isinstance(beta, Tensor):
+        shift = shift + beta
     # A new bias replaces the norm's, so it trains if the weight does.
     trains = (weight if bias is None else bias).requires_grad
     _set(model, pair.weight, nn.Parameter(weight * scale, weight.requires_grad))
@@ -59,7 +57,7 @@ def fold(model: nn.Module, pair: Pair) -> None:
     _set(model, pair.norm, _what_is_left(norm, pair.steps))
 
 
-def _what_is_left(norm: _BatchNorm, steps: tuple[Step, ...]) -> nn.Module:
+def _what_is_left(norm: nn.Module, steps: tuple[Step, ...]) -> nn.Module:
     children = {step.name: norm.get_submodule(step.name) for step in steps if not step.function}
     left: nn.Module = nn.Identity()
     if len(children) < len(steps):

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
+from torch_ext.prepare.batch_norms.look_alikes import look_alikes, whole_call
 from torch_ext.prepare.batch_norms.pair import (
     Norms,
     Pair,
@@ -67,14 +68,17 @@ def observed_norms(recordings: list[Recording]) -> Norms:
 def _norms(recording: Recording) -> Norms:
     model = recording.model
     calls: dict[str, list[fx.Node]] = {name: [] for name in all_norms(model)}
+    others = look_alikes(model)
     for node in recording.graph.nodes:
         name = _norm_of(recording, node)
-        if name is not None:
+        if name is not None and name not in others:
             calls.setdefault(name, []).append(node)
+    calls.update((name, []) for name in others)
     pairs, left = [], {}
     for name, nodes in calls.items():
         try:
-            pairs.append(_pair(recording, name, nodes))
+            find = _look_alike if name in others else _pair
+            pairs.append(find(recording, name, nodes))
         except _LeftError as reason:
             left[name] = str(reason)
     layers = Counter(pair.weight for pair in pairs)
@@ -116,14 +120,36 @@ def _pair(recording: Recording, name: str, nodes: list[fx.Node]) -> Pair:
         steps = _steps(recording, name, node)
     elif _computes_own(recording, norm, name):
         raise _LeftError(f"its own forward ({type(norm).__name__}) is not looked into")
-    for tensor in _reads_of(recording, [f"{name}.{own}" for own in _TENSORS]):
-        if set(tensor.users) != {node}:
-            raise _LeftError(f"something else reads {tensor.target}")
     operand = node.args[0] if node.args else node.kwargs.get("input")
     assert isinstance(operand, fx.Node)
+    return _pair_before(recording, name, operand, {node}, steps)
+
+
+def _look_alike(recording: Recording, name: str, _: list[fx.Node]) -> Pair:
+    call = whole_call(recording, name)
+    if isinstance(call, str):
+        raise _LeftError(f"it has the buffers of a batch norm, and {call}")
+    return _pair_before(recording, name, *call, ())
+
+
+def _pair_before(
+    recording: Recording,
+    name: str,
+    operand: fx.Node,
+    nodes: set[fx.Node],
+    steps: tuple[Step, ...],
+) -> Pair:
+    """The pair of a norm; raises _LeftError where no layer makes its operand for it alone.
+
+    ``nodes``: those of the norm.
+    """
+    for tensor in _reads_of(recording, [f"{name}.{own}" for own in _TENSORS]):
+        if not set(tensor.users) <= nodes:
+            raise _LeftError(f"something else reads {tensor.target}")
     layer, moves = _layer_before(recording, operand)
     for step in (layer, *moves):
-        if len(step.users) > 1 or step in recording.kept:
+        alone = set(step.users) <= nodes if step is operand else len(step.users) == 1
+        if not alone or step in recording.kept:
             raise _LeftError(f"something else reads the output of {_shown(recording, layer)}")
     pair = _layer_pair(recording, layer, name, steps)
     if not _keeps_channels(recording, layer, moves, operand):
@@ -137,8 +163,6 @@ def _computes_own(recording: Recording, norm: torch.nn.Module, name: str) -> boo
 
 
 def _steps(recording: Recording, name: str, node: fx.Node) -> tuple[Step, ...]:
-    if not isinstance(recording.model.get_submodule(name), _BatchNorm):
-        raise _LeftError("F.batch_norm reads its buffers, and it is no batch norm itself")
     if recording.owners[node] != name:
         raise _LeftError("F.batch_norm reads its buffers without a call of the module")
     steps = steps_behind(recording, name, node)

@@ -83,25 +83,26 @@ def has_own_forward(module: nn.Module) -> bool:
 def problem(model: nn.Module, pair: Pair) -> str:
     """Why a pair cannot be folded, whatever the forward does; empty if it can."""
     norm = model.get_submodule(pair.norm)
-    if not isinstance(norm, _BatchNorm):
+    mean = getattr(norm, "running_mean", None)
+    if not isinstance(norm, _BatchNorm) and mean is None:
         return f"{pair.norm} is a {type(norm).__name__}"
     if any(is_lazy(tensor) for tensor in (*norm.parameters(), *norm.buffers())):
         return f"{pair.norm} is lazy; run a forward first"
-    if norm.running_mean is None or norm.running_var is None:
+    if not isinstance(mean, Tensor) or norm.running_var is None:
         return f"{pair.norm} has no running statistics"
     tensors = [parameter(model, name) for name in (pair.weight, pair.bias)]
     names = (pair.weight, pair.bias)
     if tensors[0] is None or any(t is _WRITTEN for t in tensors):
         name = names[1] if tensors[1] is _WRITTEN and tensors[0] is not _WRITTEN else names[0]
-        return f"a parametrization or a hook writes {name}"
+        return f"{name} is no parameter, but a buffer or what a hook or parametrization writes"
     weight = tensors[0]
     if is_lazy(weight):
         return f"{pair.layer} is lazy; run a forward first"
     if not has_bias_place(model, pair.bias):
         return f"{pair.layer} has no bias, nor a place for one"
     channels = weight.shape[pair.ch_axis] * pair.groups
-    if channels != norm.num_features:
-        return f"{pair.layer} has {channels} outputs and {pair.norm} {norm.num_features} features"
+    if channels != mean.numel():
+        return f"{pair.layer} has {channels} outputs and {pair.norm} {mean.numel()} features"
     for name, module in model.named_modules():
         for own, value in module._parameters.items():
             shared = value is not None and any(value is tensor for tensor in tensors)

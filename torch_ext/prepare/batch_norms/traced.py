@@ -14,6 +14,7 @@ from collections import Counter
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from torch_ext.prepare.batch_norms.look_alikes import look_alikes
 from torch_ext.prepare.batch_norms.pair import (
     LAYERS,
     Norms,
@@ -57,6 +58,9 @@ def traced_norms(model: nn.Module) -> Norms:
             left[norm] = reason
         else:
             pairs.append(pair)
+    for name in look_alikes(model):
+        kind = type(model.get_submodule(name)).__name__
+        left[name] = f"it has the buffers of a batch norm, and is a {kind}"
     return Norms(pairs, left)
 
 
