@@ -28,6 +28,7 @@ from torch_ext.quantizers.state_table import (
 )
 from torch_ext.quantizers.transition import QuantizationWarning, change_state, check_export
 from torch_ext.utils.arguments import bounded, parse_flag
+from torch_ext.utils.modes import is_exporting
 from torch_ext.utils.text import span
 
 # Under True the class of methods that learn their range, registered when it is defined; all others
@@ -202,7 +203,7 @@ class FakeQuantize(nn.Module):
         # The only attribute that decides, so a compiled graph has a single guard.
         action = self._action
         observer = self.observer
-        if torch.compiler.is_exporting():
+        if is_exporting():
             check_export(action)
         if action in ACCUMULATE and not observer.transient:
             observer(x)
@@ -213,7 +214,7 @@ class FakeQuantize(nn.Module):
     def quantize_only(self, x: Tensor) -> Tensor:
         """Quantizes ``x`` as ``forward`` does, and observes nothing: for what it saw elsewhere."""
         action = self._action
-        if torch.compiler.is_exporting():
+        if is_exporting():
             check_export(action)
         if action not in QUANTIZE:
             return x

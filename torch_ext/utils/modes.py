@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -40,3 +40,14 @@ def autocasting(autocast: torch.dtype | bool | None, device: torch.device) -> An
         return contextlib.nullcontext()
     dtype = None if autocast is True else autocast
     return torch.autocast(device.type, dtype=dtype)
+
+
+def _reads_export_flag() -> bool:
+    return torch.compiler._is_exporting_flag
+
+
+# Dynamo of torch 2.11 takes torch.compiler.is_exporting() for True in every compiled forward.
+is_exporting: Callable[[], bool] = (
+    _reads_export_flag if torch.__version__.startswith("2.11.") else torch.compiler.is_exporting
+)
+"""Whether ``torch.export`` runs the forward, also seen from compiled code."""
