@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from torch_ext.prepare import attach, input_quantizers
+from torch_ext.prepare.batch_norms.pair import Norms, Pair
 from torch_ext.prepare.describe import describe
-from torch_ext.prepare.fuse import foldable_norms
+from torch_ext.prepare.fuse import find_norms, warn_of_left
 from torch_ext.prepare.insertion.assign import Assignment, Names, make_plan, tracked_modules
 from torch_ext.prepare.insertion.placement import Placement, Site
 from torch_ext.prepare.insertion.plan import Link, Place
@@ -89,8 +89,9 @@ def prepare_qat(
             of such tuples or mappings, for a forward that goes several ways.
         fold_batch_norms: with ``example_inputs``, quantize the weight of a layer that a batch norm
             follows as if the norm were folded into it. Both stay and train; the quantizer is
-            ``parametrizations.weight.1``. By default the unfolded weight is quantized. Per output
-            channel this equals folding, up to the factor in the scale. :func:`fuse` folds for good.
+            ``parametrizations.weight.1``. The pairs are those of :func:`fuse`, which folds for
+            good; a warning names the batch norms that are in none. By default the unfolded weight
+            is quantized. Per output channel this equals folding, up to the factor in the scale.
 
     Returns:
         The prepared model.
@@ -129,6 +130,7 @@ def prepare_qat(
             plan.add_module(name, module, parent)
     if not plan.steps:
         raise ValueError(f"{_WHO}: expected model to have modules to quantize, found none")
+    warn_of_left(_WHO, plan.norms.left, has_example=True)
     plan.carry_out()
     if verbose:
         print(describe(prepared))
@@ -177,6 +179,7 @@ class _Attachments:
         self.first_steps: list[Callable[[], Undo]] = []
         self.built: list[FakeQuantize] = []
         self.inputs: dict[str, FakeQuantize] = {}  # by argument, with example_inputs
+        self.norms = Norms([], {})
 
     def carry_out(self) -> None:
         """Attaches everything, or, if a step raises, nothing."""
@@ -197,7 +200,10 @@ class _Attachments:
         config = None if isinstance(given, _FromModel) else _check_input_qconfig(given)
         inputs = None if config is None else config.activation
         names = Names(recordings)
-        norms = foldable_norms(self.root, recordings[0].graph) if fold else {}
+        if fold:
+            # Of all modules, as in `fuse`: those that stay float are single nodes in the others.
+            self.norms = find_norms(_WHO, self.root, example_inputs)
+        pairs = {pair.weight: pair for pair in self.norms.pairs}
 
         def make(placement: Placement, site: Site) -> str:
             name = self._add_site(placement, site, names)
@@ -211,8 +217,9 @@ class _Attachments:
             placement = Placement(recording, self.configs, given is _FROM_MODEL or inputs)
             for key, weight in placement.weights.items():
                 if key not in done:
-                    module, norm = self.root.get_submodule(weight.owner), norms.get(weight.owner)
-                    self._add_weight(weight.owner, module, *weight[1:], norm=norm)
+                    pair = pairs.get(".".join(key).strip("."))
+                    module = self.root.get_submodule(weight.owner)
+                    self._add_weight(weight.owner, module, *weight[1:], pair=pair)
                 done.add(key)
             assignment.add(placement)
         if self.steps:
@@ -311,9 +318,9 @@ class _Attachments:
         parameter: str,
         target: Target,
         factory: Factory,
-        norm: _BatchNorm | None = None,
+        pair: Pair | None = None,
     ) -> None:
-        """Plans the quantizer of a weight, as folded with ``norm`` if that is given."""
+        """Plans the quantizer of a weight, as folded with the norm of ``pair`` if that is given."""
         if getattr(module, parameter, None) is None:
             return
         attach.check_weight(_WHO, name, module, parameter)
@@ -322,8 +329,13 @@ class _Attachments:
         keys = self._weight_keys(where, factory, weight.device, target.ch_axis, weight.shape)
         quantizer = self._build(where, factory, weight.device, **keys)
         chain: list[nn.Module] = [quantizer]
-        if norm is not None:
-            sides = [FoldedWeight(quantizer, norm, target.ch_axis, side) for side in (False, True)]
+        if pair is not None:
+            parent = self.root.get_submodule(pair.norm.rpartition(".")[0])
+            names = (pair.norm, pair.layer)
+            sides = [
+                FoldedWeight(quantizer, parent, *names, pair.ch_axis, inverse)
+                for inverse in (False, True)
+            ]
             chain = [sides[0], quantizer, sides[1]]
         for step in chain:
             self.steps.append(functools.partial(attach.attach_weight, module, parameter, step))

@@ -8,47 +8,100 @@ computes.
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from torch_ext.quantizers.fake_quantize import FakeQuantize
+from torch_ext.utils.arguments import bounded
+
+
+def folding_factor(norm: nn.Module) -> Tensor:
+    """``gamma / sqrt(running_var + eps)``, one value a channel, of a module with these."""
+    factor: Tensor = (norm.running_var + norm.eps).rsqrt()  # type: ignore[operator]
+    gamma = getattr(norm, "weight", None)
+    return factor if gamma is None else factor * gamma
+
+
+def along_channels(values: Tensor, weight: Tensor, ch_axis: int) -> Tensor:
+    """One value an output channel, in a shape that multiplies the weight.
+
+    The weight of a transposed convolution is [in, out / groups, ...], with ``ch_axis`` 1: in each
+    group of inputs its channels are others.
+    """
+    groups = values.numel() // weight.shape[ch_axis]
+    if groups == 1:
+        return values.view([-1 if axis == ch_axis else 1 for axis in range(weight.dim())])
+    rows = values.view(groups, 1, -1).expand(groups, weight.shape[0] // groups, -1)
+    return rows.reshape(*weight.shape[:2], *[1] * (weight.dim() - 2))
 
 
 class FoldedWeight(nn.Module):
     """A parametrization before a weight's quantizer; with ``inverse`` the one after it.
 
+    The norm is looked up by its name in its parent at each use, so one that takes its place later,
+    such as that of ``SyncBatchNorm.convert_sync_batchnorm``, is the one that counts.
+
     Args:
         quantizer: the weight's quantizer.
-        norm: the batch norm that follows the layer.
+        parent: the module that has the batch norm as a child.
+        norm: the batch norm's name in the model; its last part is its name in ``parent``.
+        layer: the layer's name in the model, for messages.
         ch_axis: the axis of the weight's output channels.
         inverse: divide by the factor instead of multiplying.
     """
 
     def __init__(
-        self, quantizer: FakeQuantize, norm: _BatchNorm, ch_axis: int, inverse: bool
+        self,
+        quantizer: FakeQuantize,
+        parent: nn.Module,
+        norm: str,
+        layer: str,
+        ch_axis: int,
+        inverse: bool,
     ) -> None:
         super().__init__()
+        self.norm_name, self.layer_name = norm, layer
         self.ch_axis = ch_axis
         self.inverse = inverse
         # In a tuple, because assigning modules would register them as children a second time.
-        self._links = (quantizer, norm)
+        self._links: tuple[FakeQuantize, nn.Module | None] = (quantizer, parent)
+        self._child = norm.rpartition(".")[2]
 
     def forward(self, weight: Tensor) -> Tensor:
         # Multiplying and dividing would round a weight that is not quantized in between.
         return self.scaled(weight) if self._links[0].quantizes else weight
 
     def scaled(self, weight: Tensor) -> Tensor:
-        """The weight times the factor, or with ``inverse`` divided by it."""
-        norm = self._links[1]
-        assert norm.running_var is not None
-        factor = (norm.running_var + norm.eps).rsqrt()
-        if norm.weight is not None:
-            factor = factor * norm.weight
+        """The weight times the factor, or with ``inverse`` divided by it.
+
+        Raises RuntimeError, by name, if what is in the norm's place is no such batch norm.
+        """
+        norm = getattr(self._links[1], self._child, None)
+        if not isinstance(getattr(norm, "running_var", None), Tensor):
+            raise RuntimeError(
+                f'fold_batch_norms: expected "{self.norm_name}" to be a batch norm with running '
+                f'statistics, as "{self.layer_name}" is quantized with it folded, got '
+                f"{bounded(norm)}; replace it by another batch norm, or prepare the float model "
+                "as it is now"
+            )
+        assert norm is not None
+        factor = folding_factor(norm)
         # Where gamma is 0 (a common initialization) the factor is 1: it could not be undone.
         factor = torch.where(factor == 0, 1, factor).to(weight.dtype)
-        factor = factor.view([-1 if axis == self.ch_axis else 1 for axis in range(weight.dim())])
+        factor = along_channels(factor, weight, self.ch_axis)
         return weight / factor if self.inverse else weight * factor
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> FoldedWeight:
+        made = memo[id(self)] = FoldedWeight.__new__(FoldedWeight)
+        state = {key: value for key, value in vars(self).items() if key != "_links"}
+        made.__dict__.update(copy.deepcopy(state, memo))
+        quantizer, parent = self._links
+        # A copy of a layer alone has no norm: it would copy the model around it.
+        made._links = (copy.deepcopy(quantizer, memo), memo.get(id(parent)))
+        return made
+
     def extra_repr(self) -> str:
-        return "inverse" if self.inverse else ""
+        return f"{self.norm_name}, inverse" if self.inverse else self.norm_name

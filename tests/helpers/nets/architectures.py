@@ -60,13 +60,21 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "swin": (lambda: _timm("swin_tiny_patch4_window7_224", **_SWIN, drop_path_rate=0.1), 56),
 }
 
+# More with batch norms: before convolutions, with activations inside, with convolutions of timm's.
+NORMS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "densenet121": (lambda: _torchvision("densenet121", num_classes=10), 48),
+    "efficientnet_lite0": (lambda: _timm("efficientnet_lite0", num_classes=10), 48),
+    "tf_efficientnet_lite0": (lambda: _timm("tf_efficientnet_lite0", num_classes=10), 48),
+    "resnetv2_18": (lambda: _timm("resnetv2_18", num_classes=10), 48),
+}
+
 
 def architecture(name: str, count: int = 2) -> tuple[nn.Module, Tensor]:
     """A model without zeros for weights, so that what is not quantized shows, and images."""
     if not _declared:
         _declare_operators()
     torch.manual_seed(0)
-    make, size = ZOO[name]
+    make, size = (ZOO | NORMS)[name]
     model = make()
     for parameter in model.parameters():
         if not bool(parameter.any()):

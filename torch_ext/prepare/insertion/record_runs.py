@@ -22,24 +22,30 @@ from torch_ext.prepare.insertion.user_lines import begins_call, user_line
 from torch_ext.utils.arguments import bound_arguments
 from torch_ext.utils.modes import forked_rng
 
-_OTHERWISE = "call prepare_qat without example_inputs, or give the class a forward"
+_OTHERWISE = "without example_inputs, or give the class a forward"
+_VERSION = Tensor._version.__get__  # type: ignore[attr-defined]
 
 
 def record_modes(
-    who: str, model: nn.Module, example_inputs: Any, is_float: IsFloat
+    who: str,
+    model: nn.Module,
+    example_inputs: Any,
+    is_float: IsFloat,
+    modes: tuple[bool, ...] = (False, True),
 ) -> list[Recording]:
     """Recordings of eval mode and, if the examples run there too, of train mode.
 
-    Raises ValueError with the line if an example does not run in eval mode.
+    ``modes``: those to record, eval mode (False) among them. Raises ValueError with the line if an
+    example does not run in eval mode.
     """
     if "forward" in vars(model):
         raise ValueError(
             f"{who}: expected the model's class to define its forward, got one that is an "
-            f"attribute of the instance; {_OTHERWISE}"
+            f"attribute of the instance; call {who} {_OTHERWISE}"
         )
-    examples = [bound_arguments(who, model, given) for given in _examples(example_inputs)]
+    examples = [bound_arguments(who, model, given) for given in examples_of(example_inputs)]
     recordings = []
-    for training, example in itertools.product((False, True), examples):
+    for training, example in itertools.product(modes, examples):
         try:
             recordings.append(record(model, example, training, is_float))
         except Exception as error:  # the user's forward: anything may come
@@ -56,7 +62,7 @@ def record_modes(
     return recordings
 
 
-def _examples(example_inputs: Any) -> list[Any]:
+def examples_of(example_inputs: Any) -> list[Any]:
     """A list of tuples or mappings has several examples; all else is one."""
     several = isinstance(example_inputs, list) and bool(example_inputs)
     if several and all(isinstance(given, (tuple, Mapping)) for given in example_inputs):
@@ -98,7 +104,7 @@ def record(
             _wrap(recording, name, module)
 
     def recorded_forward() -> None:
-        forward(*bound.args, **bound.kwargs)
+        recording.end(forward(*bound.args, **bound.kwargs))
 
     begins_call(recorded_forward.__code__)
     with torch.no_grad(), forked_rng(model), _RecordMode(recording):
@@ -112,6 +118,8 @@ class _RecordMode(TorchFunctionMode):
         self.recording = recording
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == _VERSION:  # asked by the recording itself, between calls of modules
+            return func(*args)
         if func in OPENED and not self.recording.hidden:
             with self:
                 return OPENED[func](*args, **(kwargs or {}))

@@ -31,6 +31,19 @@ Key = tuple[Any, ...]
 _LARGE = 1e30  # below the least value of float32, above what data reaches
 # Of these only shape and dtype of other tensors are taken.
 _SHAPE_ONLY = ("type_as", "expand_as", "view_as", "reshape_as", "to")
+# These look at values, and return no tensor.
+_LOOKS = {
+    "setitem",
+    "item",
+    "tolist",
+    "numpy",
+    "array",
+    "bool",
+    "float",
+    "int",
+    "equal",
+    "allclose",
+}
 
 
 class Recording(RunGraph):
@@ -39,7 +52,8 @@ class Recording(RunGraph):
     By node: ``calls`` and ``function_calls`` (its place in the plan) and ``keys`` (the same in
     another run). ``in_place``: nodes that write to their first argument. ``masks``: nodes with
     infinities or values near the end of their dtype. ``busy``: modules that call functions of the
-    table, also inside torch's own.
+    table, also inside torch's own. ``kept``: nodes of what the forward returns or keeps in
+    attributes, and of what it looks at without making a tensor of it.
     """
 
     def __init__(self, model: nn.Module, is_float: IsFloat) -> None:
@@ -52,6 +66,7 @@ class Recording(RunGraph):
         self.in_place: set[fx.Node] = set()
         self.masks: set[fx.Node] = set()
         self.busy: set[str] = set()
+        self.kept: set[fx.Node] = set()
         self.hidden = False  # inside a module that is one node
         self._is_float = is_float
         self._call = self.root
@@ -110,6 +125,12 @@ class Recording(RunGraph):
         if _tensors(value):
             node = self.add("placeholder", name, (), {}, value, ("argument", name))
             self.know(value, node)
+
+    def end(self, result: Any) -> None:
+        """Notes what outlives the forward."""
+        for tensor in (*_tensors(result), *_attributes(self.model)):
+            if self._is_known(tensor):
+                self.kept.add(self._known[id(tensor)][2])
 
     def _mapped(self, value: Any) -> Any:
         """Tensors as nodes; what a graph cannot hold as text."""
@@ -195,6 +216,8 @@ class Recording(RunGraph):
             given = given[0][:1], {}
         key = self._counted(self.call_keys[self._call], name, instructions())
         result = function(*args, **kwargs)
+        if name in _LOOKS:
+            self.kept.update(node for _, _, node in inputs)
         if not _tensors(result) or self._is_known(result):
             return result
         node = self.add("call_function", function, *given, result, key)

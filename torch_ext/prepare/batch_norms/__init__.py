@@ -1,0 +1,1 @@
+"""Finds the batch norms that follow a layer, and folds them into it."""
