@@ -42,6 +42,7 @@ INSIDE: dict[str, set[str]] = {
         "prepare.qconfig_mapping",
         "prepare.quantizable_modules",
     },
+    "prepare.batch_norms": {"prepare.insertion", "prepare.module_classes"},
     "export.common": set(),
     "export.tensorrt": {"export.common", "export.onnx_qdq"},
     "analysis.report": {"analysis.rule_choices", "analysis.svg"},
