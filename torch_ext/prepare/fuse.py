@@ -26,6 +26,7 @@ from torch_ext.prepare.batch_norms.verify import verified
 from torch_ext.prepare.insertion.record_runs import examples_of, record_modes
 from torch_ext.quantizers.find import check_model, named_quantizers
 from torch_ext.utils.arguments import bounded, split_arguments
+from torch_ext.utils.text import label_of
 
 _WHO = "fuse"
 M = TypeVar("M", bound=nn.Module)
@@ -97,7 +98,7 @@ def warn_of_left(who: str, left: Mapping[str, str], has_example: bool) -> None:
         return
     names: dict[str, list[str]] = {}
     for name, why in left.items():
-        names.setdefault(why, []).append(name or "the model itself")
+        names.setdefault(why, []).append(label_of(name))
     text = "; ".join(f"{', '.join(some)} ({why})" for why, some in names.items())
     if not has_example:
         text += "; pass example_inputs, to find what is folded in a run of the model"
