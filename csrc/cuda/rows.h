@@ -40,9 +40,9 @@ struct Row {
   TE_GPU core::ChannelStatistic statistic() const { return task.job.statistic.channel(channel); }
   // Whether the range stays as it is (averaging_constant 0). If it is solved, nothing was observed.
   TE_GPU bool is_frozen() const {
-    return core::is_set(task.job, channel) || (task.job.solved != nullptr &&
-                                               *task.job.solved != 0 &&
-                                               task.job.averaging_constant == 0);
+    return core::is_set(task.job, channel) ||
+           (task.job.solved != nullptr && *task.job.solved != 0 &&
+            task.job.averaging_constant == 0);
   }
   // Whether `solved` is to be set: the channel had values, or with averaging_constant 0 has a
   // range.

@@ -168,6 +168,25 @@ class TestSharing:
         with pytest.raises(ValueError, match='"0" and "2" are one module'):
             prepare_qat(net, mapping={"": CONFIG, "2": None})
 
+    def test_two_configurations_are_no_conflict_where_nothing_is_quantized(self) -> None:
+        x = torch.randn(4, 2)
+        for shared in (nn.SiLU(), nn.Dropout(), nn.Flatten()):
+            net = nn.Sequential(shared, nn.Linear(2, 2), shared).eval()
+            keys = {"example_inputs": x} if isinstance(shared, nn.SiLU) else {"input_qconfig": None}
+            made = prepare_qat(net, mapping={"": CONFIG, "2": None}, **keys)  # type: ignore
+            assert "1.parametrizations.weight.0" in names(made)
+            assert torch.equal(made(x), net(x))
+        layer = nn.Linear(2, 2)
+        for shared in (layer, nn.AvgPool1d(1)):
+            net = nn.Sequential(shared, nn.Linear(2, 2), shared)
+            with pytest.raises(ValueError, match='"0" and "2" are one module'):
+                prepare_qat(net, mapping={"": CONFIG, "2": None}, example_inputs=x)
+        net = nn.Sequential(act := nn.ReLU(), nn.Linear(2, 2), act)
+        with pytest.raises(
+            ValueError, match='"0" and "2" are one module'
+        ):  # its output is asked for
+            prepare_qat(net, mapping={"": CONFIG, nn.ReLU: CONFIG, "2": None}, example_inputs=x)
+
     @pytest.mark.parametrize("quantize_both", [True, False])
     def test_tied_weights_stay_one_parameter(self, quantize_both: bool) -> None:
         net = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5, bias=False))

@@ -14,8 +14,9 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
+from torch_ext.prepare.recurrent_weights import forget_weights, read_weights_anew
 from torch_ext.quantizers.fake_quantize import FakeQuantize
-from torch_ext.quantizers.folded_weight import FoldedWeight
+from torch_ext.quantizers.folded_weight import WeightStep
 
 Undo = Callable[[], None]
 Forward = Callable[..., Any]
@@ -101,8 +102,10 @@ def class_with_forward(
             copied = copy.deepcopy(self, memo)
         finally:
             _set_class(self, kind)
+            _forget_weights(self)
         # `kind` may be a class that parametrize derived from this one; the copy shares it.
         _set_class(copied, kind if type(copied) is base else make_class(type(copied)))
+        _forget_weights(copied)
         return copied
 
     members = {
@@ -129,6 +132,8 @@ def parametrize_weight(module: nn.Module, parameter: str, step: nn.Module) -> No
     chains = module.parametrizations
     assert isinstance(chains, nn.ModuleDict)
     chains.train(module.training)
+    if isinstance(module, nn.RNNBase):
+        read_weights_anew(module)
 
 
 def _is_made(kind: type) -> bool:
@@ -150,8 +155,14 @@ def _chains(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:
     return {n: c for n, c in chains.items() if isinstance(c, parametrize.ParametrizationList)}
 
 
+def _forget_weights(module: nn.Module) -> None:
+    """Empties what a recurrent module remembers of its parametrized weights."""
+    if isinstance(module, nn.RNNBase) and _chains(module):
+        forget_weights(module)
+
+
 def _is_ours(step: nn.Module) -> bool:
-    return isinstance(step, (FakeQuantize, FoldedWeight))
+    return isinstance(step, (FakeQuantize, WeightStep))
 
 
 def _plain_state(module: nn.Module) -> tuple[dict[str, Any], dict[str, list[nn.Module]]]:
@@ -159,6 +170,7 @@ def _plain_state(module: nn.Module) -> tuple[dict[str, Any], dict[str, list[nn.M
 
     Raises RuntimeError for parametrizations other than quantizers.
     """
+    _forget_weights(module)
     state = module.__dict__.copy()
     weights: dict[str, list[nn.Module]] = {}
     originals: dict[str, Any] = {}

@@ -22,10 +22,16 @@ from torch_ext.prepare.insertion.running import track
 from torch_ext.prepare.module_classes import Undo
 from torch_ext.prepare.qconfig import Factory, QConfig
 from torch_ext.prepare.qconfig_mapping import Mapped, QConfigMapping
-from torch_ext.prepare.quantizable_modules import OUTPUT_ONLY, Target, skips_output, target_of
+from torch_ext.prepare.quantizable_modules import (
+    OUTPUT_ONLY,
+    Target,
+    grouped_shape,
+    skips_output,
+    target_of,
+)
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import INPUTS, check_model
-from torch_ext.quantizers.folded_weight import FoldedWeight
+from torch_ext.quantizers.folded_weight import FoldedWeight, OutputChannels
 from torch_ext.utils.arguments import bounded, parse_flag
 
 _WHO = "prepare_qat"
@@ -117,7 +123,7 @@ def prepare_qat(
             f"{_WHO}: expected a plain model, got a {type(model).__name__}; prepare before wrapping"
         )
     _check_float(model)
-    configs = QConfigMapping(_WHO, model, mapping)
+    configs = QConfigMapping(_WHO, model, mapping, captures=example_inputs is not None)
     prepared = model if inplace else copy.deepcopy(model)
     plan = _Attachments(prepared, configs)
     if example_inputs is not None:
@@ -326,7 +332,8 @@ class _Attachments:
         attach.check_weight(_WHO, name, module, parameter)
         weight = getattr(module, parameter)
         where = f"{name}.{parameter}".strip(".")
-        keys = self._weight_keys(where, factory, weight.device, target.ch_axis, weight.shape)
+        groups, shape = grouped_shape(module, weight.shape)
+        keys = self._weight_keys(where, factory, weight.device, target.ch_axis, shape)
         quantizer = self._build(where, factory, weight.device, **keys)
         chain: list[nn.Module] = [quantizer]
         if pair is not None:
@@ -336,7 +343,10 @@ class _Attachments:
                 FoldedWeight(quantizer, parent, *names, pair.ch_axis, inverse)
                 for inverse in (False, True)
             ]
-            chain = [sides[0], quantizer, sides[1]]
+            chain = [sides[0], *chain, sides[1]]
+        if groups > 1 and (pair is not None or quantizer.observer.ch_axis >= 0):
+            ends = [OutputChannels(quantizer, groups, side) for side in (False, True)]
+            chain = [ends[0], *chain, ends[1]]
         for step in chain:
             self.steps.append(functools.partial(attach.attach_weight, module, parameter, step))
 

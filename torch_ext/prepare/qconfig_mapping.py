@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from torch_ext.prepare.qconfig import QConfig
+from torch_ext.prepare.quantizable_modules import is_activation, target_of
 from torch_ext.utils.arguments import bounded
 
 Mapped = str | type[nn.Module]
@@ -23,16 +24,28 @@ class QConfigMapping:
     """
 
     def __init__(
-        self, who: str, model: nn.Module, mapping: Mapping[Mapped, QConfig | None] | None
+        self,
+        who: str,
+        model: nn.Module,
+        mapping: Mapping[Mapped, QConfig | None] | None,
+        captures: bool = False,
     ) -> None:
         """Assigns the QConfigs, for the function ``who`` that errors name.
+
+        Args:
+            who: the function.
+            model: the model.
+            mapping: as in ``prepare_qat``.
+            captures: whether the forward is captured; outputs of activations are not quantized
+                then.
 
         Raises:
             TypeError: ``mapping`` or one of its entries, or an attribute, has a wrong type.
             ValueError: a name matches no module, no module has a QConfig, or a module that appears
-                under two names has two of them.
+                under two names has two of them and something of it may be quantized.
         """
         self._who = who
+        self._captures = captures
         self._names: dict[str, QConfig | None] = {}
         self._types: dict[type[nn.Module], QConfig | None] = {}
         self._assigned: dict[str, QConfig | None] = {}
@@ -116,12 +129,22 @@ class QConfigMapping:
                 return self._types[kind]
         return inherited
 
+    def _is_quantized(self, module: nn.Module, name: str) -> bool:
+        """Whether something of the module may be quantized; its children are looked at by name."""
+        if self.chosen(name) and self.of(name) is not None:
+            return True
+        if self._captures:  # then a QConfig also counts for what other modules read and call
+            return not is_activation(module)
+        return target_of(module) is not None
+
     def _check_conflicts(self, model: nn.Module) -> None:
         """Raises ValueError if a module that appears under several names has several QConfigs."""
         first: dict[int, str] = {}
         for name, module in model.named_modules(remove_duplicate=False):
             earlier = first.setdefault(id(module), name)
-            if self._assigned[name] is not self._assigned[earlier]:
+            if self._assigned[name] is self._assigned[earlier]:
+                continue
+            if self._is_quantized(module, earlier) or self._is_quantized(module, name):
                 raise ValueError(
                     f'{self._who}: "{earlier}" and "{name}" are one module, '
                     "but have different qconfigs"

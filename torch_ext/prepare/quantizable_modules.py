@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import NamedTuple
 
+import torch
 from torch import nn
 from torch.nn.modules import activation as _activation
 
@@ -21,33 +22,34 @@ class Target(NamedTuple):
 
 OUTPUT_ONLY = Target((), 0, True)
 WEIGHTED = Target(("weight",), 0, True)
-# Weights are [in, out / groups, ...]: channel j of all groups shares one scale.
+# Weights are [in, out / groups, ...]; see `grouped_shape`.
 TRANSPOSED = Target(("weight",), 1, True)
 _EMBEDDING = Target(("weight",), 0, False)
 # The attention's output is that of its out_proj, which is not called; see `skips_output`.
 _ATTENTION = Target(("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"), 0, True)
+_CELL = Target(("weight_ih", "weight_hh"), 0, False)
 
 # In torch's list of activations, but not quantized as such: attention has an entry of its own, and
 # log-probabilities feed a loss, not a layer.
 _NO_ACTIVATIONS = {"MultiheadAttention", "LogSoftmax"}
+_ACTIVATIONS: tuple[type[nn.Module], ...] = tuple(
+    getattr(_activation, name) for name in _activation.__all__ if name not in _NO_ACTIVATIONS
+)
+
+_TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 _TABLE: dict[type[nn.Module], Target] = {
     nn.Conv1d: WEIGHTED,
     nn.Conv2d: WEIGHTED,
     nn.Conv3d: WEIGHTED,
     nn.Linear: WEIGHTED,
-    nn.ConvTranspose1d: TRANSPOSED,
-    nn.ConvTranspose2d: TRANSPOSED,
-    nn.ConvTranspose3d: TRANSPOSED,
+    **dict.fromkeys(_TRANSPOSED_CONVOLUTIONS, TRANSPOSED),
     nn.Embedding: _EMBEDDING,
     nn.EmbeddingBag: _EMBEDDING,
     nn.MultiheadAttention: _ATTENTION,
+    **dict.fromkeys((nn.LSTMCell, nn.GRUCell, nn.RNNCell), _CELL),
     **dict.fromkeys((Add, Cat, MatMul, Mul, QuantStub), OUTPUT_ONLY),
-    **{
-        getattr(_activation, name): OUTPUT_ONLY
-        for name in _activation.__all__
-        if name not in _NO_ACTIVATIONS
-    },
+    **dict.fromkeys(_ACTIVATIONS, OUTPUT_ONLY),
 }
 
 
@@ -69,14 +71,33 @@ def is_quant_stub(module: nn.Module) -> bool:
     return isinstance(module, QuantStub) or (stub is not None and isinstance(module, stub))
 
 
+def is_activation(module: nn.Module) -> bool:
+    """Whether it is an activation function of torch."""
+    return isinstance(module, _ACTIVATIONS)
+
+
 def target_of(module: nn.Module) -> Target | None:
     """What is quantized of a module; None if its type and their bases are not in the table."""
     if is_float_functional(module) or is_quant_stub(module):
         return OUTPUT_ONLY
+    if isinstance(module, nn.RNNBase):  # LSTM, GRU, RNN: the names depend on layers and directions
+        names = (name for name in module._flat_weights_names if name.startswith("weight"))
+        return Target(tuple(names), 0, False)
     for kind in type(module).__mro__:
         if kind in _TABLE:
             return _TABLE[kind]
     return None
+
+
+def grouped_shape(module: nn.Module, shape: torch.Size) -> tuple[int, torch.Size]:
+    """The groups of a transposed convolution, and its weight's shape [in / groups, out, ...].
+
+    Other layers have 1 and the shape itself: with groups, their axis 0 has every output channel.
+    """
+    if not isinstance(module, _TRANSPOSED_CONVOLUTIONS) or module.groups == 1:
+        return 1, shape
+    groups = module.groups
+    return groups, torch.Size((shape[0] // groups, shape[1] * groups, *shape[2:]))
 
 
 def skips_output(parent: nn.Module | None, module: nn.Module) -> bool:

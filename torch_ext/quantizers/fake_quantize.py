@@ -26,7 +26,7 @@ from torch_ext.quantizers.state_table import (
     parse_state,
 )
 from torch_ext.quantizers.transition import change_state, check_export, warn_of_state
-from torch_ext.utils.arguments import bounded, parse_flag
+from torch_ext.utils.arguments import bounded, parse_flag, parse_fraction
 from torch_ext.utils.modes import is_exporting
 from torch_ext.utils.text import span
 
@@ -104,7 +104,9 @@ class FakeQuantize(nn.Module):
         observer_info(observer)
         check_keys(f"FakeQuantize({observer})", keys, observer, KEYS)
         self.method: Method = method
-        self.averaging_constant = _parse_constant(averaging_constant)
+        self.averaging_constant = parse_fraction(
+            "FakeQuantize", "averaging_constant", averaging_constant
+        )
         self.optional = parse_flag("FakeQuantize", "optional", optional)
         self.unobserved_allowed = False
         self._state = FakeQuantState.FLOAT
@@ -370,18 +372,6 @@ class FakeQuantize(nn.Module):
             channels = f" ({len(scale)} channels)" if len(scale) > 1 else ""
             return f"range=[{low.min():.6g}, {high.max():.6g}], scale={span(scale)}{channels}"
         return "no values"
-
-
-def _parse_constant(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(
-            f"FakeQuantize: expected averaging_constant to be a number, got {bounded(value)}"
-        )
-    if not 0 <= value <= 1:
-        raise ValueError(
-            f"FakeQuantize: expected averaging_constant to be between 0 and 1, got {value}"
-        )
-    return float(value)
 
 
 # help() would show the signature of __new__, which only chooses the class.

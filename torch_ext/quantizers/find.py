@@ -13,7 +13,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils import parametrize
 
 from torch_ext.quantizers.fake_quantize import FakeQuantize
-from torch_ext.quantizers.folded_weight import FoldedWeight
+from torch_ext.quantizers.folded_weight import WeightStep
 from torch_ext.quantizers.solve import refresh_weights
 from torch_ext.quantizers.state_table import FakeQuantState
 from torch_ext.utils.arguments import bounded
@@ -175,8 +175,8 @@ class WeightSource(NamedTuple):
             for i, earlier in enumerate(chain):
                 if i == self.position:
                     break
-                # FoldedWeight.forward does not scale while its quantizer does not quantize.
-                step = earlier.scaled if isinstance(earlier, FoldedWeight) else earlier
+                # Its forward does nothing while the quantizer does not quantize.
+                step = earlier.applied if isinstance(earlier, WeightStep) else earlier
                 values = [step(*values)]
         value: Tensor = values[0]
         return value.detach()

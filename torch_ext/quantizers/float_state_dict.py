@@ -18,7 +18,7 @@ from torch_ext.quantizers.find import (
     named_quantizers,
     parametrizations,
 )
-from torch_ext.quantizers.folded_weight import FoldedWeight
+from torch_ext.quantizers.folded_weight import WeightStep
 
 
 def float_keys(model: nn.Module) -> dict[str, str]:
@@ -27,7 +27,7 @@ def float_keys(model: nn.Module) -> dict[str, str]:
     quantizer_prefixes = tuple(f"{name}." for name in named_quantizers(model))
     renamed = {}
     for owner, parameter, chain in parametrizations(model):
-        if all(isinstance(step, (FakeQuantize, FoldedWeight)) for step in chain):
+        if all(isinstance(step, (FakeQuantize, WeightStep)) for step in chain):
             prefix = f"{owner}." if owner else ""
             renamed[f"{prefix}parametrizations.{parameter}.original"] = f"{prefix}{parameter}"
     keys = [key for key in model.state_dict() if not key.startswith(quantizer_prefixes)]

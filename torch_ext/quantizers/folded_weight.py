@@ -1,9 +1,13 @@
-"""Quantizes a weight as if the batch norm that follows were folded into it.
+"""Steps in pairs around a weight's quantizer: one before it, and the one that undoes it after it.
 
-The layer and the batch norm stay separate modules and train as usual. The weight is multiplied by
+``FoldedWeight`` quantizes a weight as if the batch norm that follows were folded into it. The layer
+and the batch norm stay separate modules and train as usual. The weight is multiplied by
 ``gamma / sqrt(running_var + eps)`` before its quantizer and divided by it after (Jacob et al. 2018,
 section 3.2), so that in eval mode both modules together compute what the folded, quantized layer
 computes.
+
+``OutputChannels`` gives each output channel of a grouped transposed convolution an index of its own
+on the quantizer's axis.
 """
 
 from __future__ import annotations
@@ -38,8 +42,37 @@ def along_channels(values: Tensor, weight: Tensor, ch_axis: int) -> Tensor:
     return rows.reshape(*weight.shape[:2], *[1] * (weight.dim() - 2))
 
 
-class FoldedWeight(nn.Module):
+class WeightStep(nn.Module):
     """A parametrization before a weight's quantizer; with ``inverse`` the one after it.
+
+    Args:
+        quantizer: the weight's quantizer.
+        *links: modules that the step reads but that are no children of it.
+        inverse: undo the step.
+    """
+
+    def __init__(self, quantizer: FakeQuantize, *links: nn.Module, inverse: bool) -> None:
+        super().__init__()
+        self.inverse = inverse
+        # In a tuple, because assigning modules would register them as children a second time.
+        self._links: tuple[nn.Module | None, ...] = (quantizer, *links)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        # A weight that is not quantized in between would be rounded, or copied, for nothing.
+        quantizer = self._links[0]
+        assert isinstance(quantizer, FakeQuantize)
+        return self.applied(weight) if quantizer.quantizes else weight
+
+    def applied(self, weight: Tensor) -> Tensor:
+        """What forward gives while the quantizer quantizes."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return "inverse" if self.inverse else ""
+
+
+class FoldedWeight(WeightStep):
+    """Multiplies by the factor of a batch norm; with ``inverse`` divides by it.
 
     The norm is looked up by its name in its parent at each use, so one that takes its place later,
     such as that of ``SyncBatchNorm.convert_sync_batchnorm``, is the one that counts.
@@ -62,19 +95,12 @@ class FoldedWeight(nn.Module):
         ch_axis: int,
         inverse: bool,
     ) -> None:
-        super().__init__()
+        super().__init__(quantizer, parent, inverse=inverse)
         self.norm_name, self.layer_name = norm, layer
         self.ch_axis = ch_axis
-        self.inverse = inverse
-        # In a tuple, because assigning modules would register them as children a second time.
-        self._links: tuple[FakeQuantize, nn.Module | None] = (quantizer, parent)
         self._child = norm.rpartition(".")[2]
 
-    def forward(self, weight: Tensor) -> Tensor:
-        # Multiplying and dividing would round a weight that is not quantized in between.
-        return self.scaled(weight) if self._links[0].quantizes else weight
-
-    def scaled(self, weight: Tensor) -> Tensor:
+    def applied(self, weight: Tensor) -> Tensor:
         """The weight times the factor, or with ``inverse`` divided by it.
 
         Raises RuntimeError, by name, if what is in the norm's place is no such batch norm.
@@ -105,3 +131,27 @@ class FoldedWeight(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.norm_name}, inverse" if self.inverse else self.norm_name
+
+
+class OutputChannels(WeightStep):
+    """Rearranges [in, out / groups, ...] to [in / groups, out, ...], and with ``inverse`` back.
+
+    In the first layout, a transposed convolution's, channel j of every group has the index j.
+
+    Args:
+        quantizer: the weight's quantizer.
+        groups: the number of groups of the convolution.
+        inverse: rearrange to the layer's layout.
+    """
+
+    def __init__(self, quantizer: FakeQuantize, groups: int, inverse: bool) -> None:
+        super().__init__(quantizer, inverse=inverse)
+        self.groups = groups
+
+    def applied(self, weight: Tensor) -> Tensor:
+        sizes, groups = weight.shape, self.groups
+        if self.inverse:
+            grouped = weight.reshape(sizes[0], groups, sizes[1] // groups, *sizes[2:])
+            return grouped.transpose(0, 1).flatten(0, 1)
+        grouped = weight.reshape(groups, sizes[0] // groups, *sizes[1:])
+        return grouped.transpose(0, 1).flatten(1, 2)

@@ -95,3 +95,12 @@ def bound_arguments(who: str, model: nn.Module, example_inputs: Any) -> dict[str
             f"{who}: expected example_inputs to be the arguments of "
             f"{type(model).__name__}.forward, got others: {error}"
         ) from error
+
+
+def parse_fraction(who: str, name: str, value: object) -> float:
+    """A number from 0 to 1; raises TypeError or ValueError, naming ``who`` and the argument."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{who}: expected {name} to be a number, got {bounded(value)}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{who}: expected {name} to be between 0 and 1, got {value}")
+    return float(value)
