@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import torch_ext
-from batch_norms import Frozen
+from batch_norms import Frozen, shake
+from nets.architectures import architecture
 from nets.tiny_net import images, tiny_net
 from prepare_steps import CONFIG, names, ready, run_calibration
 from snapshots import same_bits
@@ -166,6 +167,20 @@ def test_after_training_validation_is_the_fused_model_quantized(
         assert torch.allclose(have, want, rtol=0, atol=1e-6 * float(want.abs().max()))
     set_fake_quantize(fused, "float")
     assert not torch.allclose(have, fused(batch).detach(), rtol=0, atol=1e-3 * float(want.max()))
+
+
+def test_an_architecture_of_own_classes() -> None:
+    """In float64, where rounding flips no value from one step of a grid to the next."""
+    plain, x = architecture("tf_efficientnet_lite0", count=1)
+    plain, x = shake(plain).double(), x.double()
+    net = ready(plain, example_inputs=x, fold_batch_norms=True)
+    fused = ready(torch_ext.fuse(plain, example_inputs=x), example_inputs=x)
+    assert sum(name.endswith(WEIGHT) for name in names(net)) == 49
+    for model in (net, fused):
+        run_calibration(model, x)
+    have, want = net(x).detach(), fused(x).detach()
+    assert torch.allclose(have, want, rtol=0, atol=1e-6 * float(want.abs().max()))
+    assert not torch.allclose(have, plain(x).detach(), rtol=0, atol=1e-3 * float(want.abs().max()))
 
 
 class Replaced(nn.Module):
