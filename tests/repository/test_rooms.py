@@ -39,7 +39,6 @@ INSIDE: dict[str, set[str]] = {
         "prepare.attach",
         "prepare.module_classes",
         "prepare.qconfig",
-        "prepare.qconfig_mapping",
         "prepare.quantizable_modules",
     },
     "prepare.batch_norms": {"prepare.insertion", "prepare.module_classes"},

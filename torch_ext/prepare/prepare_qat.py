@@ -20,8 +20,7 @@ from torch_ext.prepare.insertion.plan import Link, Place
 from torch_ext.prepare.insertion.record_runs import record_modes
 from torch_ext.prepare.insertion.running import track
 from torch_ext.prepare.module_classes import Undo
-from torch_ext.prepare.qconfig import Factory, QConfig
-from torch_ext.prepare.qconfig_mapping import Mapped, QConfigMapping
+from torch_ext.prepare.qconfig import Factory, Mapped, QConfig, QConfigMapping
 from torch_ext.prepare.quantizable_modules import (
     OUTPUT_ONLY,
     Target,

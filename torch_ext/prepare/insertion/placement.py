@@ -19,8 +19,7 @@ from torch_ext.prepare.insertion.operations import (
     weight_source,
 )
 from torch_ext.prepare.insertion.recording import Recording, is_wrapped
-from torch_ext.prepare.qconfig import Factory
-from torch_ext.prepare.qconfig_mapping import QConfigMapping
+from torch_ext.prepare.qconfig import Factory, QConfigMapping
 from torch_ext.prepare.quantizable_modules import TRANSPOSED, WEIGHTED, Target, target_of
 
 
