@@ -1,11 +1,13 @@
-"""Context managers that restore a model's modes and torch's random state."""
+"""Context managers that restore a model's modes and the random states."""
 
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy
 import torch
 from torch import nn
 
@@ -24,11 +26,17 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def forked_rng(model: nn.Module) -> Iterator[None]:
-    """Restores torch's random state, of the CPU and of the model's CUDA devices, at the end."""
+    """Restores random states at the end: Python's, NumPy's, torch's and its CUDA devices' of the
+    model."""
     tensors = (*model.parameters(), *model.buffers())
     cuda = {tensor.device for tensor in tensors if tensor.is_cuda}
-    with torch.random.fork_rng(devices=sorted(device.index or 0 for device in cuda)):
-        yield
+    of_python, of_numpy = random.getstate(), numpy.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=sorted(device.index or 0 for device in cuda)):
+            yield
+    finally:
+        random.setstate(of_python)
+        numpy.random.set_state(of_numpy)
 
 
 def autocasting(autocast: torch.dtype | bool | None, device: torch.device) -> Any:

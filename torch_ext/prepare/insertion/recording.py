@@ -6,9 +6,11 @@ own modules without children are one node each, and modules in which nothing is 
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
@@ -17,7 +19,11 @@ from torch.utils._pytree import tree_leaves
 from torch_ext.prepare.insertion.functions import is_torchs, plain_name
 from torch_ext.prepare.insertion.operations import DROPOUTS, PLANNED
 from torch_ext.prepare.insertion.plan import CallPlan, counted
-from torch_ext.prepare.insertion.run_graph import RunGraph
+from torch_ext.prepare.insertion.run_graph import (
+    RunGraph,
+    made_of_random_numbers,
+    sized_by_data,
+)
 from torch_ext.prepare.insertion.user_lines import calling_lines, instructions
 from torch_ext.prepare.module_classes import own_type
 from torch_ext.prepare.quantizable_modules import is_quant_stub
@@ -53,7 +59,8 @@ class Recording(RunGraph):
     another run). ``in_place``: nodes that write to their first argument. ``masks``: nodes with
     infinities or values near the end of their dtype. ``busy``: modules that call functions of the
     table, also inside torch's own. ``kept``: nodes of what the forward returns or keeps in
-    attributes, and of what it looks at without making a tensor of it.
+    attributes, and of what it looks at without making a tensor of it. ``sized``: nodes whose shape
+    depends on values.
     """
 
     def __init__(self, model: nn.Module, is_float: IsFloat) -> None:
@@ -67,6 +74,10 @@ class Recording(RunGraph):
         self.masks: set[fx.Node] = set()
         self.busy: set[str] = set()
         self.kept: set[fx.Node] = set()
+        self.sized: set[fx.Node] = set()
+        self._looks: list[tuple[CallPlan, fx.Node]] = []
+        self._arguments: dict[CallPlan, list[fx.Node]] = {}
+        self._drawn = _python_random_state()
         self.hidden = False  # inside a module that is one node
         self._is_float = is_float
         self._call = self.root
@@ -96,7 +107,7 @@ class Recording(RunGraph):
         for i, part in enumerate(_tensors(value)):
             known = self._known.get(id(part))
             if known is None or known[1] != part._version:
-                key = (*self.keys[node], i)
+                key = (self.keys[node], i)
                 item = self.add("call_function", _part, (node, i), {}, part, key)
                 self.functions[item] = "getitem"
                 self.know(part, item)
@@ -108,7 +119,7 @@ class Recording(RunGraph):
             return known[2]
         if known is not None:
             before = known[2]
-            key = ("written", *self.keys[before], value._version)
+            key = ("written", self.keys[before], value._version)
             node = self.add("call_function", _written, (before,), {}, value, key)
         elif id(value) in self._names:
             name = self._names[id(value)]
@@ -127,10 +138,25 @@ class Recording(RunGraph):
             self.know(value, node)
 
     def end(self, result: Any) -> None:
-        """Notes what outlives the forward."""
+        """Notes what outlives the forward, and what in it depends on data or on random numbers."""
         for tensor in (*_tensors(result), *_attributes(self.model)):
             if self._is_known(tensor):
                 self.kept.add(self._known[id(tensor)][2])
+        self._note_python_random(self.root)
+        drawn = made_of_random_numbers(self)
+        for call, node in self._looks:
+            call.loose = call.loose or node in drawn
+        self.sized = sized_by_data(self)
+        for node, (call, line, _) in self.function_calls.items():
+            if not self.sized.isdisjoint(node.all_input_nodes):
+                call.repeating[line] = True
+        for call, given in self._arguments.items():
+            call.repeats = not self.sized.isdisjoint(given)
+
+    def _note_python_random(self, call: CallPlan) -> None:
+        """Python code that draws random numbers decides by them what to call."""
+        state = _python_random_state()
+        call.loose, self._drawn = call.loose or state != self._drawn, state
 
     def _mapped(self, value: Any) -> Any:
         """Tensors as nodes; what a graph cannot hold as text."""
@@ -160,6 +186,10 @@ class Recording(RunGraph):
         call = CallPlan(name, module.training)
         outer.children.setdefault(name, []).append(call)
         key = self._counted(self.call_keys[outer], name, instructions(skipped=2))
+        self._arguments[call] = [
+            self._known[id(t)][2] for t in _tensors((args, kwargs)) if self._is_known(t)
+        ]
+        self._note_python_random(outer)
         self._call = call
         self.call_keys[call] = key
         try:
@@ -168,6 +198,7 @@ class Recording(RunGraph):
             call.free = True
             return self._run_whole(outer, call, key, forward, args, kwargs)
         finally:
+            self._note_python_random(call)
             self._call = outer
 
     def _run_whole(
@@ -218,6 +249,7 @@ class Recording(RunGraph):
         result = function(*args, **kwargs)
         if name in _LOOKS:
             self.kept.update(node for _, _, node in inputs)
+            self._looks += [(self._call, node) for _, _, node in inputs]
         if not _tensors(result) or self._is_known(result):
             return result
         node = self.add("call_function", function, *given, result, key)
@@ -264,6 +296,12 @@ def _attributes(model: nn.Module) -> Iterator[Tensor]:
     for module in model.modules():
         kept = {k: v for k, v in vars(module).items() if k != "_modules"}
         yield from _tensors(kept)
+
+
+def _python_random_state() -> tuple[int, ...]:
+    """Where Python's and NumPy's generators are; another number once they were used."""
+    of_numpy: Any = numpy.random.get_state()
+    return random.getstate()[1][-1], int(of_numpy[2])
 
 
 def _is_plain_slice(value: Any) -> bool:
