@@ -38,7 +38,9 @@ _NAMES = {
     "key": 1,
     "value": 2,
 }
-_PROBES = 64  # values that a scale is tried on first
+# Values that are looked at: first, of an operand, and of each output channel. Where a few dozen
+# numbers are whole multiples of a scale, bit for bit, the others are.
+_PROBES, _MOST, _OF_CHANNEL = 64, 4096, 64
 
 
 class Call:
@@ -46,7 +48,8 @@ class Call:
 
     def __init__(self, name: str, operands: list[Tensor], on_grid: list[bool]) -> None:
         self.name = name
-        self.constant = [operand.detach().clone() for operand in operands]
+        weighted = _OPERANDS.get(name, ((), None))[1] is not None
+        self.constant = [] if weighted else [operand.detach().clone() for operand in operands]
         self.on_grid = on_grid
 
 
@@ -89,7 +92,8 @@ class GridCount(TorchFunctionMode):
 
     def _on_grid(self, x: Tensor, weight: bool) -> bool:
         x = x.detach()
-        values = x[x != 0].flatten()
+        values = x.flatten()[:: max(1, x.numel() // _MOST)]
+        values = values[values != 0]
         if not values.numel():
             return True
         probe = values[:: max(1, values.numel() // _PROBES)]
@@ -107,9 +111,9 @@ class GridCount(TorchFunctionMode):
         A part of a weight, such as the query's of a fused projection, has a part of its scales.
         """
         rows = x.shape[axis]
-        shape = [-1 if d == axis else 1 for d in range(x.dim())]
-        first = x.select(axis, 0)
-        probe = first[first != 0].flatten()[:_PROBES]
+        x = x.movedim(axis, 0).reshape(rows, -1)
+        x = x[:, :: max(1, x.shape[1] // _OF_CHANNEL)]
+        probe = x[0]
         for scale in self._several:
             if len(scale) < rows:
                 continue
@@ -117,7 +121,7 @@ class GridCount(TorchFunctionMode):
             starts = scale[: len(scale) - rows + 1 : step]
             for i in _whole(probe, starts[:, None]).all(dim=1).nonzero().flatten().tolist():
                 part = scale[i * step : i * step + rows]
-                if bool(_whole(x, part.view(shape)).all()):
+                if bool(_whole(x, part[:, None]).all()):
                     return True
         return False
 
@@ -150,13 +154,17 @@ def _whole(x: Tensor, scale: Tensor) -> Tensor:
     return (x / scale).round() * scale == x
 
 
+def all_on_grid(calls: list[Call]) -> bool:
+    return all(all(call.on_grid) for call in calls)
+
+
 def shares(first: list[Call], second: list[Call]) -> tuple[int, int, list[str]]:
     """Of calls in two runs on different inputs: how many are on a grid, of how many; the others.
 
     A call whose operands are the same in both runs computes constants, such as rotary angles,
     and does not count.
     """
-    aligned = [c.name for c in first] == [c.name for c in second]
+    aligned = first is not second and [c.name for c in first] == [c.name for c in second]
     on, total, off = 0, 0, []
     for i, call in enumerate(first):
         if aligned and _is_constant(call, second[i]):
@@ -171,5 +179,4 @@ def shares(first: list[Call], second: list[Call]) -> tuple[int, int, list[str]]:
 
 
 def _is_constant(call: Call, other: Call) -> bool:
-    weighted = _OPERANDS.get(call.name, ((), None))[1] is not None
-    return not weighted and all(map(torch.equal, call.constant, other.constant))
+    return bool(call.constant) and all(map(torch.equal, call.constant, other.constant))

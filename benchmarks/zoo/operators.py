@@ -1,7 +1,7 @@
 """Lets torchvision be imported beside a CPU build of torch.
 
-PyPI's torchvision is linked against torch's CUDA build, and without its library nothing of it can
-be imported. Its models need two operators, which are declared and written here in Python.
+PyPI's torchvision is linked against torch's CUDA build, and cannot be imported without its own
+library. The operators are declared here; of those, detectors run one, which is written in Python.
 """
 
 from __future__ import annotations
