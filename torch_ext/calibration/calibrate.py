@@ -16,7 +16,7 @@ from torch_ext.calibration.checkpoint import Progress, read_progress, write_prog
 from torch_ext.files.storage import PathLike, discard_partials
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import PreparedModel
-from torch_ext.quantizers.restore import restored_on_error, watched
+from torch_ext.quantizers.restore import one_call_at_a_time, restored_on_error, watched
 from torch_ext.quantizers.set_state import change_states
 from torch_ext.quantizers.state_table import FakeQuantState, StateName, parse_state
 from torch_ext.utils.arguments import bounded, check_callable, parse_flag
@@ -139,12 +139,15 @@ def calibrate(
         ValueError: the model has no quantizers, the loader gives no batches, a number is out of
             range, a state is unknown, or the checkpoint is damaged (:class:`FileError`) or belongs
             to another model or other batches.
-        RuntimeError: a quantizer saw no data; the message lists the names.
+        RuntimeError: a quantizer saw no data, in which case the message lists the names; or another
+            call with this model still runs. Threads may share a model in its forward: see
+            :func:`set_fake_quantize`.
 
     Warns:
         UserWarning: the forward wrote to parameters or buffers of the model.
     """
-    quantizers = PreparedModel(_WHO, model).quantizers
+    prepared = PreparedModel(_WHO, model)
+    quantizers = prepared.quantizers
     target = parse_state(_WHO, state)
     check_batches(_WHO, "loader", loader)
     check_callable(_WHO, "forward", forward)
@@ -155,6 +158,7 @@ def calibrate(
     batch_device = model_device(_WHO, model, device)
     start = time.perf_counter()
     with contextlib.ExitStack() as stack:
+        stack.enter_context(one_call_at_a_time(_WHO, prepared.root))
         stack.enter_context(restored_on_error(quantizers))
         stack.enter_context(eval_mode(model))
         stack.enter_context(forked_rng(model))

@@ -27,6 +27,9 @@ def set_fake_quantize(
     and :func:`save_observer_params` solve weights again themselves. If the call raises, no
     quantizer has changed.
 
+    In CALIBRATION several threads may run the model at the same time; the statistic is bit for bit
+    that of a single thread. In QAT the range then depends on the order of their batches.
+
     Entering CALIBRATION again adds to the statistics; :func:`reset_statistics` empties them.
 
     Args:
