@@ -236,10 +236,18 @@ def _home(recording: Recording, node: fx.Node) -> tuple[str, str]:
 
 
 def _host(recording: Recording, name: str, stem: str) -> tuple[str, str]:
-    """The module itself, or the next one above that is no container of steps."""
+    """The module itself, or the next one above that is no container of steps.
+
+    Such a container would run the quantizer as a step. If the model is one, it is its first step
+    that is none.
+    """
     module = recording.model.get_submodule(name)
-    container = isinstance(module, _STEPS_RUN_BY_TORCH)
-    return _above(recording, name, stem) if name and container else (name, stem)
+    if not isinstance(module, _STEPS_RUN_BY_TORCH):
+        return name, stem
+    if name:
+        return _above(recording, name, stem)
+    steps = (n for n, m in module.named_modules() if not isinstance(m, _STEPS_RUN_BY_TORCH))
+    return next(steps, name), stem
 
 
 def _above(recording: Recording, name: str, stem: str) -> tuple[str, str]:
