@@ -16,9 +16,9 @@ from torch.nn.utils import parametrize
 
 from torch_ext.prepare.input_quantizers import InputQuantizers
 from torch_ext.prepare.module_classes import Undo, parametrize_weight
-from torch_ext.prepare.quantizable_modules import is_float_functional
+from torch_ext.prepare.quantizable_modules import is_float_functional, skips_output
 from torch_ext.quantizers.fake_quantize import FakeQuantize
-from torch_ext.quantizers.find import INPUTS
+from torch_ext.quantizers.find import INPUTS, HookedWeight, WeightHook, computes_weight
 
 OUTPUT = "activation_quantizer"
 SUFFIX = "_quantizer"  # ends the name of every quantizer that is a child; a number may follow
@@ -71,10 +71,13 @@ def check_weight(who: str, name: str, module: nn.Module, parameter: str) -> None
         raise ValueError(
             f"{who}: expected {where} to be initialised, got a lazy one; run a forward first"
         )
-    if parameter not in module._parameters and not parametrize.is_parametrized(module, parameter):
+    if not (_is_parameter(module, parameter) or is_hooked(module, parameter)):
+        kind = "a buffer" if parameter in module._buffers else "an attribute that code of it sets"
         raise ValueError(
-            f"{who}: expected {where} to be a parameter, got a {type(weight).__name__} that "
-            f"something else writes (an old-style weight norm?){advice}"
+            f"{who}: expected {where} to be a parameter, got {kind}; make it an nn.Parameter, or "
+            "what computes it a parametrization (torch.nn.utils.parametrize), pass example_inputs, "
+            "by which it is quantized where a forward of your own reads it, or give the module "
+            "qconfig=None"
         )
     if not weight.is_floating_point() or weight.numel() == 0:
         kind = f"{weight.dtype} of shape {list(weight.shape)}"
@@ -86,6 +89,42 @@ def check_weight(who: str, name: str, module: nn.Module, parameter: str) -> None
             f"{who}: expected {where} to have dense gradients and no max_norm, got "
             f"sparse={module.sparse}, max_norm={module.max_norm}{advice}"
         )
+
+
+def check_called(who: str, root: nn.Module, name: str, parameter: str) -> None:
+    """Raises ValueError for a module whose hooks never run, as its parent does not call it."""
+    parent = root.get_submodule(name.rpartition(".")[0]) if name else None
+    if skips_output(parent, root.get_submodule(name)):
+        raise ValueError(
+            f"{who}: expected {name}.{parameter} to be a parameter, got one that a hook computes, "
+            f"which never runs: {type(parent).__name__} reads it without calling {name}; make it "
+            "a parameter (prune.remove, remove_weight_norm, remove_spectral_norm), or give "
+            f"{name} qconfig=None"
+        )
+
+
+def is_hooked(module: nn.Module, parameter: str) -> bool:
+    """Whether ``torch.nn.utils.weight_norm``, ``spectral_norm`` or ``prune`` computes a weight."""
+    hooks = module._forward_pre_hooks.values()
+    plain = isinstance(vars(module).get(parameter), Tensor)
+    return plain and any(computes_weight(hook, parameter) for hook in hooks)
+
+
+def _is_parameter(module: nn.Module, name: str) -> bool:
+    return name in module._parameters or parametrize.is_parametrized(module, name)
+
+
+def attach_hook(module: nn.Module, parameter: str, quantizer: FakeQuantize) -> Undo:
+    """Quantizes a weight behind the hooks that compute it; returns the function that undoes it."""
+    hook = WeightHook(parameter)
+    undo_child = attach_child(module, hook.child, quantizer)
+    handle = module.register_forward_pre_hook(hook)
+
+    def undo() -> None:
+        handle.remove()
+        undo_child()
+
+    return undo
 
 
 def attach_weight(module: nn.Module, parameter: str, quantizer: nn.Module) -> Undo:
@@ -135,9 +174,14 @@ def attach_output(module: nn.Module, quantizer: FakeQuantize) -> Undo:
 
 
 def detach_children(module: nn.Module) -> None:
-    """Removes a module's quantizers that are children, and the forward hook that calls one."""
+    """Removes a module's quantizers that are children, and the hooks that call them."""
     if is_float_functional(module):
         module.activation_post_process = nn.Identity()
+    for key, pre_hook in list(module._forward_pre_hooks.items()):
+        if isinstance(pre_hook, WeightHook):
+            weight = HookedWeight("", pre_hook.parameter, module, pre_hook).read()
+            setattr(module, pre_hook.parameter, weight)
+            del module._forward_pre_hooks[key]
     for name, child in list(module.named_children()):
         if isinstance(child, (FakeQuantize, InputQuantizers)):
             delattr(module, name)

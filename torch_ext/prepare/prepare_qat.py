@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -19,7 +18,7 @@ from torch_ext.prepare.insertion.placement import Placement, Site
 from torch_ext.prepare.insertion.plan import Link, Place
 from torch_ext.prepare.insertion.record_runs import record_modes
 from torch_ext.prepare.insertion.running import track
-from torch_ext.prepare.module_classes import Undo
+from torch_ext.prepare.module_classes import Undo, copied
 from torch_ext.prepare.qconfig import Factory, Mapped, QConfig, QConfigMapping
 from torch_ext.prepare.quantizable_modules import (
     OUTPUT_ONLY,
@@ -123,7 +122,7 @@ def prepare_qat(
         )
     _check_float(model)
     configs = QConfigMapping(_WHO, model, mapping, captures=example_inputs is not None)
-    prepared = model if inplace else copy.deepcopy(model)
+    prepared = model if inplace else copied(_WHO, model)
     plan = _Attachments(prepared, configs)
     if example_inputs is not None:
         plan.add_inserted(input_qconfig, example_inputs, fold_batch_norms)
@@ -334,6 +333,11 @@ class _Attachments:
         groups, shape = grouped_shape(module, weight.shape)
         keys = self._weight_keys(where, factory, weight.device, target.ch_axis, shape)
         quantizer = self._build(where, factory, weight.device, **keys)
+        if attach.is_hooked(module, parameter):
+            attach.check_called(_WHO, self.root, name, parameter)
+            attach.check_free(_WHO, name, module, f"{parameter}{attach.SUFFIX}")
+            self.steps.append(lambda: attach.attach_hook(module, parameter, quantizer))
+            return
         chain: list[nn.Module] = [quantizer]
         if pair is not None:
             parent = self.root.get_submodule(pair.norm.rpartition(".")[0])

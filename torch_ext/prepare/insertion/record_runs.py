@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import itertools
@@ -19,6 +18,7 @@ from torch.utils._pytree import tree_map
 from torch_ext.prepare.insertion.functions import LAYER_BY_LAYER, OPENED
 from torch_ext.prepare.insertion.recording import IsFloat, Recording
 from torch_ext.prepare.insertion.user_lines import begins_call, user_line
+from torch_ext.prepare.module_classes import copied
 from torch_ext.utils.arguments import bound_arguments
 from torch_ext.utils.modes import forked_rng
 
@@ -46,10 +46,12 @@ def record_modes(
     examples = [bound_arguments(who, model, given) for given in examples_of(example_inputs)]
     recordings = []
     for training, example in itertools.product(modes, examples):
+        twin = copied(who, model)
         try:
-            recordings.append(record(model, example, training, is_float))
+            recordings.append(record(twin, example, training, is_float))
         except Exception as error:  # the user's forward: anything may come
-            problem = f"at {_failing_line(error)} {type(error).__name__}: {error}"
+            text = str(error).partition("\n")[0]
+            problem = f"at {_failing_line(error)} {type(error).__name__}: {text}"
             if not training:
                 raise ValueError(
                     f"{who}: expected example_inputs that the model can run, got {problem}"
@@ -81,14 +83,14 @@ def _failing_line(error: BaseException) -> str:
 
 
 def record(
-    model: nn.Module, example: Mapping[str, Any], training: bool, is_float: IsFloat
+    twin: nn.Module, example: Mapping[str, Any], training: bool, is_float: IsFloat
 ) -> Recording:
-    """Runs a copy of the model in one mode; the model and torch's random state stay as they are.
+    """Runs a model in one mode and leaves it changed; torch's random state stays as it is.
 
-    ``example``: values by argument of the forward. Batch norms evaluate also while training, since
+    ``twin``: a copy that nothing else uses. ``example``: values by argument of the forward. Batch
+    norms evaluate also while training, since
     they refuse to train on one value per channel.
     """
-    twin = copy.deepcopy(model)
     twin.train(training)
     for module in twin.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -107,7 +109,7 @@ def record(
         recording.end(forward(*bound.args, **bound.kwargs))
 
     begins_call(recorded_forward.__code__)
-    with torch.no_grad(), forked_rng(model), _RecordMode(recording):
+    with torch.no_grad(), forked_rng(twin), _RecordMode(recording):
         recorded_forward()
     return recording
 
