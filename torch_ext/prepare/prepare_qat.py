@@ -227,7 +227,7 @@ class _Attachments:
                 done.add(key)
             assignment.add(placement)
         if self.steps:
-            link = Link(make_plan(recordings, self._layers()))
+            link = Link(make_plan(self.root.forward, recordings, self._layers()))
             for name in tracked_modules(self.root, recordings, link.plan):
                 place = Place(name, link)
                 module = self.root.get_submodule(name)

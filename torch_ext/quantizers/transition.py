@@ -142,4 +142,7 @@ def _idle_inputs(without: list[str], chosen: Mapping[str, Quantizer]) -> list[st
     idle = sorted(
         name for name in without if chosen[name].optional and not chosen[name].unobserved_allowed
     )
-    return [f"  inputs that saw no floating tensor pass through: {shown(idle)}"] if idle else []
+    if not idle:
+        return []
+    which = "inputs without a floating tensor, or values that only train mode has"
+    return [f"  {which}, pass through: {shown(idle)}"]

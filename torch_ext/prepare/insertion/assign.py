@@ -22,6 +22,7 @@ from torch_ext.prepare.insertion.plan import (
     merge_calls,
 )
 from torch_ext.prepare.insertion.recording import Key, Recording, is_torchs_leaf
+from torch_ext.utils.arguments import Structures
 
 _STEPS_RUN_BY_TORCH = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # Makes the quantizer of a site, in one of the placements; returns its name.
@@ -87,10 +88,13 @@ class Assignment:
         return self._memos.setdefault(recording.keys[operand], f"value {len(self._memos)}")
 
 
-def make_plan(recordings: list[Recording], layers: frozenset[str]) -> Plan:
+def make_plan(
+    forward: Callable[..., Any], recordings: list[Recording], layers: frozenset[str]
+) -> Plan:
     """The plan of recordings of eval and, if there are some, of train mode.
 
-    ``layers``: modules of which no call may be missed, beside those that read something.
+    ``forward``: the model's. ``layers``: modules of which no call may be missed, beside those that
+    read something.
     """
     calls = [call for recording in recordings for call in recording.all_calls]
     reading = {call.module for call in calls if call.reads or call.output}
@@ -104,7 +108,8 @@ def make_plan(recordings: list[Recording], layers: frozenset[str]) -> Plan:
     if len(roots) == 2:
         keys = {call: key for recording in recordings for call, key in recording.call_keys.items()}
         link_twins(roots[False], roots[True], keys)
-    return Plan(list(roots.values()), layers | reading)
+    given = Structures(forward, [recording.example for recording in recordings])
+    return Plan(list(roots.values()), layers | reading, given)
 
 
 def tracked_modules(model: nn.Module, recordings: list[Recording], plan: Plan) -> list[str]:

@@ -95,7 +95,7 @@ def record(
     for module in twin.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
-    recording = Recording(twin, is_float)
+    recording = Recording(twin, example, is_float)
     bound = inspect.signature(twin.forward).bind_partial()
     bound.arguments.update(tree_map(_cloned, dict(example)))
     for name, value in bound.arguments.items():

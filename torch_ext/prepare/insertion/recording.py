@@ -56,8 +56,10 @@ class Recording(RunGraph):
     attributes, and of what it looks at without making a tensor of it.
     """
 
-    def __init__(self, model: nn.Module, is_float: IsFloat) -> None:
+    def __init__(self, model: nn.Module, example: Mapping[str, Any], is_float: IsFloat) -> None:
+        """``example``: values by argument of the forward."""
         super().__init__(model)
+        self.example = example
         self.training = model.training
         self.root = CallPlan("", model.training)
         self.calls: dict[fx.Node, CallPlan] = {}

@@ -62,7 +62,7 @@ def _run_alone(
     scope = Scope("", 0, root, None)
     if place.name:
         scope = Scope(place.prefix, place.depth, module, scope)
-    call = Call(link, scope, plan)
+    call = Call(link, scope, plan, ((), None) if place.name else (args, kwargs))
     CURRENT.call = call
     try:
         if plan.reads:
