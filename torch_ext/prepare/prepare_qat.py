@@ -41,39 +41,50 @@ def prepare_qat(
 ) -> M:
     """Attaches quantizers to a float model. They start in FLOAT, so its outputs do not change yet.
 
-    Without ``example_inputs``, quantizers go to the floating inputs of the model, to the outputs of
-    convolutions, transposed convolutions, linear layers, activation functions, attention and the
-    modules of ``torch_ext.modules``, and to the weights of these and of embeddings. The output of a
-    layer is quantized even if an activation follows it. To quantize only after the activation,
-    give the layer ``QConfig(activation=None, weight=...)``. Fold batch norms first, with
-    :func:`fuse`.
+    With ``example_inputs``, quantizers go to the values that INT8 engines quantize: what layers,
+    products, sums and concatenations read, be they modules or functions such as ``x + y``; the
+    table is in ``prepare/insertion/operations.py``. A copy of the model runs on the example, once
+    in eval and once in train mode, to find them. The model's own forward keeps running. A value has
+    one quantizer, however many operations read it; the first that reads it quantized decides its
+    QConfig. A function has the QConfig of the module whose forward calls it. A later call in which
+    a function that has quantizers does not come by, or a layer is called at another place, raises
+    RuntimeError with the line.
 
-    With ``example_inputs``, quantizers go to the values that INT8 engines quantize, the operands of
-    functions such as ``x + y`` among them; the table is in ``prepare/insertion/operations.py``. A
-    copy of the model runs on the example, once in eval and once in train mode, to find them. The
-    model's own forward keeps running. A value has one quantizer, however many operations read it;
-    the first that reads it quantized decides its QConfig. A function has the QConfig of the module
-    whose forward calls it. A later call in which a function that has quantizers does not come by,
-    or a layer is called at another place, raises RuntimeError with the line.
+    Without it, quantizers go to what modules read: convolutions, transposed convolutions and linear
+    layers their input, attention its query, key and value and the input of its ``out_proj``, the
+    modules of ``torch_ext.modules`` their operands. Functions are not looked at. Each reader has
+    quantizers of its own, so a tensor that two layers read has two.
 
-    Quantizers are named ``<module>.activation_quantizer``, ``<module>.parametrizations.<weight>.0``
-    and ``input_quantizers.<argument>`` (within the first layer, if the model is a Sequential). With
-    ``example_inputs`` there are also ``<module>.add_quantizer`` for the result of a function,
-    ``<module>.<parameter>_quantizer`` for a parameter, and ``<module>.cat_quantizer`` for operands
-    that share a scale. The second ``add`` in a forward is ``add_quantizer_1``, whether or not the
-    first is quantized.
+    In both ways the weights of layers, attention, embeddings and recurrent modules are quantized,
+    and nothing is between a convolution, its norm and its activation.
+
+    Quantizers are named ``<module>.parametrizations.<weight>.0``. With ``example_inputs``, those of
+    values are ``<module>.activation_quantizer`` for the result of a module,
+    ``<module>.add_quantizer`` for that of a function, ``<module>.<parameter>_quantizer`` for a
+    parameter, ``<module>.cat_quantizer`` for operands that share a scale and
+    ``input_quantizers.<argument>`` for an argument of the model (within the first layer, if the
+    model is a Sequential). The second ``add`` in a forward is ``add_quantizer_1``, whether or not
+    the first is quantized. Without, they are ``<module>.input_quantizers.<argument>``.
 
     A module's QConfig is the first of: its attribute ``qconfig``; its name in ``mapping`` (exact
     names before patterns); its type in ``mapping``; its parent's. None leaves it float. The model
     itself has the name ``""``. If the mapping has the exact name or the type of a module that is
-    not listed above (a pooling, a custom layer), its output is quantized too.
+    neither listed above nor an activation (a norm, a custom layer), its output is quantized too, as
+    that of a ``QuantStub`` always is: ``<module>.activation_quantizer``.
 
     Args:
         model: a float model, not wrapped.
         inplace: change ``model``; by default, a copy is changed and returned.
         mapping: QConfig or None by module name, pattern (``"layer1.*"``) or module type.
-        input_qconfig: the QConfig of the model's inputs, whose ``activation`` is used; by default,
-            the model's own. None leaves the inputs float.
+        input_qconfig: the QConfig of the model's inputs, whose ``activation`` is used. With
+            ``example_inputs``, by default that of their readers; None leaves them float. Without,
+            the model's arguments get quantizers only if a QConfig is given, beside those of the
+            layers that read them.
+        output_qconfig: the QConfig of the floating tensors that the model returns, in whatever
+            structure, whose ``activation`` is used; tensors without dimensions, such as losses,
+            stay float. They are ``output_quantizers.<key or index>`` (within the last layer, if the
+            model is a Sequential). None leaves them float. Without ``example_inputs`` the model has
+            to return one such tensor; otherwise its call raises RuntimeError.
         verbose: print :func:`describe` of the result.
         example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments; or a list
             of such tuples or mappings, for a forward that goes several ways.
