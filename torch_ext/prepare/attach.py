@@ -14,23 +14,31 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
-from torch_ext.prepare.input_quantizers import InputQuantizers
+from torch_ext.prepare.module_calls.arguments import InputQuantizers
+from torch_ext.prepare.module_calls.results import OutputQuantizers
 from torch_ext.prepare.module_classes import Undo, parametrize_weight
-from torch_ext.prepare.quantizable_modules import is_float_functional, skips_output
+from torch_ext.prepare.quantizable_modules import is_float_functional, is_out_proj
 from torch_ext.quantizers.fake_quantize import FakeQuantize
-from torch_ext.quantizers.find import INPUTS, HookedWeight, WeightHook, computes_weight
+from torch_ext.quantizers.find import (
+    INPUTS,
+    OUTPUTS,
+    HookedWeight,
+    WeightHook,
+    computes_weight,
+)
 
 OUTPUT = "activation_quantizer"
 SUFFIX = "_quantizer"  # ends the name of every quantizer that is a child; a number may follow
 _FUNCTIONAL_OUTPUT = "activation_post_process"
 
+_QUANTIZERS = (FakeQuantize, InputQuantizers, OutputQuantizers)
 _CHILD = re.compile(rf"{SUFFIX}(_\d+)?$")
 
 
 def attached(module: nn.Module) -> str | None:
     """The name of a quantizer that the module has already, within it; None if it has none."""
-    for name in (INPUTS, OUTPUT, _FUNCTIONAL_OUTPUT):
-        if isinstance(getattr(module, name, None), (FakeQuantize, InputQuantizers)):
+    for name in (INPUTS, OUTPUTS, OUTPUT, _FUNCTIONAL_OUTPUT):
+        if isinstance(getattr(module, name, None), _QUANTIZERS):
             return name
     for name, child in module.named_children():
         if isinstance(child, FakeQuantize) and _CHILD.search(name):
@@ -94,7 +102,7 @@ def check_weight(who: str, name: str, module: nn.Module, parameter: str) -> None
 def check_called(who: str, root: nn.Module, name: str, parameter: str) -> None:
     """Raises ValueError for a module whose hooks never run, as its parent does not call it."""
     parent = root.get_submodule(name.rpartition(".")[0]) if name else None
-    if skips_output(parent, root.get_submodule(name)):
+    if is_out_proj(parent, root.get_submodule(name)):
         raise ValueError(
             f"{who}: expected {name}.{parameter} to be a parameter, got one that a hook computes, "
             f"which never runs: {type(parent).__name__} reads it without calling {name}; make it "
@@ -183,7 +191,7 @@ def detach_children(module: nn.Module) -> None:
             setattr(module, pre_hook.parameter, weight)
             del module._forward_pre_hooks[key]
     for name, child in list(module.named_children()):
-        if isinstance(child, (FakeQuantize, InputQuantizers)):
+        if isinstance(child, _QUANTIZERS):
             delattr(module, name)
     hooks = module._forward_hooks
     for key in [key for key, hook in hooks.items() if hook is _quantize_output]:

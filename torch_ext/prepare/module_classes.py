@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
-from torch_ext.prepare.recurrent_weights import forget_weights, read_weights_anew
+from torch_ext.prepare.module_calls.recurrent_weights import forget_weights, read_weights_anew
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.folded_weight import WeightStep
 

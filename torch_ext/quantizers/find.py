@@ -25,6 +25,7 @@ from torch_ext.utils.text import shown
 
 _COMPILED = "_orig_mod."
 INPUTS = "input_quantizers"  # the child that holds the quantizers of a module's arguments
+OUTPUTS = "output_quantizers"  # the child that holds those of what the model returns
 Pattern = str | Sequence[str]
 
 

@@ -144,5 +144,4 @@ def _idle_inputs(without: list[str], chosen: Mapping[str, Quantizer]) -> list[st
     )
     if not idle:
         return []
-    which = "inputs without a floating tensor, or values that only train mode has"
-    return [f"  {which}, pass through: {shown(idle)}"]
+    return [f"  without a floating tensor of their own, pass through: {shown(idle)}"]

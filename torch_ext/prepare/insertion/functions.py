@@ -89,10 +89,13 @@ PYTHON_FUNCTIONS = {
 }
 
 
-def _with_globals(function: Any, scope: dict[str, Any]) -> Any:
+def with_globals(function: Any, scope: dict[str, Any]) -> Any:
+    """A copy of a Python function that finds ``scope`` among its module's names."""
+    names = {**function.__globals__, **scope}
+    names.pop("__name__", None)  # by which torch.compile would look in the module itself instead
     made = types.FunctionType(
         function.__code__,
-        {**function.__globals__, **scope},
+        names,
         function.__name__,
         function.__defaults__,
         function.__closure__,
@@ -115,7 +118,7 @@ def _opened(function: Any) -> Any:
     """The same code that does not hand itself to a mode: its body runs under the mode."""
     asking = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
     scope: dict[str, Any] = dict.fromkeys(asking, _no)
-    return _with_globals(function, scope | {"_check_key_padding_mask": _check_mask})
+    return with_globals(function, scope | {"_check_key_padding_mask": _check_mask})
 
 
 OPENED = {F.multi_head_attention_forward: _opened(F.multi_head_attention_forward)}
@@ -127,7 +130,7 @@ def _layer_by_layer(forward: Any) -> Any:
     replaced.__dict__.update(torch.__dict__)
     mha = types.SimpleNamespace(get_fastpath_enabled=_no)
     replaced.backends = types.SimpleNamespace(mha=mha)  # type: ignore[attr-defined]
-    return _with_globals(forward, {"torch": replaced})
+    return with_globals(forward, {"torch": replaced})
 
 
 LAYER_BY_LAYER = {

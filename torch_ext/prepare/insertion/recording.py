@@ -53,7 +53,8 @@ class Recording(RunGraph):
     another run). ``in_place``: nodes that write to their first argument. ``masks``: nodes with
     infinities or values near the end of their dtype. ``busy``: modules that call functions of the
     table, also inside torch's own. ``kept``: nodes of what the forward returns or keeps in
-    attributes, and of what it looks at without making a tensor of it.
+    attributes, and of what it looks at without making a tensor of it. ``result``: what the forward
+    returns.
     """
 
     def __init__(self, model: nn.Module, example: Mapping[str, Any], is_float: IsFloat) -> None:
@@ -70,6 +71,7 @@ class Recording(RunGraph):
         self.busy: set[str] = set()
         self.kept: set[fx.Node] = set()
         self.hidden = False  # inside a module that is one node
+        self.result: Any = None
         self._is_float = is_float
         self._call = self.root
         self.call_keys: dict[CallPlan, Key] = {self.root: ()}
@@ -129,7 +131,8 @@ class Recording(RunGraph):
             self.know(value, node)
 
     def end(self, result: Any) -> None:
-        """Notes what outlives the forward."""
+        """Notes what the forward returns, and what outlives it."""
+        self.result = result
         for tensor in (*_tensors(result), *_attributes(self.model)):
             if self._is_known(tensor):
                 self.kept.add(self._known[id(tensor)][2])

@@ -164,6 +164,11 @@ def track(module: nn.Module, place: Place) -> Undo:
     return undo
 
 
+def is_tracked(module: nn.Module) -> bool:
+    """Whether the module's calls follow a plan."""
+    return _PLACE in module.__dict__
+
+
 def untrack(module: nn.Module) -> None:
     """Forgets the module's place; its class is ``remove_quantizers``' or undoing's to restore."""
     module.__dict__.pop(_PLACE, None)
