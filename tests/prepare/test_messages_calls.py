@@ -240,7 +240,9 @@ def test_what_only_train_mode_has_is_no_input() -> None:
             return (self.b(x), self.c(x.relu())) if self.training else self.b(x)
 
     net = ready(Heads().eval(), example_inputs=rows())
-    with pytest.warns(UserWarning, match="without a floating tensor of their own, pass through: relu_q"):
+    with pytest.warns(
+        UserWarning, match="without a floating tensor of their own, pass through: relu_q"
+    ):
         calibrate(net, [rows()])
     net.train()(rows())
     assert "relu_quantizer" in names(net)

@@ -49,8 +49,8 @@ def set_fake_quantize(
 
     Warns:
         QuantizationWarning: non-finite values, channels that are all zero, negative values that
-            clip to 0, or inputs and values of train mode that saw
-            no floating tensor; the message names the quantizers.
+            clip to 0, or optional quantizers that saw no floating tensor, such as those of an input
+            that was left out; the message names the quantizers.
     """
     change_states(_WHO, model, state, pattern, allow_unobserved)
 
