@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
@@ -138,7 +139,11 @@ def attach_hook(module: nn.Module, parameter: str, quantizer: FakeQuantize) -> U
 def attach_weight(module: nn.Module, parameter: str, quantizer: nn.Module) -> Undo:
     """Appends a step to a weight's parametrizations; returns the function that undoes it."""
     order = list(module._parameters)  # removing a parametrization puts the parameter last
-    parametrize_weight(module, parameter, quantizer)
+    # torch writes the weight's own values to it, which is no change that autograd has to know of.
+    kept = torch.autograd._unsafe_preserve_version_counter  # type: ignore[attr-defined]
+    weights = tuple(module.parameters())
+    with kept(weights):
+        parametrize_weight(module, parameter, quantizer)
     chains = module.parametrizations
     assert isinstance(chains, nn.ModuleDict)
 
@@ -148,7 +153,8 @@ def attach_weight(module: nn.Module, parameter: str, quantizer: nn.Module) -> Un
         if len(chain) > 1:
             del chain[-1]
         else:
-            parametrize.remove_parametrizations(module, parameter, leave_parametrized=False)
+            with kept(weights):
+                parametrize.remove_parametrizations(module, parameter, leave_parametrized=False)
             for name in order:
                 module._parameters[name] = module._parameters.pop(name)
 

@@ -24,6 +24,7 @@ from torch_ext.prepare.batch_norms.pair import (
     problem,
 )
 from torch_ext.prepare.module_classes import copied
+from torch_ext.utils.modes import undisturbed
 
 
 class _Tracer(fx.Tracer):
@@ -39,7 +40,8 @@ def traced_norms(model: nn.Module) -> Norms:
     left: dict[str, str] = {}
     twin = copied("fuse", model).eval()  # tracing runs the forward, which may change the model
     try:
-        graph = _Tracer().trace(twin)
+        with undisturbed(twin):
+            graph = _Tracer().trace(twin)
     except Exception as error:  # the user's forward: anything may come
         before = _before_in_sequentials(model)
         text = str(error).partition("\n")[0]

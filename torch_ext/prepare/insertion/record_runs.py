@@ -20,7 +20,7 @@ from torch_ext.prepare.insertion.recording import IsFloat, Recording
 from torch_ext.prepare.insertion.user_lines import begins_call, user_line
 from torch_ext.prepare.module_classes import copied
 from torch_ext.utils.arguments import bound_arguments
-from torch_ext.utils.modes import forked_rng
+from torch_ext.utils.modes import undisturbed
 
 _OTHERWISE = "without example_inputs, or give the class a forward"
 _VERSION = Tensor._version.__get__  # type: ignore[attr-defined]
@@ -85,7 +85,7 @@ def _failing_line(error: BaseException) -> str:
 def record(
     twin: nn.Module, example: Mapping[str, Any], training: bool, is_float: IsFloat
 ) -> Recording:
-    """Runs a model in one mode and leaves it changed; torch's random state stays as it is.
+    """Runs a model in one mode and leaves it changed; see :func:`undisturbed` for what stays.
 
     ``twin``: a copy that nothing else uses. ``example``: values by argument of the forward. Batch
     norms evaluate also while training, since
@@ -109,7 +109,7 @@ def record(
         recording.end(forward(*bound.args, **bound.kwargs))
 
     begins_call(recorded_forward.__code__)
-    with torch.no_grad(), forked_rng(twin), _RecordMode(recording):
+    with torch.no_grad(), undisturbed(twin), _RecordMode(recording):
         recorded_forward()
     return recording
 
