@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
+from torch_ext.prepare.module_calls.assigned_weights import set_attribute
 from torch_ext.prepare.module_calls.recurrent_weights import forget_weights, read_weights_anew
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.folded_weight import WeightStep
@@ -175,7 +176,9 @@ def parametrize_weight(module: nn.Module, parameter: str, step: nn.Module) -> No
     """Appends ``step`` to the parametrizations of a parameter; the module stays picklable."""
     parametrize.register_parametrization(module, parameter, step, unsafe=True)
     # torch derived this class for this module alone.
-    type(module).__reduce_ex__ = reduce_prepared  # type: ignore[method-assign, assignment]
+    kind: Any = type(module)
+    kind.__reduce_ex__ = reduce_prepared
+    kind.__setattr__ = set_attribute
     chains = module.parametrizations
     assert isinstance(chains, nn.ModuleDict)
     chains.train(module.training)
