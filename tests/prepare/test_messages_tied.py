@@ -89,7 +89,9 @@ def test_tie_weights_while_quantized_says_what_to_do(example: Tensor | None, sta
     net = ready(example)
     calibrate(net, [T], state=state)
     before = net.head.parametrizations.weight.original
-    with pytest.raises(TypeError, match=r"head\.weight = \.\.\.: expected an nn.Parameter") as caught:
+    with pytest.raises(
+        TypeError, match=r"head\.weight = \.\.\.: expected an nn.Parameter"
+    ) as caught:
         net.tie_weights()
     assert net.head.parametrizations.weight.original is before
     for advice in ("parametrizations.weight.original", 'set_fake_quantize(model, "float")'):

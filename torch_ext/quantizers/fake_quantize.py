@@ -204,7 +204,8 @@ class FakeQuantize(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Observes or fake-quantizes ``x``, a floating tensor of any shape; keeps shape and dtype.
 
-        Raises RuntimeError while ``torch.export`` runs in CALIBRATION or QAT.
+        Raises RuntimeError while ``torch.export`` runs in CALIBRATION or QAT, and where
+        ``torch.onnx.export`` would have no operator for it.
         """
         # The only attribute that decides, so a compiled graph has a single guard.
         action = self._action
@@ -216,6 +217,12 @@ class FakeQuantize(nn.Module):
         if action not in QUANTIZE:
             return x
         return self._quantize(x, action)
+
+    def _slow_forward(self, *args: Any, **keys: Any) -> Any:
+        """What torch calls in place of ``forward`` while ``torch.jit.trace`` runs."""
+        if torch.onnx.is_in_onnx_export():
+            check_export(self._action)
+        return super()._slow_forward(*args, **keys)  # type: ignore[no-untyped-call]
 
     def quantize_only(self, x: Tensor) -> Tensor:
         """Quantizes ``x`` as ``forward`` does, and observes nothing: for what it saw elsewhere."""

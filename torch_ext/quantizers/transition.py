@@ -17,6 +17,7 @@ from torch_ext.quantizers.solve import (
     solve_weights,
 )
 from torch_ext.quantizers.state_table import CHANGES, QUANTIZE, FakeQuantState
+from torch_ext.utils.modes import is_exporting
 from torch_ext.utils.text import shown
 
 
@@ -90,8 +91,8 @@ def warn_of_state(saved_in: str | None, state: FakeQuantState) -> None:
 def check_export(state: str) -> None:
     """Raises RuntimeError during ``torch.export`` in a state that changes the quantizer.
 
-    During ``torch.onnx.export``, which has no operator for a quantizer, it warns: that function
-    catches exceptions and retries with another capture.
+    During ``torch.onnx.export``, which has no operator for a quantizer, it raises too; with
+    ``dynamo=True`` it warns, as that function catches exceptions and retries with another capture.
     """
     if state in CHANGES:
         raise RuntimeError(
@@ -101,13 +102,14 @@ def check_export(state: str) -> None:
         )
     compiling = torch.compiler.is_dynamo_compiling()
     if state in QUANTIZE and not compiling and torch.onnx.is_in_onnx_export():
-        warnings.warn(
+        text = (
             "torch.onnx.export: expected a float model, got one in VALIDATION, whose quantizers "
             "are no operators of ONNX; torch_ext.export.onnx(model, example_inputs, path) writes "
-            "them as QuantizeLinear and DequantizeLinear",
-            QuantizationWarning,
-            stacklevel=3,
+            "them as QuantizeLinear and DequantizeLinear"
         )
+        if not is_exporting():  # by TorchScript, which does not retry
+            raise RuntimeError(text)
+        warnings.warn(text, QuantizationWarning, stacklevel=3)
 
 
 def _without_range(chosen: Mapping[str, Quantizer], solutions: Solutions) -> list[str]:
