@@ -21,6 +21,7 @@ from torch_ext.quantizers.solve import refresh_weights
 from torch_ext.quantizers.state_table import FakeQuantState
 from torch_ext.utils.arguments import bounded
 from torch_ext.utils.modes import eval_mode
+from torch_ext.utils.sharded import whole
 from torch_ext.utils.text import shown
 
 _COMPILED = "_orig_mod."
@@ -178,9 +179,7 @@ class WeightSource(NamedTuple):
         else:
             values = [getattr(chain, f"original{i}") for i in range(chain.ntensors)]
         # With FSDP2 each rank holds a shard (a DTensor); the forward uses the whole weight.
-        values = [
-            value.full_tensor() if hasattr(value, "full_tensor") else value for value in values
-        ]
+        values = [whole(value) for value in values]
         with eval_mode(chain):  # in train mode spectral_norm would update its buffers
             for i, earlier in enumerate(chain):
                 if i == self.position:

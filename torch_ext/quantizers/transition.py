@@ -16,9 +16,9 @@ from torch_ext.quantizers.solve import (
     solve_quantizers,
     solve_weights,
 )
-from torch_ext.quantizers.state_table import CHANGES, QUANTIZE, FakeQuantState
+from torch_ext.quantizers.state_table import ACCUMULATE, CHANGES, QUANTIZE, FakeQuantState
 from torch_ext.utils.modes import is_exporting
-from torch_ext.utils.text import shown
+from torch_ext.utils.text import label_of, shown
 
 
 class QuantizationWarning(UserWarning):
@@ -85,6 +85,16 @@ def warn_of_state(saved_in: str | None, state: FakeQuantState) -> None:
             'where it computes without quantization; call set_fake_quantize(model, "validation")',
             QuantizationWarning,
             stacklevel=3,
+        )
+
+
+def check_copied(name: str, state: str) -> None:
+    """Raises RuntimeError if DataParallel copies a quantizer that collects data."""
+    if state in ACCUMULATE:
+        raise RuntimeError(
+            f"DataParallel: expected quantizers that collect no data, got {label_of(name)} in "
+            "CALIBRATION: copies on other devices are thrown away with what they saw; calibrate "
+            "model.module, or use DistributedDataParallel and sync_observers"
         )
 
 

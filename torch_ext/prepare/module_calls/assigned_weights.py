@@ -26,7 +26,9 @@ def set_attribute(module: nn.Module, name: str, value: Any) -> None:
     """
     chain = _chain(module, name)
     if chain is None:
-        base: Any = next(kind for kind in type(module).__mro__ if not _is_ours(kind))
+        kinds = type(module).__mro__  # before ours may stand one that fully_shard derived
+        ours = max(i for i, kind in enumerate(kinds) if _is_ours(kind))
+        base: Any = kinds[ours + 1]
         base.__setattr__(module, name, value)
         return
     position = next(i for i, step in enumerate(chain) if isinstance(step, FakeQuantize))
