@@ -116,16 +116,16 @@ class TestMisuse:
     @pytest.mark.parametrize(
         ("case", "kind", "text"),
         [
-            ("names", "ValueError", "fc.activation_quantizer on rank 0 alone"),
+            ("names", "ValueError", "fc.input_quantizers.input on rank 0 alone"),
             ("shapes", "ValueError", ".mantissa_bits: 10 on rank 0, 8 on rank 1"),
             ("rules", "ValueError", ".observer: 'percentile' on rank 0, 'kl' on rank 1"),
             ("options", "ValueError", "{'percentile': 99.99} on rank 0, {'percentile': 99.0}"),
             ("channels", "ValueError", "channels.channel_len: 3 on rank 0, 4 on rank 1"),
-            ("state", "ValueError", "conv1.activation_quantizer.state: 'calibration' on rank 0"),
+            ("state", "ValueError", "conv1.input_quantizers.input.state: 'calibration' on rank 0"),
             ("all solved", "RuntimeError", "CALIBRATION or QAT, got validation for conv1.act"),
-            ("twice", "RuntimeError", "hold all ranks' already: conv1.activation_quantizer"),
+            ("twice", "RuntimeError", "hold all ranks' already: conv1.input_quantizers.input"),
             ("twice with more data", "RuntimeError", "hold all ranks' already: conv1.act"),
-            ("statistics broadcast", "RuntimeError", "with rank 0's: conv1.activation_quantizer"),
+            ("statistics broadcast", "RuntimeError", "with rank 0's: conv1.input_quantizers.input"),
             ("no group", "TypeError", "expected group to be a ProcessGroup or None, got 'gloo'"),
         ],
     )

@@ -243,7 +243,7 @@ class TestConvert:
             *("--without", "conv1.act*", *version),
         )
         assert code == 0
-        assert "left out: conv1.activation_quantizer (it is in FLOAT)" in out
+        assert "left out: conv1.input_quantizers.input (it is in FLOAT)" in out
         net = calibrated(BATCHES)
         torch_ext.set_fake_quantize(net, "float", pattern="conv1.act*")
         torch_ext.export.tensorrt_cache(

@@ -74,10 +74,10 @@ def test_names_and_quantizers_that_no_layer_reads(path: Path) -> None:
     read = export.read_ncnn_table(path)
     assert list(read.weights) == ["conv_0_param_0", "dw_1_param_0"]
     assert read.activations["dw_1"] == pytest.approx(
-        (1 / float(net.relu1.activation_quantizer.scale),), rel=1e-7
+        (1 / float(net.add.input_quantizers.b.scale),), rel=1e-7
     )
-    unread = ["conv1.activation_quantizer", "conv2.activation_quantizer"]
-    unread += ["add.activation_quantizer", "fc.activation_quantizer"]
+    unread = ["conv1.input_quantizers.input", "conv2.input_quantizers.input"]
+    unread += ["add.input_quantizers.a", "fc.input_quantizers.input"]
     assert list(report.left_out) == unread
     assert "no Convolution" in report.left_out[unread[0]]
 

@@ -143,7 +143,7 @@ def test_a_net(case: str, tmp_path: Path) -> None:
     assert onnx_runs.check_pairs(net, path, images(9, 5)) == len(report.quantizers) == 9
     with torch.no_grad():
         want = net(images(9, 5))
-    step = float(net.fc.activation_quantizer.calculate_qparams()[0])
+    step = float(net.fc.input_quantizers.input.calculate_qparams()[0])
     for optimized in (False, True):
         (have,) = onnx_runs.run(path, images(9, 5), optimized=optimized)
         assert float((have - want).abs().max()) <= step * 1.001

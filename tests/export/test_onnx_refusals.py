@@ -64,7 +64,7 @@ def not_finite() -> nn.Module:
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, Any], str]] = {
-    "unsolved": (unsolved, images(), {}, "fc.activation_quantizer: it is in CALIBRATION"),
+    "unsolved": (unsolved, images(), {}, "fc.input_quantizers.input: it is in CALIBRATION"),
     "float": (lambda: nn.Linear(2, 2), images(), {}, "expected model to have quantizers, got none"),
     "no model": (lambda: 3, images(), {}, "expected model to be a torch.nn.Module, got 3"),
     "profile": (
@@ -116,13 +116,13 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, Any], str]] = {
         lambda: export_models.solved(activation={"dtype": "uint8"}),
         images(),
         {"profile": "tensorrt"},
-        "conv1.activation_quantizer: its type is uint8, not int8",
+        "conv1.input_quantizers.input: its type is uint8, not int8",
     ),
     "affine": (
         lambda: export_models.solved(activation={"qscheme": "per_tensor_affine"}),
         images(),
         {"profile": "tensorrt"},
-        "relu1.activation_quantizer: its zero point is not 0",
+        "add.input_quantizers.b: its zero point is not 0",
     ),
     "int4": (
         lambda: export_models.solved(weight={"dtype": "int4"}),
@@ -225,7 +225,7 @@ def unpaired(proto: Any) -> None:
 
 def rescaled(proto: Any) -> None:
     pair = node(proto, "input_quantizers.x/dequantized")
-    pair.input[1] = "relu1.activation_quantizer/scale"
+    pair.input[1] = "add.input_quantizers.b/scale"
 
 
 def channelled(proto: Any) -> None:

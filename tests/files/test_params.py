@@ -182,7 +182,7 @@ def test_missing_unexpected_and_mismatched_are_refused_then_reported(
         report = load_observer_params(one, other, strict=False)
         assert "fc.parametrizations.weight.0" in getattr(report, label)
         assert not report.complete
-        assert "conv1.activation_quantizer" in report.loaded
+        assert "conv1.input_quantizers.input" in report.loaded
         assert f"{label}: fc.parametrizations.weight.0" in capsys.readouterr().out
         assert not same(snapshot(other), before) or label == "missing"
 
@@ -226,10 +226,10 @@ def test_nothing_to_load_is_an_error() -> None:
 
 def test_quantizers_without_a_range_are_reported() -> None:
     source, target = solved_net("min_max"), prepared(config("min_max"))
-    source.fc.activation_quantizer.reset_parameters()
+    source.fc.input_quantizers.input.reset_parameters()
     report = load_observer_params(source, target)
-    assert report.unsolved == ["fc.activation_quantizer"]
-    assert not bool(target.fc.activation_quantizer.solved)
+    assert report.unsolved == ["fc.input_quantizers.input"]
+    assert not bool(target.fc.input_quantizers.input.solved)
 
 
 def test_loading_into_validation_ends_passing_through() -> None:

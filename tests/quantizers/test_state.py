@@ -90,9 +90,9 @@ def test_float_in_between_leaves_training_able_to_observe() -> None:
     net = calibrated()
     set_fake_quantize(net, FLOAT)
     set_fake_quantize(net, QAT)
-    before = net.fc.activation_quantizer.range.clone()
+    before = net.fc.input_quantizers.input.range.clone()
     forward(net, images(seed=3) * 9)
-    assert not torch.equal(net.fc.activation_quantizer.range, before)
+    assert not torch.equal(net.fc.input_quantizers.input.range, before)
 
 
 def test_states_are_per_model() -> None:
@@ -162,20 +162,20 @@ def test_allowed_unobserved_quantizers_pass_through_and_then_learn() -> None:
     set_fake_quantize(net, CALIBRATION)
     net.conv1(images())
     set_fake_quantize(net, VALIDATION, allow_unobserved=True)
-    assert net.fc.activation_quantizer.passes_through
-    assert not net.conv1.activation_quantizer.passes_through
+    assert net.fc.input_quantizers.input.passes_through
+    assert not net.conv1.input_quantizers.input.passes_through
     x = torch.randn(2, 3)
-    assert net.fc.activation_quantizer(x) is x
+    assert net.fc.input_quantizers.input(x) is x
     set_fake_quantize(net, FLOAT)
     with warnings.catch_warnings():
         warnings.simplefilter("error", QuantizationWarning)
         set_fake_quantize(net, VALIDATION)  # allowed before
-    assert net.fc.activation_quantizer.passes_through
+    assert net.fc.input_quantizers.input.passes_through
     set_fake_quantize(net, QAT)
     forward(net, images())
     set_fake_quantize(net, VALIDATION)
-    assert not net.fc.activation_quantizer.passes_through
-    assert net.fc.activation_quantizer.solved.tolist() == [1]
+    assert not net.fc.input_quantizers.input.passes_through
+    assert net.fc.input_quantizers.input.solved.tolist() == [1]
 
 
 def test_training_may_start_without_calibration() -> None:
@@ -213,18 +213,18 @@ def test_statistics_go_on_until_reset() -> None:
         set_fake_quantize(net, CALIBRATION)
         forward(net, images(count))
         set_fake_quantize(net, VALIDATION)
-    tally = net.fc.activation_quantizer.observer.tally
+    tally = net.fc.input_quantizers.input.observer.tally
     assert int(tally[0, 0]) == 7 * 3
     reset_statistics(net, "fc.*")
     assert int(tally[0, 0]) == 0
     assert int(net.input_quantizers.x.observer.tally[0, 0]) == 7 * 64
-    assert net.fc.activation_quantizer.solved.tolist() == [1]
+    assert net.fc.input_quantizers.input.solved.tolist() == [1]
 
 
 @pytest.mark.parametrize(
     ("pattern", "chosen"),
     [
-        ("fc.activation_quantizer", {"fc.activation_quantizer"}),
+        ("fc.input_quantizers.input", {"fc.input_quantizers.input"}),
         ("*.parametrizations.*", set(WEIGHTS)),
         (["conv?.a*", "add.*"], {ACTIVATIONS[0], ACTIVATIONS[2], ACTIVATIONS[3]}),
         ("*", set(ACTIVATIONS + WEIGHTS)),
@@ -287,9 +287,9 @@ def test_models_without_quantizers_are_refused() -> None:
 def test_wrappers_do_not_change_names() -> None:
     net = calibrated()
     wrapped = nn.DataParallel(torch.compile(net, backend="eager"))  # type: ignore[arg-type]
-    set_fake_quantize(wrapped, FLOAT, "fc.activation_quantizer")
+    set_fake_quantize(wrapped, FLOAT, "fc.input_quantizers.input")
     assert fake_quantize_states(wrapped) == fake_quantize_states(net)
-    assert net.fc.activation_quantizer.state is FLOAT
+    assert net.fc.input_quantizers.input.state is FLOAT
 
 
 def test_compiled_parts_do_not_change_names() -> None:
