@@ -61,8 +61,8 @@ def test_every_number_reads_back(case: str, path: Path) -> None:
         assert record.spec["method"] == quantizer.method
         assert record.spec["options"] == quantizer.observer.options
         assert record.of == ("weight" if quantizer.transient else record.of)
-    assert read.quantizers["input_quantizers.x"].of == "input"
-    assert read.quantizers["fc.input_quantizers.input"].of == "output"
+    assert read.quantizers["fc.input_quantizers.input"].of == "input"
+    assert read.quantizers["fc.parametrizations.weight.0"].of == "weight"
 
 
 def test_the_digest_is_sha256_of_the_statistic(path: Path) -> None:

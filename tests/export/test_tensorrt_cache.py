@@ -18,11 +18,10 @@ from torch_ext import FakeQuantize, export, named_quantizers
 
 NAMES = {
     "conv1.input_quantizers.input": "(Unnamed Layer* 64) [Shuffle]_output",
-    "add.input_quantizers.b": ["relu:0", "pool: 0"],
-    "conv2.input_quantizers.input": "conv2",
-    "add.input_quantizers.a": "a/b",
-    "fc.input_quantizers.input": "out",
-    "input_quantizers.x": "input_1:0",
+    "conv2.input_quantizers.input": ["relu:0", "pool: 0"],
+    "add.input_quantizers.a": "conv2",
+    "add.input_quantizers.b": "a/b",
+    "fc.input_quantizers.input": "input_1:0",
 }
 
 
@@ -195,21 +194,24 @@ def test_grids_that_tensorrt_does_not_have(keys: Any, reason: str, path: Path) -
     with pytest.raises(ValueError, match="nothing was written") as caught:
         export.tensorrt_cache(net, path, "8.6.1")
     assert f"  conv1.input_quantizers.input: {reason}" in str(caught.value)
-    assert "  input_quantizers.x: " in str(caught.value)
+    assert "  conv2.input_quantizers.input: " in str(caught.value)
     assert not path.exists()
 
 
 @pytest.mark.parametrize(
     ("names", "text"),
     [
-        ({**NAMES, "fc.input_quantizers.input": "conv2"}, "its name 'conv2' is that of conv2.act"),
-        ({**NAMES, "fc.input_quantizers.input": ["o", "o"]}, "'o' is that of fc.activation_quan"),
+        ({**NAMES, "fc.input_quantizers.input": "conv2"}, "its name 'conv2' is that of add.input"),
+        ({**NAMES, "fc.input_quantizers.input": ["o", "o"]}, "'o' is that of fc.input_quan"),
         ({**NAMES, "fc.input_quantizers.input": []}, "fc.input_quantizers.input: names has none"),
         ({**NAMES, "fc.input_quantizers.input": "a\nb"}, "to be printable, got 'a\\nb'"),
         ({**NAMES, "fc.input_quantizers.input": ""}, "to be of 1 to 1024 bytes, got ''"),
         ({**NAMES, "fc.input_quantizers.input": [3]}, "expected its name to be text, got '3'"),
         ({**NAMES, "evil": "x"}, "names: unknown evil; known: conv1.input_quantizers.input"),
-        ({k: v for k, v in NAMES.items() if "x" not in k}, "input_quantizers.x: names has none"),
+        (
+            {k: v for k, v in NAMES.items() if "b" not in k},
+            "add.input_quantizers.b: names has none",
+        ),
     ],
 )
 def test_bad_names(names: Any, text: str, path: Path) -> None:

@@ -84,12 +84,12 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "wide": (
         lambda: solved(activation={}),
         {},
-        "input_quantizers.x: its grid is [-128, 127], not [-127, 127]",
+        "conv1.input_quantizers.input: its grid is [-128, 127], not [-127, 127]",
     ),
     "affine": (
         lambda: solved(activation={"qscheme": "per_tensor_affine", "quant_min": -127}),
         {},
-        "input_quantizers.x: its zero point is not 0",
+        "conv1.input_quantizers.input: its zero point is not 0",
     ),
     "power": (
         lambda: solved(weight=TVM),

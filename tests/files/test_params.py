@@ -87,9 +87,12 @@ def test_training_goes_on_from_the_loaded_range() -> None:
     x = images(seed=8) * 2
     with torch.no_grad():
         target(x)
-    old, batch = source.input_quantizers.x.range, torch.stack(torch.aminmax(x)).reshape(1, 2)
+    old, batch = (
+        source.conv1.input_quantizers.input.range,
+        torch.stack(torch.aminmax(x)).reshape(1, 2),
+    )
     want = (old.double() + 0.01 * (batch.double() - old.double())).float()
-    assert torch.allclose(target.input_quantizers.x.range, want, rtol=1e-6)
+    assert torch.allclose(target.conv1.input_quantizers.input.range, want, rtol=1e-6)
 
 
 def test_a_frozen_model_after_loading_computes_what_validation_did() -> None:
@@ -152,10 +155,10 @@ def test_a_statistic_without_histogram_has_nothing_tiny() -> None:
     with torch.no_grad():
         source(x)
     set_fake_quantize(source, "validation")
-    assert int(source.input_quantizers.x.observer.tally[0, 2]) == 1
+    assert int(source.conv1.input_quantizers.input.observer.tally[0, 2]) == 1
     target = prepared(config("min_max"))
     load_observer_params(source, target)
-    tally = target.input_quantizers.x.observer.tally
+    tally = target.conv1.input_quantizers.input.observer.tally
     assert tally.tolist() == [[x.numel(), 0, 0, 0, 0]]
 
 

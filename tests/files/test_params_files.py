@@ -54,7 +54,9 @@ class TestFiles:
             )
             description = json.loads(file.metadata()["torch_ext"])
         assert (description["kind"], description["version"]) == ("observer_params", 1)
-        assert description["content"]["quantizers"]["input_quantizers.x"]["observer"] == "kl"
+        assert (
+            description["content"]["quantizers"]["conv1.input_quantizers.input"]["observer"] == "kl"
+        )
 
     def test_a_quantizer_alone(self, path: Path) -> None:
         one, other = FakeQuantize(observer="mse"), FakeQuantize(observer="kl")
