@@ -29,8 +29,8 @@ def test_non_finite_data_is_left_out_and_named() -> None:
     with pytest.warns(QuantizationWarning) as caught:
         set_fake_quantize(net, VALIDATION)
     text = str(caught[0].message)
-    assert "input_quantizers.x: 1 infinite and 1 NaN values were left out" in text
-    assert net.input_quantizers.x.range.isfinite().all()
+    assert "conv1.input_quantizers.input: 1 infinite and 1 NaN values were left out" in text
+    assert net.conv1.input_quantizers.input.range.isfinite().all()
 
 
 def test_only_non_finite_data_is_no_data() -> None:
@@ -80,7 +80,7 @@ def test_dead_channels_and_cut_negatives_are_named() -> None:
         set_fake_quantize(net, VALIDATION)
     text = str(caught[0].message)
     assert "conv1.parametrizations.weight.0: nothing to scale in [2] of 4 channels, scale 1" in text
-    assert "input_quantizers.x: negative values, down to -" in text
+    assert "conv1.input_quantizers.input: negative values, down to -" in text
     assert "relu1" not in text
     assert net.conv1.parametrizations.weight[0].scale[2] == 1
 

@@ -171,7 +171,7 @@ class TestPrint:
         calibrate(net, [images()])
         text = repr(net)
         assert "not solved" not in text
-        quantizer = net.fc.activation_quantizer
+        quantizer = net.fc.input_quantizers.input
         (low, high), (scale,) = quantizer.range[0].tolist(), quantizer.scale.tolist()
         assert f"range=[{low:.6g}, {high:.6g}], scale={scale:.6g}" in repr(quantizer)
         weight = net.fc.parametrizations.weight[0]

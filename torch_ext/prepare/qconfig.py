@@ -43,7 +43,7 @@ class QConfig:
     passes ``channel_len``, ``ch_axis`` and ``transient``.
 
     Args:
-        activation: makes quantizers of activations; None leaves them float.
+        activation: makes quantizers of what the module reads; None leaves that float.
         weight: makes quantizers of weights; None leaves them float.
 
     Raises:

@@ -86,8 +86,9 @@ def input_host(who: str, root: nn.Module) -> tuple[str, nn.Module]:
 def end_of(root: nn.Module, position: int) -> tuple[str, nn.Module]:
     """The root's name and itself; of a Sequential, those of its first (0) or last (-1) step."""
     name, host = "", root
-    while type(host).forward is nn.Sequential.forward and len(list(host.children())) > 0:
-        step, host = list(host.named_children())[position]
+    while type(host).forward is nn.Sequential.forward and host._modules:
+        # With a step that is there twice under each of its names, which named_children() has not.
+        step, host = list(host._modules.items())[position]  # type: ignore[assignment]
         name = f"{name}.{step}" if name else step
     return name, host
 
