@@ -222,7 +222,7 @@ def test_other_weights_that_are_no_parameters(kind: Callable[[], nn.Module]) -> 
         net.qconfig = CONFIG  # type: ignore[assignment]
         return net
 
-    what = "a buffer" if kind is Buffer else "an attribute that code of it sets"
+    what = "a buffer" if kind is Buffer else "a plain attribute"
     with pytest.raises(ValueError, match=f"0.weight to be a parameter, got {what}") as error:
         prepare_qat(make())
     for advice in ("an nn.Parameter", "parametrize", "example_inputs", "qconfig=None"):

@@ -232,7 +232,8 @@ class _CalibrationRun:
             if self.skipped == self.resumed.batches and digest(batch) != self.resumed.last_digest:
                 raise ValueError(
                     f"{_WHO}: expected batch {self.skipped} to be the one of the checkpoint, got "
-                    "another: the loader's batches differ from those of the interrupted run"
+                    "another: the loader's batches differ from those of the interrupted run; "
+                    "give the same again, or delete the file"
                 )
             return False
         self.forward(self.model, to_device(batch, self.device))
@@ -249,10 +250,13 @@ class _CalibrationRun:
         if self.resumed is not None and self.skipped < self.resumed.batches:
             raise ValueError(
                 f"{_WHO}: expected the loader to give at least the {self.resumed.batches} batches "
-                f"of the checkpoint, got {self.skipped}"
+                f"of the checkpoint, got {self.skipped}; give the same again, or delete the file"
             )
         if self.batches == 0:
-            raise ValueError(f"{_WHO}: expected the loader to give batches, got none")
+            raise ValueError(
+                f"{_WHO}: expected the loader to give batches, got none; an iterator gives them "
+                "once: pass a list or a DataLoader"
+            )
 
 
 def _check_count(name: str, value: int | None) -> None:

@@ -27,6 +27,7 @@ from torch_ext.quantizers.find import (
     WeightHook,
     computes_weight,
 )
+from torch_ext.utils.text import label_of
 
 OUTPUT = "activation_quantizer"
 SUFFIX = "_quantizer"  # ends the name of every quantizer that is a child; a number may follow
@@ -66,8 +67,8 @@ def check_free(who: str, name: str, module: nn.Module, attribute: str) -> None:
         attribute == _FUNCTIONAL_OUTPUT and isinstance(taken, nn.Identity)
     ):
         raise ValueError(
-            f'{who}: expected "{name}" to have no attribute {attribute}, '
-            f"got a {type(taken).__name__}"
+            f"{who}: expected {label_of(name)} to have no attribute {attribute}, got a "
+            f"{type(taken).__name__}; rename it, or give the module qconfig=None"
         )
 
 
@@ -81,7 +82,7 @@ def check_weight(who: str, name: str, module: nn.Module, parameter: str) -> None
             f"{who}: expected {where} to be initialised, got a lazy one; run a forward first"
         )
     if not (_is_parameter(module, parameter) or is_hooked(module, parameter)):
-        kind = "a buffer" if parameter in module._buffers else "an attribute that code of it sets"
+        kind = "a buffer" if parameter in module._buffers else "a plain attribute"
         raise ValueError(
             f"{who}: expected {where} to be a parameter, got {kind}; make it an nn.Parameter, or "
             "what computes it a parametrization (torch.nn.utils.parametrize), pass example_inputs, "

@@ -303,7 +303,8 @@ class Attachments:
         axis = ch_axis if axis == 0 else axis
         if axis >= len(shape):
             raise ValueError(
-                f"{_WHO}: {where}: expected ch_axis to be below {len(shape)}, got {axis}"
+                f"{_WHO}: {where}: expected ch_axis to be below {len(shape)}, got {axis}; 0 means "
+                "the output channels of every layer"
             )
         return {"transient": True, "ch_axis": axis, "channel_len": shape[axis]}
 
@@ -325,12 +326,12 @@ class Attachments:
         if not isinstance(quantizer, FakeQuantize):
             raise TypeError(
                 f"{_WHO}: {where}: expected the factory to make a FakeQuantize, got "
-                f"{bounded(quantizer)}"
+                f"{bounded(quantizer)}; pass one such as functools.partial(FakeQuantize, ...)"
             )
         if any(quantizer is other for other in self.built):
             raise ValueError(
                 f"{_WHO}: {where}: expected the factory to make a new quantizer at each call, "
-                "got one that it made before"
+                "got one that it made before; pass one such as functools.partial(FakeQuantize, ...)"
             )
         self.built.append(quantizer)
         return quantizer.to(device)

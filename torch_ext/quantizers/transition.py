@@ -19,6 +19,7 @@ from torch_ext.quantizers.solve import (
 from torch_ext.quantizers.state_table import ACCUMULATE, CHANGES, QUANTIZE, FakeQuantState
 from torch_ext.utils.modes import is_exporting
 from torch_ext.utils.text import label_of, shown
+from torch_ext.utils.user_warning import warn_user
 
 
 class QuantizationWarning(UserWarning):
@@ -80,11 +81,10 @@ def change_state(
 def warn_of_state(saved_in: str | None, state: FakeQuantState) -> None:
     """Warns where a checkpoint of VALIDATION is loaded into a model in FLOAT."""
     if state is FakeQuantState.FLOAT and saved_in == FakeQuantState.VALIDATION.value:
-        warnings.warn(
+        warn_user(
             "load_state_dict: the checkpoint was saved in VALIDATION, and the model is in FLOAT, "
             'where it computes without quantization; call set_fake_quantize(model, "validation")',
             QuantizationWarning,
-            stacklevel=3,
         )
 
 
@@ -119,7 +119,7 @@ def check_export(state: str) -> None:
         )
         if not is_exporting():  # by TorchScript, which does not retry
             raise RuntimeError(text)
-        warnings.warn(text, QuantizationWarning, stacklevel=3)
+        warn_user(text, QuantizationWarning)
 
 
 def _without_range(chosen: Mapping[str, Quantizer], solutions: Solutions) -> list[str]:

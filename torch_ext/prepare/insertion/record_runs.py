@@ -58,7 +58,8 @@ def record_modes(
                 ) from error
             warnings.warn(  # it may want targets
                 f"{who}: the example does not run in train mode ({problem}), so calls in train "
-                "mode are expected to be like those in eval mode",
+                "mode are expected to be like those in eval mode; if they are not, pass an example "
+                "that runs in both, as one of example_inputs=[(first,), (second,)]",
                 stacklevel=4,
             )
     return recordings
