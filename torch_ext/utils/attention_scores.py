@@ -79,6 +79,7 @@ class AttentionScores:
         self._layer_read: set[fx.Node] = set()
         self._factors: set[fx.Node] = set()  # first factors of products
         self._weights: set[fx.Node] = set()  # behind an activation they are such factors
+        self._addends: set[fx.Node] = set()  # on the way to scores of a product
         self._flags: set[fx.Node] = set()  # what is multiplied by -1e4 or the like
         for node in reversed(graph.nodes):
             self._look_ahead(node)
@@ -99,6 +100,15 @@ class AttentionScores:
             return False
         operands = self.masked | self._of_product
         return self._name_of(node) == "add" or not operands.isdisjoint(node.all_input_nodes)
+
+    def holds_mask(self, node: fx.Node) -> bool:
+        """Whether a value is a mask on its way to scores, a bias, or scores with one."""
+        return node in self.scores and (node in self.masked or node in self._addends)
+
+    def reads_mask(self, node: fx.Node, operand: fx.Node) -> bool:
+        """Whether a node takes such a value as scores or as what is added to them."""
+        as_scores = self._read_as_scores(operand, node, self._name_of(node))
+        return as_scores and self.holds_mask(operand)
 
     def is_of_masks(self, operands: Collection[fx.Node]) -> bool:
         """Whether operands are masks, or masks and constants."""
@@ -155,6 +165,8 @@ class AttentionScores:
                 self._flags.add(user)
             if self._read_as_scores(node, user, name):
                 self.scores.add(node)
+                if node not in self._of_product and self._adds(user, name):
+                    self._addends.add(node)
         unseen = self._name_of(node) in _PAIRS and not node.users and node not in self._kept
         if node in self._of_product and (node in self._weights or unseen):
             self.scores.add(node)  # unseen: read in compiled code, say
@@ -169,6 +181,11 @@ class AttentionScores:
         if name in _SUM_AND_PRODUCT:
             return user in self.scores and node is _argument(user, 0, "input")
         return name in _STEPS and user in self.scores
+
+    def _adds(self, user: fx.Node, name: str) -> bool:
+        """Whether what is read as scores is added to a product, at once or later."""
+        sums = name in ("scaled_dot_product_attention", *_SUM_AND_PRODUCT)
+        return sums or user in self._addends or (name == "add" and user in self._of_product)
 
     def _factors_of(self, node: fx.Node) -> list[fx.Node]:
         """The factors of a product; nothing for other operations."""
