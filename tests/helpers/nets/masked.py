@@ -254,7 +254,11 @@ class Sdpa(Attention):
         return keep[:, None] if self.boolean else additive(keep, LEAST)
 
     def forward(self, x: Tensor, mask: Any) -> Tensor:
-        return F.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x), mask)
+        q, k, v = (layer(x)[:, None] for layer in (self.q, self.k, self.v))
+        return F.scaled_dot_product_attention(q, k, v, self.merged(mask)[:, None])[:, 0]
+
+    def merged(self, mask: Tensor) -> Tensor:
+        return mask
 
 
 class SdpaOfASum(Sdpa):
@@ -263,11 +267,10 @@ class SdpaOfASum(Sdpa):
     def __init__(self) -> None:
         super().__init__(boolean=False)
 
-    def forward(self, x: Tensor, mask: Any) -> Tensor:
+    def merged(self, mask: Tensor) -> Tensor:
         causal = torch.full((TOKENS, TOKENS), LEAST).triu(1)
         both = mask.expand(-1, TOKENS, TOKENS) + mask.clamp(min=-1.0)
-        both = both + causal
-        return F.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x), attn_mask=both)
+        return both + causal
 
 
 class Einsum(Added):
@@ -336,7 +339,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor, mask: Any) -> Tensor:
         causal = nn.Transformer.generate_square_subsequent_mask(TOKENS)
-        out: Tensor = self.encoder(x, mask=causal, src_key_padding_mask=mask)
+        out: Tensor = self.encoder(x, causal, mask, is_causal=False)
         return out
 
 
