@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import flex_attention
 
 from grid_checks import off_grid
 from nets import masked
@@ -124,6 +125,28 @@ def test_exported(kind: str, strict: bool) -> None:
         assert torch.equal(unmasked(program(X, mask)), unmasked(program(OTHER, mask)))
 
 
+class Flex(masked.Added):
+    """The mask stands in a function that `flex_attention` compiles."""
+
+    def forward(self, x: Tensor, mask: Any) -> Tensor:
+        def with_mask(score: Tensor, batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return score + mask[batch, 0, j]
+
+        q, k, v = (layer(x)[:, None] for layer in (self.q, self.k, self.v))
+        out: Tensor = flex_attention(q, k, v, score_mod=with_mask)
+        return out[:, 0] + v[:, 0]
+
+
+@torch.no_grad()
+def test_flex_attention() -> None:
+    net = Flex(-1e4)
+    mask = net.mask(PADDED)
+    made = ready(net.eval(), CONFIGS["uint8 affine"][0], example_inputs=(X, net.mask(FULL)))
+    assert torch.equal(made(X, mask), net(X, mask))
+    run_calibration(made, X, mask)
+    assert torch.equal(unmasked(made(X, mask)), unmasked(made(OTHER, mask)))
+
+
 # ---- masks in half precision -------------------------------------------------------------------
 
 
@@ -169,6 +192,14 @@ class Residual(Data):
         return self.out(y), y.softmax(-1)
 
 
+class Chain(Data):
+    """A sum that a softmax reads at the end of residual blocks."""
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.one(x) + self.two(x)
+        return (y + self.out(F.relu(y))).softmax(-1)
+
+
 class Gate(Data):
     def forward(self, x: Tensor) -> Any:
         return self.out(torch.sigmoid(self.one(x) + self.two(x)) * self.one(x))
@@ -198,6 +229,7 @@ class Times(Data):
     [
         (Heads(), {"cat_quantizer"}),
         (Residual(), {"one.activation_quantizer", "two.activation_quantizer"}),
+        (Chain(), {"one.activation_quantizer", "two.activation_quantizer"}),
         (Gate(), {"one.activation_quantizer", "two.activation_quantizer", "sigmoid_quantizer"}),
         (Inpainting(), {"cat_quantizer"}),
         (Times(), {"one.activation_quantizer", "sin_quantizer"}),

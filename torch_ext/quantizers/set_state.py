@@ -45,8 +45,9 @@ def set_fake_quantize(
             the message names them.
 
     Warns:
-        QuantizationWarning: non-finite values, channels that are all zero, negative values that
-            clip to 0, or inputs that saw no floating tensor; the message names the quantizers.
+        QuantizationWarning: non-finite values, values with which masks are filled, channels that
+            are all zero, negative values that clip to 0, or inputs that saw no floating tensor; the
+            message names the quantizers.
     """
     change_states(_WHO, model, state, pattern, allow_unobserved)
 

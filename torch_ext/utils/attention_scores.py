@@ -35,10 +35,16 @@ _STEPS = frozenset((
 ))  # fmt: skip
 # What else is done to flags to make a mask of them.
 _OF_FLAGS = _STEPS | {"log", "cumsum", "cumprod", "any", "all", "pow", "abs", "sign", "matmul"}
-_PRODUCTS = ("matmul", "mm", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention")
+_PRODUCTS = (
+    "matmul", "mm", "bmm", "mv", "inner", "tensordot", "baddbmm", "addbmm", "addmm", "einsum",
+    "scaled_dot_product_attention",
+)  # fmt: skip
 # A sum and a product in one; the summand is the first argument.
 _SUM_AND_PRODUCT = ("baddbmm", "addbmm", "addmm")
-_LAYERS = ("linear", "interpolate", "upsample")
+_LAYERS = ("linear", "interpolate", "upsample", "conv")
+# Between a residual sum and the layer that reads it.
+_BEFORE_LAYERS = ("relu", "leaky_relu", "gelu", "silu", "hardswish")
+_NORMS = ("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm")
 
 
 class AttentionScores:
@@ -98,8 +104,9 @@ class AttentionScores:
         """Whether a sum, product or concatenation reads nothing quantized."""
         if node not in self.scores:
             return False
-        operands = self.masked | self._of_product
-        return self._name_of(node) == "add" or not operands.isdisjoint(node.all_input_nodes)
+        if self._name_of(node) == "add":
+            return True
+        return any(n in self.masked or n in self._of_product for n in node.all_input_nodes)
 
     def holds_mask(self, node: fx.Node) -> bool:
         """Whether a value is a mask on its way to scores, a bias, or scores with one."""
@@ -112,9 +119,8 @@ class AttentionScores:
 
     def is_of_masks(self, operands: Collection[fx.Node]) -> bool:
         """Whether operands are masks, or masks and constants."""
-        alone = self.masks.issuperset(operands)
-        known = self.masks | self._constant
-        return alone or (known.issuperset(operands) and not self.masks.isdisjoint(operands))
+        known = all(node in self.masks or node in self._constant for node in operands)
+        return known and not self.masks.isdisjoint(operands)
 
     def _look_back(self, node: fx.Node) -> None:
         """What a node is made of."""
@@ -138,16 +144,17 @@ class AttentionScores:
         inputs = node.all_input_nodes
         if self._name_of(node) not in _OF_FLAGS or not _is_floating(self._value_of(node)):
             return False
-        flags = [n for n in inputs if n in self.masks or _is_whole(self._value_of(n))]
-        known = self._constant.union(flags)
-        return node not in self._constant and bool(flags) and known.issuperset(inputs)
+        flags = {n for n in inputs if n in self.masks or _is_whole(self._value_of(n))}
+        known = all(n in flags or n in self._constant for n in inputs)
+        return known and bool(flags) and node not in self._constant
 
     def _look_ahead(self, node: fx.Node) -> None:
         """What a node is used for."""
         for user in node.users:
             name = self._name_of(user)
-            moves, factors = name in KEEP_VALUES, self._factors_of(user)
-            if name in _LAYERS or name.startswith("conv") or (moves and user in self._layer_read):
+            factors = self._factors_of(user)
+            moves = name in (*KEEP_VALUES, *_BEFORE_LAYERS) or name.startswith(_NORMS)
+            if name.startswith(_LAYERS) or (moves and user in self._layer_read):
                 self._layer_read.add(node)
             steps = name in _STEPS
             if factors[:1] == [node] and self._fixed.isdisjoint(factors):
