@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import types
@@ -19,8 +18,9 @@ from torch_ext.prepare.insertion.assign import align
 from torch_ext.prepare.insertion.functions import LAYER_BY_LAYER, OPENED
 from torch_ext.prepare.insertion.recording import IsFloat, Recording
 from torch_ext.prepare.insertion.user_lines import begins_call, user_line
+from torch_ext.prepare.module_classes import copied
 from torch_ext.utils.arguments import bound_arguments
-from torch_ext.utils.modes import forked_rng
+from torch_ext.utils.modes import undisturbed
 
 _OTHERWISE = "without example_inputs, or give the class a forward"
 _VERSION = Tensor._version.__get__  # type: ignore[attr-defined]
@@ -48,10 +48,12 @@ def record_modes(
     for training in modes:
         problems: list[tuple[str, Exception]] = []
         for example in examples:
+            twins = copied(who, model), copied(who, model)
             try:
-                recordings += _first_and_later(model, example, training, is_float)
+                recordings += _first_and_later(model, twins, example, training, is_float)
             except Exception as error:  # the user's forward: anything may come
-                text = f"at {_failing_line(error)} {type(error).__name__}: {error}"
+                text = str(error).partition("\n")[0]
+                text = f"at {_failing_line(error)} {type(error).__name__}: {text}"
                 problems.append((text, error))
         if not training and problems:
             raise ValueError(
@@ -60,8 +62,8 @@ def record_modes(
         if len(problems) == len(examples):  # it may want targets
             warnings.warn(
                 f"{who}: the example does not run in train mode ({problems[0][0]}), so calls in "
-                "train mode are expected to be like those in eval mode; to have them looked at, "
-                "give a second example that runs there (example_inputs=[(first,), (second,)])",
+                "train mode are expected to be like those in eval mode; if they are not, pass an "
+                "example that runs in both too, as one of example_inputs=[(first,), (second,)]",
                 stacklevel=4,
             )
     for other in recordings[1:]:
@@ -88,14 +90,22 @@ def _failing_line(error: BaseException) -> str:
 
 
 def _first_and_later(
-    model: nn.Module, example: Mapping[str, Any], training: bool, is_float: IsFloat
+    model: nn.Module,
+    twins: tuple[nn.Module, nn.Module],
+    example: Mapping[str, Any],
+    training: bool,
+    is_float: IsFloat,
 ) -> list[Recording]:
-    """A run; and another after it if the first left something behind, as it may go another way."""
-    recording = record(model, example, training, is_float)
+    """A run; and another after it if the first left something behind, as it may go another way.
+
+    ``twins``: copies of the model.
+    """
+    recording = record(twins[0], example, training, is_float)
     if _attributes_of(recording.model) == _attributes_of(model):
         return [recording]
-    warm = _copy_in_mode(model, training)
-    with torch.no_grad(), forked_rng(model):
+    warm = twins[1].train(training)
+    _keep_norms_in_eval(warm)
+    with torch.no_grad(), undisturbed(warm):
         bound = _bound(warm, example)
         warm(*bound.args, **bound.kwargs)
     return [recording, record(warm, example, training, is_float)]
@@ -117,12 +127,10 @@ def _attributes_of(model: nn.Module) -> list[tuple[str, Any]]:
     return found
 
 
-def _copy_in_mode(model: nn.Module, training: bool) -> nn.Module:
-    made = copy.deepcopy(model).train(training)
-    for module in made.modules():
+def _keep_norms_in_eval(model: nn.Module) -> None:
+    for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
-    return made
 
 
 def _bound(model: nn.Module, example: Mapping[str, Any]) -> inspect.BoundArguments:
@@ -132,15 +140,17 @@ def _bound(model: nn.Module, example: Mapping[str, Any]) -> inspect.BoundArgumen
 
 
 def record(
-    model: nn.Module, example: Mapping[str, Any], training: bool, is_float: IsFloat
+    twin: nn.Module, example: Mapping[str, Any], training: bool, is_float: IsFloat
 ) -> Recording:
-    """Runs a copy of the model in one mode; the model and torch's random state stay as they are.
+    """Runs a model in one mode and leaves it changed; see :func:`undisturbed` for what stays.
 
-    ``example``: values by argument of the forward. Batch norms evaluate also while training, since
+    ``twin``: a copy that nothing else uses. ``example``: values by argument of the forward. Batch
+    norms evaluate also while training, since
     they refuse to train on one value per channel.
     """
-    twin = _copy_in_mode(model, training)
-    recording = Recording(twin, is_float)
+    twin.train(training)
+    _keep_norms_in_eval(twin)
+    recording = Recording(twin, example, is_float)
     bound = _bound(twin, example)
     for name, value in bound.arguments.items():
         recording.argument(name, value)
@@ -153,7 +163,7 @@ def record(
         recording.end(forward(*bound.args, **bound.kwargs))
 
     begins_call(recorded_forward.__code__)
-    with torch.no_grad(), forked_rng(model), _RecordMode(recording):
+    with torch.no_grad(), undisturbed(twin), _RecordMode(recording):
         recorded_forward()
     return recording
 
@@ -164,6 +174,8 @@ class _RecordMode(TorchFunctionMode):
         self.recording = recording
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.compiler.is_compiling():  # the user's own torch.compile, flex_attention's too
+            return func(*args, **(kwargs or {}))
         if func == _VERSION:  # asked by the recording itself, between calls of modules
             return func(*args)
         if func in OPENED and not self.recording.hidden:

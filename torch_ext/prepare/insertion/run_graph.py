@@ -20,7 +20,7 @@ _OF_FIRST = (
     "scatter_reduce",
     "masked_fill",
     "masked_scatter",
-    "_written",
+    "written",
 )
 _RANDOM = (
     "rand",
