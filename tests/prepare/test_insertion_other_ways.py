@@ -196,6 +196,30 @@ def test_what_the_first_call_keeps_for_the_second() -> None:
         assert sum(seen.values()) == products
 
 
+@torch.compile(backend="eager")
+def mixed(x: Tensor, y: Tensor) -> Tensor:
+    return torch.cat([x.sin() + y.cos(), x], 1)
+
+
+class CallsCompiled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(12, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(mixed(self.first(x), x))
+
+
+def test_a_function_that_is_compiled_by_itself() -> None:
+    net = ready(CallsCompiled(), example_inputs=tokens())
+    assert {"cat_quantizer", "cos_quantizer", "sin_quantizer"} < names(net)
+    run_calibration(net, tokens())
+    assert off_grid(net, tokens()) == ([], {"linear": 2})
+    with torch.no_grad():
+        whole = torch.compile(net, fullgraph=True, backend="eager")
+        assert torch.equal(whole(tokens()), net(tokens()))
+
+
 class Branches(nn.Module):
     """The same layer at another line in each mode."""
 

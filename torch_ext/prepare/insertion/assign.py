@@ -145,7 +145,9 @@ def make_plan(
         keys = {call: key for recording in recordings for call, key in recording.call_keys.items()}
         link_twins(roots[False], roots[True], keys)
     given = Structures(forward, [recording.example for recording in recordings])
-    return Plan(list(roots.values()), layers | reading, given)
+    plan = Plan(list(roots.values()), layers | reading, given)
+    plan.runs_compiled = any(recording.runs_compiled for recording in recordings)
+    return plan
 
 
 def tracked_modules(model: nn.Module, recordings: list[Recording], plan: Plan) -> list[str]:

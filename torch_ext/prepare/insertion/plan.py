@@ -113,6 +113,9 @@ class Plan:
             given: the examples' arguments.
         """
         self.root = roots[0]
+        # Whether the forward calls functions that are compiled by themselves, which would hide
+        # what they do; they then run as they are written.
+        self.runs_compiled = False
         self.given = given
         self.functions = dict.fromkeys(sorted(functions_with_reads(roots)), True)
         self.layers = dict.fromkeys(sorted(layers), True)

@@ -163,7 +163,9 @@ def record(
         recording.end(forward(*bound.args, **bound.kwargs))
 
     begins_call(recorded_forward.__code__)
-    with torch.no_grad(), undisturbed(twin), _RecordMode(recording):
+    # Functions that the forward has compiled run as they are written.
+    eager = torch.compiler.set_stance("force_eager")
+    with torch.no_grad(), undisturbed(twin), eager, _RecordMode(recording):
         recorded_forward()
     return recording
 

@@ -24,7 +24,11 @@ from torch_ext.prepare.insertion.run_graph import (
     made_of_random_numbers,
     sized_by_data,
 )
-from torch_ext.prepare.insertion.user_lines import calling_lines, instructions
+from torch_ext.prepare.insertion.user_lines import (
+    calling_lines,
+    in_compiled_function,
+    instructions,
+)
 from torch_ext.prepare.module_classes import own_type
 from torch_ext.prepare.quantizable_modules import is_quant_stub
 
@@ -82,6 +86,7 @@ class Recording(RunGraph):
         self._looks: list[tuple[CallPlan, fx.Node]] = []
         self._arguments: dict[CallPlan, list[fx.Node]] = {}
         self._drawn = _python_random_state()
+        self.runs_compiled = False  # functions that are compiled by themselves
         self.hidden = False  # inside a module that is one node
         self.result: Any = None
         self._is_float = is_float
@@ -245,6 +250,7 @@ class Recording(RunGraph):
                 self.busy.add(self._call.module)
             return function(*args, **kwargs)
         lines = calling_lines()
+        self.runs_compiled = self.runs_compiled or in_compiled_function()
         counts = name in (*PLANNED, *DROPOUTS) and not lines.apart and counted(name, args, kwargs)
         index = self._call.add_function_call(name + lines.text) if counts else -1
         inputs = [(t, t._version, self.find(t)) for t in _tensors((args, kwargs))]

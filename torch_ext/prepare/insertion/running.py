@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -68,7 +69,10 @@ def _run_alone(
     try:
         if plan.reads:
             args, kwargs = _read_arguments(call, plan, args, kwargs)
-        if link.plan.functions:
+        if link.plan.runs_compiled and not torch.compiler.is_compiling():
+            with torch.compiler.set_stance("force_eager"), InsertionMode(call):
+                made = layered(module, *args, **kwargs)
+        elif link.plan.functions:
             with InsertionMode(call):
                 made = layered(module, *args, **kwargs)
         else:
