@@ -33,7 +33,7 @@ class Subject:
         self.plain = made(entry)
         self.batches = [inputs_of(entry, seed) for seed in (0, 1)]
         self.prepared: nn.Module | None = None
-        self.trains = True
+        self.trains, self.has_gradients = True, True
         self.float_outputs: Any = None
 
     @property
@@ -86,8 +86,14 @@ def float_equal(subject: Subject, record: Record) -> None:
             output = run(model, subject.batches[0])
             state = torch.get_rng_state()
             loss = _loss(output)
-            if loss is not None and loss.requires_grad:
-                loss.backward()
+            if subject.has_gradients and loss is not None and loss.requires_grad:
+                try:
+                    loss.backward()
+                except RuntimeError as error:
+                    if model is not plain:
+                        raise
+                    subject.has_gradients = False
+                    record["gradients"] = f"the float model does not: {shortened(error)}"
             found.append((output, state, _gradients(model), _buffers(model)))
         (out, state, gradients, buffers), (out2, state2, gradients2, buffers2) = found
         problem = compare.difference(out, out2)
@@ -149,6 +155,9 @@ class _WithoutDropout(grid.GridCount):
 
 
 def qat_step(subject: Subject, record: Record) -> None:
+    if not subject.has_gradients:
+        record["qat"] = record["gradients"]
+        return
     model = copy.deepcopy(subject.model).train(subject.trains)
     set_fake_quantize(model, "qat")
     model.zero_grad()

@@ -219,11 +219,11 @@ _MODELS: dict[str, tuple[Callable[[], Inputs], dict[str, Any]]] = {
     "Swinv2ForImageClassification": (_pixels, _SWIN),
     "ConvNextForImageClassification": (
         _pixels,
-        {"hidden_sizes": [8, 16, 16, 24], "depths": [1, 1, 1, 1], "patch_size": 4},
+        {"hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1], "patch_size": 4},
     ),
     "ConvNextV2ForImageClassification": (
         _pixels,
-        {"hidden_sizes": [8, 16, 16, 24], "depths": [1, 1, 1, 1], "patch_size": 4},
+        {"hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1], "patch_size": 4},
     ),
     "ResNetForImageClassification": (_large, _CNN),
     "RegNetForImageClassification": (_large, _CNN | {"groups_width": 8}),
