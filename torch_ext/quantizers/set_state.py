@@ -48,9 +48,10 @@ def set_fake_quantize(
             the message names them.
 
     Warns:
-        QuantizationWarning: non-finite values, channels that are all zero, negative values that
-            clip to 0, or optional quantizers that saw no floating tensor, such as those of an input
-            that was left out; the message names the quantizers.
+        QuantizationWarning: non-finite values, values with which masks are filled, channels that
+            are all zero, negative values that clip to 0, or optional quantizers that saw no
+            floating tensor, such as those of an input that was left out; the message names the
+            quantizers.
     """
     change_states(_WHO, model, state, pattern, allow_unobserved)
 

@@ -17,6 +17,7 @@ from torch_ext.quantizers.solve import (
     solve_weights,
 )
 from torch_ext.quantizers.state_table import ACCUMULATE, CHANGES, QUANTIZE, FakeQuantState
+from torch_ext.utils.mask_values import mask_advice, mask_fill
 from torch_ext.utils.modes import is_exporting
 from torch_ext.utils.text import label_of, shown
 from torch_ext.utils.user_warning import warn_user
@@ -69,12 +70,13 @@ def change_state(
     if not allow_unobserved:
         _check_have_range(who, [name for name in without if not _may_lack_range(chosen[name])])
 
+    masks = _followed_masks(chosen, target)
     solutions.commit()
     for name, quantizer in chosen.items():
         if allow_unobserved and (name in solutions.unobserved or name in without):
             quantizer.unobserved_allowed = True
         quantizer.enter(target, pass_through=name in without)
-    if notes := [*solutions.findings(), *_idle_inputs(without, chosen)]:
+    if notes := [*solutions.findings(), *masks, *_idle_inputs(without, chosen)]:
         warnings.warn("\n".join([f"{who}:", *notes]), QuantizationWarning, stacklevel=4)
 
 
@@ -148,6 +150,29 @@ def _check_have_range(who: str, names: list[str]) -> None:
             f"{shown(sorted(names), 1000)}; calibrate, train or load_observer_params first, or "
             "pass allow_unobserved=True"
         )
+
+
+def _followed_masks(chosen: Mapping[str, Quantizer], target: FakeQuantState) -> list[str]:
+    """Lines for a warning on leaving QAT: ranges that followed a mask; one transfer per device."""
+    if target is FakeQuantState.QAT:
+        return []
+    by_device: dict[torch.device, dict[str, torch.Tensor]] = {}
+    for name, quantizer in chosen.items():
+        follows = quantizer.state is FakeQuantState.QAT and not quantizer.keeps_range
+        if follows and not quantizer.transient:
+            low, high = quantizer.range.unbind(1)
+            ends = torch.stack([low.min(), high.max()])
+            by_device.setdefault(ends.device, {})[name] = ends
+    found = {
+        name: fill
+        for rows in by_device.values()
+        for name, row in zip(rows, torch.stack(list(rows.values())).tolist(), strict=True)
+        if (fill := mask_fill(*row))
+    }
+    notes = [
+        f"  {label_of(name)}: its range reaches {fill}, as masks do" for name, fill in found.items()
+    ]
+    return [*notes, mask_advice(list(found))] if found else []
 
 
 def _idle_inputs(without: list[str], chosen: Mapping[str, Quantizer]) -> list[str]:

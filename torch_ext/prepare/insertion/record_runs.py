@@ -121,6 +121,8 @@ class _RecordMode(TorchFunctionMode):
         self.recording = recording
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.compiler.is_compiling():  # the user's own torch.compile, flex_attention's too
+            return func(*args, **(kwargs or {}))
         if func == _VERSION:  # asked by the recording itself, between calls of modules
             return func(*args)
         if func in OPENED and not self.recording.hidden:
