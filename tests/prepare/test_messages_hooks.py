@@ -51,6 +51,7 @@ def test_hooks_after_prepare_run(state: Any, compiled: bool, example: Tensor | N
         module.register_forward_pre_hook(lambda _, args: (args[0] * 1.0,))
         module.register_forward_hook(lambda _, __, out: out + 1)
     want = net(X)
+    torch._dynamo.reset()
     run = torch.compile(net, fullgraph=True, backend="eager") if compiled else net
     have = run(X)
     assert same_bits(have.detach(), want.detach()) or state == "qat"  # whose ranges have moved
