@@ -181,4 +181,4 @@ def _idle_inputs(without: list[str], chosen: Mapping[str, Quantizer]) -> list[st
     )
     if not idle:
         return []
-    return [f"  without a floating tensor of their own, pass through: {shown(idle)}"]
+    return [f"  saw no floating tensor of their own, pass through: {shown(idle)}"]
