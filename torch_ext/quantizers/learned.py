@@ -239,7 +239,9 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
         return action  # the range is learned from every value that is quantized
 
     def _quantize(self, x: Tensor, action: str) -> Tensor:
-        observer = self.observer
+        # As in FakeQuantize: Module.__getattr__ is slow.
+        observer: Any = self._modules["observer"]
+        start_zero_point = self._buffers["start_zero_point"]
         parameter: Tensor | None = self._parameters[self._parameter]
         assert parameter is not None
         learns = action in DIFFERENTIATE
@@ -247,9 +249,10 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
             self._start(x, parameter.detach())
             # follow_ wrote to the parameter in place; autograd has to save another tensor.
             parameter = parameter.clone()
-        zero_point = self.start_zero_point if self._per_channel else None
+        zero_point = start_zero_point if self._per_channel else None
         if self.learn_zero_point:
-            zero_point = self.start_zero_point + (self.offset if learns else self.offset.detach())
+            assert start_zero_point is not None
+            zero_point = start_zero_point + (self.offset if learns else self.offset.detach())
         # Axis 0 of an activation is the batch; a weight has none.
         batch_axis = -1 if observer.transient or observer.ch_axis == 0 else 0
         try:
