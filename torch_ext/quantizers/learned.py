@@ -66,6 +66,7 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
         self._start_value = info["start"]
         self._starting = False  # whether the next batch in QAT may set the parameter
         self._starts_by_channel = False  # whether `solved` does not tell that it must not
+        self._keeps_start = False  # whether compiled code has what sets it, also afterwards
         self._check_grid()
         if self._start_value:
             self._start_value = self._parse_start(alpha)
@@ -230,6 +231,8 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
             may_start = self.starts_from_data and not self._is_sharded
             waiting = may_start and (self.solved.is_meta or bool((~self._started()).any()))
             self._starting = waiting
+            # A later graph without it would be one more of the same state.
+            self._keeps_start = may_start and (waiting or self._keeps_start)
             # `solved` is one flag for all channels, and a calibration sets it for zeros too.
             self._starts_by_channel = waiting and (
                 self.observer.channel_len > 1 or self.solved.is_meta or bool(self.solved)
@@ -245,7 +248,7 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
         parameter: Tensor | None = self._parameters[self._parameter]
         assert parameter is not None
         learns = action in DIFFERENTIATE
-        if self._starting and action in FOLLOW:
+        if action in FOLLOW and self._may_start:
             self._start(x, parameter.detach())
             # follow_ wrote to the parameter in place; autograd has to save another tensor.
             parameter = parameter.clone()
@@ -271,12 +274,17 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
             self.check_finite()
             raise
 
+    @property
+    def _may_start(self) -> bool:
+        return self._keeps_start if torch.compiler.is_dynamo_compiling() else self._starting
+
     def _start(self, x: Tensor, parameter: Tensor) -> None:
         """Sets the scale of the channels that have none and are not all zero in ``x``."""
         observer = self.observer
         # follow_ does nothing once `done` is 1, so no host sync is needed to read it.
         done = self.solved
-        if self._starts_by_channel:
+        by_channel = torch.compiler.is_dynamo_compiling() or self._starts_by_channel
+        if by_channel:
             done = self._started().all().to(torch.uint8).view(1)
         ops.follow_(
             x,
@@ -294,7 +302,7 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
             mantissa_bits=observer.mantissa_bits,
             octaves=observer.octaves,
         )
-        if self._starts_by_channel:
+        if by_channel:
             self.solved.bitwise_or_(done)  # 1 if any channel has started
 
     def _set(self, solution: Solution) -> None:
@@ -315,6 +323,7 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
     def reset_parameters(self) -> None:
         super().reset_parameters()
         self._starting = self.starts_from_data
+        self._keeps_start = self._starting and self._action in FOLLOW
         self._starts_by_channel = self._starting and self.observer.channel_len > 1
 
     def shared_values(self) -> Tensor:
