@@ -59,7 +59,8 @@ def pause(call: Call) -> bool:
     if torch.compiler.is_dynamo_compiling():
         return False
     mode = call.mode
-    if mode is None or _get_current_function_mode() is not mode:
+    innermost = _get_current_function_mode()  # type: ignore[no-untyped-call]
+    if mode is None or innermost is not mode:
         return False
     mode.__exit__(None, None, None)
     return True
