@@ -69,11 +69,11 @@ BAD: dict[str, tuple[list[str], str]] = {
     "other models": (["merge", "a.safetensors", "plain", "-o", "out"], "plain: "),
     "unsolved": (
         ["convert", "raw", "--to", "json", "-o", "out.json"],
-        "fc.activation_quantizer: it is in CALIBRATION",
+        "fc.input_quantizers.input: it is in CALIBRATION",
     ),
     "grid": (
         ["convert", "uint8", "--to", "tensorrt-cache", "--version", "8.6.1", "-o", "out"],
-        "fc.activation_quantizer: its grid is [0, 255]",
+        "fc.input_quantizers.input: its grid is [0, 255]",
     ),
     "json's suffix": (
         ["convert", "net.safetensors", "--to", "json", "-o", "out.cache"],

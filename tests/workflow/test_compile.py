@@ -210,7 +210,7 @@ def test_under_autocast_statistics_see_what_the_engine_sees(method: str, compile
     call = torch.compile(net, backend="aot_eager") if compiled else net
     with torch.autocast("cpu", dtype=torch.bfloat16):
         call(images())
-    observed = net.fc.activation_quantizer.observer.extrema
+    observed = net.fc.input_quantizers.input.observer.extrema
     assert same_bits(observed, observed.bfloat16().float())
     assert torch.bfloat16 in seen
     set_fake_quantize(net, "qat")

@@ -16,6 +16,7 @@ from torch_ext.quantizers.find import PreparedModel
 from torch_ext.quantizers.solve import Solution
 from torch_ext.quantizers.state_table import DIFFERENTIATE, FOLLOW, QUANTIZE, FakeQuantState
 from torch_ext.utils.arguments import bounded, parse_flag
+from torch_ext.utils.sharded import whole
 from torch_ext.utils.text import joined, label_of
 
 # The rule that gives lsq's first scale without a calibration.
@@ -135,6 +136,13 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
             name: parameter for name, parameter in self._parameters.items() if parameter is not None
         }
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # DataParallel sets its copies of the parameters as attributes of the module's copy.
+        if "_is_replica" in vars(self) and name in ("scale", "offset", "alpha"):
+            self._parameters[name] = value
+        else:
+            super().__setattr__(name, value)
+
     @property
     def starts_from_data(self) -> bool:
         """Whether, without a calibration, the first batch in QAT sets the parameter (lsq)."""
@@ -248,8 +256,9 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
         parameter: Tensor | None = self._parameters[self._parameter]
         assert parameter is not None
         learns = action in DIFFERENTIATE
-        if action in FOLLOW and self._may_start:
-            self._start(x, parameter.detach())
+        compiling = torch.compiler.is_dynamo_compiling()
+        if action in FOLLOW and (self._keeps_start if compiling else self._starting):
+            self._start(x, parameter.detach(), compiling or self._starts_by_channel)
             # follow_ wrote to the parameter in place; autograd has to save another tensor.
             parameter = parameter.clone()
         zero_point = start_zero_point if self._per_channel else None
@@ -274,34 +283,17 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
             self.check_finite()
             raise
 
-    @property
-    def _may_start(self) -> bool:
-        return self._keeps_start if torch.compiler.is_dynamo_compiling() else self._starting
-
-    def _start(self, x: Tensor, parameter: Tensor) -> None:
+    def _start(self, x: Tensor, parameter: Tensor, by_channel: bool) -> None:
         """Sets the scale of the channels that have none and are not all zero in ``x``."""
         observer = self.observer
         # follow_ does nothing once `done` is 1, so no host sync is needed to read it.
         done = self.solved
-        by_channel = torch.compiler.is_dynamo_compiling() or self._starts_by_channel
         if by_channel:
             done = self._started().all().to(torch.uint8).view(1)
-        ops.follow_(
-            x,
-            self.start_range,
-            parameter,
-            self.start_zero_point,
-            done,
-            0.0,
-            _START,
-            observer.quant_min,
-            observer.quant_max,
-            observer.symmetric,
-            ch_axis=observer.ch_axis,
-            options=(),
-            mantissa_bits=observer.mantissa_bits,
-            octaves=observer.octaves,
-        )
+        tensors = (x, self.start_range, parameter, self.start_zero_point, done)
+        grid = (observer.quant_min, observer.quant_max, observer.symmetric)
+        layout = {"mantissa_bits": observer.mantissa_bits, "octaves": observer.octaves}
+        ops.follow_(*tensors, 0.0, _START, *grid, options=(), ch_axis=observer.ch_axis, **layout)
         if by_channel:
             self.solved.bitwise_or_(done)  # 1 if any channel has started
 
@@ -344,9 +336,8 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
 
 
 def _whole(parameter: Any) -> Tensor:
-    """The detached values of all channels; gathers a DTensor, as FSDP2 leaves it."""
-    value: Tensor = parameter.detach()
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
+    """The detached values of all channels."""
+    return whole(parameter.detach())
 
 
 def _write(parameter: Any, value: Tensor) -> None:
