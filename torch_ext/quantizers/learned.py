@@ -292,8 +292,16 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
             done = self._started().all().to(torch.uint8).view(1)
         tensors = (x, self.start_range, parameter, self.start_zero_point, done)
         grid = (observer.quant_min, observer.quant_max, observer.symmetric)
-        layout = {"mantissa_bits": observer.mantissa_bits, "octaves": observer.octaves}
-        ops.follow_(*tensors, 0.0, _START, *grid, options=(), ch_axis=observer.ch_axis, **layout)
+        ops.follow_(
+            *tensors,
+            0.0,
+            _START,
+            *grid,
+            options=(),
+            ch_axis=observer.ch_axis,
+            mantissa_bits=observer.mantissa_bits,
+            octaves=observer.octaves,
+        )
         if by_channel:
             self.solved.bitwise_or_(done)  # 1 if any channel has started
 
