@@ -52,6 +52,13 @@ struct LearnedBackwardArguments {
   const at::Tensor& grad;
   LearnedArguments forward;
 };
+struct LearnedTangentArguments {
+  const std::optional<at::Tensor>& x_tangent;
+  const std::optional<at::Tensor>& parameter_tangent;
+  const std::optional<at::Tensor>& zero_point_tangent;
+  const std::optional<at::Tensor>& mixed_tangent;
+  LearnedArguments forward;
+};
 // Leading: the types of the arguments in front of x.
 template <class Result, class... Leading>
 using LearnedSignature = Result(Leading..., const at::Tensor&, c10::string_view, const at::Tensor&,
@@ -66,8 +73,14 @@ struct LearnedOp {
 struct LearnedBackwardOp {
   static constexpr const char* name = "torch_ext::_learned_fake_quant_backward";
   using Arguments = LearnedBackwardArguments;
-  using Signature = LearnedSignature<std::tuple<at::Tensor, at::Tensor, at::Tensor>,  //
+  using Signature = LearnedSignature<std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>,
                                      const at::Tensor&>;
+};
+struct LearnedTangentOp {
+  static constexpr const char* name = "torch_ext::_learned_fake_quant_tangent";
+  using Arguments = LearnedTangentArguments;
+  using Tangent = const std::optional<at::Tensor>&;
+  using Signature = LearnedSignature<at::Tensor, Tangent, Tangent, Tangent, Tangent>;
 };
 
 struct FollowArguments {

@@ -60,8 +60,14 @@ TORCH_LIBRARY(torch_ext, m) {
       "int ch_axis=-1, bool use_grad_scaling=True, int batch_axis=-1) -> ";
   m.def(("learned_fake_quant(" + learned + "Tensor").c_str(), tags);
   m.def(
-      ("_learned_fake_quant_backward(Tensor grad, " + learned + "(Tensor, Tensor, Tensor)").c_str(),
+      ("_learned_fake_quant_backward(Tensor grad, " + learned + "(Tensor, Tensor, Tensor, Tensor)")
+          .c_str(),
       tags);
+  m.def(("_learned_fake_quant_tangent(Tensor? x_tangent, Tensor? parameter_tangent, "
+         "Tensor? zero_point_tangent, Tensor? mixed_tangent, " +
+         learned + "Tensor")
+            .c_str(),
+        tags);
   for (const torch_ext::FakeQuantRow& method : torch_ext::fake_quants())
     if (method.learned >= 0) m.def(method_schema(method).c_str(), tags);
 
