@@ -5,7 +5,7 @@
 
 #include "bindings/arguments.h"
 #include "bindings/backend.h"
-#include "bindings/checks.h"
+#include "bindings/contracts.h"
 #include "bindings/recomputing.h"
 #include "bindings/rules.h"
 
@@ -16,10 +16,13 @@ namespace {
 
 // An op's arguments, checked.
 struct Follow {
-  Follow(const char* op, const FollowArguments& arguments);
+  Follow(const char* op, const FollowArguments& arguments)
+      : a(arguments),
+        contract(check_follow(op, arguments)),
+        channels(contract.channels.expect_int()) {}
 
   // The statistic of this batch, empty at first.
-  Transient statistic() const { return {a.x, channels, needs_of(rule), layout}; }
+  Transient statistic() const { return {a.x, channels, needs_of(contract.rule), contract.layout}; }
   // Solves the rule from the batch's statistic and moves range, scale and zero point in place.
   core::SolveJob job(const Transient& statistic) const;
   // Observes the batch and solves, unless the range is to stay as it is.
@@ -29,32 +32,13 @@ struct Follow {
   uint8_t* solved_flag() const { return a.solved.mutable_data_ptr<uint8_t>(); }
 
   const FollowArguments& a;
-  core::DType dtype;
-  int64_t channels;
-  int32_t rule;
-  core::Grid grid;
-  core::HistogramLayout layout;
+  const FollowContract contract;
+  const int64_t channels;
 };
 
-Follow::Follow(const char* op, const FollowArguments& arguments) : a(arguments) {
-  const at::Device device = a.x.device();
-  dtype = check_data(op, "x", a.x);
-  channels = check_axis(op, a.x, a.ch_axis);
-  check_range(op, a.range, channels, device);
-  check_per_channel(op, "scale", a.scale, at::kFloat, channels, device);
-  check_per_channel(op, "zero_point", a.zero_point, at::kInt, channels, device);
-  check_per_channel(op, "solved", a.solved, at::kByte, 1, device);
-  expect(a.averaging_constant >= 0 && a.averaging_constant <= 1, op, "averaging_constant",
-         "between 0 and 1", a.averaging_constant);
-  rule = check_rule(op, text(a.rule));
-  grid = check_grid(op, a.quant_min, a.quant_max, a.symmetric, text(a.scale_rule), a.power_of_two);
-  layout = check_layout(op, a.mantissa_bits, a.octaves);
-  check_rule_use(op, rule, grid, layout, a.options.data(), static_cast<int64_t>(a.options.size()));
-}
-
 core::SolveJob Follow::job(const Transient& statistic) const {
-  return {rule,
-          grid,
+  return {contract.rule,
+          contract.grid,
           a.options.data(),
           statistic.statistic(),
           a.range.mutable_data_ptr<float>(),
@@ -67,8 +51,8 @@ core::SolveJob Follow::job(const Transient& statistic) const {
 void Follow::run(const Backend& backend) const {
   if (recomputing() || (frozen() && !backend.is_cuda() && *solved_flag() != 0)) return;
   const Transient batch = statistic();
-  if (needs_of(rule) != core::Needs::nothing)
-    backend.observe(view_of(a.x, dtype), a.ch_axis, batch.statistic(),
+  if (needs_of(contract.rule) != core::Needs::nothing)
+    backend.observe(view_of(a.x, contract.dtype), a.ch_axis, batch.statistic(),
                     batch.mode(frozen() ? solved_flag() : nullptr));
   backend.solve({job(batch)});
 }
@@ -99,12 +83,12 @@ std::tuple<at::Tensor, at::Tensor> forward(const FollowArguments& a) {
                                parse_rounding(op, text(a.rounding)),
                                parse_mask(op, text(a.mask))};
   const Backend backend(op, a.x);
-  if (!recomputing() && backend.follows_on_chip(follow.rule, follow.dtype, map)) {
+  if (!recomputing() && backend.follows_on_chip(follow.contract.rule, follow.contract.dtype, map)) {
     const Transient batch = follow.statistic();
-    backend.follow_on_chip(follow.job(batch), follow.dtype, map);
+    backend.follow_on_chip(follow.job(batch), follow.contract.dtype, map);
   } else {
     follow.run(backend);
-    backend.fake_quant_forward(follow.dtype, map);
+    backend.fake_quant_forward(follow.contract.dtype, map);
   }
   return {std::move(out), std::move(bits)};
 }
