@@ -3,7 +3,7 @@
 #include <torch/library.h>
 
 #include "bindings/arguments.h"
-#include "bindings/checks.h"
+#include "bindings/layout.h"
 #include "rule_table.h"
 
 // Gradients of the fake-quants that save one bit per element, and registration. Forward and
@@ -11,11 +11,11 @@
 namespace torch_ext::bindings {
 namespace {
 
-at::Tensor masked(const at::Tensor& grad, const at::Tensor& mask) {
+at::Tensor masked(const at::Tensor& grad, const at::Tensor& mask, at::IntArrayRef order) {
   static const auto handle = c10::Dispatcher::singleton()
                                  .findSchemaOrThrow("torch_ext::_fake_quant_backward", "")
                                  .typed<decltype(masked)>();
-  return handle.call(grad, mask);
+  return handle.call(grad, mask, order);
 }
 
 struct Masked {
@@ -23,24 +23,29 @@ struct Masked {
 
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
     if (!grads[0].defined()) return {at::Tensor()};
-    return {masked(grads[0], context->get_saved_variables()[0])};
+    return {masked(grads[0], context->get_saved_variables()[0],
+                   context->saved_data["order"].toIntVector())};
   }
 };
 
 // Gives `out` the derivative of the straight-through map x * mask. That is linear and symmetric:
 // the same op is its backward, its forward derivative, and the derivative of either.
-void differentiate(const at::Tensor& out, const at::Tensor& x, const at::Tensor& mask) {
-  record<Masked>({x}, {out}, [&](AutogradContext& context) { context.save_for_backward({mask}); });
+void differentiate(const at::Tensor& out, const at::Tensor& x, const at::Tensor& mask,
+                   at::IntArrayRef order) {
+  record<Masked>({x}, {out}, [&](AutogradContext& context) {
+    context.save_for_backward({mask});
+    context.saved_data["order"] = order.vec();
+  });
   if (const at::Tensor tangent = tangent_of(x); tangent.defined())
-    set_tangent(out, masked(tangent, mask));
+    set_tangent(out, masked(tangent, mask, order));
 }
 
-at::Tensor masked_autograd(const at::Tensor& grad, const at::Tensor& mask) {
+at::Tensor masked_autograd(const at::Tensor& grad, const at::Tensor& mask, at::IntArrayRef order) {
   const at::Tensor out = [&] {
     const at::AutoDispatchBelowAutograd below;
-    return masked(grad, mask);
+    return masked(grad, mask, order);
   }();
-  differentiate(out, grad, mask);
+  differentiate(out, grad, mask, order);
   return out;
 }
 
@@ -52,7 +57,12 @@ struct Quantizing;
 template <class Op, class ForwardOp, class... Types, auto... kExtra>
 struct Quantizing<Op, ForwardOp, at::Tensor(const at::Tensor&, Types...), kExtra...> {
   static at::Tensor call(const at::Tensor& x, Types... others) {
-    if (differentiates(x)) return std::get<0>(call_op<ForwardOp>(x, others..., kExtra...));
+    // The order goes to forward and backward alike, because strides may change in between: a
+    // compiler chooses others, and vmap calls ForwardOp with slices.
+    if (differentiates(x)) {
+      const std::vector<int64_t> order = order_of(x);
+      return std::get<0>(call_op<ForwardOp>(x, others..., kExtra..., at::IntArrayRef(order)));
+    }
     const at::AutoDispatchBelowAutograd below;
     return call_op<Op>(x, others...);
   }
@@ -62,7 +72,8 @@ constexpr bool kWithMask = true;
 using FollowFakeQuantAutograd =
     Quantizing<FollowFakeQuantOp, FollowForwardOp, FollowFakeQuantOp::Signature, kWithMask>;
 
-// Autograd kernel of an op that returns its output and the packed mask.
+// Autograd kernel of an op that returns its output and the packed mask. Its last argument is the
+// order of memory.
 template <class Op, class Signature = typename Op::Signature>
 struct WithMask;
 template <class Op, class... Types>
@@ -72,7 +83,8 @@ struct WithMask<Op, std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, Types.
       const at::AutoDispatchBelowAutograd below;
       return call_op<Op>(x, others...);
     }();
-    differentiate(std::get<0>(results), x, std::get<1>(results));
+    const at::IntArrayRef order = std::get<sizeof...(Types) - 1>(std::tie(others...));
+    differentiate(std::get<0>(results), x, std::get<1>(results), order);
     return results;
   }
 };

@@ -1,5 +1,6 @@
 #include <ATen/ops/add.h>
 #include <ATen/ops/mul.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include "bindings/arguments.h"
@@ -55,6 +56,16 @@ at::Tensor sum_of(const at::Tensor& a, const at::Tensor& b) {
 }
 at::Tensor product_of(const at::Tensor& a, const at::Tensor& b) {
   return a.defined() && b.defined() ? at::mul(a, b) : at::Tensor();
+}
+
+at::Tensor product_or_zeros(const at::Tensor& a, const at::Tensor& b) {
+  return a.defined() ? at::mul(a, b) : at::zeros_like(b);
+}
+
+// The parameter and the zero point where J depends on them, else undefined. What a gradient does
+// not depend on is no input of its node: compiled autograd cannot add an undefined gradient.
+variable_list factors_of(const at::Tensor& parameter, const at::Tensor& zero_point) {
+  return is_learned(zero_point) ? variable_list{parameter, zero_point} : variable_list(2);
 }
 
 // The arguments without tangents.
@@ -159,17 +170,17 @@ struct OfBackward {
 
   static variable_list backward(AutogradContext* context, const variable_list& ups) {
     const Kept kept(*context, 1);
-    const at::Tensor &grad = kept[0], &zero_point = kept[3];
-    const std::vector<bool> needs = needs_of(*context, {grad, kept[1], kept[2], zero_point});
+    const at::Tensor &grad = kept[0], &parameter = kept[2], &zero_point = kept[3];
+    const variable_list factors = factors_of(parameter, zero_point);
+    const std::vector<bool> needs = needs_of(*context, {grad, factors[0], factors[1]});
     const Derivative up{ups[0], ups[1], is_learned(zero_point) ? ups[2] : at::Tensor(),
                         is_learned(zero_point) ? ups[3] : at::Tensor()};
-    variable_list gradients(4);  // of grad, x, parameter, zero_point
+    variable_list gradients(3);  // of grad, parameter, zero_point
     if (needs[0] && up.any()) gradients[0] = applied(up, kept.arguments);
-    if (is_learned(zero_point) && (needs[2] || needs[3]) &&
-        (up.parameter.defined() || up.zero_point.defined())) {
+    if (needs[1] || needs[2]) {
       const at::Tensor mixed = transposed(grad, kept.arguments).mixed;
-      if (needs[2]) gradients[2] = product_of(up.zero_point, mixed);
-      if (needs[3]) gradients[3] = product_of(up.parameter, mixed);
+      if (needs[1]) gradients[1] = product_or_zeros(up.zero_point, mixed);
+      if (needs[2]) gradients[2] = product_or_zeros(up.parameter, mixed);
     }
     return gradients;
   }
@@ -183,8 +194,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
     return transposed(b.grad, a);
   }();
   const at::Tensor zero_point = defined_or_none(a.zero_point);
-  record<OfBackward>({b.grad, a.x, a.parameter, zero_point},
-                     {d.x, d.parameter, d.zero_point, d.mixed},
+  const variable_list factors = factors_of(a.parameter, zero_point);
+  record<OfBackward>({b.grad, factors[0], factors[1]}, {d.x, d.parameter, d.zero_point, d.mixed},
                      [&](AutogradContext& context) { Kept::keep(context, {b.grad}, a); });
   const at::Tensor of_grad = tangent_of(b.grad), of_parameter = tangent_of(a.parameter),
                    of_zero_point = is_learned(zero_point) ? tangent_of(zero_point) : at::Tensor();
@@ -210,22 +221,19 @@ struct OfTangent {
   static constexpr bool is_traceable = true;
 
   static variable_list backward(AutogradContext* context, const variable_list& ups) {
-    variable_list gradients(7);  // of the four tangents, x, parameter, zero_point
+    variable_list gradients(6);  // of the four tangents, parameter, zero_point
     if (!ups[0].defined()) return gradients;
     const Kept kept(*context, 4);
-    const at::Tensor& zero_point = kept[6];
-    variable_list inputs;
-    for (size_t i = 0; i < gradients.size(); ++i) inputs.push_back(kept[i]);
-    const std::vector<bool> needs = needs_of(*context, inputs);
+    const variable_list factors = factors_of(kept[5], kept[6]);
+    const std::vector<bool> needs =
+        needs_of(*context, {kept[0], kept[1], kept[2], kept[3], factors[0], factors[1]});
     const Derivative d = transposed(ups[0], kept.arguments);
     if (needs[0]) gradients[0] = d.x;
     if (needs[1]) gradients[1] = d.parameter;
     if (needs[2]) gradients[2] = d.zero_point;
     if (needs[3]) gradients[3] = d.mixed;
-    if (is_learned(zero_point)) {
-      if (needs[5]) gradients[5] = product_of(kept[2], d.mixed);
-      if (needs[6]) gradients[6] = product_of(kept[1], d.mixed);
-    }
+    if (needs[4]) gradients[4] = product_or_zeros(kept[2], d.mixed);
+    if (needs[5]) gradients[5] = product_or_zeros(kept[1], d.mixed);
     return gradients;
   }
 };
@@ -243,9 +251,10 @@ at::Tensor tangent(const LearnedTangentArguments& t) {
                                      a.batch_axis);
   }();
   const variable_list tangents{given.x, given.parameter, given.zero_point, given.mixed};
+  const variable_list factors = factors_of(a.parameter, zero_point);
   record<OfTangent>(
-      {given.x, given.parameter, given.zero_point, given.mixed, a.x, a.parameter, zero_point},
-      {out}, [&](AutogradContext& context) { Kept::keep(context, tangents, a); });
+      {given.x, given.parameter, given.zero_point, given.mixed, factors[0], factors[1]}, {out},
+      [&](AutogradContext& context) { Kept::keep(context, tangents, a); });
   Derivative second{tangent_of(given.x), tangent_of(given.parameter), tangent_of(given.zero_point),
                     tangent_of(given.mixed)};
   if (is_learned(zero_point))

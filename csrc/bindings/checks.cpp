@@ -1,6 +1,8 @@
 #include "bindings/checks.h"
 
+#include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "cuda/driver.h"
 #include "rule_table.h"
@@ -48,12 +50,13 @@ c10::SymInt check_axis(const char* op, const at::Tensor& x, int64_t ch_axis) {
   return ch_axis < 0 ? c10::SymInt(1) : x.sym_size(ch_axis);
 }
 
-core::ChannelLayout channel_layout(const at::Tensor& x, int64_t ch_axis) {
-  if (ch_axis < 0) return {1, 1, x.numel()};
-  core::ChannelLayout layout{1, x.size(ch_axis), 1};
-  for (int64_t d = 0; d < ch_axis; ++d) layout.outer *= x.size(d);
-  for (int64_t d = ch_axis + 1; d < x.dim(); ++d) layout.inner *= x.size(d);
-  return layout;
+void check_order(const char* op, at::IntArrayRef order, const at::Tensor& x) {
+  if (order.empty()) return;
+  std::vector<int64_t> sorted = order.vec();
+  std::sort(sorted.begin(), sorted.end());
+  bool all = static_cast<int64_t>(sorted.size()) == x.dim();
+  for (size_t d = 0; all && d < sorted.size(); ++d) all = sorted[d] == static_cast<int64_t>(d);
+  expect(all, op, "order", c10::str("empty or the ", x.dim(), " axes"), order);
 }
 
 core::HistogramLayout check_layout(const char* op, int64_t mantissa_bits, int64_t octaves) {

@@ -43,8 +43,8 @@ core::DType dtype_of(const at::Tensor& x);
 // Number of channels of x: 1 for ch_axis -1.
 c10::SymInt check_axis(const char* op, const at::Tensor& x, int64_t ch_axis);
 
-// The shape of x as [outer, channels, inner]; the data is contiguous.
-core::ChannelLayout channel_layout(const at::Tensor& x, int64_t ch_axis);
+// An order of x's axes, or empty.
+void check_order(const char* op, at::IntArrayRef order, const at::Tensor& x);
 
 // The statistic in these tensors: extrema float32 [C, 2], tally int64 [C, 5], counts int64 [C, 2,
 // octaves, 2^mantissa_bits] or [C, 2, 0, 0]. C has to be `channels`, where given. `prefix` goes

@@ -45,14 +45,17 @@ FakeQuantContract check_fake_quant(const char* op, const FakeQuantArguments& a) 
          a.quant_min);
   expect(a.quant_max > a.quant_min && a.quant_max <= 65535, op, "quant_max",
          "more than quant_min and at most 65535", a.quant_max);
+  check_order(op, a.order, a.x);
   check_qparam_values(op, a);
   return {dtype, parse_mask(op, text(a.mask)), parse_rounding(op, text(a.rounding))};
 }
 
-core::DType check_fake_quant_backward(const at::Tensor& grad, const at::Tensor& mask) {
+core::DType check_fake_quant_backward(const at::Tensor& grad, const at::Tensor& mask,
+                                      at::IntArrayRef order) {
   constexpr const char* op = "_fake_quant_backward";
   const core::DType dtype = check_data(op, "grad", grad);
   check_per_channel(op, "mask", mask, at::kByte, (grad.sym_numel() + 7) / 8, grad.device());
+  check_order(op, order, grad);
   return dtype;
 }
 
@@ -117,6 +120,7 @@ FollowContract check_follow(const char* op, const FollowArguments& a) {
   check_per_channel(op, "scale", a.scale, at::kFloat, contract.channels, device);
   check_per_channel(op, "zero_point", a.zero_point, at::kInt, contract.channels, device);
   check_per_channel(op, "solved", a.solved, at::kByte, 1, device);
+  check_order(op, a.order, a.x);
   expect(a.averaging_constant >= 0 && a.averaging_constant <= 1, op, "averaging_constant",
          "between 0 and 1", a.averaging_constant);
   contract.rule = check_rule(op, text(a.rule));

@@ -22,7 +22,8 @@ struct FakeQuantContract {
   core::Rounding rounding;
 };
 FakeQuantContract check_fake_quant(const char* op, const FakeQuantArguments& a);
-core::DType check_fake_quant_backward(const at::Tensor& grad, const at::Tensor& mask);
+core::DType check_fake_quant_backward(const at::Tensor& grad, const at::Tensor& mask,
+                                      at::IntArrayRef order);
 
 struct LearnedContract {
   const FakeQuantRow& row;

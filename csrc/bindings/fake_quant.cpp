@@ -6,23 +6,24 @@
 #include "bindings/arguments.h"
 #include "bindings/backend.h"
 #include "bindings/contracts.h"
+#include "bindings/layout.h"
 
 // fake_quant: quantize and dequantize, with the mask of the straight-through gradient.
 namespace torch_ext::bindings {
 namespace {
 
 // Returns x quantized and dequantized; sets *bits, where not null, to the packed mask, uint8
-// [(numel + 7) / 8].
-at::Tensor run(const FakeQuantArguments& a, at::Tensor* bits) {
+// [(numel + 7) / 8], in the order of memory.
+at::Tensor run(const FakeQuantArguments& a, at::IntArrayRef order, at::Tensor* bits) {
   constexpr const char* op = "fake_quant";
   const FakeQuantContract contract = check_fake_quant(op, a);
-  const c10::MaybeOwned<at::Tensor> data = a.x.expect_contiguous();
-  at::Tensor out = at::empty(a.x.sizes(), a.x.options());
+  at::Tensor out = empty_in(order, a.x);
+  const at::Tensor data = with_strides_of(out, a.x);
   if (bits != nullptr) *bits = at::empty({(a.x.numel() + 7) / 8}, a.x.options().dtype(at::kByte));
-  const core::FakeQuantJob job{data->const_data_ptr(),
+  const core::FakeQuantJob job{data.const_data_ptr(),
                                out.mutable_data_ptr(),
                                bits == nullptr ? nullptr : bits->mutable_data_ptr<uint8_t>(),
-                               channel_layout(a.x, a.ch_axis),
+                               channel_layout(out, a.ch_axis),
                                a.scale.const_data_ptr<float>(),
                                a.zero_point.const_data_ptr<int32_t>(),
                                static_cast<int32_t>(a.quant_min),
@@ -33,20 +34,22 @@ at::Tensor run(const FakeQuantArguments& a, at::Tensor* bits) {
   return out;
 }
 
-at::Tensor fake_quant(const FakeQuantArguments& arguments) { return run(arguments, nullptr); }
+at::Tensor fake_quant(const FakeQuantArguments& arguments) {
+  return run(arguments, order_of(arguments.x), nullptr);
+}
 
 std::tuple<at::Tensor, at::Tensor> forward(const FakeQuantArguments& arguments) {
   at::Tensor bits;
-  at::Tensor out = run(arguments, &bits);
+  at::Tensor out = run(arguments, arguments.order, &bits);
   return {std::move(out), std::move(bits)};
 }
 
-at::Tensor backward(const at::Tensor& grad, const at::Tensor& mask) {
-  const core::DType dtype = check_fake_quant_backward(grad, mask);
-  const c10::MaybeOwned<at::Tensor> data = grad.expect_contiguous();
-  at::Tensor dx = at::empty(grad.sizes(), grad.options());
+at::Tensor backward(const at::Tensor& grad, const at::Tensor& mask, at::IntArrayRef order) {
+  const core::DType dtype = check_fake_quant_backward(grad, mask, order);
+  at::Tensor dx = empty_in(order, grad);
+  const at::Tensor data = with_strides_of(dx, grad);
   Backend("_fake_quant_backward", grad)
-      .fake_quant_backward(dtype, data->const_data_ptr(), mask.const_data_ptr<uint8_t>(),
+      .fake_quant_backward(dtype, data.const_data_ptr(), mask.const_data_ptr<uint8_t>(),
                            dx.mutable_data_ptr(), grad.numel());
   return dx;
 }

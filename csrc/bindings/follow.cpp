@@ -6,6 +6,7 @@
 #include "bindings/arguments.h"
 #include "bindings/backend.h"
 #include "bindings/contracts.h"
+#include "bindings/layout.h"
 #include "bindings/recomputing.h"
 #include "bindings/rules.h"
 
@@ -64,18 +65,18 @@ void follow_(const FollowArguments& arguments) {
 }
 
 // x quantized with the range that has followed it, and the packed mask: uint8
-// [(numel + 7) / 8], or [0] without `with_mask`.
-std::tuple<at::Tensor, at::Tensor> forward(const FollowArguments& a) {
+// [(numel + 7) / 8] in the order of memory, or [0] without `with_mask`.
+std::tuple<at::Tensor, at::Tensor> quantized(const FollowArguments& a, at::IntArrayRef order) {
   constexpr const char* op = "follow_fake_quant";
   const Follow follow(op, a);
-  const c10::MaybeOwned<at::Tensor> data = a.x.expect_contiguous();
-  at::Tensor out = at::empty(a.x.sizes(), a.x.options());
+  at::Tensor out = empty_in(order, a.x);
+  const at::Tensor data = with_strides_of(out, a.x);
   at::Tensor bits =
       at::empty({a.with_mask ? (a.x.numel() + 7) / 8 : 0}, a.x.options().dtype(at::kByte));
-  const core::FakeQuantJob map{data->const_data_ptr(),
+  const core::FakeQuantJob map{data.const_data_ptr(),
                                out.mutable_data_ptr(),
                                a.with_mask ? bits.mutable_data_ptr<uint8_t>() : nullptr,
-                               channel_layout(a.x, a.ch_axis),
+                               channel_layout(out, a.ch_axis),
                                a.scale.const_data_ptr<float>(),
                                a.zero_point.const_data_ptr<int32_t>(),
                                static_cast<int32_t>(a.quant_min),
@@ -93,8 +94,12 @@ std::tuple<at::Tensor, at::Tensor> forward(const FollowArguments& a) {
   return {std::move(out), std::move(bits)};
 }
 
+std::tuple<at::Tensor, at::Tensor> forward(const FollowArguments& arguments) {
+  return quantized(arguments, arguments.order);
+}
+
 at::Tensor follow_fake_quant(const FollowArguments& arguments) {
-  return std::get<0>(forward(arguments));
+  return std::get<0>(quantized(arguments, order_of(arguments.x)));
 }
 
 void register_ops(torch::Library& m) {

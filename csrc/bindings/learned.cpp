@@ -9,6 +9,7 @@
 #include "bindings/arguments.h"
 #include "bindings/backend.h"
 #include "bindings/contracts.h"
+#include "bindings/layout.h"
 #include "rule_table.h"
 
 // Fake-quants with a learned parameter: one op for all methods, and an op of each method's name.
@@ -29,12 +30,12 @@ struct Checked {
 };
 
 at::Tensor forward_of(const char* op, const Checked& l, const at::Tensor& x) {
-  const c10::MaybeOwned<at::Tensor> data = x.expect_contiguous();
-  at::Tensor out = at::empty(x.sizes(), x.options());
-  core::FakeQuantJob job{data->const_data_ptr(),
+  at::Tensor out = empty_in(order_of(x), x);
+  const at::Tensor data = with_strides_of(out, x);
+  core::FakeQuantJob job{data.const_data_ptr(),
                          out.mutable_data_ptr(),
                          nullptr,
-                         channel_layout(x, l.ch_axis),
+                         channel_layout(out, l.ch_axis),
                          l.parameter.const_data_ptr<float>(),
                          l.zero_points(),
                          static_cast<int32_t>(l.quant_min),
@@ -52,20 +53,20 @@ struct Gradients {
 
 Gradients backward_of(const char* op, const Checked& l, const at::Tensor& grad,
                       const at::Tensor& x) {
-  const c10::MaybeOwned<at::Tensor> data = x.expect_contiguous(),
-                                    upstream = grad.expect_contiguous();
+  at::Tensor dx = empty_in(order_of(x), x);
+  const at::Tensor data = with_strides_of(dx, x), upstream = with_strides_of(dx, grad);
   const auto per_channel = [&](bool used) {
     return used ? at::empty(l.parameter.sizes(), l.parameter.options())
                 : at::zeros(l.parameter.sizes(), l.parameter.options());
   };
-  Gradients gradients{at::empty(x.sizes(), x.options()), per_channel(true),
-                      per_channel(l.learns_zero_point), per_channel(l.learns_zero_point)};
+  Gradients gradients{dx, per_channel(true), per_channel(l.learns_zero_point),
+                      per_channel(l.learns_zero_point)};
   const core::LearnedJob job{
       l.method,
-      data->const_data_ptr(),
-      upstream->const_data_ptr(),
+      data.const_data_ptr(),
+      upstream.const_data_ptr(),
       gradients.dx.mutable_data_ptr(),
-      channel_layout(x, l.ch_axis),
+      channel_layout(dx, l.ch_axis),
       l.parameter.const_data_ptr<float>(),
       l.zero_points(),
       static_cast<int32_t>(l.quant_min),
@@ -83,14 +84,14 @@ at::Tensor tangent_of(const char* op, const Checked& l, const LearnedTangentArgu
   const auto values = [](const std::optional<at::Tensor>& given) {
     return given ? given->const_data_ptr<float>() : nullptr;
   };
-  const at::Tensor data = x.contiguous();
-  const at::Tensor x_tangent = t.x_tangent ? t.x_tangent->contiguous() : at::Tensor();
-  at::Tensor out = at::empty(x.sizes(), x.options());
+  at::Tensor out = empty_in(order_of(x), x);
+  const at::Tensor data = with_strides_of(out, x);
+  const at::Tensor x_tangent = t.x_tangent ? with_strides_of(out, *t.x_tangent) : at::Tensor();
   const core::TangentJob job{l.method,
                              data.const_data_ptr(),
                              x_tangent.defined() ? x_tangent.const_data_ptr() : nullptr,
                              out.mutable_data_ptr(),
-                             channel_layout(x, l.ch_axis),
+                             channel_layout(out, l.ch_axis),
                              l.parameter.const_data_ptr<float>(),
                              l.zero_points(),
                              static_cast<int32_t>(l.quant_min),

@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "bindings/contracts.h"
+#include "bindings/layout.h"
 
 // Meta kernels: shapes and types of the results, for tracing.
 namespace torch_ext::bindings {
@@ -12,7 +13,7 @@ namespace {
 
 using Text = c10::string_view;
 
-at::Tensor like(const at::Tensor& x) { return at::empty_symint(x.sym_sizes(), x.options()); }
+at::Tensor like(const at::Tensor& x) { return empty_in(order_of(x), x); }
 
 // One bit per element, in bytes.
 at::Tensor mask_of(const at::Tensor& x, bool kept = true) {
@@ -26,12 +27,13 @@ at::Tensor fake_quant(const FakeQuantArguments& a) {
 }
 
 std::tuple<at::Tensor, at::Tensor> forward(const FakeQuantArguments& a) {
-  return {fake_quant(a), mask_of(a.x)};
+  check_fake_quant("fake_quant", a);
+  return {empty_in(a.order, a.x), mask_of(a.x)};
 }
 
-at::Tensor backward(const at::Tensor& grad, const at::Tensor& mask) {
-  check_fake_quant_backward(grad, mask);
-  return like(grad);
+at::Tensor backward(const at::Tensor& grad, const at::Tensor& mask, at::IntArrayRef order) {
+  check_fake_quant_backward(grad, mask, order);
+  return empty_in(order, grad);
 }
 
 at::Tensor learned_fake_quant(const LearnedArguments& a) {
@@ -64,15 +66,22 @@ void merge_(const at::Tensor& extrema, const at::Tensor& tally, const at::Tensor
 
 void follow_(const FollowArguments& a) { check_follow("follow_", a); }
 
-std::tuple<at::Tensor, at::Tensor> follow_forward(const FollowArguments& a) {
+void check_follow_fake_quant(const FollowArguments& a) {
   constexpr const char* op = "follow_fake_quant";
   check_follow(op, a);
   parse_mask(op, text(a.mask));
   parse_rounding(op, text(a.rounding));
-  return {like(a.x), mask_of(a.x, a.with_mask)};
 }
 
-at::Tensor follow_fake_quant(const FollowArguments& a) { return std::get<0>(follow_forward(a)); }
+at::Tensor follow_fake_quant(const FollowArguments& a) {
+  check_follow_fake_quant(a);
+  return like(a.x);
+}
+
+std::tuple<at::Tensor, at::Tensor> follow_forward(const FollowArguments& a) {
+  check_follow_fake_quant(a);
+  return {empty_in(a.order, a.x), mask_of(a.x, a.with_mask)};
+}
 
 at::Tensor range_of(const at::Tensor& extrema) {
   return at::empty_symint({extrema.sym_size(0), 2}, extrema.options().dtype(at::kFloat));

@@ -50,10 +50,10 @@ TORCH_LIBRARY(torch_ext, m) {
       tags);
   m.def(
       "_fake_quant_forward(Tensor x, Tensor scale, Tensor zero_point, int quant_min, int "
-      "quant_max, "
-      "int ch_axis=-1, str mask=\"rounded\", str rounding=\"half_even\") -> (Tensor, Tensor)",
+      "quant_max, int ch_axis=-1, str mask=\"rounded\", str rounding=\"half_even\", "
+      "int[] order=[]) -> (Tensor, Tensor)",
       tags);
-  m.def("_fake_quant_backward(Tensor grad, Tensor mask) -> Tensor", tags);
+  m.def("_fake_quant_backward(Tensor grad, Tensor mask, int[] order=[]) -> Tensor", tags);
 
   const std::string learned =
       "Tensor x, str method, Tensor parameter, Tensor? zero_point, int quant_min, int quant_max, "
@@ -106,7 +106,7 @@ TORCH_LIBRARY(torch_ext, m) {
   m.def(("follow_" + follow + ") -> ()").c_str(), any_layout);
   m.def(("follow_fake_quant" + follow + quantize + ") -> Tensor").c_str(), tags);
   m.def(("_follow_fake_quant_forward" + follow + quantize +
-         ", bool with_mask=True) -> (Tensor, Tensor)")
+         ", bool with_mask=True, int[] order=[]) -> (Tensor, Tensor)")
             .c_str(),
         tags);
   m.def(

@@ -165,3 +165,17 @@ def test_without_gradient_nothing_is_recorded():
     with torch.inference_mode():
         assert not ops.fake_quant(x, *args).requires_grad
     assert ops.fake_quant(x, *args).requires_grad
+
+
+@pytest.mark.parametrize("of_x", [False, True])
+def test_the_scale_is_a_constant_as_in_torchs_op(of_x: bool):
+    for function in (ops.fake_quant, torch.fake_quantize_per_tensor_affine):
+        x = torch.ones(8, requires_grad=of_x)
+        scale, zero_point = qparams_tensors(0.1, 0)
+        scale.requires_grad_()
+        out = function(x, scale, zero_point, -128, 127)
+        assert out.requires_grad == of_x
+        if of_x:
+            out.sum().backward()
+            assert x.grad is not None
+        assert scale.grad is None
