@@ -46,7 +46,7 @@ def set_fake_quantize(
 
     Warns:
         QuantizationWarning: non-finite values, channels that are all zero, negative values that
-            clip to 0, or inputs that saw no floating tensor; the message names the quantizers.
+            clip to 0, or quantizers that may do without data and saw none; the message names them.
     """
     change_states(_WHO, model, state, pattern, allow_unobserved)
 

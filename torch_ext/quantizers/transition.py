@@ -142,4 +142,4 @@ def _idle_inputs(without: list[str], chosen: Mapping[str, Quantizer]) -> list[st
     idle = sorted(
         name for name in without if chosen[name].optional and not chosen[name].unobserved_allowed
     )
-    return [f"  inputs that saw no floating tensor pass through: {shown(idle)}"] if idle else []
+    return [f"  quantizers that saw no floating tensor pass through: {shown(idle)}"] if idle else []
