@@ -6,6 +6,7 @@
 #include "bindings/arguments.h"
 #include "bindings/backend.h"
 #include "bindings/checks.h"
+#include "bindings/exclusive.h"
 #include "bindings/recomputing.h"
 #include "bindings/rules.h"
 
@@ -76,6 +77,7 @@ void Follow::run(const Backend& backend) const {
 void follow_(const FollowArguments& arguments) {
   constexpr const char* op = "follow_";
   const Follow follow(op, arguments);
+  const Exclusive exclusive(arguments.range);
   follow.run(Backend(op, arguments.x));
 }
 
@@ -98,6 +100,7 @@ std::tuple<at::Tensor, at::Tensor> forward(const FollowArguments& a) {
                                static_cast<int32_t>(a.quant_max),
                                parse_rounding(op, text(a.rounding)),
                                parse_mask(op, text(a.mask))};
+  const Exclusive exclusive(a.range);
   const Backend backend(op, a.x);
   if (!recomputing() && backend.follows_on_chip(follow.rule, follow.dtype, map)) {
     const Transient batch = follow.statistic();

@@ -7,6 +7,7 @@
 
 #include "bindings/backend.h"
 #include "bindings/checks.h"
+#include "bindings/exclusive.h"
 #include "bindings/recomputing.h"
 #include "bindings/rules.h"
 
@@ -48,6 +49,7 @@ void observe_(const at::Tensor& x, const at::Tensor& extrema, const at::Tensor& 
   const core::Statistic into = check_statistic(op, extrema, tally, counts, channels);
   expect(extrema.device() == x.device(), op, "extrema", x.device(), extrema.device());
   if (recomputing()) return;
+  const Exclusive exclusive(tally);
   Backend(op, x).observe(view_of(x, dtype), ch_axis, into);
 }
 
@@ -62,6 +64,7 @@ void merge_(const at::Tensor& extrema, const at::Tensor& tally, const at::Tensor
          other_extrema.device());
   expect(other_counts.sizes() == counts.sizes(), op, "other_counts", counts.sizes(),
          other_counts.sizes());
+  const Exclusive exclusive(tally);
   Backend(op, extrema).merge(into, from);
 }
 

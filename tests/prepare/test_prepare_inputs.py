@@ -165,11 +165,11 @@ def empty_linear() -> nn.Module:
 
 class Hostile:
     @staticmethod
-    def weight_norm() -> nn.Module:
+    def plain_weight() -> nn.Module:
         layer = nn.Linear(2, 2)
         weight = layer.weight.detach().clone()
         del layer.weight
-        layer.weight = weight  # as the hook-based weight norm leaves it
+        layer.weight = weight
         return layer
 
     @staticmethod
@@ -186,9 +186,9 @@ class TestRefusals:
             (nn.LazyLinear(2), "1.weight to be initialised, got a lazy one"),
             (nn.Embedding(3, 2, sparse=True), "1.weight to have dense gradients and no max_norm"),
             (nn.Embedding(3, 2, max_norm=1.0), "max_norm=1.0; give the module qconfig=None"),
-            (Hostile.weight_norm(), "1.weight to be a parameter, got a Tensor"),
+            (Hostile.plain_weight(), "1.weight to be a parameter, got a plain attribute"),
             (empty_linear(), "1.weight to be floating and not empty"),
-            (Hostile.taken(), '"1" to have no attribute input_quantizers, got a Identity'),
+            (Hostile.taken(), "expected 1 to have no attribute input_quantizers, got a Identity"),
         ],
     )
     def test_modules_that_cannot_be_quantized(self, layer: nn.Module, text: str) -> None:

@@ -113,7 +113,7 @@ class Attachments:
                 done.add(key)
             assignment.add(placement)
         if self.built:
-            link = Link(make_plan(recordings, self._layers()))
+            link = Link(make_plan(self.root.forward, recordings, self._layers()))
             for name in tracked_modules(self.root, recordings, link.plan):
                 place = Place(name, link)
                 module = self.root.get_submodule(name)
@@ -272,6 +272,11 @@ class Attachments:
         groups, shape = grouped_shape(module, weight.shape)
         keys = self._weight_keys(where, factory, weight.device, target.ch_axis, shape)
         quantizer = self._build(where, factory, weight.device, **keys)
+        if attach.is_hooked(module, parameter):
+            attach.check_called(_WHO, self.root, name, parameter)
+            attach.check_free(_WHO, name, module, f"{parameter}{attach.SUFFIX}")
+            self.steps.append(lambda: attach.attach_hook(module, parameter, quantizer))
+            return
         chain: list[nn.Module] = [quantizer]
         if pair is not None:
             parent = self.root.get_submodule(pair.norm.rpartition(".")[0])
@@ -298,7 +303,8 @@ class Attachments:
         axis = ch_axis if axis == 0 else axis
         if axis >= len(shape):
             raise ValueError(
-                f"{_WHO}: {where}: expected ch_axis to be below {len(shape)}, got {axis}"
+                f"{_WHO}: {where}: expected ch_axis to be below {len(shape)}, got {axis}; 0 means "
+                "the output channels of every layer"
             )
         return {"transient": True, "ch_axis": axis, "channel_len": shape[axis]}
 
@@ -320,12 +326,12 @@ class Attachments:
         if not isinstance(quantizer, FakeQuantize):
             raise TypeError(
                 f"{_WHO}: {where}: expected the factory to make a FakeQuantize, got "
-                f"{bounded(quantizer)}"
+                f"{bounded(quantizer)}; pass one such as functools.partial(FakeQuantize, ...)"
             )
         if any(quantizer is other for other in self.built):
             raise ValueError(
                 f"{_WHO}: {where}: expected the factory to make a new quantizer at each call, "
-                "got one that it made before"
+                "got one that it made before; pass one such as functools.partial(FakeQuantize, ...)"
             )
         self.built.append(quantizer)
         return quantizer.to(device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -13,9 +12,11 @@ from torch_ext.prepare.attach import attached
 from torch_ext.prepare.attachments import Attachments
 from torch_ext.prepare.describe import describe
 from torch_ext.prepare.fuse import warn_of_left
+from torch_ext.prepare.module_classes import copied
 from torch_ext.prepare.qconfig import Factory, Mapped, QConfig, QConfigMapping
 from torch_ext.quantizers.find import check_model
 from torch_ext.utils.arguments import bounded, parse_flag
+from torch_ext.utils.text import label_of
 
 _WHO = "prepare_qat"
 M = TypeVar("M", bound=nn.Module)
@@ -119,7 +120,7 @@ def prepare_qat(
         )
     _check_float(model)
     configs = QConfigMapping(_WHO, model, mapping, by_forward=example_inputs is not None)
-    prepared = model if inplace else copy.deepcopy(model)
+    prepared = model if inplace else copied(_WHO, model)
     plan = Attachments(prepared, configs)
     outputs = _activation_of("output_qconfig", output_qconfig)
     by_default = isinstance(input_qconfig, _FromModel)
@@ -127,11 +128,17 @@ def prepare_qat(
     if example_inputs is not None:
         plan.add_inserted(by_default or inputs, outputs, example_inputs, fold_batch_norms)
     elif fold_batch_norms:
-        raise ValueError(f"{_WHO}: expected example_inputs with fold_batch_norms=True, got None")
+        raise ValueError(
+            f"{_WHO}: expected example_inputs with fold_batch_norms=True, got None; pass a batch, "
+            "or fold the norms for good with fuse"
+        )
     else:
         plan.add_modules(inputs, outputs)
     if not plan.built:
-        raise ValueError(f"{_WHO}: expected model to have modules to quantize, found none")
+        raise ValueError(
+            f"{_WHO}: expected model to have modules to quantize, found none with a QConfig that "
+            "has a factory; functions are found with example_inputs"
+        )
     warn_of_left(_WHO, plan.norms.left, has_example=True)
     plan.carry_out()
     if verbose:
@@ -143,11 +150,15 @@ def _check_float(model: nn.Module) -> None:
     """Raises for a model that is prepared already, and for a ScriptModule in it."""
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
-            raise TypeError(f'{_WHO}: expected a Python model, got a ScriptModule at "{name}"')
+            raise TypeError(
+                f"{_WHO}: expected a Python model, got a ScriptModule at {label_of(name)}; prepare "
+                "the model from which it was scripted"
+            )
         if quantizer := attached(module):
             where = f"{name}.{quantizer}".strip(".")
             raise ValueError(
-                f'{_WHO}: expected a float model, got one that is prepared already ("{where}")'
+                f'{_WHO}: expected a float model, got one that is prepared already ("{where}"); '
+                "remove_quantizers(model) makes it float"
             )
 
 

@@ -217,7 +217,8 @@ class QConfigMapping:
         self._assign(model, "", None)
         if not any(self._assigned.values()):
             raise ValueError(
-                f"{who}: expected a qconfig on the model, on a submodule or in mapping, found none"
+                f"{who}: expected a qconfig on the model, on a submodule or in mapping, found "
+                "none; set model.qconfig = get_default_qconfig()"
             )
         self._check_conflicts(model)
 
@@ -311,5 +312,5 @@ class QConfigMapping:
             if self._is_quantized(module, earlier) or self._is_quantized(module, name):
                 raise ValueError(
                     f'{self._who}: "{earlier}" and "{name}" are one module, '
-                    "but have different qconfigs"
+                    "but have different qconfigs; give both names the same one"
                 )

@@ -25,7 +25,7 @@ from torch_ext.quantizers.state_table import (
     StateName,
     parse_state,
 )
-from torch_ext.quantizers.transition import change_state, check_export, warn_of_state
+from torch_ext.quantizers.transition import change_state, check_copied, check_export, warn_of_state
 from torch_ext.utils.arguments import bounded, parse_flag, parse_fraction
 from torch_ext.utils.modes import is_exporting
 from torch_ext.utils.text import span
@@ -205,10 +205,9 @@ class FakeQuantize(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Observes or fake-quantizes ``x``, a floating tensor of any shape; keeps shape and dtype.
 
-        Raises RuntimeError while ``torch.export`` runs in CALIBRATION or QAT.
+        Raises RuntimeError where ``torch.export`` or ``torch.onnx.export`` cannot keep it.
         """
-        # The only attribute that decides, so a compiled graph has a single guard.
-        action = self._action
+        action = self._action  # alone decides, so a compiled graph has a single guard
         observer = self.observer
         if is_exporting():
             check_export(action)
@@ -217,6 +216,16 @@ class FakeQuantize(nn.Module):
         if action not in QUANTIZE:
             return x
         return self._quantize(x, action)
+
+    def _slow_forward(self, *args: Any, **keys: Any) -> Any:
+        # Called instead of `forward` while torch.jit.trace runs.
+        if torch.onnx.is_in_onnx_export():
+            check_export(self._action)
+        return super()._slow_forward(*args, **keys)  # type: ignore[no-untyped-call]
+
+    def _replicate_for_data_parallel(self) -> Self:
+        check_copied(self.label, "" if self.transient else self._action)
+        return super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call,no-any-return]
 
     def quantize_only(self, x: Tensor) -> Tensor:
         """Quantizes ``x`` as ``forward`` does, and observes nothing: for what it saw elsewhere."""

@@ -16,6 +16,7 @@ from torch_ext.quantizers.find import PreparedModel
 from torch_ext.quantizers.solve import Solution
 from torch_ext.quantizers.state_table import DIFFERENTIATE, FOLLOW, QUANTIZE, FakeQuantState
 from torch_ext.utils.arguments import bounded, parse_flag
+from torch_ext.utils.sharded import whole
 from torch_ext.utils.text import joined, label_of
 
 # The rule that gives lsq's first scale without a calibration.
@@ -133,6 +134,13 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
         return {
             name: parameter for name, parameter in self._parameters.items() if parameter is not None
         }
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # DataParallel sets its copies of the parameters as attributes of the module's copy.
+        if "_is_replica" in vars(self) and name in ("scale", "offset", "alpha"):
+            self._parameters[name] = value
+        else:
+            super().__setattr__(name, value)
 
     @property
     def starts_from_data(self) -> bool:
@@ -332,9 +340,8 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
 
 
 def _whole(parameter: Any) -> Tensor:
-    """The detached values of all channels; gathers a DTensor, as FSDP2 leaves it."""
-    value: Tensor = parameter.detach()
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
+    """The detached values of all channels."""
+    return whole(parameter.detach())
 
 
 def _write(parameter: Any, value: Tensor) -> None:

@@ -12,6 +12,7 @@ from typing_extensions import Self
 from torch_ext import ops
 from torch_ext.quantizers.observer import Observer
 from torch_ext.quantizers.state_table import FakeQuantState
+from torch_ext.utils.mask_values import mask_advice, mask_fill
 from torch_ext.utils.text import label_of, shown
 
 _MAX_SHOWN = 8  # channels in a finding
@@ -46,6 +47,7 @@ class Quantizer(Protocol):
     """The part of FakeQuantize used here, which cannot be imported: its module imports this one."""
 
     observer: Observer
+    range: Tensor
     solved: Tensor
     optional: bool
     unobserved_allowed: bool
@@ -243,15 +245,16 @@ def has_range(chosen: Mapping[str, Quantizer]) -> dict[str, bool]:
 
 
 def findings(solved: Mapping[str, tuple[Observer, Tensor]]) -> list[str]:
-    """Lines for a warning: non-finite data, dead channels and negative values that clip to 0.
+    """Lines for a warning: non-finite data, masks, dead channels, negative values that clip to 0.
 
     Args:
         solved: observer and range [C,2] by name of the quantizer.
 
     Returns:
-        One line for each quantizer and kind of finding.
+        One line for each quantizer and kind of finding; then what to do about masks.
     """
     notes: list[str] = []
+    masks: dict[str, None] = {}
     for name, (observer, range_) in solved.items():
         if observer.statistic == "none":
             continue
@@ -259,6 +262,11 @@ def findings(solved: Mapping[str, tuple[Observer, Tensor]]) -> list[str]:
         extrema, tally = observer.extrema.cpu(), observer.tally.sum(0).tolist()
         if tally[3] or tally[4]:
             notes.append(f"  {label}: {tally[3]} infinite and {tally[4]} NaN values were left out")
+        if tally[3] and not observer.transient:
+            masks[name] = None
+        if fill := mask_fill(float(extrema[:, 0].min()), float(extrema[:, 1].max())):
+            notes.append(f"  {label}: its values reach {fill}, as masks do")
+            masks[name] = None
         one_sided = observer.symmetric and observer.quant_min >= 0
         dead = dead_channels(range_.cpu(), one_sided)
         if dead:
@@ -267,7 +275,7 @@ def findings(solved: Mapping[str, tuple[Observer, Tensor]]) -> list[str]:
         if one_sided and bool((extrema[:, 0] < 0).any()):
             least = float(extrema[:, 0].min())
             notes.append(f"  {label}: negative values, down to {least:g}, clip to 0")
-    return notes
+    return [*notes, mask_advice(list(masks))] if masks else notes
 
 
 def dead_channels(range_: Tensor, one_sided: bool) -> list[int]:

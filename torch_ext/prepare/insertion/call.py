@@ -9,8 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from torch_ext.prepare.insertion.plan import CallPlan, FunctionPlan, Link, Read
-from torch_ext.prepare.insertion.user_lines import calling_lines, traced_lines
+from torch_ext.prepare.insertion.user_lines import (
+    calling_lines,
+    nearest_line,
+    traced_lines,
+    traced_nearest_line,
+)
 from torch_ext.quantizers.fake_quantize import FakeQuantize
+from torch_ext.utils.text import label_of
 
 _OTHERWISE = (
     "pass prepare_qat an example that comes by here too (example_inputs=[(first,), (second,)]), or "
@@ -40,8 +46,11 @@ class Call:
     part can be compiled by itself.
     """
 
-    def __init__(self, link: Link, scope: Scope | None, plan: CallPlan) -> None:
-        self.link, self.scope = link, scope
+    def __init__(
+        self, link: Link, scope: Scope | None, plan: CallPlan, given: Any = ((), None)
+    ) -> None:
+        """``given``: the positional and keyword arguments of a call of the model, for messages."""
+        self.link, self.scope, self.given = link, scope, given
         self.current = plan
         self.counts: dict[str, int] = {}  # calls of children and lines by what was current
         self.done = 0  # functions with reads
@@ -56,7 +65,8 @@ class Call:
             if name in self.link.plan.layers:
                 raise RuntimeError(
                     f'prepare_qat: expected "{name}" to be called where the example_inputs had it '
-                    f'called, got a call in "{self.current.module}"; {_OTHERWISE}'
+                    f"called, got a call in {label_of(self.current.module)} at {_line()}; "
+                    f"{self._advice()}"
                 )
             return _UNKNOWN
         key = "." + name
@@ -66,7 +76,7 @@ class Call:
             if calls[-1].reads_inside:
                 raise RuntimeError(
                     f'prepare_qat: expected "{name}" to be called {len(calls)} times, as with the '
-                    f"example_inputs, got another call; {_OTHERWISE}"
+                    f"example_inputs, got another call at {_line()}; {self._advice()}"
                 )
             index = len(calls) - 1
         found = calls[index]
@@ -87,7 +97,7 @@ class Call:
                 return None
             raise RuntimeError(
                 f"prepare_qat: expected the functions that the example_inputs came by, got {name} "
-                f"at{text or ' torch.nn'}; {_OTHERWISE}"
+                f"at{text or ' torch.nn'}; {self._advice()}"
             )
         index = self.counts.get(line, 0)
         self.counts[line] = index + 1
@@ -95,7 +105,7 @@ class Call:
             if _have_reads(calls):
                 raise RuntimeError(
                     f"prepare_qat: expected {len(calls)} calls of {name} at{text}, as with the "
-                    f"example_inputs, got another; {_OTHERWISE}"
+                    f"example_inputs, got another; {self._advice()}"
                 )
             return None
         return calls[index]
@@ -125,11 +135,19 @@ class Call:
         missing = []
         for line, calls in plan.lines.items():
             if _have_reads(calls[self.counts.get(line, 0) :]):
-                missing.append(line)
+                missing.append(line.replace(" ", " at ", 1))
         raise RuntimeError(
-            f'prepare_qat: expected "{plan.module}" to come by the functions that it came by with '
-            f"the example_inputs, got none of {', '.join(missing)}; {_OTHERWISE}"
+            f"prepare_qat: expected {label_of(plan.module)} to come by the functions that it came "
+            f"by with the example_inputs, got none of {', '.join(missing)}; {self._advice()}"
         )
+
+    def _advice(self) -> str:
+        """The end of a message: which arguments differ from the examples', and what to do."""
+        args, kwargs = self.given
+        if kwargs is None:  # a call of a module by itself
+            return _OTHERWISE
+        other = self.link.plan.given.differences(args, kwargs)
+        return f"{other}; {_OTHERWISE}" if other else _OTHERWISE
 
 
 class _Current(threading.local):
@@ -138,6 +156,13 @@ class _Current(threading.local):
 
 # What is being called in this thread.
 CURRENT = _Current()
+
+
+def _line() -> str:
+    """The line of the user's code that makes the call."""
+    if torch.compiler.is_dynamo_compiling():
+        return str(traced_nearest_line())
+    return nearest_line()
 
 
 def _have_reads(calls: list[FunctionPlan | None]) -> bool:

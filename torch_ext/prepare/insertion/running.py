@@ -54,15 +54,16 @@ def _run_alone(
     if plan is None:
         raise RuntimeError(
             f'prepare_qat: expected "{place.name}" to be called by the model, which calls it '
-            "several times with different quantizers, got a call by itself (or its recomputation; "
-            "checkpoint the module that calls it)"
+            "several times with different quantizers, got a call by itself; call the model, or the "
+            'part after set_fake_quantize(model, "float"); if activation checkpointing recomputes '
+            "it, checkpoint the module that calls it"
         )
     if plan.training != module.training and plan.twin is not None:
         plan = plan.twin
     scope = Scope("", 0, root, None)
     if place.name:
         scope = Scope(place.prefix, place.depth, module, scope)
-    call = Call(link, scope, plan)
+    call = Call(link, scope, plan, ((), None) if place.name else (args, kwargs))
     CURRENT.call = call
     try:
         if plan.reads:

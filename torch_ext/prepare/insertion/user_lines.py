@@ -12,7 +12,7 @@ import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
 from types import CodeType, FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -83,6 +83,21 @@ def traced_lines() -> tuple[str, bool]:
         else:
             apart = apart or _leaves_forward(frame.filename, frame.name)
     return text, apart
+
+
+def nearest_line() -> str:
+    """The innermost line of the user's that leads here."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and not is_users(frame.f_code.co_filename):
+        frame = frame.f_back
+    return "torch.nn" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+def traced_nearest_line() -> str:
+    """The same of what ``torch.compile`` is tracing."""
+    frames: Any = torch._guards.TracingContext.extract_stack()
+    return user_line((frame.filename, frame.lineno) for frame in frames)
 
 
 def instructions(skipped: int = 0) -> tuple[tuple[str, str, int], ...]:
