@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_ext.prepare.insertion.operations import DROPOUTS
-from torch_ext.prepare.insertion.plan import CallPlan, FunctionPlan, Link, Read
+from torch_ext.prepare.insertion.plan import CallPlan, FunctionPlan, Link, Place, Read
 from torch_ext.prepare.insertion.user_lines import (
     calling_lines,
     nearest_line,
@@ -56,12 +56,14 @@ class Call:
         self.current = plan
         self.counts: dict[str, int] = {}  # calls of children and lines by what was current
         self.done = 0  # functions with reads
+        self.mode: Any = None  # the InsertionMode of this call, where it may be paused
         self.values: dict[str, tuple[Tensor, Tensor, bool]] = {}
         # Tensors, by address, that are made of numbers alone; not known while compiling.
         self.constants: Any = None
 
-    def enter(self, module: nn.Module, name: str) -> CallPlan:
+    def enter(self, module: nn.Module, place: Place) -> CallPlan:
         """The plan of the call that begins."""
+        name = place.name
         calls = self.current.children.get(name)
         if calls is None:
             if self.current.free:
@@ -73,9 +75,8 @@ class Call:
                     f"{self._advice()}"
                 )
             return _UNKNOWN
-        key = "." + name
-        index = self.counts.get(key, 0)
-        self.counts[key] = index + 1
+        index = self.counts.get(place.key, 0)
+        self.counts[place.key] = index + 1
         if index >= len(calls):
             if calls[-1].reads_inside and not calls[-1].repeats:
                 raise RuntimeError(
@@ -125,7 +126,7 @@ class Call:
                 return None
             raise RuntimeError(
                 f"prepare_qat: expected the functions that the example_inputs came by, got {name} "
-                f"at{text or ' torch.nn'}; {self._advice()}"
+                f"at {_shown(text)}; {self._advice()}"
             )
         if line in self.current.repeating:
             return calls[0]
@@ -134,8 +135,8 @@ class Call:
         if index >= len(calls):
             if _have_reads(calls):
                 raise RuntimeError(
-                    f"prepare_qat: expected {len(calls)} calls of {name} at{text}, as with the "
-                    f"example_inputs, got another; {self._advice()}"
+                    f"prepare_qat: expected {len(calls)} calls of {name} at {_shown(text)}, as "
+                    f"with the example_inputs, got another; {self._advice()}"
                 )
             return None
         return calls[index]
@@ -166,7 +167,8 @@ class Call:
         for line, calls in plan.lines.items():
             left = calls[self.counts.get(line, 0) :]
             if any(call is not None and call.required for call in left):
-                missing.append(line.replace(" ", " at ", 1))
+                name, _, text = line.partition(" ")
+                missing.append(f"{name} at {_shown(text)}")
         raise RuntimeError(
             f"prepare_qat: expected {label_of(plan.module)} to come by the functions that it came "
             f"by with the example_inputs, got none of {', '.join(missing)}; {self._advice()}"
@@ -182,11 +184,21 @@ class Call:
 
 
 class _Current(threading.local):
-    call: Call | None = None
+    def __init__(self) -> None:
+        # In every thread's own dict: torch.compile cannot guard a default that the class has.
+        self.call: Call | None = None
 
 
 # What is being called in this thread.
 CURRENT = _Current()
+
+
+def _shown(lines: str) -> str:
+    """Lines of a plan for a message: the one of the call, and those that lead to it in brackets."""
+    own, *outer = lines.strip().split(" /")  # each begins with a path
+    if not own:
+        return "torch.nn"
+    return f"{own} (called at {', '.join(f'/{line}' for line in outer)})" if outer else own
 
 
 def _line() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from torch_ext.prepare.insertion.call import CURRENT, UNCHECKED, Call, Scope, find_quantizer
 from torch_ext.prepare.insertion.functions import LAYER_BY_LAYER
-from torch_ext.prepare.insertion.mode import InsertionMode
+from torch_ext.prepare.insertion.mode import InsertionMode, pause
 from torch_ext.prepare.insertion.plan import CallPlan, Place, Plan
 from torch_ext.prepare.insertion.user_lines import begins_call
 from torch_ext.prepare.module_classes import Undo, class_with_forward, swap_class
@@ -34,6 +35,13 @@ def _read_arguments(call: Call, plan: CallPlan, args: Any, kwargs: Any) -> Any:
 
 def _is_float(plan: Plan, root: nn.Module) -> bool:
     return all(find_quantizer(root, path).idle for path in plan.quantizers.values())
+
+
+def _as_written(plan: Plan) -> Any:
+    """Lets functions that the forward has compiled run as they are written."""
+    if plan.runs_compiled and not torch.compiler.is_compiling():
+        return torch.compiler.set_stance("force_eager")
+    return contextlib.nullcontext()
 
 
 def _run_alone(
@@ -69,11 +77,10 @@ def _run_alone(
     try:
         if plan.reads:
             args, kwargs = _read_arguments(call, plan, args, kwargs)
-        if link.plan.runs_compiled and not torch.compiler.is_compiling():
-            with torch.compiler.set_stance("force_eager"), InsertionMode(call):
-                made = layered(module, *args, **kwargs)
-        elif link.plan.functions:
-            with InsertionMode(call):
+        if link.plan.functions:
+            with _as_written(link.plan), InsertionMode(call) as mode:
+                if not torch.compiler.is_dynamo_compiling():
+                    call.mode = mode
                 made = layered(module, *args, **kwargs)
         else:
             made = layered(module, *args, **kwargs)
@@ -104,16 +111,21 @@ def _tracked_forward(base_forward: Callable[..., Any]) -> Callable[..., Any]:
         if call.scope is None:
             return base_forward(self, *args, **kwargs)
         outer, counts, done, scope = call.current, call.counts, call.done, call.scope
-        plan = call.enter(self, place.name)
-        if plan.reads:
-            args, kwargs = _read_arguments(call, plan, args, kwargs)
+        plan = call.enter(self, place)
         if plan.free:  # one of torch's layers, or a module that is left float
             call.current = plan
+            paused = pause(call)
             try:
+                if plan.reads:
+                    args, kwargs = _read_arguments(call, plan, args, kwargs)
                 made = layered(self, *args, **kwargs)
+                return made if plan.output is None else call.read(plan.output, made)
             finally:
+                if paused:
+                    call.mode.__enter__()
                 call.current = outer
-            return made if plan.output is None else call.read(plan.output, made)
+        if plan.reads:
+            args, kwargs = _read_arguments(call, plan, args, kwargs)
         call.current, call.counts, call.done = plan, {}, 0
         call.scope = Scope(place.prefix, place.depth, self, scope)
         try:
