@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from grid_checks import off_grid
 from prepare_steps import names, ready, run_calibration
@@ -218,6 +219,37 @@ def test_a_function_that_is_compiled_by_itself() -> None:
     with torch.no_grad():
         whole = torch.compile(net, fullgraph=True, backend="eager")
         assert torch.equal(whole(tokens()), net(tokens()))
+
+
+class Checkpoints(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+        self.last = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(x + checkpoint(self.inner, x, use_reentrant=False))
+
+
+def test_a_checkpoint_inside_a_compiled_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = ready(Checkpoints(), example_inputs=tokens())
+    run_calibration(net, tokens())
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="side effect"):
+        torch.compile(net, fullgraph=True, backend="aot_eager")(tokens())
+    # What the guide says to set.
+    name = "skip_fwd_side_effects_in_bwd_under_checkpoint"
+    monkeypatch.setattr(torch._dynamo.config, name, True)
+    torch._dynamo.reset()
+    have = torch.compile(net, fullgraph=True, backend="aot_eager")(tokens())
+    assert torch.equal(have, net(tokens()))
+    have.sum().backward()
+    compiled = [p.grad.clone() for p in net.parameters() if p.grad is not None]
+    net.zero_grad()
+    net(tokens()).sum().backward()
+    eager = [p.grad for p in net.parameters() if p.grad is not None]
+    assert len(eager) == 6
+    assert all(map(torch.allclose, compiled, eager))
 
 
 class Branches(nn.Module):
