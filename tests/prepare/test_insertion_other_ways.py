@@ -252,6 +252,25 @@ def test_a_checkpoint_inside_a_compiled_model(monkeypatch: pytest.MonkeyPatch) -
     assert all(map(torch.allclose, compiled, eager))
 
 
+class Transforms(nn.Module):
+    """One buffer is the weight of two products, as in a cosine transform of rows and columns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("basis", torch.randn(6, 6))
+        self.last = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = F.linear(x, self.basis)  # type: ignore[arg-type]
+        return self.last(F.linear(rows.T, self.basis))  # type: ignore[arg-type]
+
+
+def test_a_weight_that_is_a_buffer_is_quantized_for_each_reader() -> None:
+    net = ready(Transforms(), example_inputs=tokens(6))
+    run_calibration(net, tokens(6))
+    assert off_grid(net, tokens(6)) == ([], {"linear": 3})
+
+
 class Branches(nn.Module):
     """The same layer at another line in each mode."""
 

@@ -259,11 +259,13 @@ class Placement:
         source, shift = weight_source(self.recording, weight)
         if shift:
             target = target._replace(ch_axis=target.ch_axis + shift)
-        if not self._place_parameter(source, target) and weight not in self.site_of:
+        if self._place_parameter(source, target):
+            return
+        if weight not in self.site_of:
             shape = self.recording.values[weight].shape
             site = self.site_of[weight] = Site(factory, (target.ch_axis, shape))
             site.values[weight] = None
-            self.asks[node, weight] = Ask(node, weight, weight)
+        self.asks[node, weight] = Ask(node, weight, weight)
 
     def _place_parameter(self, source: fx.Node, target: Target) -> bool:
         """Plans the weight that a node stands for; returns whether it is a parameter."""
