@@ -33,6 +33,7 @@ from torch_ext.utils.text import span
 # Under True the class of methods that learn their range, registered when it is defined; all others
 # are FakeQuantize itself.
 _CLASSES: dict[bool, type[FakeQuantize]] = {}
+_IDLE = FakeQuantState.FLOAT.value
 _STATE = "state"  # the key of a checkpoint's metadata
 
 
@@ -51,7 +52,8 @@ class FakeQuantize(nn.Module):
             and files the range of a weight is that of the present weight, unless this is 0. Methods
             that learn the range ignore it.
         optional: whether it may have seen no data when its range is needed; it then passes values
-            through instead of raising. Those of model inputs may have got no floating tensor.
+            through instead of raising. Not every call has a floating tensor for an input of a
+            model or a second operand.
         use_grad_scaling: lsq: multiply the gradient of the scale by ``1 / sqrt(N * quant_max)``.
         learn_zero_point: lsq with an affine qscheme: learn the zero point too (LSQ+).
         alpha: pact: the clipping level to start from without a calibration; None is 6.
@@ -183,7 +185,7 @@ class FakeQuantize(nn.Module):
     @property
     def idle(self) -> bool:
         """Whether it neither observes nor quantizes what passes through it now."""
-        return self._action == FakeQuantState.FLOAT.value
+        return self._action == _IDLE
 
     @property
     def passes_through(self) -> bool:
@@ -207,11 +209,10 @@ class FakeQuantize(nn.Module):
         Raises RuntimeError where ``torch.export`` or ``torch.onnx.export`` cannot keep it.
         """
         action = self._action  # alone decides, so a compiled graph has a single guard
-        observer = self.observer
         if is_exporting():
             check_export(action)
-        if action in ACCUMULATE and not observer.transient:
-            observer(x)
+        if action in ACCUMULATE and not self.observer.transient:
+            self.observer(x)
         if action not in QUANTIZE:
             return x
         return self._quantize(x, action)
@@ -249,13 +250,14 @@ class FakeQuantize(nn.Module):
             del self.__dict__["_quantize"]
 
     def _quantize(self, x: Tensor, action: str) -> Tensor:
-        observer = self.observer
+        # Module.__getattr__ takes as long as the rest of this function; its dicts do not.
+        observer: Any = self._modules["observer"]
+        buffers: Any = self._buffers
         if action in FOLLOW and observer.statistic != "none":
-            buffers = (self.range, self.scale, self.zero_point, self.solved)
-            return ops.follow_fake_quant(x, *buffers, *self._follow_arguments())
-        return ops.fake_quant(
-            x, self.scale, self.zero_point, observer.quant_min, observer.quant_max, observer.ch_axis
-        )
+            tensors = (buffers["range"], buffers["scale"], buffers["zero_point"], buffers["solved"])
+            return ops.follow_fake_quant(x, *tensors, *self._follow_arguments())
+        grid = (observer.quant_min, observer.quant_max, observer.ch_axis)
+        return ops.fake_quant(x, buffers["scale"], buffers["zero_point"], *grid)
 
     def _follow_arguments(self) -> tuple[Any, ...]:
         """The arguments of ``ops.follow_`` from ``averaging_constant`` on."""

@@ -146,12 +146,17 @@ def solve_weights(chosen: Mapping[str, Q], read_weight: ReadWeight[Q]) -> Soluti
     ``read_weight`` returns None, whose weight is not known. Weights without a finite value are
     listed in ``Solutions.unobserved``.
     """
-    solutions = Solutions(chosen)
     weights = {name: quantizer for name, quantizer in chosen.items() if quantizer.transient}
     flags = has_range(weights)
+    return _solve_present(
+        {name: q for name, q in weights.items() if not (flags[name] and q.keeps_range)}, read_weight
+    )
+
+
+def _solve_present(weights: Mapping[str, Q], read_weight: ReadWeight[Q]) -> Solutions:
+    """Solves weights whose quantizers do not keep the range that they may have."""
+    solutions = Solutions(weights)
     for name, quantizer in weights.items():
-        if flags[name] and quantizer.keeps_range:
-            continue
         weight = read_weight(quantizer)
         if weight is not None:
             solutions.add_weight(name, quantizer.solve_weight(weight))
@@ -159,7 +164,7 @@ def solve_weights(chosen: Mapping[str, Q], read_weight: ReadWeight[Q]) -> Soluti
 
 
 def refresh_weights(chosen: Mapping[str, Q], read_weight: ReadWeight[Q]) -> dict[str, str]:
-    """Solves again the ranges of weights that have one, by :func:`solve_weights`.
+    """Solves again the ranges of weights that have one and do not keep it.
 
     The weight may have changed since: by an optimizer, an average of weights, pruning, loading.
     What writes ranges to a file calls this first.
@@ -167,21 +172,19 @@ def refresh_weights(chosen: Mapping[str, Q], read_weight: ReadWeight[Q]) -> dict
     Returns:
         Names of the weights without a finite value, whose range has not changed, with the reason.
     """
-    flags = has_range(chosen)
-    ranged = {name: quantizer for name, quantizer in chosen.items() if flags[name]}
-    solutions = solve_weights(ranged, read_weight)
+    moving = {name: q for name, q in chosen.items() if q.transient and not q.keeps_range}
+    flags = has_range(moving)
+    solutions = _solve_present({n: q for n, q in moving.items() if flags[n]}, read_weight)
     solutions.commit()
     return solutions.unobserved
 
 
 def _finite_counts(chosen: Mapping[str, Quantizer]) -> dict[str, tuple[int, int]]:
     """The numbers of finite and non-finite values of each statistic; one transfer per device."""
-    by_device: dict[torch.device, list[str]] = {}
-    for name, quantizer in chosen.items():
-        by_device.setdefault(quantizer.observer.tally.device, []).append(name)
+    tallies = {name: quantizer.observer.tally for name, quantizer in chosen.items()}
     counts: dict[str, tuple[int, int]] = {}
-    for names in by_device.values():
-        sums = torch.stack([chosen[name].observer.tally.sum(0) for name in names]).tolist()
+    for names in _by_device(tallies):
+        sums = torch.stack([tallies[name].sum(0) for name in names]).tolist()
         for name, (finite, _, _, inf, nan) in zip(names, sums, strict=True):
             counts[name] = (finite, inf + nan)
     return counts
@@ -191,13 +194,11 @@ def solve_observers(observers: Mapping[str, Observer]) -> dict[str, Solution]:
     """Solves the observers' statistics, in one call per device.
 
     Raises:
-        ValueError: tensors of a statistic contradict each other; the message names the quantizers.
+        RuntimeError: tensors of a statistic contradict each other. On a GPU the message names the
+            quantizers.
     """
-    by_device: dict[torch.device, list[str]] = {}
-    for name, observer in observers.items():
-        by_device.setdefault(observer.extrema.device, []).append(name)
     solutions: dict[str, Solution] = {}
-    for names in by_device.values():
+    for names in _by_device({name: observer.extrema for name, observer in observers.items()}):
         on_device = [observers[name] for name in names]
         ranges, scales, zero_points = ops.solve_many(
             [observer.name for observer in on_device],
@@ -217,7 +218,7 @@ def solve_observers(observers: Mapping[str, Observer]) -> dict[str, Solution]:
 
 
 def _check_no_nan(names: list[str], ranges: list[Tensor]) -> None:
-    """Raises ValueError for contradictory statistics on a GPU.
+    """Raises RuntimeError for contradictory statistics on a GPU.
 
     On the CPU the op itself raises. On a GPU that would need a host sync: the range is NaN instead.
     """
@@ -226,7 +227,7 @@ def _check_no_nan(names: list[str], ranges: list[Tensor]) -> None:
     broken = [
         name for name, range_ in zip(names, ranges, strict=True) if bool(range_.isnan().any())
     ]
-    raise ValueError(
+    raise RuntimeError(
         "solve: expected extrema, tally and counts to agree, got contradictory ones in "
         f"{shown(broken)}"
     )
@@ -235,13 +236,19 @@ def _check_no_nan(names: list[str], ranges: list[Tensor]) -> None:
 def has_range(chosen: Mapping[str, Quantizer]) -> dict[str, bool]:
     """Whether each quantizer has a range; one transfer per device."""
     flags: dict[str, bool] = {}
-    by_device: dict[torch.device, list[str]] = {}
-    for name, quantizer in chosen.items():
-        by_device.setdefault(quantizer.solved.device, []).append(name)
-    for names in by_device.values():
-        solved: Tensor = torch.cat([chosen[name].solved for name in names])
-        flags.update(zip(names, map(bool, solved.tolist()), strict=True))
+    solved = {name: quantizer.solved for name, quantizer in chosen.items()}
+    for names in _by_device(solved):
+        values: list[int] = torch.cat([solved[name] for name in names]).tolist()
+        flags.update(zip(names, map(bool, values), strict=True))
     return flags
+
+
+def _by_device(tensors: Mapping[str, Tensor]) -> list[list[str]]:
+    """The names of the tensors on each device, so that each is asked once."""
+    found: dict[torch.device, list[str]] = {}
+    for name, tensor in tensors.items():
+        found.setdefault(tensor.device, []).append(name)
+    return list(found.values())
 
 
 def findings(solved: Mapping[str, tuple[Observer, Tensor]]) -> list[str]:

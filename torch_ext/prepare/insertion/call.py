@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_ext.prepare.insertion.plan import CallPlan, FunctionPlan, Link, Read
+from torch_ext.prepare.insertion.plan import CallPlan, FunctionPlan, Link, Place, Read
 from torch_ext.prepare.insertion.user_lines import (
     calling_lines,
     nearest_line,
@@ -54,10 +54,12 @@ class Call:
         self.current = plan
         self.counts: dict[str, int] = {}  # calls of children and lines by what was current
         self.done = 0  # functions with reads
+        self.mode: Any = None  # the InsertionMode of this call, where it may be paused
         self.values: dict[str, tuple[Tensor, Tensor, bool]] = {}
 
-    def enter(self, module: nn.Module, name: str) -> CallPlan:
+    def enter(self, module: nn.Module, place: Place) -> CallPlan:
         """The plan of the call that begins."""
+        name = place.name
         calls = self.current.children.get(name)
         if calls is None:
             if self.current.free:
@@ -69,9 +71,8 @@ class Call:
                     f"{self._advice()}"
                 )
             return _UNKNOWN
-        key = "." + name
-        index = self.counts.get(key, 0)
-        self.counts[key] = index + 1
+        index = self.counts.get(place.key, 0)
+        self.counts[place.key] = index + 1
         if index >= len(calls):
             if calls[-1].reads_inside:
                 raise RuntimeError(
@@ -152,7 +153,9 @@ class Call:
 
 
 class _Current(threading.local):
-    call: Call | None = None
+    def __init__(self) -> None:
+        # In every thread's own dict: torch.compile cannot guard a default that the class has.
+        self.call: Call | None = None
 
 
 # What is being called in this thread.

@@ -152,6 +152,7 @@ class Place:
         self.name, self.link = name, link
         self.prefix = f"{name}." if name else ""
         self.depth = self.prefix.count(".")
+        self.key = f".{name}"  # under which its calls are counted; no function's line begins so
 
 
 def counted(name: str, args: Any, kwargs: Mapping[str, Any]) -> bool:
