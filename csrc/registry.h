@@ -94,15 +94,54 @@ TE_HD core::Affine<C> affine_of(const core::FakeQuantJob& job, int64_t channel) 
   return affine;
 }
 
-// The gradient of a channel's parameter, given the sum of its elements' terms.
-TE_HD float parameter_gradient(const core::LearnedJob& job, int64_t channel, double sum) {
-  double gradient = 0;
+// `sum` times what the gradient of a channel's parameter is multiplied by: the gradient scale and
+// the sign of the parameter.
+template <class F, class Job>
+TE_HD double scaled_gradient(const Job& job, int64_t channel, double sum) {
+  const double scale = job.elements > 0 ? F::gradient_scale(job.elements, job.quant_max) : 1.0;
+  return F::sign(job.parameter[channel]) * (sum * scale);
+}
+
+// Stores the gradients of a channel's parameters, given the sums of its elements' terms.
+TE_HD void store_gradients(const core::LearnedJob& job, int64_t channel, double parameter,
+                           double zero_point) {
   LearnedFakeQuants::for_each([&]<class F>(int32_t index) {
     if (index != job.method) return;
-    const double scale = job.elements > 0 ? F::gradient_scale(job.elements, job.quant_max) : 1.0;
-    gradient = F::sign(job.parameter[channel]) * (sum * scale);
+    job.d_parameter[channel] = static_cast<float>(scaled_gradient<F>(job, channel, parameter));
+    if (job.d_zero_point != nullptr) job.d_zero_point[channel] = static_cast<float>(zero_point);
+    if (job.d_mixed != nullptr) {
+      const double step = static_cast<double>(F::effective(job.parameter[channel]));
+      job.d_mixed[channel] =
+          static_cast<float>(scaled_gradient<F>(job, channel, zero_point / step));
+    }
   });
-  return static_cast<float>(gradient);
 }
+
+// The derivative of method F on the elements of one channel. C is the computing type.
+template <class F, typename C>
+struct ChannelTangent {
+  core::Affine<C> affine;
+  C effective;
+  double inverse, parameter, zero_point;
+
+  TE_HD ChannelTangent(const core::TangentJob& job, int64_t c)
+      : affine(F::template affine<C>(job.parameter[c], core::zero_point_of(job, c), job.quant_min,
+                                     job.quant_max)),
+        effective(static_cast<C>(F::effective(job.parameter[c]))),
+        inverse(1.0 / static_cast<double>(affine.scale)) {
+    const auto at = [c](const float* t) { return t == nullptr ? 0.0 : static_cast<double>(t[c]); };
+    parameter = scaled_gradient<F>(job, c, at(job.parameter_tangent));
+    zero_point = at(job.zero_point_tangent) +
+                 scaled_gradient<F>(job, c, at(job.mixed_tangent)) / static_cast<double>(effective);
+  }
+
+  // The tangent of the output at x, given that of x.
+  TE_HD C of(C x, C x_tangent) const {
+    const core::Terms<C> unit = F::backward(x, C{1}, affine, effective, inverse);
+    const core::Terms<C> own = F::backward(x, x_tangent, affine, effective, inverse);
+    return static_cast<C>(static_cast<double>(own.dx) + parameter * unit.parameter +
+                          zero_point * unit.zero_point);
+  }
+};
 
 }  // namespace torch_ext

@@ -21,10 +21,12 @@ struct FakeQuantArguments {
   int64_t ch_axis;
   c10::string_view mask;
   c10::string_view rounding;
+  // Of _fake_quant_forward: the axes in the order of memory (layout.h) that out and mask have.
+  at::IntArrayRef order = {};
 };
-template <class Result>
+template <class Result, class... Order>
 using FakeQuantSignature = Result(const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t,
-                                  int64_t, int64_t, c10::string_view, c10::string_view);
+                                  int64_t, int64_t, c10::string_view, c10::string_view, Order...);
 
 struct FakeQuantOp {
   static constexpr const char* name = "torch_ext::fake_quant";
@@ -34,7 +36,7 @@ struct FakeQuantOp {
 struct FakeQuantForwardOp {
   static constexpr const char* name = "torch_ext::_fake_quant_forward";
   using Arguments = FakeQuantArguments;
-  using Signature = FakeQuantSignature<std::tuple<at::Tensor, at::Tensor>>;
+  using Signature = FakeQuantSignature<std::tuple<at::Tensor, at::Tensor>, at::IntArrayRef>;
 };
 
 struct LearnedArguments {
@@ -52,6 +54,13 @@ struct LearnedBackwardArguments {
   const at::Tensor& grad;
   LearnedArguments forward;
 };
+struct LearnedTangentArguments {
+  const std::optional<at::Tensor>& x_tangent;
+  const std::optional<at::Tensor>& parameter_tangent;
+  const std::optional<at::Tensor>& zero_point_tangent;
+  const std::optional<at::Tensor>& mixed_tangent;
+  LearnedArguments forward;
+};
 // Leading: the types of the arguments in front of x.
 template <class Result, class... Leading>
 using LearnedSignature = Result(Leading..., const at::Tensor&, c10::string_view, const at::Tensor&,
@@ -66,8 +75,14 @@ struct LearnedOp {
 struct LearnedBackwardOp {
   static constexpr const char* name = "torch_ext::_learned_fake_quant_backward";
   using Arguments = LearnedBackwardArguments;
-  using Signature = LearnedSignature<std::tuple<at::Tensor, at::Tensor, at::Tensor>,  //
+  using Signature = LearnedSignature<std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>,
                                      const at::Tensor&>;
+};
+struct LearnedTangentOp {
+  static constexpr const char* name = "torch_ext::_learned_fake_quant_tangent";
+  using Arguments = LearnedTangentArguments;
+  using Tangent = const std::optional<at::Tensor>&;
+  using Signature = LearnedSignature<at::Tensor, Tangent, Tangent, Tangent, Tangent>;
 };
 
 struct FollowArguments {
@@ -91,6 +106,7 @@ struct FollowArguments {
   c10::string_view mask = {};
   c10::string_view rounding = {};
   bool with_mask = false;
+  at::IntArrayRef order = {};  // as in FakeQuantArguments
 };
 // Quantize: the types of the arguments from `mask` on.
 template <class Result, class... Quantize>
@@ -112,8 +128,8 @@ struct FollowFakeQuantOp {
 struct FollowForwardOp {
   static constexpr const char* name = "torch_ext::_follow_fake_quant_forward";
   using Arguments = FollowArguments;
-  using Signature =
-      FollowSignature<std::tuple<at::Tensor, at::Tensor>, c10::string_view, c10::string_view, bool>;
+  using Signature = FollowSignature<std::tuple<at::Tensor, at::Tensor>, c10::string_view,
+                                    c10::string_view, bool, at::IntArrayRef>;
 };
 
 // A function of the op's signature that calls `body` with the op's struct of arguments.

@@ -3,6 +3,8 @@
 #include <ATen/ops/empty.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
+#include <stdexcept>
+
 #include "bindings/checks.h"
 #include "core/qparams.h"
 #include "cpu/driver.h"
@@ -52,7 +54,14 @@ void Backend::merge(const core::Statistic& into, const core::Statistic& from) co
 
 void Backend::solve(const std::vector<core::SolveJob>& jobs) const {
   const int64_t count = static_cast<int64_t>(jobs.size());
-  if (!is_cuda()) return cpu::solve(jobs.data(), count);
+  if (!is_cuda()) {
+    try {
+      cpu::solve(jobs.data(), count);
+    } catch (const std::invalid_argument& bad) {  // a statistic that contradicts itself
+      TORCH_CHECK(false, op_, ": ", bad.what());
+    }
+    return;
+  }
   on_stream([&] {
     const at::Tensor memory = scratch(cuda::solve_scratch(jobs.data(), count));
     cuda::solve(jobs.data(), count, memory.mutable_data_ptr(), stream_);
@@ -123,6 +132,11 @@ void Backend::learned_backward(core::DType dtype, const core::LearnedJob& job) c
     const at::Tensor memory = scratch(cuda::learned_backward_scratch(job));
     cuda::learned_backward(dtype, job, memory.mutable_data_ptr(), stream_);
   });
+}
+
+void Backend::learned_tangent(core::DType dtype, const core::TangentJob& job) const {
+  if (!is_cuda()) return cpu::learned_tangent(dtype, job);
+  on_stream([&] { cuda::learned_tangent(dtype, job, stream_); });
 }
 
 }  // namespace torch_ext::bindings

@@ -4,6 +4,7 @@
 #include <c10/core/DeviceGuard.h>
 
 #include "core/job.h"
+#include "cpu/subnormals.h"
 #include "cuda/driver.h"
 #include "observers/kl_reference_tables.h"
 
@@ -35,6 +36,7 @@ class Backend {
   void fake_quant_backward(core::DType dtype, const void* grad, const uint8_t* mask, void* dx,
                            int64_t numel) const;
   void learned_backward(core::DType dtype, const core::LearnedJob& job) const;
+  void learned_tangent(core::DType dtype, const core::TangentJob& job) const;
 
  private:
   template <class Enqueue>
@@ -45,6 +47,7 @@ class Backend {
   const at::Device device_;
   const c10::OptionalDeviceGuard guard_;
   cuda::Stream stream_ = nullptr;
+  const cpu::KeepSubnormals keep_;  // for what the CPU drivers do outside of parallel_for()
 };
 
 }  // namespace torch_ext::bindings

@@ -1,6 +1,8 @@
 #include "bindings/checks.h"
 
+#include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "cuda/driver.h"
 #include "rule_table.h"
@@ -24,37 +26,37 @@ void check_device(const char* op, const char* argument, const at::Tensor& t) {
   expect(t.layout() == at::kStrided, op, argument, "a strided tensor", t.layout());
 }
 
-core::DType check_data(const char* op, const char* argument, const at::Tensor& x) {
-  check_device(op, argument, x);
-  switch (x.scalar_type()) {
-    case at::kFloat:
-      return core::DType::f32;
-    case at::kDouble:
-      return core::DType::f64;
-    case at::kHalf:
-      return core::DType::f16;
-    case at::kBFloat16:
-      return core::DType::bf16;
-    default:
-      expect(false, op, argument, "float32, float64, float16 or bfloat16", x.scalar_type());
-      return core::DType::f32;
-  }
+core::DType dtype_of(const at::Tensor& x) {
+  const at::ScalarType type = x.scalar_type();
+  return type == at::kDouble     ? core::DType::f64
+         : type == at::kHalf     ? core::DType::f16
+         : type == at::kBFloat16 ? core::DType::bf16
+                                 : core::DType::f32;
 }
 
-int64_t check_axis(const char* op, const at::Tensor& x, int64_t ch_axis) {
+core::DType check_data(const char* op, const char* argument, const at::Tensor& x) {
+  check_device(op, argument, x);
+  const at::ScalarType type = x.scalar_type();
+  expect(type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16,
+         op, argument, "float32, float64, float16 or bfloat16", type);
+  return dtype_of(x);
+}
+
+c10::SymInt check_axis(const char* op, const at::Tensor& x, int64_t ch_axis) {
   const bool valid = ch_axis >= -1 && ch_axis < x.dim();
   if (!valid)
     expect(false, op, "ch_axis",
            "-1 or an axis of the " + std::to_string(x.dim()) + "-dimensional x", ch_axis);
-  return ch_axis < 0 ? 1 : x.size(ch_axis);
+  return ch_axis < 0 ? c10::SymInt(1) : x.sym_size(ch_axis);
 }
 
-core::ChannelLayout channel_layout(const at::Tensor& x, int64_t ch_axis) {
-  if (ch_axis < 0) return {1, 1, x.numel()};
-  core::ChannelLayout layout{1, x.size(ch_axis), 1};
-  for (int64_t d = 0; d < ch_axis; ++d) layout.outer *= x.size(d);
-  for (int64_t d = ch_axis + 1; d < x.dim(); ++d) layout.inner *= x.size(d);
-  return layout;
+void check_order(const char* op, at::IntArrayRef order, const at::Tensor& x) {
+  if (order.empty()) return;
+  std::vector<int64_t> sorted = order.vec();
+  std::sort(sorted.begin(), sorted.end());
+  bool all = static_cast<int64_t>(sorted.size()) == x.dim();
+  for (size_t d = 0; all && d < sorted.size(); ++d) all = sorted[d] == static_cast<int64_t>(d);
+  expect(all, op, "order", c10::str("empty or the ", x.dim(), " axes"), order);
 }
 
 core::HistogramLayout check_layout(const char* op, int64_t mantissa_bits, int64_t octaves) {
@@ -67,28 +69,33 @@ core::HistogramLayout check_layout(const char* op, int64_t mantissa_bits, int64_
 }
 
 core::Statistic check_statistic(const char* op, const at::Tensor& extrema, const at::Tensor& tally,
-                                const at::Tensor& counts, int64_t channels, const char* prefix) {
+                                const at::Tensor& counts,
+                                const std::optional<c10::SymInt>& channels, const char* prefix) {
   const auto name = [&](const char* part) { return std::string(prefix) + part; };
   const auto check = [&](const at::Tensor& t, const char* part, at::ScalarType type) {
     check_device(op, name(part).c_str(), t);
     check_same_device(op, name(part), t, extrema.device());
     expect(t.scalar_type() == type, op, name(part).c_str(), type, t.scalar_type());
-    expect(t.is_contiguous(), op, name(part).c_str(), "contiguous", "strides ", t.strides());
+    expect(t.is_contiguous(), op, name(part).c_str(), "contiguous", "strides ", t.sym_strides());
   };
   check(extrema, "extrema", at::kFloat);
   check(tally, "tally", at::kLong);
   check(counts, "counts", at::kLong);
-  expect(extrema.dim() == 2 && extrema.size(1) == 2, op, name("extrema").c_str(), "of shape [C, 2]",
-         extrema.sizes());
-  const int64_t rows = extrema.size(0);
-  if (channels >= 0 && rows != channels)
-    expect(false, op, name("extrema").c_str(), "of shape [" + std::to_string(channels) + ", 2]",
-           extrema.sizes());
-  if (!(tally.dim() == 2 && tally.size(0) == rows && tally.size(1) == core::kTallyColumns))
-    expect(false, op, name("tally").c_str(), "of shape [" + std::to_string(rows) + ", 5]",
-           tally.sizes());
-  const bool is_counts = counts.dim() == 4 && counts.size(0) == rows && counts.size(1) == 2;
-  const int64_t octaves = is_counts ? counts.size(2) : 0, bins = is_counts ? counts.size(3) : 0;
+  expect(extrema.dim() == 2 && holds(extrema.sym_size(1).sym_eq(2)), op, name("extrema").c_str(),
+         "of shape [C, 2]", extrema.sym_sizes());
+  const c10::SymInt rows = extrema.sym_size(0);
+  if (channels && !holds(rows.sym_eq(*channels)))
+    expect(false, op, name("extrema").c_str(), c10::str("of shape [", *channels, ", 2]"),
+           extrema.sym_sizes());
+  if (!(tally.dim() == 2 && holds(tally.sym_size(0).sym_eq(rows)) &&
+        holds(tally.sym_size(1).sym_eq(core::kTallyColumns))))
+    expect(false, op, name("tally").c_str(), c10::str("of shape [", rows, ", 5]"),
+           tally.sym_sizes());
+  const bool is_counts = counts.dim() == 4 && holds(counts.sym_size(0).sym_eq(rows)) &&
+                         holds(counts.sym_size(1).sym_eq(2));
+  // The layout of a histogram is part of the graph.
+  const auto fixed = [&](int64_t d) { return counts.sym_size(d).guard_int(__FILE__, __LINE__); };
+  const int64_t octaves = is_counts ? fixed(2) : 0, bins = is_counts ? fixed(3) : 0;
   int64_t mantissa_bits = 0;
   while ((int64_t{1} << mantissa_bits) < bins) ++mantissa_bits;
   const bool has_none = octaves == 0 && bins == 0;
@@ -96,16 +103,27 @@ core::Statistic check_statistic(const char* op, const at::Tensor& extrema, const
                              mantissa_bits <= 10 && bins == int64_t{1} << mantissa_bits;
   if (!is_counts || !(has_none || has_histogram))
     expect(false, op, name("counts").c_str(),
-           "of shape [" + std::to_string(rows) +
-               ", 2, octaves (4 to 32), 2^mantissa_bits (5 to 10)] or [" + std::to_string(rows) +
-               ", 2, 0, 0]",
-           counts.sizes());
-  if (extrema.is_meta()) return {nullptr, nullptr, nullptr, rows, {}};
-  return {extrema.mutable_data_ptr<float>(),
-          tally.mutable_data_ptr<int64_t>(),
-          has_none ? nullptr : counts.mutable_data_ptr<int64_t>(),
-          rows,
-          {static_cast<int32_t>(mantissa_bits), static_cast<int32_t>(octaves)}};
+           c10::str("of shape [", rows, ", 2, octaves (4 to 32), 2^mantissa_bits (5 to 10)] or [",
+                    rows, ", 2, 0, 0]"),
+           counts.sym_sizes());
+  const core::HistogramLayout layout{static_cast<int32_t>(mantissa_bits),
+                                     static_cast<int32_t>(octaves)};
+  if (extrema.is_meta()) return {nullptr, nullptr, nullptr, 0, layout};
+  return {extrema.mutable_data_ptr<float>(), tally.mutable_data_ptr<int64_t>(),
+          has_none ? nullptr : counts.mutable_data_ptr<int64_t>(), rows.expect_int(), layout};
+}
+
+void check_range(const char* op, const at::Tensor& range,
+                 const std::optional<c10::SymInt>& channels, const at::Device& device) {
+  check_device(op, "range", range);
+  check_same_device(op, "range", range, device);
+  expect(range.scalar_type() == at::kFloat, op, "range", "Float", range.scalar_type());
+  if (range.dim() != 2 || !holds(range.sym_size(1).sym_eq(2)) ||
+      (channels && !holds(range.sym_size(0).sym_eq(*channels))))
+    expect(false, op, "range",
+           channels ? c10::str("of shape [", *channels, ", 2]") : std::string("of shape [C, 2]"),
+           range.sym_sizes());
+  expect(range.is_contiguous(), op, "range", "contiguous", "strides ", range.sym_strides());
 }
 
 core::Grid check_grid(const char* op, int64_t quant_min, int64_t quant_max, bool symmetric,
@@ -123,13 +141,22 @@ core::Grid check_grid(const char* op, int64_t quant_min, int64_t quant_max, bool
 }
 
 void check_per_channel(const char* op, const char* argument, const at::Tensor& t,
-                       at::ScalarType type, int64_t channels, const at::Device& device) {
+                       at::ScalarType type, const c10::SymInt& channels, const at::Device& device) {
   check_device(op, argument, t);
   check_same_device(op, argument, t, device);
   expect(t.scalar_type() == type, op, argument, type, t.scalar_type());
-  if (t.dim() > 1 || t.numel() != channels)
-    expect(false, op, argument, "of shape [" + std::to_string(channels) + "]", t.sizes());
-  expect(t.is_contiguous(), op, argument, "contiguous", "strides ", t.strides());
+  if (t.dim() > 1 || !holds(t.sym_numel().sym_eq(channels)))
+    expect(false, op, argument, c10::str("of shape [", channels, "]"), t.sym_sizes());
+  expect(t.is_contiguous(), op, argument, "contiguous", "strides ", t.sym_strides());
+}
+
+void check_like(const char* op, const char* argument, const at::Tensor& t, const at::Tensor& x) {
+  check_device(op, argument, t);
+  check_same_device(op, argument, t, x.device());
+  bool same = t.dim() == x.dim();
+  for (int64_t d = 0; same && d < x.dim(); ++d) same = holds(t.sym_size(d).sym_eq(x.sym_size(d)));
+  expect(same, op, argument, x.sym_sizes(), t.sym_sizes());
+  expect(t.scalar_type() == x.scalar_type(), op, argument, x.scalar_type(), t.scalar_type());
 }
 
 core::Mask parse_mask(const char* op, std::string_view name) {

@@ -1,8 +1,10 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/SymInt.h>
 #include <c10/util/Exception.h>
 
+#include <optional>
 #include <string>
 
 #include "core/affine.h"
@@ -11,7 +13,8 @@
 #include "core/option.h"
 #include "rule_table.h"
 
-// Checks of the ops' arguments, done once, before the device split.
+// Checks of single arguments. Sizes may be symbolic, as they are while a graph is traced: what is
+// checked of them becomes a condition of the graph.
 namespace torch_ext::bindings {
 
 inline std::string_view text(c10::string_view s) { return {s.data(), s.size()}; }
@@ -23,24 +26,37 @@ void expect(bool holds, const char* op, const char* argument, const Want& want,
   TORCH_CHECK(holds, op, ": expected ", argument, " to be ", want, ", got ", have...);
 }
 
+// Whether a condition on sizes holds.
+inline bool holds(const c10::SymBool& condition) {
+  return condition.expect_true(__FILE__, __LINE__);
+}
+
 // A strided tensor on the CPU or the meta device, or on CUDA where this build has the kernels.
 void check_device(const char* op, const char* argument, const at::Tensor& t);
 
 // The element type of a tensor that passes check_device(): float32, float64, float16 or bfloat16.
 core::DType check_data(const char* op, const char* argument, const at::Tensor& x);
 
-// Number of channels of x: 1 for ch_axis -1.
-int64_t check_axis(const char* op, const at::Tensor& x, int64_t ch_axis);
+// The same of a tensor that has been checked.
+core::DType dtype_of(const at::Tensor& x);
 
-// The shape of x as [outer, channels, inner]; the data is contiguous.
-core::ChannelLayout channel_layout(const at::Tensor& x, int64_t ch_axis);
+// Number of channels of x: 1 for ch_axis -1.
+c10::SymInt check_axis(const char* op, const at::Tensor& x, int64_t ch_axis);
+
+// An order of x's axes, or empty.
+void check_order(const char* op, at::IntArrayRef order, const at::Tensor& x);
 
 // The statistic in these tensors: extrema float32 [C, 2], tally int64 [C, 5], counts int64 [C, 2,
-// octaves, 2^mantissa_bits] or [C, 2, 0, 0]. C has to be `channels`, unless that is -1. `prefix`
-// goes before the tensors' names in errors.
+// octaves, 2^mantissa_bits] or [C, 2, 0, 0]. C has to be `channels`, where given. `prefix` goes
+// before the tensors' names in errors. On the meta device only the layout is returned.
 core::Statistic check_statistic(const char* op, const at::Tensor& extrema, const at::Tensor& tally,
-                                const at::Tensor& counts, int64_t channels,
+                                const at::Tensor& counts,
+                                const std::optional<c10::SymInt>& channels,
                                 const char* prefix = "");
+
+// A contiguous float32 tensor [C, 2] on this device. C has to be `channels`, where given.
+void check_range(const char* op, const at::Tensor& range,
+                 const std::optional<c10::SymInt>& channels, const at::Device& device);
 
 core::HistogramLayout check_layout(const char* op, int64_t mantissa_bits, int64_t octaves);
 
@@ -50,7 +66,10 @@ core::Grid check_grid(const char* op, int64_t quant_min, int64_t quant_max, bool
 
 // A contiguous tensor of this type and device, of shape [channels] ([] too for one channel).
 void check_per_channel(const char* op, const char* argument, const at::Tensor& t,
-                       at::ScalarType type, int64_t channels, const at::Device& device);
+                       at::ScalarType type, const c10::SymInt& channels, const at::Device& device);
+
+// A tensor of x's shape, type and device.
+void check_like(const char* op, const char* argument, const at::Tensor& t, const at::Tensor& x);
 
 core::Mask parse_mask(const char* op, std::string_view name);
 core::Rounding parse_rounding(const char* op, std::string_view name);

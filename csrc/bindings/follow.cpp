@@ -5,8 +5,9 @@
 
 #include "bindings/arguments.h"
 #include "bindings/backend.h"
-#include "bindings/checks.h"
+#include "bindings/contracts.h"
 #include "bindings/exclusive.h"
+#include "bindings/layout.h"
 #include "bindings/recomputing.h"
 #include "bindings/rules.h"
 
@@ -17,10 +18,13 @@ namespace {
 
 // An op's arguments, checked.
 struct Follow {
-  Follow(const char* op, const FollowArguments& arguments);
+  Follow(const char* op, const FollowArguments& arguments)
+      : a(arguments),
+        contract(check_follow(op, arguments)),
+        channels(contract.channels.expect_int()) {}
 
   // The statistic of this batch, empty at first.
-  Transient statistic() const { return {a.x, channels, needs_of(rule), layout}; }
+  Transient statistic() const { return {a.x, channels, needs_of(contract.rule), contract.layout}; }
   // Solves the rule from the batch's statistic and moves range, scale and zero point in place.
   core::SolveJob job(const Transient& statistic) const;
   // Observes the batch and solves, unless the range is to stay as it is.
@@ -30,32 +34,13 @@ struct Follow {
   uint8_t* solved_flag() const { return a.solved.mutable_data_ptr<uint8_t>(); }
 
   const FollowArguments& a;
-  core::DType dtype;
-  int64_t channels;
-  int32_t rule;
-  core::Grid grid;
-  core::HistogramLayout layout;
+  const FollowContract contract;
+  const int64_t channels;
 };
 
-Follow::Follow(const char* op, const FollowArguments& arguments) : a(arguments) {
-  const at::Device device = a.x.device();
-  dtype = check_data(op, "x", a.x);
-  channels = check_axis(op, a.x, a.ch_axis);
-  check_range(op, a.range, channels, device);
-  check_per_channel(op, "scale", a.scale, at::kFloat, channels, device);
-  check_per_channel(op, "zero_point", a.zero_point, at::kInt, channels, device);
-  check_per_channel(op, "solved", a.solved, at::kByte, 1, device);
-  expect(a.averaging_constant >= 0 && a.averaging_constant <= 1, op, "averaging_constant",
-         "between 0 and 1", a.averaging_constant);
-  rule = check_rule(op, text(a.rule));
-  grid = check_grid(op, a.quant_min, a.quant_max, a.symmetric, text(a.scale_rule), a.power_of_two);
-  layout = check_layout(op, a.mantissa_bits, a.octaves);
-  check_rule_use(op, rule, grid, layout, a.options.data(), static_cast<int64_t>(a.options.size()));
-}
-
 core::SolveJob Follow::job(const Transient& statistic) const {
-  return {rule,
-          grid,
+  return {contract.rule,
+          contract.grid,
           a.options.data(),
           statistic.statistic(),
           a.range.mutable_data_ptr<float>(),
@@ -68,8 +53,8 @@ core::SolveJob Follow::job(const Transient& statistic) const {
 void Follow::run(const Backend& backend) const {
   if (recomputing() || (frozen() && !backend.is_cuda() && *solved_flag() != 0)) return;
   const Transient batch = statistic();
-  if (needs_of(rule) != core::Needs::nothing)
-    backend.observe(view_of(a.x, dtype), a.ch_axis, batch.statistic(),
+  if (needs_of(contract.rule) != core::Needs::nothing)
+    backend.observe(view_of(a.x, contract.dtype), a.ch_axis, batch.statistic(),
                     batch.mode(frozen() ? solved_flag() : nullptr));
   backend.solve({job(batch)});
 }
@@ -82,18 +67,18 @@ void follow_(const FollowArguments& arguments) {
 }
 
 // x quantized with the range that has followed it, and the packed mask: uint8
-// [(numel + 7) / 8], or [0] without `with_mask`.
-std::tuple<at::Tensor, at::Tensor> forward(const FollowArguments& a) {
+// [(numel + 7) / 8] in the order of memory, or [0] without `with_mask`.
+std::tuple<at::Tensor, at::Tensor> quantized(const FollowArguments& a, at::IntArrayRef order) {
   constexpr const char* op = "follow_fake_quant";
   const Follow follow(op, a);
-  const c10::MaybeOwned<at::Tensor> data = a.x.expect_contiguous();
-  at::Tensor out = at::empty(a.x.sizes(), a.x.options());
+  at::Tensor out = empty_in(order, a.x);
+  const at::Tensor data = with_strides_of(out, a.x);
   at::Tensor bits =
       at::empty({a.with_mask ? (a.x.numel() + 7) / 8 : 0}, a.x.options().dtype(at::kByte));
-  const core::FakeQuantJob map{data->const_data_ptr(),
+  const core::FakeQuantJob map{data.const_data_ptr(),
                                out.mutable_data_ptr(),
                                a.with_mask ? bits.mutable_data_ptr<uint8_t>() : nullptr,
-                               channel_layout(a.x, a.ch_axis),
+                               channel_layout(out, a.ch_axis),
                                a.scale.const_data_ptr<float>(),
                                a.zero_point.const_data_ptr<int32_t>(),
                                static_cast<int32_t>(a.quant_min),
@@ -102,18 +87,22 @@ std::tuple<at::Tensor, at::Tensor> forward(const FollowArguments& a) {
                                parse_mask(op, text(a.mask))};
   const Exclusive exclusive(a.range);
   const Backend backend(op, a.x);
-  if (!recomputing() && backend.follows_on_chip(follow.rule, follow.dtype, map)) {
+  if (!recomputing() && backend.follows_on_chip(follow.contract.rule, follow.contract.dtype, map)) {
     const Transient batch = follow.statistic();
-    backend.follow_on_chip(follow.job(batch), follow.dtype, map);
+    backend.follow_on_chip(follow.job(batch), follow.contract.dtype, map);
   } else {
     follow.run(backend);
-    backend.fake_quant_forward(follow.dtype, map);
+    backend.fake_quant_forward(follow.contract.dtype, map);
   }
   return {std::move(out), std::move(bits)};
 }
 
+std::tuple<at::Tensor, at::Tensor> forward(const FollowArguments& arguments) {
+  return quantized(arguments, arguments.order);
+}
+
 at::Tensor follow_fake_quant(const FollowArguments& arguments) {
-  return std::get<0>(forward(arguments));
+  return std::get<0>(quantized(arguments, order_of(arguments.x)));
 }
 
 void register_ops(torch::Library& m) {

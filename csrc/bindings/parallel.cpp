@@ -4,8 +4,7 @@
 
 namespace torch_ext::cpu {
 
-void parallel_for(int64_t begin, int64_t end, int64_t grain,
-                  const std::function<void(int64_t, int64_t)>& body) {
+void run_on_pool(int64_t begin, int64_t end, int64_t grain, const Body& body) {
   at::parallel_for(begin, end, grain, body);
 }
 

@@ -4,6 +4,7 @@
 
 #include <vector>
 
+#include "bindings/contracts.h"
 #include "core/job.h"
 #include "core/option.h"
 #include "cuda/driver.h"
@@ -27,13 +28,7 @@ struct Transient {
 
 const char* rule_name(int32_t rule);
 
-// Raises unless `range` is float32 [channels, 2], contiguous and on `device`; any number of
-// channels for -1.
-void check_range(const char* op, const at::Tensor& range, int64_t channels,
-                 const at::Device& device);
-
-// The range float32 [C, 2] of x by a rule, from a temporary statistic in the default layout.
-at::Tensor solve_tensor(const at::Tensor& x, int64_t ch_axis, int32_t rule, const core::Grid& grid,
-                        const std::vector<double>& options);
+// The range float32 [C, 2] of one tensor, from a temporary statistic in the default layout.
+at::Tensor solve_tensor(const OneShot& call);
 
 }  // namespace torch_ext::bindings

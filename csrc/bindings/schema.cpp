@@ -50,18 +50,24 @@ TORCH_LIBRARY(torch_ext, m) {
       tags);
   m.def(
       "_fake_quant_forward(Tensor x, Tensor scale, Tensor zero_point, int quant_min, int "
-      "quant_max, "
-      "int ch_axis=-1, str mask=\"rounded\", str rounding=\"half_even\") -> (Tensor, Tensor)",
+      "quant_max, int ch_axis=-1, str mask=\"rounded\", str rounding=\"half_even\", "
+      "int[] order=[]) -> (Tensor, Tensor)",
       tags);
-  m.def("_fake_quant_backward(Tensor grad, Tensor mask) -> Tensor", tags);
+  m.def("_fake_quant_backward(Tensor grad, Tensor mask, int[] order=[]) -> Tensor", tags);
 
   const std::string learned =
       "Tensor x, str method, Tensor parameter, Tensor? zero_point, int quant_min, int quant_max, "
       "int ch_axis=-1, bool use_grad_scaling=True, int batch_axis=-1) -> ";
   m.def(("learned_fake_quant(" + learned + "Tensor").c_str(), tags);
   m.def(
-      ("_learned_fake_quant_backward(Tensor grad, " + learned + "(Tensor, Tensor, Tensor)").c_str(),
+      ("_learned_fake_quant_backward(Tensor grad, " + learned + "(Tensor, Tensor, Tensor, Tensor)")
+          .c_str(),
       tags);
+  m.def(("_learned_fake_quant_tangent(Tensor? x_tangent, Tensor? parameter_tangent, "
+         "Tensor? zero_point_tangent, Tensor? mixed_tangent, " +
+         learned + "Tensor")
+            .c_str(),
+        tags);
   for (const torch_ext::FakeQuantRow& method : torch_ext::fake_quants())
     if (method.learned >= 0) m.def(method_schema(method).c_str(), tags);
 
@@ -100,7 +106,7 @@ TORCH_LIBRARY(torch_ext, m) {
   m.def(("follow_" + follow + ") -> ()").c_str(), any_layout);
   m.def(("follow_fake_quant" + follow + quantize + ") -> Tensor").c_str(), tags);
   m.def(("_follow_fake_quant_forward" + follow + quantize +
-         ", bool with_mask=True) -> (Tensor, Tensor)")
+         ", bool with_mask=True, int[] order=[]) -> (Tensor, Tensor)")
             .c_str(),
         tags);
   m.def(

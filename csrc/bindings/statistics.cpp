@@ -6,7 +6,7 @@
 #include <limits>
 
 #include "bindings/backend.h"
-#include "bindings/checks.h"
+#include "bindings/contracts.h"
 #include "bindings/exclusive.h"
 #include "bindings/recomputing.h"
 #include "bindings/rules.h"
@@ -43,41 +43,28 @@ namespace {
 
 void observe_(const at::Tensor& x, const at::Tensor& extrema, const at::Tensor& tally,
               const at::Tensor& counts, int64_t ch_axis) {
-  constexpr const char* op = "observe_";
-  const core::DType dtype = check_data(op, "x", x);
-  const int64_t channels = check_axis(op, x, ch_axis);
-  const core::Statistic into = check_statistic(op, extrema, tally, counts, channels);
-  expect(extrema.device() == x.device(), op, "extrema", x.device(), extrema.device());
+  const Observed checked = check_observe(x, extrema, tally, counts, ch_axis);
   if (recomputing()) return;
   const Exclusive exclusive(tally);
-  Backend(op, x).observe(view_of(x, dtype), ch_axis, into);
+  Backend("observe_", x).observe(view_of(x, checked.dtype), ch_axis, checked.into);
 }
 
 void merge_(const at::Tensor& extrema, const at::Tensor& tally, const at::Tensor& counts,
             const at::Tensor& other_extrema, const at::Tensor& other_tally,
             const at::Tensor& other_counts) {
-  constexpr const char* op = "merge_";
-  const core::Statistic into = check_statistic(op, extrema, tally, counts, -1);
-  const core::Statistic from =
-      check_statistic(op, other_extrema, other_tally, other_counts, into.channels, "other_");
-  expect(other_extrema.device() == extrema.device(), op, "other_extrema", extrema.device(),
-         other_extrema.device());
-  expect(other_counts.sizes() == counts.sizes(), op, "other_counts", counts.sizes(),
-         other_counts.sizes());
+  const Merged checked =
+      check_merge(extrema, tally, counts, other_extrema, other_tally, other_counts);
   const Exclusive exclusive(tally);
-  Backend(op, extrema).merge(into, from);
+  Backend("merge_", extrema).merge(checked.into, checked.from);
 }
 
 }  // namespace
 
-at::Tensor solve_tensor(const at::Tensor& x, int64_t ch_axis, int32_t rule, const core::Grid& grid,
-                        const std::vector<double>& options) {
-  const char* op = rule_name(rule);
-  const core::DType dtype = check_data(op, "x", x);
-  const int64_t channels = check_axis(op, x, ch_axis);
-  const core::HistogramLayout layout = ch_axis < 0 ? core::kPerTensor : core::kPerChannel;
-  check_rule_use(op, rule, grid, layout, options.data(), static_cast<int64_t>(options.size()));
-  const Backend backend(op, x);
+at::Tensor solve_tensor(const OneShot& call) {
+  const at::Tensor& x = call.x;
+  const int64_t ch_axis = call.ch_axis, channels = call.channels.expect_int();
+  const core::DType dtype = dtype_of(x);
+  const Backend backend(rule_name(call.rule), x);
   at::Tensor range = at::empty({channels, 2}, x.options().dtype(at::kFloat));
   // The statistic of all channels of a large weight would take more memory than the weight, so it
   // is solved in slices of channels.
@@ -85,13 +72,19 @@ at::Tensor solve_tensor(const at::Tensor& x, int64_t ch_axis, int32_t rule, cons
   for (int64_t begin = 0; begin < channels; begin += kChannelsAtOnce) {
     const int64_t count = std::min(kChannelsAtOnce, channels - begin);
     const at::Tensor part = ch_axis < 0 ? x : x.narrow(ch_axis, begin, count);
-    const Transient transient(x, count, needs_of(rule), layout);
+    const Transient transient(x, count, needs_of(call.rule), call.layout());
     const core::Statistic statistic = transient.statistic();
-    if (needs_of(rule) != core::Needs::nothing)
+    if (needs_of(call.rule) != core::Needs::nothing)
       backend.observe(view_of(part, dtype), ch_axis, statistic, transient.mode(nullptr));
-    const core::SolveJob job{
-        rule,    grid,    options.data(), statistic, range.mutable_data_ptr<float>() + 2 * begin,
-        nullptr, nullptr, nullptr,        1};
+    const core::SolveJob job{call.rule,
+                             call.grid,
+                             call.options.data(),
+                             statistic,
+                             range.mutable_data_ptr<float>() + 2 * begin,
+                             nullptr,
+                             nullptr,
+                             nullptr,
+                             1};
     backend.solve({job});
   }
   return range;

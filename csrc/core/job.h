@@ -91,6 +91,27 @@ struct LearnedJob {
   double elements;      // per parameter, for its gradient scale; 0: no scaling
   float* d_parameter;   // [channels]
   float* d_zero_point;  // [channels] or null
+  // [channels] or null: the gradient of the zero point divided by the scale, with the factor of the
+  // parameter's gradient. The derivative of either gradient with regard to the other's input.
+  float* d_mixed = nullptr;
+};
+
+// The transpose of LearnedJob, on contiguous data: the output's tangent given those of x and, per
+// channel, of the parameter, of the zero point and of d_mixed. Tangents that are null are zero.
+struct TangentJob {
+  int32_t method;  // index in LearnedFakeQuants
+  const void* x;
+  const void* x_tangent;
+  void* out;  // must not overlap x or x_tangent
+  ChannelLayout layout;
+  const float* parameter;     // [channels]
+  const int32_t* zero_point;  // [channels], or null: all 0
+  int32_t quant_min;
+  int32_t quant_max;
+  double elements;                  // as in LearnedJob
+  const float* parameter_tangent;   // [channels]
+  const float* zero_point_tangent;  // [channels]
+  const float* mixed_tangent;       // [channels]
 };
 
 template <class Job>

@@ -7,16 +7,37 @@
 // How the drivers of both devices check a statistic and store what a rule computed from it.
 namespace torch_ext::core {
 
-// A statistic may come from a file or from user code, so it is checked: has_extrema() tells whether
-// its extrema are finite and in order, values_held() is the number of values in zeros, tiny and
-// counts, which has to be the number of finite values.
+// A statistic may come from a file or from user code, so it is checked before anything is summed.
+
+// The most values of a channel. Sums of squares about any level (octave_error()) then fit 64 bits.
+constexpr int64_t kMostValues = int64_t{1} << 39;
+
+// Sums counts that may be anything. They are too many for a comparison each.
+struct CountSum {
+  static constexpr int64_t kImpossible = -(int64_t{1} << 56);
+  uint64_t total = 0, bits = 0;
+
+  TE_HD void add(int64_t count) {
+    total += static_cast<uint64_t>(count);
+    bits |= static_cast<uint64_t>(count);
+  }
+  // kImpossible where a count was negative or more than 2^40. No sum of 64 values overflows.
+  TE_HD int64_t value() const {
+    return bits >> 40 != 0 ? kImpossible : static_cast<int64_t>(total);
+  }
+};
+
+// Whether zeros, tiny and `counted` values of the window's bins make up the finite values.
+TE_HD bool are_the_values(const View& view, int64_t counted) {
+  return view.finite <= kMostValues && view.zeros >= 0 && view.zeros <= view.finite &&
+         view.tiny >= 0 && view.tiny <= view.finite &&
+         view.zeros + view.tiny + counted == view.finite;
+}
+
+// Whether the extrema are finite and in order.
 TE_HD bool has_extrema(const ChannelStatistic& s) {
   return s.extrema[0] <= s.extrema[1] && s.extrema[0] - s.extrema[0] == 0 &&
          s.extrema[1] - s.extrema[1] == 0;
-}
-TE_HD int64_t values_held(const View& view) {
-  const int64_t at_zero = view.zeros + view.tiny;
-  return view.bins == 0 ? at_zero : at_zero + view.below[0][view.bins] + view.below[1][view.bins];
 }
 
 // Stores channel c's range; where `moves`, the stored range moves part of the way to `solved`.

@@ -66,9 +66,15 @@ void learned_backward(core::DType dtype, const core::LearnedJob& job) {
   for (int64_t c = 0; c < layout.channels; ++c) {
     const double sum = fold(parameter + c * parts.count, parts.count);
     const double zero_sum = fold(zero_point + c * parts.count, parts.count);
-    job.d_parameter[c] = parameter_gradient(job, c, sum);
-    if (job.d_zero_point != nullptr) job.d_zero_point[c] = static_cast<float>(zero_sum);
+    store_gradients(job, c, sum, zero_sum);
   }
+}
+
+void learned_tangent(core::DType dtype, const core::TangentJob& job) {
+  const MapReduceKernels::Tangent tangent = kernels().map_reduce.tangent[static_cast<int>(dtype)];
+  constexpr int64_t kGrain = 1 << 14;
+  parallel_for(0, job.layout.numel(), kGrain,
+               [&](int64_t begin, int64_t end) { tangent(job, begin, end); });
 }
 
 }  // namespace torch_ext::cpu

@@ -4,9 +4,9 @@
 
 #include "core/job.h"
 
-// The driver of the backward of learned fake-quants: dx and the sums over each channel, in one pass
-// over x. Sums are taken in the order of core/learned.h, so they do not depend on the number of
-// threads.
+// The drivers of the derivatives of learned fake-quants. Backward: dx and the sums over each
+// channel, in one pass over x; sums are taken in the order of core/learned.h, so they do not depend
+// on the number of threads. Tangent: its transpose.
 namespace torch_ext::cpu {
 
 // Inner loops, compiled once per instruction set; indexed by DType.
@@ -18,10 +18,15 @@ struct MapReduceKernels {
   // zero_point[c * stride].
   using Rows = void (*)(const core::LearnedJob& job, int64_t begin, int64_t end, int64_t stride,
                         double* parameter, double* zero_point);
+  // Elements [begin, end).
+  using Tangent = void (*)(const core::TangentJob& job, int64_t begin, int64_t end);
   Run run[core::kDTypeCount];
   Rows rows[core::kDTypeCount];
+  Tangent tangent[core::kDTypeCount];
 };
 
 void learned_backward(core::DType dtype, const core::LearnedJob& job);
+
+void learned_tangent(core::DType dtype, const core::TangentJob& job);
 
 }  // namespace torch_ext::cpu

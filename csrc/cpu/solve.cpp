@@ -34,11 +34,11 @@ class Channel {
     if (job_.solved != nullptr && (!has_values || core::is_set(job_, channel_))) return;
     core::Range range{0, 0};
     if (has_values) {
+      check(s);
       const core::View view =
           rule_.needs == core::Needs::nothing
               ? core::View{}
               : k.view(job_.statistic.layout, rule_.needs, s.extrema, s.tally, s.counts, memory_);
-      check(view, s);
       range = rule_.search_words != nullptr
                   ? search(view, parallel)
                   : k.closed(job_.rule, view, job_.grid, job_.options, words());
@@ -65,17 +65,40 @@ class Channel {
     return core::range_of_threshold(view, k.threshold(job_.rule, view, storage, objectives.data()));
   }
 
-  void check(const core::View& view, const core::ChannelStatistic& s) const {
+  void check(const core::ChannelStatistic& s) const {
     if (rule_.needs == core::Needs::nothing) return;
     if (!core::has_extrema(s))
-      throw std::invalid_argument("solve: expected extrema to be finite and in order, got " +
+      throw std::invalid_argument("expected extrema to be finite and in order, got " +
                                   std::to_string(s.extrema[0]) + " and " +
                                   std::to_string(s.extrema[1]) + in_channel());
     if (rule_.needs < core::Needs::counts) return;
-    if (core::values_held(view) != view.finite)
-      throw std::invalid_argument("solve: expected counts to be, with zeros and tiny, the " +
-                                  std::to_string(view.finite) + " finite values of tally, got " +
-                                  std::to_string(core::values_held(view)) + in_channel());
+    const core::View frame =
+        core::frame_view(job_.statistic.layout, rule_.needs, s.extrema, s.tally, memory_);
+    const int64_t counted = counted_in(frame, s.counts);
+    if (core::are_the_values(frame, counted)) return;
+    if (frame.finite > core::kMostValues)
+      throw std::invalid_argument("expected tally to be of at most 2^39 finite values, got " +
+                                  std::to_string(frame.finite) + in_channel());
+    throw std::invalid_argument("expected counts to be, with zeros and tiny, the " +
+                                std::to_string(frame.finite) + " finite values of tally, got " +
+                                (counted < 0 ? std::string("a negative count, or one past 2^40")
+                                             : std::to_string(counted) + ", " +
+                                                   std::to_string(frame.zeros) + " and " +
+                                                   std::to_string(frame.tiny)) +
+                                in_channel());
+  }
+  static int64_t counted_in(const core::View& frame, const int64_t* counts) {
+    const int32_t m = frame.layout.mantissa_bits;
+    core::CountSum sum;
+    for (int sign = 0; sign < 2; ++sign) {
+      for (int64_t octave = 0; octave < frame.bins >> m; ++octave) {
+        const int64_t* const bins =
+            counts + sign * frame.layout.bins() +
+            frame.layout.octave_begin(frame.bottom + static_cast<int32_t>(octave));
+        for (int64_t k = 0; k < int64_t{1} << m; ++k) sum.add(bins[k]);
+      }
+    }
+    return sum.value();
   }
   std::string in_channel() const { return " in channel " + std::to_string(channel_); }
 

@@ -71,6 +71,9 @@ void fake_quant_backward(core::DType dtype, const void* grad, const uint8_t* mas
 size_t learned_backward_scratch(const core::LearnedJob& job);
 void learned_backward(core::DType dtype, const core::LearnedJob& job, void* scratch, Stream stream);
 
+// The tangent of a learned fake-quant's output. One launch.
+void learned_tangent(core::DType dtype, const core::TangentJob& job, Stream stream);
+
 // Observe, solve(job) and fake_quant_forward(map) in one launch and one pass over memory.
 // follows_on_chip() tells whether that is possible: the rule reads extrema, each channel is one
 // contiguous row, and a row fits in shared memory. map.scale and map.zero_point have to be those of

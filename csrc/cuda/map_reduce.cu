@@ -6,7 +6,8 @@
 #include "gpu.h"
 #include "registry.h"
 
-// Backward of learned fake-quants: dx, and the sums over each channel, in one pass over memory.
+// Derivatives of learned fake-quants. The tangent is element-wise. Backward: dx, and the sums over
+// each channel, in one pass over memory.
 // A warp or a thread sums each part; after a barrier of all blocks the sums of the parts are
 // summed. All sums are in the order of core/learned.h.
 namespace torch_ext::cuda {
@@ -55,8 +56,7 @@ struct LearnedBackward {
     for (int64_t c = gpu::block() * kThreads + gpu::thread(); c < job.layout.channels;
          c += gpu::blocks() * kThreads) {
       const Sums total = count == 0 ? Sums{0, 0} : from[c];
-      job.d_parameter[c] = parameter_gradient(job, c, total.parameter);
-      if (job.d_zero_point != nullptr) job.d_zero_point[c] = static_cast<float>(total.zero_point);
+      store_gradients(job, c, total.parameter, total.zero_point);
     }
   }
 
@@ -136,6 +136,24 @@ struct LearnedBackward {
   }
 };
 
+template <class F, class T>
+struct LearnedTangent {
+  static constexpr int kThreads = 256;
+  using C = core::compute_t<T>;
+
+  core::TangentJob job;
+
+  TE_GPU void operator()() const {
+    const int64_t i = gpu::block() * kThreads + gpu::thread();
+    if (i >= job.layout.numel()) return;
+    const int64_t c = i / job.layout.inner % job.layout.channels;
+    const C x = core::widen(static_cast<const T*>(job.x)[i]);
+    const C x_tangent =
+        job.x_tangent == nullptr ? C{} : core::widen(static_cast<const T*>(job.x_tangent)[i]);
+    static_cast<T*>(job.out)[i] = core::narrow<T>(ChannelTangent<F, C>(job, c).of(x, x_tangent));
+  }
+};
+
 core::Parts parts_for(const LearnedJob& job) {
   return job.layout.numel() == 0 ? core::Parts{false, 1, 1, 0} : core::parts_of(job.layout);
 }
@@ -162,6 +180,17 @@ void learned_backward(core::DType dtype, const LearnedJob& job, void* scratch, S
       gpu::launch(F::name, kernel,
                   {std::clamp<int64_t>(worth, 1, gpu::resident_blocks<Kernel>(0)), 0, true},
                   stream);
+    });
+  });
+}
+
+void learned_tangent(core::DType dtype, const core::TangentJob& job, Stream stream) {
+  with_type(dtype, [&]<class T>() {
+    LearnedFakeQuants::for_each_on_host([&]<class F>(int32_t index) {
+      if (index != job.method) return;
+      using Kernel = LearnedTangent<F, T>;
+      const int64_t blocks = (job.layout.numel() + Kernel::kThreads - 1) / Kernel::kThreads;
+      gpu::launch(F::name, Kernel{job}, {blocks}, stream);
     });
   });
 }

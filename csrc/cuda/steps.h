@@ -129,15 +129,18 @@ struct Steps {
     const int64_t octave = part % 32;
     if (row.is_frozen()) return;
     const core::View view = frame(begin, index, row);
-    int64_t total = 0;
+    core::CountSum sum;
     if (octave < view.bins >> view.layout.mantissa_bits) {
       const int64_t* const from = bins(row, view, sign, octave);
       for (int64_t k = gpu::thread() % gpu::kWarp; k < int64_t{1} << view.layout.mantissa_bits;
            k += gpu::kWarp)
-        total += from[k];
+        sum.add(from[k]);
     }
-    total = warp_sum(total);
-    if (gpu::thread() % gpu::kWarp == 0) state(begin, index).totals[sign][octave] = total;
+    for (int lanes = 1; lanes < gpu::kWarp; lanes *= 2) {
+      sum.total += gpu::shuffle_xor(sum.total, lanes);
+      sum.bits |= gpu::shuffle_xor(sum.bits, lanes);
+    }
+    if (gpu::thread() % gpu::kWarp == 0) state(begin, index).totals[sign][octave] = sum.value();
   }
   TE_GPU static int64_t warp_sum(int64_t value) {
     for (int lanes = 1; lanes < gpu::kWarp; lanes *= 2) value += gpu::shuffle_xor(value, lanes);
@@ -168,6 +171,9 @@ struct Steps {
       arrays.magnitude[0] = core::magnitude_below(view, arrays, 0);
     }
     if (octave >= octaves) return;
+    // Of a statistic that contradicts itself no sum is taken.
+    const auto& totals = state(begin, index).totals;
+    if (!core::are_the_values(view, warp_sum(totals[0][lane] + totals[1][lane]))) return;
     const int64_t from = lane * share(view), width = int64_t{1} << m;
     const int64_t to = smaller(from + share(view), width);
     for (int sign = 0; sign < 2; ++sign) {
@@ -194,7 +200,10 @@ struct Steps {
     s.valid = false;
     if (store_if_empty(row)) return;
     s.view = frame(begin, index, row);
-    if (!core::has_extrema(row.statistic()) || core::values_held(s.view) != s.view.finite)
+    int64_t counted = 0;
+    for (int sign = 0; sign < 2; ++sign)
+      for (int octave = 0; octave < 32; ++octave) counted += s.totals[sign][octave];
+    if (!core::has_extrema(row.statistic()) || !core::are_the_values(s.view, counted))
       return store(row, nan_range());
     if (task.needs == core::Needs::moments) core::add_moments(s.view);
     s.valid = true;

@@ -29,6 +29,7 @@ void fake_quant_backward(core::DType, const void*, const uint8_t*, void*, int64_
 }
 size_t learned_backward_scratch(const core::LearnedJob&) { refuse(); }
 void learned_backward(core::DType, const core::LearnedJob&, void*, Stream) { refuse(); }
+void learned_tangent(core::DType, const core::TangentJob&, Stream) { refuse(); }
 bool follows_on_chip(int32_t, core::DType, const core::FakeQuantJob&) { refuse(); }
 void follow_on_chip(const SolveJob&, core::DType, const core::FakeQuantJob&, Stream) { refuse(); }
 

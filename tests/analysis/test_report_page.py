@@ -233,4 +233,4 @@ def test_bars_on_request_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str
     shown = capsys.readouterr().err
     assert "report, data" in shown
     assert "2/2" in shown
-    assert "9/9" in shown
+    assert "8/8" in shown

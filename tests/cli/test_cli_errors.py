@@ -187,7 +187,7 @@ class TestProcesses:
         os.close(ours)
         assert process.wait(300) == 0
         assert b"2/2" in seen
-        assert b"all: 9 quantizers from 2 files" in seen
+        assert b"all: 8 quantizers from 2 files" in seen
         assert Path("all").is_file()
 
     def test_a_reader_that_leaves(self, folder: Path) -> None:

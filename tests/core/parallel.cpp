@@ -18,8 +18,7 @@ int64_t& test_threads() {
 
 int64_t num_threads() { return test_threads(); }
 
-void parallel_for(int64_t begin, int64_t end, int64_t grain,
-                  const std::function<void(int64_t, int64_t)>& body) {
+void run_on_pool(int64_t begin, int64_t end, int64_t grain, const Body& body) {
   const int64_t pieces =
       std::clamp<int64_t>((end - begin) / std::max<int64_t>(grain, 1), 1, test_threads());
   const int64_t step = (end - begin + pieces - 1) / pieces;

@@ -12,13 +12,15 @@
 #include "parallel_threads.h"
 #include "registry.h"
 
-// The backward of learned fake-quants: the CPU's against the papers' formulas in long double, for
-// any number of threads, and the kernel of map_reduce.cu, run on the host, against the CPU's bits.
+// The derivatives of learned fake-quants: the CPU's against the papers' formulas in long double,
+// for any number of threads, and the kernels of map_reduce.cu, run on the host, against the CPU's
+// bits.
 namespace {
 
 using namespace torch_ext;
 using core::ChannelLayout;
 using core::LearnedJob;
+using core::TangentJob;
 using statistic_plain::Random;
 
 constexpr int32_t kLsq = 0, kPact = 1, kQuantMax = 15;
@@ -33,15 +35,17 @@ TYPED_TEST_SUITE(Learned, Types);
 
 template <class T>
 struct Run {
-  Run(int64_t n, int64_t channels) : dx(n), d_parameter(channels), d_zero_point(channels) {}
+  Run(int64_t n, int64_t channels)
+      : dx(n), d_parameter(channels), d_zero_point(channels), d_mixed(channels) {}
   bool operator==(const Run& other) const {
     return std::memcmp(dx.data(), other.dx.data(), dx.size() * sizeof(T)) == 0 &&
            std::memcmp(d_parameter.data(), other.d_parameter.data(), 4 * d_parameter.size()) == 0 &&
            std::memcmp(d_zero_point.data(), other.d_zero_point.data(), 4 * d_zero_point.size()) ==
-               0;
+               0 &&
+           std::memcmp(d_mixed.data(), other.d_mixed.data(), 4 * d_mixed.size()) == 0;
   }
   std::vector<T> dx;
-  std::vector<float> d_parameter, d_zero_point;
+  std::vector<float> d_parameter, d_zero_point, d_mixed;
 };
 
 template <class T>
@@ -70,7 +74,29 @@ struct Given {
     return {method, x.data(), grad.data(), run.dx.data(), layout, parameter.data(),
             zero_point.data(), quant_min, kQuantMax, kElements, run.d_parameter.data(),
             // A fixed zero point has no gradient.
-            method == kPact ? nullptr : run.d_zero_point.data()};
+            method == kPact ? nullptr : run.d_zero_point.data(),
+            method == kPact ? nullptr : run.d_mixed.data()};
+  }
+  // The tangent of x is `grad`; those of the channels, where given, are drawn.
+  TangentJob tangent_job(std::vector<T>& out, const std::vector<float>* tangents) const {
+    return {method,
+            x.data(),
+            tangents == nullptr || tangents[3].empty() ? nullptr : grad.data(),
+            out.data(),
+            layout,
+            parameter.data(),
+            zero_point.data(),
+            quant_min,
+            kQuantMax,
+            kElements,
+            tangents == nullptr ? nullptr : tangents[0].data(),
+            tangents == nullptr ? nullptr : tangents[1].data(),
+            tangents == nullptr ? nullptr : tangents[2].data()};
+  }
+  long double factor(int64_t c) const {
+    const long double scaled =
+        method == kLsq ? 1 / std::sqrt(kElements * static_cast<long double>(kQuantMax)) : 1;
+    return parameter[c] < 0 ? -scaled : scaled;
   }
 
   static constexpr double kElements = 100;
@@ -123,16 +149,16 @@ void expect_formulas(const Given<T>& given, const Run<T>& run) {
     ASSERT_EQ(core::widen(run.dx[i]), plain.inside ? core::widen(given.grad[i]) : 0) << i;
   }
   for (int64_t c = 0; c < layout.channels; ++c) {
-    const long double factor =
-        given.method == kLsq ? 1 / std::sqrt(given.kElements * static_cast<long double>(kQuantMax))
-                             : 1;
-    const long double want = sum[c] * factor * (given.parameter[c] < 0 ? -1 : 1);
+    const long double want = sum[c] * given.factor(c);
+    const long double mixed = zero_sum[c] / std::fabs(given.parameter[c]) * given.factor(c);
     // Half a unit of float32 for the result, and what float64 loses in the sum.
     const auto bound = [&](long double value) {
       return 0x1p-24L * std::fabs(value) + 1e-14L * size[c] + 1e-37L;
     };
     ASSERT_LE(std::fabs(run.d_parameter[c] - want), bound(want)) << "channel " << c;
     ASSERT_LE(std::fabs(run.d_zero_point[c] - zero_sum[c]), bound(zero_sum[c])) << "channel " << c;
+    if (given.method == kLsq)
+      ASSERT_LE(std::fabs(run.d_mixed[c] - mixed), bound(mixed)) << "channel " << c;
   }
 }
 
@@ -156,6 +182,56 @@ TYPED_TEST(Learned, BackwardIsThePapersAndHasTheSameBitsEverywhere) {
         machines::Scratch scratch(cuda::learned_backward_scratch(job));
         cuda::learned_backward(arrays::kDType<TypeParam>, job, scratch.data(), nullptr);
         ASSERT_TRUE(single == device);
+      }
+    }
+  }
+  cpu::test_threads() = 2;
+}
+
+TYPED_TEST(Learned, TheTangentIsThePapersDerivativeAndHasTheSameBitsEverywhere) {
+  Random random(62);
+  std::normal_distribution<float> normal;
+  for (const ChannelLayout& layout : kLayouts) {
+    for (const int32_t method : {kLsq, kPact}) {
+      for (const bool has_tangents : {true, false}) {
+        const Given<TypeParam> given(method, layout, -16, random);
+        std::vector<float> tangents[4];
+        for (int part = 0; part < 3; ++part)
+          for (int64_t c = 0; c < layout.channels; ++c) tangents[part].push_back(normal(random));
+        if (random() % 2 == 0) tangents[3] = {1};  // x has a tangent
+        const std::vector<float>* const used = has_tangents ? tangents : nullptr;
+        std::vector<TypeParam> single(layout.numel()), many = single, device = single;
+        cpu::test_threads() = 1;
+        cpu::learned_tangent(arrays::kDType<TypeParam>, given.tangent_job(single, used));
+        for (int64_t i = 0; i < layout.numel(); ++i) {
+          const int64_t c = i / layout.inner % layout.channels;
+          const Plain plain = method == kLsq ? lsq(given, i, c) : pact(given, i, c);
+          long double want = 0, size = 0;
+          const auto add = [&](long double term) {
+            want += term;
+            size += std::fabs(term);
+          };
+          if (used != nullptr) {
+            const long double outside = plain.zero_point / std::fabs(given.parameter[c]);
+            if (!tangents[3].empty() && plain.inside) add(core::widen(given.grad[i]));
+            add(tangents[0][c] * given.factor(c) * plain.parameter);
+            add(tangents[1][c] * plain.zero_point);
+            add(tangents[2][c] * given.factor(c) * outside);
+          }
+          const long double step = sizeof(TypeParam) == 2 ? 0x1p-8L : 0x1p-23L;
+          ASSERT_LE(std::fabs(core::widen(single[i]) - want), step * size + 1e-7L) << i;
+        }
+        const auto expect_same = [&](const std::vector<TypeParam>& other) {
+          ASSERT_EQ(std::memcmp(single.data(), other.data(), single.size() * sizeof(TypeParam)), 0);
+        };
+        cpu::test_threads() = 5;
+        cpu::learned_tangent(arrays::kDType<TypeParam>, given.tangent_job(many, used));
+        expect_same(many);
+        gpu::emulation::machine() = statistic_plain::pick(machines::kMachines, random);
+        gpu::emulation::machine().seed = random();
+        cuda::learned_tangent(arrays::kDType<TypeParam>, given.tangent_job(device, used), nullptr);
+        expect_same(device);
+        if (testing::Test::HasFatalFailure()) return;
       }
     }
   }

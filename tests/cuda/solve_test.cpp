@@ -1,5 +1,6 @@
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <string>
 #include <vector>
@@ -228,7 +229,7 @@ TEST(Solve, WrongStatisticsGiveNan) {
   for (const char* name : {"min_max", "percentile", "kl", "mix"}) {
     int32_t rule = 0;
     while (std::string(rules()[rule].name) != name) ++rule;
-    for (int wrong = 0; wrong < 4; ++wrong) {
+    for (int wrong = 0; wrong < 7; ++wrong) {
       std::vector<Quantizer> quantizers;
       quantizers.push_back(make(rule, solving::kInt8, {6, 8}, 1, 300, random));
       solving::observe({1.0f, 2.0f}, quantizers[0].statistic);
@@ -237,7 +238,15 @@ TEST(Solve, WrongStatisticsGiveNan) {
       if (wrong == 1) s.extrema[1] = INFINITY;
       if (wrong == 2) s.extrema[0] = NAN;
       if (wrong == 3) s.tally[core::kFinite] += 1;
-      if (wrong == 3 && rules()[rule].needs < Needs::counts) continue;
+      if (wrong >= 3 && rules()[rule].needs < Needs::counts) continue;
+      if (wrong > 3) {
+        // Counts that would overflow: too many, some that cancel, one that is negative.
+        int64_t* const filled =
+            std::find_if(s.counts, s.counts + 8 * 64 * 2, [](int64_t n) { return n > 0; });
+        if (wrong == 4) s.tally[core::kFinite] = INT64_MAX;
+        if (wrong == 5) filled[0] += INT64_MAX - 1000, filled[1] -= INT64_MAX - 1000;
+        if (wrong == 6) filled[0] = -filled[0];
+      }
       if (wrong == 0 && s.extrema[0] == s.extrema[1]) continue;
       solve_on_device(quantizers);
       EXPECT_TRUE(std::isnan(quantizers[0].range[0])) << name << " " << wrong;

@@ -223,6 +223,19 @@ def upstream_clauses() -> list[Clause]:
     ]
 
 
+def tangent_clauses() -> list[Clause]:
+    wrong: list[Clause] = [
+        ("tangent shape", "x_tangent", {"x_tangent": torch.ones(3, 2)}),
+        ("tangent dtype", "x|x_tangent", {"x_tangent": torch.ones(2, 3, dtype=torch.half)}),
+    ]
+    for name in ("parameter_tangent", "zero_point_tangent", "mixed_tangent"):
+        wrong += [
+            (f"{name} dtype", name, {name: torch.ones(3, dtype=F64)}),
+            (f"{name} numel", name, {name: torch.ones(2)}),
+        ]
+    return wrong
+
+
 CLAUSES: dict[str, list[Clause]] = {
     "fake_quant": [*data_clauses(3), *qparams_clauses(), *grid_clauses()],
     "_fake_quant_forward": [*data_clauses(3), *qparams_clauses(), *grid_clauses()],
@@ -282,6 +295,7 @@ CLAUSES: dict[str, list[Clause]] = {
     "pact": pact_clauses(),
     "learned_fake_quant": learned_clauses(),
     "_learned_fake_quant_backward": [*learned_clauses(), *upstream_clauses()],
+    "_learned_fake_quant_tangent": [*learned_clauses(), *tangent_clauses()],
     "follow_": follow_clauses(),
     "follow_fake_quant": [*follow_clauses(), *ROUNDING_CLAUSES],
     "_follow_fake_quant_forward": [*follow_clauses(), *ROUNDING_CLAUSES],

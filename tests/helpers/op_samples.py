@@ -124,6 +124,24 @@ def backward_of(make: Make) -> Make:
     return made
 
 
+def tangent_of(make: Make) -> Make:
+    """The same arguments for the op of the tangent, of all inputs or of one."""
+
+    def made() -> Arguments:
+        given = {k: v.detach() if torch.is_tensor(v) else v for k, v in make().items()}
+        x, parameter = given["x"], given["parameter"]
+        per_channel = torch.linspace(-1, 1, parameter.numel())
+        return {
+            "x_tangent": data(*x.shape, dtype=x.dtype),
+            "parameter_tangent": None if x.numel() == 5 else per_channel,
+            "zero_point_tangent": None if x.numel() == 7 else per_channel.flip(0),
+            "mixed_tangent": per_channel + 1 if x.numel() > 7 else None,
+            **given,
+        }
+
+    return made
+
+
 LSQ: list[Make] = [
     lambda: learned(
         data(2, 3), torch.full((3,), 0.25), torch.zeros(3, dtype=torch.int32), ch_axis=1
@@ -178,6 +196,7 @@ SAMPLES: dict[str, list[Make]] = {
     "pact": PACT,
     "learned_fake_quant": LEARNED,
     "_learned_fake_quant_backward": [backward_of(make) for make in LEARNED],
+    "_learned_fake_quant_tangent": [tangent_of(make) for make in LEARNED],
     "observe_": [
         lambda: {"x": data(2, 3), **statistic(data(2, 3), 1), "ch_axis": 1},
         lambda: {"x": data(7, dtype=HALF), **statistic(data(4), -1)},

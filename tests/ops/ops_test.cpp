@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <map>
+#include <utility>
 
 #include "dispatch.h"
 
@@ -231,6 +232,56 @@ TEST(Ops, UnknownRulesListTheKnown) {
       error("solve", {std::string("histogram"), s.extrema, s.tally, s.counts, -128, 127, true});
   EXPECT_NE(text.find("unknown observer \"histogram\"; known: "), std::string::npos) << text;
   for (const Rule& rule : rules()) EXPECT_NE(text.find(rule.name), std::string::npos) << rule.name;
+}
+
+// Sums of such counts would overflow, with a plausible result.
+TEST(Ops, CountsThatCannotBeSummedAreRefused) {
+  const int64_t most = int64_t{1} << 39, largest = INT64_MAX;
+  for (const Rule& rule : rules()) {
+    for (const int64_t channels : {1, 50}) {
+      SCOPED_TRACE(rule.name + ", " + std::to_string(channels) + " channels");
+      const auto solved = [&](const State& s) {
+        return error("solve", {rule.name, s.extrema, s.tally, s.counts, -128, 127, true,
+                               std::string("grid"), false, rule.options});
+      };
+      const State s = observed(at::randn({100, channels}), channels == 1 ? -1 : 1);
+      if (solved(State{s.extrema, s.tally, at::zeros_like(s.counts)}).empty()) continue;
+      // The last bin that holds values, and another.
+      int64_t* const counts = s.counts[channels - 1].data_ptr<int64_t>();
+      int64_t* const tally = s.tally[channels - 1].data_ptr<int64_t>();
+      int64_t used[2] = {-1, -1};
+      for (int64_t i = 0; i < s.counts[0].numel(); ++i)
+        if (counts[i] != 0) used[1] = std::exchange(used[0], i);
+      const int64_t before = counts[used[0]], finite = tally[0];
+      const auto give = [&](int64_t count, int64_t values) {
+        counts[used[0]] = count;
+        tally[0] = values;
+        return solved(s);
+      };
+      EXPECT_EQ(give(before + most - finite, most), "");
+      EXPECT_NE(give(before + most - finite + 1, most + 1).find("at most 2^39"), std::string::npos);
+      for (const int64_t count : {-before, largest, -largest}) {
+        const std::string text = give(count, finite);
+        EXPECT_EQ(text.rfind("solve: expected counts to be, with zeros and tiny, the ", 0), 0u)
+            << text;
+      }
+      // Two that cancel.
+      counts[used[1]] -= largest;
+      EXPECT_NE(give(before + largest, finite), "");
+      counts[used[1]] += largest;
+      counts[used[0]] = before;
+      for (const int column : {1, 2}) {
+        const int64_t was = tally[column];
+        tally[0] = finite;
+        for (const int64_t wrong : {int64_t{-1}, largest, INT64_MIN}) {
+          tally[column] = wrong;
+          EXPECT_NE(solved(s), "") << column << ", " << wrong;
+        }
+        tally[column] = was;
+      }
+      EXPECT_EQ(solved(s), "");
+    }
+  }
 }
 
 // A statistic may come from a file or user code. fixed_scale reads none.

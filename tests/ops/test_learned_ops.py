@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from straight_through import composed_lsq
 from torch_ext import ops
 
 NONE = torch.zeros(1, dtype=torch.int32)
@@ -37,15 +38,6 @@ def test_the_gradient_scale_counts_the_elements_of_one_scale(axis: int, batch: i
         ops.lsq(x, scale, zero_point, -8, 7, axis, scaled, batch).sum().backward()
         found.append(scale.grad)
     assert torch.allclose(found[0], found[1] / math.sqrt(elements * 7), rtol=1e-6)
-
-
-def composed_lsq(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
-    """The paper's function of torch's own ops: straight through the rounding alone."""
-    v = x / scale
-    code = v + zero_point
-    clipped = torch.where(code <= low, low - zero_point, high - zero_point)
-    rounded = (v.round() - v).detach() + v
-    return torch.where((code > low) & (code < high), rounded, clipped) * scale
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -155,10 +147,13 @@ def test_sums_do_not_depend_on_the_number_of_threads(threads: int):
         torch.set_num_threads(before)
 
 
-def test_a_tangent_is_refused_and_not_dropped():
-    with torch.autograd.forward_ad.dual_level():
-        x = torch.autograd.forward_ad.make_dual(torch.randn(3), torch.ones(3))
-        with pytest.raises(RuntimeError, match="jvp is not implemented"):
-            ops.lsq(x, torch.ones(1), NONE, -8, 7)
-        with pytest.raises(RuntimeError, match="jvp is not implemented"):
-            ops.pact(x, torch.ones(1), -8, 7)
+def test_a_gradient_that_nothing_asks_for_is_not_given():
+    """x alone, the scale alone, and a fixed zero point."""
+    x, scale = torch.linspace(-3, 3, 50), torch.full((1,), 0.2)
+    for wanted in (x, scale):
+        inputs = [t.clone().requires_grad_(t is wanted) for t in (x, scale)]
+        out = ops.lsq(*inputs, NONE, -8, 7)
+        edges = [edge is not None for edge, _ in out.grad_fn.next_functions]
+        assert edges == [t is wanted for t in (x, scale)] + [False]
+        out.sum().backward()
+        assert [t.grad is not None for t in inputs] == [t is wanted for t in (x, scale)]

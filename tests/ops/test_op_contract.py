@@ -28,6 +28,7 @@ PUBLIC = {
     "_follow_fake_quant_forward": "follow_fake_quant",
     "learned_fake_quant": "lsq",  # the method of its sample
     "_learned_fake_quant_backward": "lsq",
+    "_learned_fake_quant_tangent": "lsq",
 }
 
 
@@ -65,6 +66,31 @@ def test_clause(op: str, named: str, wrong: dict[str, Any]):
         assert re.match(rf"{public}: expected .*\b({named})\b.* to be .+, got .+", text), text
     for tensor, old in zip(tensors_of(arguments), before, strict=True):
         assert tensor.equal(old) or tensor.isnan().any(), "an argument changed"
+
+
+def on_meta(value: Any) -> Any:
+    if isinstance(value, list):
+        return [on_meta(v) for v in value]
+    if not torch.is_tensor(value):
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+
+
+@pytest.mark.parametrize(("op", "named", "wrong"), list(cases()))
+def test_clause_while_tracing(op: str, named: str, wrong: dict[str, Any]):
+    """Meta kernels raise what the real ones raise, apart from what is wrong with values."""
+    given = SAMPLES[op][0]() | wrong
+    traced = {name: on_meta(value) for name, value in given.items()}
+    call: Callable[..., Any] = getattr(NATIVE, op)
+    with pytest.raises((RuntimeError, ValueError)) as raised:
+        call(**given)
+    text = str(raised.value).splitlines()[0]
+    if re.search(r" in (channel|row) \d", text):
+        call(**traced)
+        return
+    with pytest.raises((RuntimeError, ValueError)) as raised:
+        call(**traced)
+    assert str(raised.value).splitlines()[0] == text
 
 
 def test_every_op_has_its_clauses():

@@ -79,6 +79,19 @@ def test_no_leak(kind: str, example: Tensor, config: str, one_thread: None) -> N
     assert not any("mask" in name or "add" in name for name in names(made) - {"add_quantizer_1"})
 
 
+@pytest.mark.parametrize("config", ["uint8 affine", "percentile"])
+@pytest.mark.parametrize("kind", sorted(masked.NETS.keys() - {"AddedByAModule"}))
+def test_no_leak_without_an_example(kind: str, config: str, one_thread: None) -> None:
+    """Layers read their inputs quantized, and masks are no inputs of layers; Add() asks for it."""
+    net = masked.NETS[kind]()
+    made = ready(net.eval(), CONFIGS[config][0])
+    run_calibration(made, X, net.mask(FULL))
+    assert not any("mask" in name for name in names(made))
+    mask = net.mask(PADDED)
+    with torch.no_grad():
+        assert torch.equal(unmasked(made(X, mask)), unmasked(made(OTHER, mask)))
+
+
 @pytest.mark.parametrize("method", ["fake_quant", "lsq"])
 def test_no_leak_where_ranges_follow(method: str) -> None:
     """The padded tokens are small, so every range is that of the others."""

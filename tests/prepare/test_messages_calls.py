@@ -3,8 +3,9 @@ and following the message works."""
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -185,6 +186,7 @@ def test_compiled_the_message_is_the_same(case: str) -> None:
     example, other, comment, argument = OTHERWISE[case]
     net = ready(Takes().eval(), example_inputs=example)
     run_calibration_with(net, example)
+    torch._dynamo.reset()
     compiled = torch.compile(net, fullgraph=True, backend="eager")
     compiled(**example)
     with pytest.raises(Exception, match=rf"{HERE}:{line_of(comment)}\b") as caught:
@@ -229,6 +231,45 @@ def test_another_structure_with_the_same_operations_works(case: str) -> None:
     assert same_bits(nets[0](*example_args, **example).detach(), nets[0](*args, **kwargs).detach())
 
 
+def decorated(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(forward)
+    def wrapper(*args: Any, **keys: Any) -> Tensor:
+        return forward(*args, **keys)  # the decorator
+
+    return wrapper
+
+
+class Decorated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    @decorated
+    def forward(self, x: Tensor, rounds: int = 1) -> Tensor:
+        for _ in range(rounds):
+            x = self.sum(self.layer(x), x)  # the round
+        return x
+
+    def sum(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y  # the sum itself
+
+
+@pytest.mark.parametrize("rounds", [0, 2])
+def test_the_line_is_the_operations_not_a_decorators(rounds: int) -> None:
+    net = ready(Decorated().eval(), example_inputs={"x": rows(), "rounds": 1})
+    run_calibration_with(net, both(rounds=1))
+    sum_line, round_line, decorator = map(line_of, ("the sum itself", "the round", "the decorator"))
+    text = (
+        rf'"layer" to be called 1 times, .* got another call at {HERE}:{round_line};'
+        if rounds
+        else rf"got none of add at {HERE}:{sum_line} "
+        rf"\(called at {HERE}:{round_line}, {HERE}:{decorator}\);"
+    )
+    with pytest.raises(RuntimeError, match=text) as caught:
+        net(rows(), rounds)
+    assert '"rounds"' not in str(caught.value)  # a number, which may differ freely
+
+
 def test_what_only_train_mode_has_is_no_input() -> None:
     class Heads(nn.Module):
         def __init__(self) -> None:
@@ -241,7 +282,7 @@ def test_what_only_train_mode_has_is_no_input() -> None:
 
     net = ready(Heads().eval(), example_inputs=rows())
     with pytest.warns(
-        UserWarning, match="without a floating tensor of their own, pass through: relu_q"
+        UserWarning, match="saw no floating tensor of their own, pass through: relu_q"
     ):
         calibrate(net, [rows()])
     net.train()(rows())

@@ -154,5 +154,6 @@ def test_tied_weights_compile(example: Tensor | None) -> None:
     net = ready(example, config=get_default_qconfig(weight_fake_quant="lsq"))
     net.tie_weights()
     calibrate(net, [T])
+    torch._dynamo.reset()
     compiled = torch.compile(net, fullgraph=True, backend="eager")
     assert same_bits(compiled(T).detach(), net(T).detach())

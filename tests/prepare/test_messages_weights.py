@@ -133,6 +133,7 @@ def test_it_trains_and_its_range_is_that_of_the_present_weight(
 def test_it_compiles_copies_and_loads(kind: str, example: Tensor | None) -> None:
     net = prepare_qat(float_net(kind).eval(), example_inputs=example)
     calibrate(net, [X])
+    torch._dynamo.reset()
     with torch.no_grad():
         want = net(X)
         compiled = torch.compile(net, fullgraph=True, backend="eager")(X)

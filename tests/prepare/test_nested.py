@@ -93,6 +93,7 @@ def test_with_gradients_nothing_is_nested(example: Any) -> None:
 def test_compiled_torch_nests_nothing_either(example: Any) -> None:
     net = prepare_qat(encoder(), example_inputs=example)
     calibrate(net, [INPUTS])
+    torch._dynamo.reset()
     with torch.no_grad():
         want = net(**INPUTS)
         have = torch.compile(net, fullgraph=True, backend="eager")(**INPUTS)

@@ -151,7 +151,9 @@ def test_operations_as_modules_read_their_operands_quantized() -> None:
     net = ready(plain)
     pairs = {f"{n}.input_quantizers.{x}" for n in ("add", "mul", "twice", "matmul") for x in "ab"}
     assert names(net) == {*pairs, "cat.input_quantizers.tensors", "stub.activation_quantizer"}
-    with pytest.warns(torch_ext.QuantizationWarning, match="no floating tensor pass through"):
+    with pytest.warns(
+        torch_ext.QuantizationWarning, match="no floating tensor of their own, pass through"
+    ):
         run_calibration(net, a, b)
     found = named_quantizers(net)
 

@@ -99,7 +99,8 @@ def prepare_qat(
         The prepared model.
 
     Raises:
-        TypeError: ``model`` is no module, or an argument or a QConfig has a wrong type.
+        TypeError: ``model`` is no module, or holds what cannot be copied; or an argument or a
+            QConfig has a wrong type.
         ValueError: the model is prepared already, wrapped, has no QConfig or nothing to quantize; a
             name in ``mapping`` matches no module; a weight cannot be parametrized; or the model
             does not run on the example, in which case the message has the line.

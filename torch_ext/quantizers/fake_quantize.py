@@ -52,7 +52,8 @@ class FakeQuantize(nn.Module):
             and files the range of a weight is that of the present weight, unless this is 0. Methods
             that learn the range ignore it.
         optional: whether it may have seen no data when its range is needed; it then passes values
-            through instead of raising. Those of model inputs may have got no floating tensor.
+            through instead of raising. Not every call has a floating tensor for an input of a
+            model or a second operand.
         use_grad_scaling: lsq: multiply the gradient of the scale by ``1 / sqrt(N * quant_max)``.
         learn_zero_point: lsq with an affine qscheme: learn the zero point too (LSQ+).
         alpha: pact: the clipping level to start from without a calibration; None is 6.

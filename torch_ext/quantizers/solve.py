@@ -194,7 +194,8 @@ def solve_observers(observers: Mapping[str, Observer]) -> dict[str, Solution]:
     """Solves the observers' statistics, in one call per device.
 
     Raises:
-        ValueError: tensors of a statistic contradict each other; the message names the quantizers.
+        RuntimeError: tensors of a statistic contradict each other. On a GPU the message names the
+            quantizers.
     """
     solutions: dict[str, Solution] = {}
     for names in _by_device({name: observer.extrema for name, observer in observers.items()}):
@@ -217,7 +218,7 @@ def solve_observers(observers: Mapping[str, Observer]) -> dict[str, Solution]:
 
 
 def _check_no_nan(names: list[str], ranges: list[Tensor]) -> None:
-    """Raises ValueError for contradictory statistics on a GPU.
+    """Raises RuntimeError for contradictory statistics on a GPU.
 
     On the CPU the op itself raises. On a GPU that would need a host sync: the range is NaN instead.
     """
@@ -226,7 +227,7 @@ def _check_no_nan(names: list[str], ranges: list[Tensor]) -> None:
     broken = [
         name for name, range_ in zip(names, ranges, strict=True) if bool(range_.isnan().any())
     ]
-    raise ValueError(
+    raise RuntimeError(
         "solve: expected extrema, tally and counts to agree, got contradictory ones in "
         f"{shown(broken)}"
     )

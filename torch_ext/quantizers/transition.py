@@ -48,7 +48,8 @@ def change_state(
 
     Raises:
         RuntimeError: a quantizer saw no data, or in VALIDATION has no range.
-        ValueError: learned parameters that are not finite, or a contradictory statistic.
+        ValueError: learned parameters that are not finite.
+        RuntimeError: a contradictory statistic.
 
     If it raises, no quantizer has changed. The findings are given as a QuantizationWarning.
     """
@@ -181,4 +182,4 @@ def _idle_inputs(without: list[str], chosen: Mapping[str, Quantizer]) -> list[st
     )
     if not idle:
         return []
-    return [f"  without a floating tensor of their own, pass through: {shown(idle)}"]
+    return [f"  saw no floating tensor of their own, pass through: {shown(idle)}"]

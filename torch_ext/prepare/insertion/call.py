@@ -98,15 +98,15 @@ class Call:
                 return None
             raise RuntimeError(
                 f"prepare_qat: expected the functions that the example_inputs came by, got {name} "
-                f"at{text or ' torch.nn'}; {self._advice()}"
+                f"at {_shown(text)}; {self._advice()}"
             )
         index = self.counts.get(line, 0)
         self.counts[line] = index + 1
         if index >= len(calls):
             if _have_reads(calls):
                 raise RuntimeError(
-                    f"prepare_qat: expected {len(calls)} calls of {name} at{text}, as with the "
-                    f"example_inputs, got another; {self._advice()}"
+                    f"prepare_qat: expected {len(calls)} calls of {name} at {_shown(text)}, as "
+                    f"with the example_inputs, got another; {self._advice()}"
                 )
             return None
         return calls[index]
@@ -136,7 +136,8 @@ class Call:
         missing = []
         for line, calls in plan.lines.items():
             if _have_reads(calls[self.counts.get(line, 0) :]):
-                missing.append(line.replace(" ", " at ", 1))
+                name, _, text = line.partition(" ")
+                missing.append(f"{name} at {_shown(text)}")
         raise RuntimeError(
             f"prepare_qat: expected {label_of(plan.module)} to come by the functions that it came "
             f"by with the example_inputs, got none of {', '.join(missing)}; {self._advice()}"
@@ -159,6 +160,14 @@ class _Current(threading.local):
 
 # What is being called in this thread.
 CURRENT = _Current()
+
+
+def _shown(lines: str) -> str:
+    """Lines of a plan for a message: the one of the call, and those that lead to it in brackets."""
+    own, *outer = lines.strip().split(" /")  # each begins with a path
+    if not own:
+        return "torch.nn"
+    return f"{own} (called at {', '.join(f'/{line}' for line in outer)})" if outer else own
 
 
 def _line() -> str:

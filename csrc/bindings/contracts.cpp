@@ -1,0 +1,293 @@
+#include "bindings/contracts.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "cpu/subnormals.h"
+
+namespace torch_ext::bindings {
+
+// ---- fake-quant
+
+namespace {
+
+// The CPU raises for values that no quantizer can have. On CUDA reading them would wait for the
+// device, so there the output becomes NaN instead.
+void check_qparam_values(const char* op, const FakeQuantArguments& a) {
+  if (!a.scale.is_cpu()) return;
+  const cpu::KeepSubnormals keep;
+  const float* const scales = a.scale.const_data_ptr<float>();
+  const int32_t* const zero_points = a.zero_point.const_data_ptr<int32_t>();
+  for (int64_t c = 0; c < a.scale.numel(); ++c) {
+    expect(core::is_valid_scale(scales[c]), op, "scale", "positive and finite", scales[c],
+           " in channel ", c);
+    expect(zero_points[c] >= a.quant_min && zero_points[c] <= a.quant_max, op, "zero_point",
+           "between quant_min and quant_max", zero_points[c], " in channel ", c);
+  }
+}
+
+// On CUDA reading the values would wait for the device: there the output becomes NaN instead.
+void check_finite(const char* op, const char* argument, const at::Tensor& t) {
+  if (!t.is_cpu()) return;
+  const float* const values = t.const_data_ptr<float>();
+  for (int64_t c = 0; c < t.numel(); ++c)
+    expect(std::isfinite(values[c]), op, argument, "finite", values[c], " in channel ", c);
+}
+
+}  // namespace
+
+FakeQuantContract check_fake_quant(const char* op, const FakeQuantArguments& a) {
+  const core::DType dtype = check_data(op, "x", a.x);
+  const c10::SymInt channels = check_axis(op, a.x, a.ch_axis);
+  check_per_channel(op, "scale", a.scale, at::kFloat, channels, a.x.device());
+  check_per_channel(op, "zero_point", a.zero_point, at::kInt, channels, a.x.device());
+  expect(a.quant_min >= -32768 && a.quant_min <= 65535, op, "quant_min", "between -32768 and 65535",
+         a.quant_min);
+  expect(a.quant_max > a.quant_min && a.quant_max <= 65535, op, "quant_max",
+         "more than quant_min and at most 65535", a.quant_max);
+  check_order(op, a.order, a.x);
+  check_qparam_values(op, a);
+  return {dtype, parse_mask(op, text(a.mask)), parse_rounding(op, text(a.rounding))};
+}
+
+core::DType check_fake_quant_backward(const at::Tensor& grad, const at::Tensor& mask,
+                                      at::IntArrayRef order) {
+  constexpr const char* op = "_fake_quant_backward";
+  const core::DType dtype = check_data(op, "grad", grad);
+  check_per_channel(op, "mask", mask, at::kByte, (grad.sym_numel() + 7) / 8, grad.device());
+  check_order(op, order, grad);
+  return dtype;
+}
+
+// ---- learned fake-quants
+
+LearnedContract check_learned(const LearnedArguments& a) {
+  const FakeQuantRow& row = check_method(text(a.method));
+  const char* const op = row.name;
+  const core::DType dtype = check_data(op, "x", a.x);
+  const c10::SymInt channels = check_axis(op, a.x, a.ch_axis);
+  expect(row.per_channel || a.ch_axis == -1, op, "ch_axis", "-1, as there is one parameter",
+         a.ch_axis);
+  check_per_channel(op, row.parameter, a.parameter, at::kFloat, channels, a.x.device());
+  const bool learned = a.zero_point && a.zero_point->scalar_type() == at::kFloat;
+  expect(row.per_channel || !a.zero_point, op, "zero_point",
+         "None, as the method has no zero point", "a tensor");
+  if (a.zero_point)
+    check_per_channel(op, "zero_point", *a.zero_point, learned ? at::kFloat : at::kInt, channels,
+                      a.x.device());
+  expect(a.quant_min >= -32768 && a.quant_min <= 0, op, "quant_min", "between -32768 and 0",
+         a.quant_min);
+  expect(a.quant_max >= 1 && a.quant_max <= 65535, op, "quant_max", "between 1 and 65535",
+         a.quant_max);
+  expect(a.batch_axis >= -1 && a.batch_axis < std::max<int64_t>(a.x.dim(), 1), op, "batch_axis",
+         "-1 or an axis of x", a.batch_axis);
+  expect(a.batch_axis < 0 || a.batch_axis != a.ch_axis, op, "batch_axis",
+         "another axis than ch_axis", a.batch_axis);
+  check_finite(op, row.parameter, a.parameter);
+  if (learned) check_finite(op, "zero_point", *a.zero_point);
+  return {row, dtype, learned};
+}
+
+LearnedContract check_learned(const LearnedBackwardArguments& a) {
+  const LearnedContract contract = check_learned(a.forward);
+  check_like(contract.row.name, "grad", a.grad, a.forward.x);
+  return contract;
+}
+
+LearnedContract check_learned(const LearnedTangentArguments& a) {
+  const LearnedContract contract = check_learned(a.forward);
+  const char* const op = contract.row.name;
+  if (a.x_tangent) check_like(op, "x_tangent", *a.x_tangent, a.forward.x);
+  const auto check = [&](const char* argument, const std::optional<at::Tensor>& t) {
+    if (t)
+      check_per_channel(op, argument, *t, at::kFloat, a.forward.parameter.sym_numel(),
+                        a.forward.x.device());
+  };
+  check("parameter_tangent", a.parameter_tangent);
+  check("zero_point_tangent", a.zero_point_tangent);
+  check("mixed_tangent", a.mixed_tangent);
+  return contract;
+}
+
+// ---- statistics
+
+FollowContract check_follow(const char* op, const FollowArguments& a) {
+  const at::Device device = a.x.device();
+  FollowContract contract{};
+  contract.dtype = check_data(op, "x", a.x);
+  contract.channels = check_axis(op, a.x, a.ch_axis);
+  check_range(op, a.range, contract.channels, device);
+  check_per_channel(op, "scale", a.scale, at::kFloat, contract.channels, device);
+  check_per_channel(op, "zero_point", a.zero_point, at::kInt, contract.channels, device);
+  check_per_channel(op, "solved", a.solved, at::kByte, 1, device);
+  check_order(op, a.order, a.x);
+  expect(a.averaging_constant >= 0 && a.averaging_constant <= 1, op, "averaging_constant",
+         "between 0 and 1", a.averaging_constant);
+  contract.rule = check_rule(op, text(a.rule));
+  contract.grid =
+      check_grid(op, a.quant_min, a.quant_max, a.symmetric, text(a.scale_rule), a.power_of_two);
+  contract.layout = check_layout(op, a.mantissa_bits, a.octaves);
+  check_rule_use(op, contract.rule, contract.grid, contract.layout, a.options.data(),
+                 static_cast<int64_t>(a.options.size()));
+  return contract;
+}
+
+Observed check_observe(const at::Tensor& x, const at::Tensor& extrema, const at::Tensor& tally,
+                       const at::Tensor& counts, int64_t ch_axis) {
+  constexpr const char* op = "observe_";
+  const core::DType dtype = check_data(op, "x", x);
+  const c10::SymInt channels = check_axis(op, x, ch_axis);
+  const core::Statistic into = check_statistic(op, extrema, tally, counts, channels);
+  expect(extrema.device() == x.device(), op, "extrema", x.device(), extrema.device());
+  return {dtype, into};
+}
+
+Merged check_merge(const at::Tensor& extrema, const at::Tensor& tally, const at::Tensor& counts,
+                   const at::Tensor& other_extrema, const at::Tensor& other_tally,
+                   const at::Tensor& other_counts) {
+  constexpr const char* op = "merge_";
+  const core::Statistic into = check_statistic(op, extrema, tally, counts, std::nullopt);
+  const core::Statistic from =
+      check_statistic(op, other_extrema, other_tally, other_counts, extrema.sym_size(0), "other_");
+  expect(other_extrema.device() == extrema.device(), op, "other_extrema", extrema.device(),
+         other_extrema.device());
+  expect(from.layout.octaves == into.layout.octaves &&
+             from.layout.mantissa_bits == into.layout.mantissa_bits,
+         op, "other_counts", counts.sym_sizes(), other_counts.sym_sizes());
+  return {into, from};
+}
+
+SolveContract check_solve(c10::string_view rule_name, const at::Tensor& extrema,
+                          const at::Tensor& tally, const at::Tensor& counts, int64_t quant_min,
+                          int64_t quant_max, bool symmetric, c10::string_view scale_rule,
+                          bool power_of_two, at::ArrayRef<double> options) {
+  constexpr const char* op = "solve";
+  const int32_t rule = check_rule(op, text(rule_name));
+  const core::Statistic statistic = check_statistic(op, extrema, tally, counts, std::nullopt);
+  const core::Grid grid =
+      check_grid(op, quant_min, quant_max, symmetric, text(scale_rule), power_of_two);
+  check_rule_use(op, rule, grid, statistic.layout, options.data(),
+                 static_cast<int64_t>(options.size()));
+  return {rule, grid, statistic, options.data()};
+}
+
+std::vector<SolveContract> check_solve_many(
+    const std::vector<std::string>& rules, at::TensorList extrema, at::TensorList tally,
+    at::TensorList counts, at::IntArrayRef quant_min, at::IntArrayRef quant_max,
+    const c10::List<bool>& symmetric, const std::vector<std::string>& scale_rule,
+    const c10::List<bool>& power_of_two, at::ArrayRef<double> options) {
+  constexpr const char* op = "solve_many";
+  const size_t n = rules.size();
+  const auto expect_length = [&](const char* argument, size_t length) {
+    if (length != n) expect(false, op, argument, "a list of " + std::to_string(n), length);
+  };
+  expect_length("extrema", extrema.size());
+  expect_length("tally", tally.size());
+  expect_length("counts", counts.size());
+  expect_length("quant_min", quant_min.size());
+  expect_length("quant_max", quant_max.size());
+  expect_length("symmetric", symmetric.size());
+  expect_length("scale_rule", scale_rule.size());
+  expect_length("power_of_two", power_of_two.size());
+  std::vector<SolveContract> contracts;
+  size_t used = 0;
+  for (size_t i = 0; i < n; ++i) {
+    const int32_t rule = check_rule(op, rules[i]);
+    const core::Statistic statistic =
+        check_statistic(op, extrema[i], tally[i], counts[i], std::nullopt);
+    expect(extrema[i].device() == extrema[0].device(), op, "extrema", extrema[0].device(),
+           extrema[i].device());
+    const core::Grid grid = check_grid(op, quant_min[i], quant_max[i], symmetric.get(i),
+                                       scale_rule[i], power_of_two.get(i));
+    const size_t own = static_cast<size_t>(option_count_of(rule));
+    if (options.size() < used + own)
+      expect(false, op, "options", std::to_string(used + own) + " values or more", options.size());
+    check_rule_use(op, rule, grid, statistic.layout, options.data() + used,
+                   static_cast<int64_t>(own));
+    contracts.push_back({rule, grid, statistic, options.data() + used});
+    used += own;
+  }
+  if (used != options.size())
+    expect(false, op, "options", std::to_string(used) + " values", options.size());
+  return contracts;
+}
+
+core::Grid check_qparams(const at::Tensor& range, int64_t quant_min, int64_t quant_max,
+                         bool symmetric, c10::string_view scale_rule, bool power_of_two) {
+  constexpr const char* op = "qparams";
+  check_range(op, range, std::nullopt, range.device());
+  return check_grid(op, quant_min, quant_max, symmetric, text(scale_rule), power_of_two);
+}
+
+// ---- rules of one tensor
+
+namespace {
+
+observers::KlVariant parse_variant(const char* op, std::string_view name) {
+  // In the order of KlVariant, without its first, log_linear: that searches a statistic, not a
+  // histogram.
+  constexpr const char* names[] = {"slides", "modelopt", "ncnn", "tvm", "onnxruntime", "horizon"};
+  int32_t variant = 1;
+  for (const char* known : names) {
+    if (name == known) return static_cast<observers::KlVariant>(variant);
+    ++variant;
+  }
+  expect(false, op, "variant", "one of slides, modelopt, ncnn, tvm, onnxruntime, horizon", name);
+  return observers::KlVariant::slides;
+}
+
+double option_value(const char* op, const core::Option& option, const c10::IValue& given) {
+  if (option.choices == nullptr) return given.toDouble();
+  const std::string& name = given.toStringRef();
+  std::string known = "one of";
+  for (int32_t i = 0; i < option.choice_count; ++i) {
+    if (name == option.choices[i]) return i;
+    known += i == 0 ? " " : ", ";
+    known += option.choices[i];
+  }
+  expect(false, op, option.name, known, name);
+  return 0;
+}
+
+}  // namespace
+
+observers::KlVariant check_kl_threshold(const at::Tensor& counts, const at::Tensor& bin_width,
+                                        int64_t levels, c10::string_view variant_name) {
+  constexpr const char* op = "kl_threshold";
+  const observers::KlVariant variant = parse_variant(op, text(variant_name));
+  check_device(op, "counts", counts);
+  expect(counts.scalar_type() == at::kLong, op, "counts", "Long", counts.scalar_type());
+  expect(counts.dim() == 2 && holds(counts.sym_size(1).sym_ge(1)) &&
+             holds(counts.sym_size(1).sym_le(1 << 20)),
+         op, "counts", "of shape [N, B] with 1 to 2^20 bins", counts.sym_sizes());
+  expect(levels >= 2 && levels <= 65536, op, "levels", "between 2 and 65536", levels);
+  expect(holds(counts.sym_size(1).sym_ge(levels)), op, "levels", "at most the bins of counts",
+         levels, " for ", counts.sym_size(1), " bins");
+  check_per_channel(op, "bin_width", bin_width, at::kDouble, counts.sym_size(0), counts.device());
+  return variant;
+}
+
+OneShot check_one_shot(const c10::OperatorHandle& handle, const torch::jit::Stack& stack) {
+  const std::string name = handle.schema().name().substr(sizeof("torch_ext::") - 1);
+  const char* const op = name.c_str();
+  constexpr size_t kFixed = 5;
+  const size_t count = handle.schema().arguments().size();
+  const auto argument = [&](size_t i) -> const c10::IValue& {
+    return torch::jit::peek(stack, i, count);
+  };
+  OneShot call{};
+  call.rule = check_rule(op, name);
+  call.x = argument(0).toTensor();
+  check_data(op, "x", call.x);
+  call.grid =
+      check_grid(op, argument(1).toInt(), argument(2).toInt(), argument(3).toBool(), "grid", false);
+  call.ch_axis = argument(4).toInt();
+  call.channels = check_axis(op, call.x, call.ch_axis);
+  for (const core::Option& option : rules()[call.rule].options)
+    call.options.push_back(option_value(op, option, argument(kFixed + call.options.size())));
+  check_rule_use(op, call.rule, call.grid, call.layout(), call.options.data(),
+                 static_cast<int64_t>(call.options.size()));
+  return call;
+}
+
+}  // namespace torch_ext::bindings

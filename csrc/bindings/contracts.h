@@ -1,0 +1,98 @@
+#pragma once
+
+#include <ATen/core/List.h>
+#include <ATen/core/stack.h>
+
+#include <string>
+#include <vector>
+
+#include "bindings/arguments.h"
+#include "bindings/checks.h"
+#include "observers/kl_reference_tables.h"
+#include "rule_table.h"
+
+// The contracts of the ops: one function for each, called by the kernels of all devices, so that a
+// call that raises does so while a graph is traced already. Values of tensors are checked where
+// they can be read, on the CPU.
+namespace torch_ext::bindings {
+
+struct FakeQuantContract {
+  core::DType dtype;
+  core::Mask mask;
+  core::Rounding rounding;
+};
+FakeQuantContract check_fake_quant(const char* op, const FakeQuantArguments& a);
+core::DType check_fake_quant_backward(const at::Tensor& grad, const at::Tensor& mask,
+                                      at::IntArrayRef order);
+
+struct LearnedContract {
+  const FakeQuantRow& row;
+  core::DType dtype;
+  bool learns_zero_point;
+};
+LearnedContract check_learned(const LearnedArguments& a);
+LearnedContract check_learned(const LearnedBackwardArguments& a);
+LearnedContract check_learned(const LearnedTangentArguments& a);
+
+struct FollowContract {
+  core::DType dtype;
+  c10::SymInt channels;
+  int32_t rule;
+  core::Grid grid;
+  core::HistogramLayout layout;
+};
+FollowContract check_follow(const char* op, const FollowArguments& a);
+
+struct Observed {
+  core::DType dtype;
+  core::Statistic into;
+};
+Observed check_observe(const at::Tensor& x, const at::Tensor& extrema, const at::Tensor& tally,
+                       const at::Tensor& counts, int64_t ch_axis);
+
+struct Merged {
+  core::Statistic into, from;
+};
+Merged check_merge(const at::Tensor& extrema, const at::Tensor& tally, const at::Tensor& counts,
+                   const at::Tensor& other_extrema, const at::Tensor& other_tally,
+                   const at::Tensor& other_counts);
+
+struct SolveContract {
+  int32_t rule;
+  core::Grid grid;
+  core::Statistic statistic;
+  const double* options;
+};
+SolveContract check_solve(c10::string_view rule, const at::Tensor& extrema, const at::Tensor& tally,
+                          const at::Tensor& counts, int64_t quant_min, int64_t quant_max,
+                          bool symmetric, c10::string_view scale_rule, bool power_of_two,
+                          at::ArrayRef<double> options);
+// One for each quantizer.
+std::vector<SolveContract> check_solve_many(
+    const std::vector<std::string>& rules, at::TensorList extrema, at::TensorList tally,
+    at::TensorList counts, at::IntArrayRef quant_min, at::IntArrayRef quant_max,
+    const c10::List<bool>& symmetric, const std::vector<std::string>& scale_rule,
+    const c10::List<bool>& power_of_two, at::ArrayRef<double> options);
+
+core::Grid check_qparams(const at::Tensor& range, int64_t quant_min, int64_t quant_max,
+                         bool symmetric, c10::string_view scale_rule, bool power_of_two);
+
+observers::KlVariant check_kl_threshold(const at::Tensor& counts, const at::Tensor& bin_width,
+                                        int64_t levels, c10::string_view variant);
+
+// The arguments of a rule's one-shot op, which depend on its options.
+struct OneShot {
+  at::Tensor x;
+  int64_t ch_axis;
+  c10::SymInt channels;
+  int32_t rule;
+  core::Grid grid;
+  std::vector<double> options;
+
+  core::HistogramLayout layout() const {
+    return ch_axis < 0 ? core::kPerTensor : core::kPerChannel;
+  }
+};
+OneShot check_one_shot(const c10::OperatorHandle& handle, const torch::jit::Stack& stack);
+
+}  // namespace torch_ext::bindings

@@ -1,0 +1,63 @@
+#include "bindings/layout.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
+#include <c10/core/SymInt.h>
+
+#include <algorithm>
+
+namespace torch_ext::bindings {
+namespace {
+
+bool is_true(const c10::SymBool& condition) { return condition.guard_bool(__FILE__, __LINE__); }
+
+}  // namespace
+
+std::vector<int64_t> order_of(const at::Tensor& x) {
+  if (x.dim() < 2 || x.is_contiguous()) return {};
+  // Where an axis of size 1 lies makes no difference: those come first.
+  std::vector<int64_t> order, axes;
+  for (int64_t d = 0; d < x.dim(); ++d)
+    (is_true(x.sym_size(d).sym_eq(1)) ? order : axes).push_back(d);
+  for (const int64_t d : axes)
+    if (is_true(x.sym_stride(d).sym_eq(0))) return {};
+  std::stable_sort(axes.begin(), axes.end(), [&](int64_t a, int64_t b) {
+    return is_true(x.sym_stride(a).sym_gt(x.sym_stride(b)));
+  });
+  if (std::is_sorted(axes.begin(), axes.end())) return {};
+  order.insert(order.end(), axes.begin(), axes.end());
+  return order;
+}
+
+at::Tensor empty_in(at::IntArrayRef order, const at::Tensor& x) {
+  if (order.empty()) return at::empty_symint(x.sym_sizes(), x.options());
+  std::vector<c10::SymInt> sizes;
+  std::vector<int64_t> axes(order.size());
+  for (size_t i = 0; i < order.size(); ++i) {
+    sizes.push_back(x.sym_size(order[i]));
+    axes[order[i]] = static_cast<int64_t>(i);
+  }
+  return at::empty_symint(sizes, x.options()).permute(axes);
+}
+
+at::Tensor with_strides_of(const at::Tensor& like, const at::Tensor& t) {
+  bool same = true;
+  for (int64_t d = 0; d < t.dim(); ++d)
+    same = same && (t.size(d) == 1 || t.stride(d) == like.stride(d));
+  if (same || t.numel() == 0) return t;
+  at::Tensor copy = at::empty_strided(like.sizes(), like.strides(), t.options());
+  copy.copy_(t);
+  return copy;
+}
+
+core::ChannelLayout channel_layout(const at::Tensor& dense, int64_t ch_axis) {
+  const int64_t numel = dense.numel();
+  if (ch_axis < 0) return {1, 1, numel};
+  const int64_t channels = dense.size(ch_axis);
+  if (channels == 1) return {1, 1, numel};
+  if (numel == 0) return {0, channels, 1};
+  const int64_t inner = dense.stride(ch_axis);
+  return {numel / (channels * inner), channels, inner};
+}
+
+}  // namespace torch_ext::bindings
