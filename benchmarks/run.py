@@ -121,13 +121,14 @@ def main() -> int:
 
     import native
     import tables
-    from cases import fake_quant, observe, solve, training
+    from cases import fake_quant, insertion, observe, solve, training
 
     cases = [
         *observe.CASES,
         *fake_quant.CASES,
         *solve.CASES,
         *training.CASES,
+        *insertion.CASES,
     ]
     cases = choose(cases, chosen.only)
     if chosen.list:

@@ -36,7 +36,7 @@ def prepared() -> nn.Module:
     torch.manual_seed(0)
     model = torch_ext.fuse(SmallNet().eval())
     model.qconfig = torch_ext.get_default_calib_qconfig()
-    model = prepare_qat(model)
+    model = prepare_qat(model, example_inputs=torch.zeros(1, 1, 28, 28))
     set_fake_quantize(model, "calibration")
     return model
 

@@ -22,16 +22,16 @@ from torch_ext import calibrate, prepare_qat, save_observer_params, set_fake_qua
 OUTPUT = Path(__file__).parent / "output"
 
 
-def prepared(name: str) -> nn.Module:
+def prepared(name: str, example: Tensor) -> nn.Module:
     """The trained net with quantizers; the same on every rank."""
     model = torch_ext.fuse(trained(name))
     model.qconfig = torch_ext.get_default_calib_qconfig()
-    return prepare_qat(model)
+    return prepare_qat(model, example_inputs=example)
 
 
 def calibrated(name: str, batches: list[Tensor]) -> nn.Module:
     """Calibrated on the batches of all ranks, of which this one runs every world-size-th."""
-    model = prepared(name)
+    model = prepared(name, batches[0][:1])
     own = batches[dist.get_rank() :: dist.get_world_size()]
     if own:
         calibrate(model, own, state="calibration")
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     found = accuracy(model, data.test_images[:tested], data.test_labels[:tested])
     print(f"rank 0: accuracy {found:.2f} %, saved {path}")
 
-    alone = prepared(data.name)
+    alone = prepared(data.name, batches[0][:1])
     calibrate(alone, batches)
     if wrong := differing(model, alone):
         print(f"NOT what one process finds: {', '.join(wrong)}")

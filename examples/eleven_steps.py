@@ -29,9 +29,11 @@ def run(data: Dataset, qat_steps: int) -> dict[str, float]:
     model = train(data, epochs=2, batch=32, peak_rate=4e-3, seed=0).eval()
     found = {"float": accuracy(model, *test)}
 
-    # 2. Set its qconfig and prepare it; prepare_qat leaves `model` itself as it is.
+    # 2. Set its qconfig and prepare it, with an example of what it is called with; prepare_qat
+    # leaves `model` itself as it is.
+    example = data.train_images[:1]
     model.qconfig = get_default_calib_qconfig(weight_qkwargs={"dtype": "int4"})
-    calibration_model = prepare_qat(model)
+    calibration_model = prepare_qat(model, example_inputs=example)
 
     # 3. State CALIBRATION: observe, compute what the float model computes.
     set_fake_quantize(calibration_model, FakeQuantState.CALIBRATION)
@@ -54,7 +56,7 @@ def run(data: Dataset, qat_steps: int) -> dict[str, float]:
         activation_qkwargs={"averaging_constant": 0.01},
         weight_qkwargs={"dtype": "int4"},
     )
-    qat_model = prepare_qat(model)
+    qat_model = prepare_qat(model, example_inputs=example)
 
     # 8. Start it from the calibrated parameters.
     load_observer_params(calibration_model, qat_model)

@@ -57,7 +57,9 @@ def main() -> int:
             activation_qkwargs=activation,
             weight_qkwargs=weight,
         )
-        model = prepare_qat(float_model)
+        model = prepare_qat(
+            float_model, output_qconfig=float_model.qconfig, example_inputs=images[:1]
+        )
         torch_ext.calibrate(model, data.train_images[:512].split(64), progress=False)
         rows += compared(way, model, keys, images, labels)
     print_table(
@@ -74,7 +76,7 @@ def compared(
     """One row for each level of optimisation; the unit is the scale of the output's quantizer."""
     with torch.no_grad():
         want = torch.cat([model(batch) for batch in images.split(500)])
-    step = float(output_quantizer(model).calculate_qparams()[0])
+    step = float(torch_ext.named_quantizers(model)["scores.output_quantizers.0"].scale)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "net.onnx"
@@ -94,12 +96,6 @@ def compared(
                 ]
             )
     return rows
-
-
-def output_quantizer(model: nn.Module) -> torch_ext.FakeQuantize:
-    """That of the last layer."""
-    found = [q for q in model.modules() if isinstance(q, torch_ext.FakeQuantize)]
-    return [q for q in found if not q.transient and q.observer.ch_axis < 0][-1]
 
 
 def run(path: Path, images: Tensor, optimised: bool) -> Tensor:

@@ -91,15 +91,15 @@ def run(data: Dataset, sizes: Sizes, output: Path) -> None:
 
 def calibrate_int8(float_model: nn.Module, data: Dataset, sizes: Sizes) -> nn.Module:
     """One pass over the calibration images; from here on no rule needs data again."""
-    model = prepare(float_model, activation_observer="percentile")
+    model = prepare(float_model, data, activation_observer="percentile")
     calibrate(model, data, sizes.calibration)
     return model
 
 
-def prepare(float_model: nn.Module, **qconfig: Any) -> nn.Module:
+def prepare(float_model: nn.Module, data: Dataset, **qconfig: Any) -> nn.Module:
     """A prepared copy of the float model."""
     float_model.qconfig = get_default_qconfig(**qconfig)
-    return prepare_qat(float_model)
+    return prepare_qat(float_model, example_inputs=data.train_images[:1])
 
 
 def calibrate(model: nn.Module, data: Dataset, count: int) -> None:
@@ -172,7 +172,7 @@ def show_replay(
     float_model: nn.Module, data: Dataset, sizes: Sizes, options: dict[str, dict[str, Any]]
 ) -> None:
     """The promise: the split and the order of the data change nothing, not even the last bit."""
-    prepared = prepare(float_model, activation_observer="percentile")
+    prepared = prepare(float_model, data, activation_observer="percentile")
     captured = replay.capture(prepared, data.train_images[: sizes.replayed])
     ways = replay.feeds(sizes.replayed)
     begun = time.perf_counter()
@@ -221,7 +221,7 @@ def int4_accuracies(
     One accuracy for what is only calibrated, one for each seed of what is trained.
     """
     config = {"activation_observer": "percentile", "weight_qkwargs": {"dtype": "int4"}}
-    calibrated = prepare(float_model, **config)
+    calibrated = prepare(float_model, data, **config)
     calibrate(calibrated, data, sizes.calibration)
     test = data.test_images, data.test_labels
     found: dict[str, list[float]] = {}
@@ -232,7 +232,7 @@ def int4_accuracies(
     for name, start in (("QAT from the calibration", calibrated), ("QAT without it", None)):
         begun = time.perf_counter()
         for seed in range(sizes.seeds):
-            model = prepare(float_model, **config)
+            model = prepare(float_model, data, **config)
             if start is not None:
                 torch_ext.load_observer_params(start, model)
             set_fake_quantize(model, FakeQuantState.QAT)

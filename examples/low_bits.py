@@ -1,7 +1,7 @@
 """Few bits: what learning the ranges gains over following them, from the same calibrated starts.
 
-Weights and the outputs of activation functions have 4 bits, then 2; the first and the last layer
-keep 8, as the papers of lsq and pact have it. Prints the accuracy of each method over seeds.
+Weights and inputs of layers have 4 bits, then 2; those of the first and the last layer keep 8, as
+the papers of lsq and pact have it. Prints the accuracy of each method over seeds.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 import time
 from statistics import mean
 
+import torch
 from torch import nn
 
 import torch_ext
@@ -21,7 +22,6 @@ from common.qat import Plan, train_quantized
 from common.report import print_table
 from torch_ext import (
     FakeQuantState,
-    QConfig,
     get_default_qconfig,
     load_observer_params,
     prepare_qat,
@@ -34,7 +34,7 @@ METHODS = {
     "lsq": ("lsq", "lsq"),
     "pact": ("pact", "fake_quant"),
 }
-# Grids of weights and of what a ReLU gives.
+# Grids of weights and of what layers read, which ReLUs made.
 GRIDS = {
     4: ({"dtype": "int4"}, {"dtype": "uint4"}),
     2: ({"dtype": "int4", "quant_min": -2, "quant_max": 1}, {"dtype": "uint4", "quant_max": 3}),
@@ -48,14 +48,13 @@ def prepare(float_model: SmallNet, bits: int, method: str) -> nn.Module:
     few = get_default_qconfig(activation, weight, "mse", "mse", activation_grid, weight_grid)
     eight = get_default_qconfig(activation_observer="percentile")
     mapping = {
-        "": None,
-        nn.Conv2d: QConfig(activation=None, weight=few.weight),
-        nn.Linear: QConfig(activation=None, weight=few.weight),
-        nn.ReLU: few,
-        "stem.0": QConfig(activation=None, weight=eight.weight),
-        "scores": QConfig(activation=None, weight=eight.weight),
+        "": few,
+        "stem.0": eight,
+        "scores": eight,
+        "residual?": None,  # a branch that is added has negative values too
+        "residual?.*": few,
     }
-    return prepare_qat(float_model, mapping=mapping, input_qconfig=eight)
+    return prepare_qat(float_model, mapping=mapping, example_inputs=torch.zeros(1, 1, 28, 28))
 
 
 def run(data: Dataset, bits: int, steps: int, seeds: int, images: int) -> dict[str, list[float]]:

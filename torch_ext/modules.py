@@ -1,8 +1,9 @@
-"""Modules in place of operators such as ``+``, so that ``prepare_qat`` can quantize their results.
+"""Modules in place of operators such as ``+``, for ``prepare_qat`` without ``example_inputs``.
 
-``prepare_qat`` quantizes the outputs of modules, and ``a + b`` in a forward is not a module. Use
-one instance for each place in the forward: an instance that is called at two places has one range
-for both. ``QuantStub`` makes any tensor the output of a module::
+``a + b`` in a forward is not a module, so only an example shows it. Of these modules the operands
+are quantized; of ``QuantStub`` the output, in both ways of ``prepare_qat``, which puts a quantizer
+at any place. Use one instance for each place in the forward: an instance that is called at two
+places has one range for both::
 
     self.add = torch_ext.Add()                 # in __init__
     x = self.add(self.branch(x), x)            # in forward

@@ -6,6 +6,7 @@
 #include "bindings/arguments.h"
 #include "bindings/backend.h"
 #include "bindings/contracts.h"
+#include "bindings/exclusive.h"
 #include "bindings/layout.h"
 #include "bindings/recomputing.h"
 #include "bindings/rules.h"
@@ -61,6 +62,7 @@ void Follow::run(const Backend& backend) const {
 void follow_(const FollowArguments& arguments) {
   constexpr const char* op = "follow_";
   const Follow follow(op, arguments);
+  const Exclusive exclusive(arguments.range);
   follow.run(Backend(op, arguments.x));
 }
 
@@ -83,6 +85,7 @@ std::tuple<at::Tensor, at::Tensor> quantized(const FollowArguments& a, at::IntAr
                                static_cast<int32_t>(a.quant_max),
                                parse_rounding(op, text(a.rounding)),
                                parse_mask(op, text(a.mask))};
+  const Exclusive exclusive(a.range);
   const Backend backend(op, a.x);
   if (!recomputing() && backend.follows_on_chip(follow.contract.rule, follow.contract.dtype, map)) {
     const Transient batch = follow.statistic();

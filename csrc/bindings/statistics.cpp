@@ -7,6 +7,7 @@
 
 #include "bindings/backend.h"
 #include "bindings/contracts.h"
+#include "bindings/exclusive.h"
 #include "bindings/recomputing.h"
 #include "bindings/rules.h"
 
@@ -44,6 +45,7 @@ void observe_(const at::Tensor& x, const at::Tensor& extrema, const at::Tensor& 
               const at::Tensor& counts, int64_t ch_axis) {
   const Observed checked = check_observe(x, extrema, tally, counts, ch_axis);
   if (recomputing()) return;
+  const Exclusive exclusive(tally);
   Backend("observe_", x).observe(view_of(x, checked.dtype), ch_axis, checked.into);
 }
 
@@ -52,6 +54,7 @@ void merge_(const at::Tensor& extrema, const at::Tensor& tally, const at::Tensor
             const at::Tensor& other_counts) {
   const Merged checked =
       check_merge(extrema, tally, counts, other_extrema, other_tally, other_counts);
+  const Exclusive exclusive(tally);
   Backend("merge_", extrema).merge(checked.into, checked.from);
 }
 

@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from common.data import CLASSES, DataError
-from torch_ext import Add
 
 WEIGHTS_FOLDER = Path(__file__).resolve().parents[1] / "weights"
 
@@ -38,18 +37,17 @@ class DownSample(nn.Sequential):
 
 
 class Residual(nn.Module):
-    """relu(x + body(x)). The addition is a module, so that its output can be quantized."""
+    """relu(x + body(x))."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.body = nn.Sequential(
             *conv_bn(channels, channels, 3), nn.ReLU(), *conv_bn(channels, channels, 1)
         )
-        self.add = Add()
         self.relu = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.relu(self.add(x, self.body(x)))
+        out: Tensor = self.relu(x + self.body(x))
         return out
 
 

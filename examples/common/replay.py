@@ -72,10 +72,11 @@ def activation_quantizers(model: nn.Module) -> Iterator[tuple[str, FakeQuantize]
 
 @torch.no_grad()
 def capture(prepared: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """What arrives at each activation quantizer in one pass over the images, in state FLOAT."""
+    """What arrives at each activation quantizer in one pass over the images, of float values."""
+    model = copy.deepcopy(prepared)
     captured: dict[str, Tensor] = {}
     handles = []
-    for name, quantizer in activation_quantizers(prepared):
+    for name, quantizer in activation_quantizers(model):
 
         def keep(_: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
             if name in captured:
@@ -83,8 +84,8 @@ def capture(prepared: nn.Module, images: Tensor) -> dict[str, Tensor]:
             captured[name] = inputs[0].detach().clone()
 
         handles.append(quantizer.register_forward_pre_hook(keep))
-    set_fake_quantize(prepared, FakeQuantState.FLOAT)
-    prepared(images)
+    set_fake_quantize(model, FakeQuantState.CALIBRATION)  # in FLOAT they are not called
+    model(images)
     for handle in handles:
         handle.remove()
     return captured

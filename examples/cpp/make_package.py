@@ -45,7 +45,7 @@ def quantized(images: Tensor) -> nn.Module:
     model.qconfig = torch_ext.get_default_qconfig(
         activation_observer="percentile", activation_qkwargs={"percentile": 99.9}
     )
-    model = torch_ext.prepare_qat(model)
+    model = torch_ext.prepare_qat(model, example_inputs=images[:1])
     torch_ext.set_fake_quantize(model, "calibration")
     with torch.no_grad():
         model(images)

@@ -185,7 +185,7 @@ def test_names_are_text(tmp_path: Path) -> None:
     report(prepared, tmp_path / "page.html")
     page = read(tmp_path / "page.html")
     assert page.counts["script"] == 1
-    assert f"{hostile}.fc.activation_quantizer" in page.column("quantizer")
+    assert f"{hostile}.fc.input_quantizers.input" in page.column("quantizer")
 
 
 def test_a_file_gives_what_the_model_gives_but_for_weights(tmp_path: Path) -> None:
@@ -215,10 +215,10 @@ def test_cells_are_the_model_s(tmp_path: Path) -> None:
         assert float(own["low"]) == float(quantizer.range[:, 0].min())
         assert float(own["high"]) == float(quantizer.range[:, 1].max())
         assert float(own["scale"]) == float(quantizer.scale.max())
-    assert keys["fc.activation_quantizer"]["of"] == "output"
-    assert keys["fc.activation_quantizer"]["rule"] == "percentile(99.99)"
+    assert keys["fc.input_quantizers.input"]["of"] == "input"
+    assert keys["fc.input_quantizers.input"]["rule"] == "percentile(99.99)"
     assert keys["fc.parametrizations.weight.0"]["grid"] == "int8 [-128, 127], per channel symmetric"
-    assert keys["input_quantizers.x"]["of"] == "input"
+    assert keys["conv1.input_quantizers.input"]["of"] == "input"
 
 
 def pairs() -> list[Tensor]:
@@ -233,4 +233,4 @@ def test_bars_on_request_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str
     shown = capsys.readouterr().err
     assert "report, data" in shown
     assert "2/2" in shown
-    assert "9/9" in shown
+    assert "8/8" in shown

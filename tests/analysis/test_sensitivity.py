@@ -110,7 +110,11 @@ def test_one_way_and_a_pattern() -> None:
 
 def test_what_breaks_the_model_comes_first() -> None:
     values = iter([1.0, 1.0, 0.5, math.nan, 0.75])
-    names = ["conv1.activation_quantizer", "conv2.activation_quantizer", "fc.activation_quantizer"]
+    names = [
+        "conv1.input_quantizers.input",
+        "conv2.input_quantizers.input",
+        "fc.input_quantizers.input",
+    ]
     found = sensitivity(calibrated(CONFIG), None, lambda *_: next(values), ways="on", pattern=names)
     assert [row.loss for row in found.rows[1:]] == [0.5, 0.25]
     assert math.isnan(found.rows[0].loss)
@@ -125,7 +129,7 @@ def test_the_model_stays_as_it_was(state: str) -> None:
 
     def fail(model: nn.Module, data: Any) -> float:
         torch.rand(3)
-        if torch_ext.fake_quantize_states(model)["fc.activation_quantizer"].value == "float":
+        if torch_ext.fake_quantize_states(model)["fc.input_quantizers.input"].value == "float":
             return 0.0
         raise InterruptedError
 
@@ -141,7 +145,7 @@ def test_quantizers_that_pass_through_are_left_out() -> None:
     net.conv1(images())
     set_fake_quantize(net, "validation", allow_unobserved=True)
     found = sensitivity(net, DATA, ways="on")
-    assert {row.name for row in found.rows} == {"conv1.activation_quantizer", *WEIGHTS}
+    assert {row.name for row in found.rows} == {"conv1.input_quantizers.input", *WEIGHTS}
 
 
 def test_batches_of_other_kinds() -> None:
@@ -164,7 +168,7 @@ def test_text_and_picture(tmp_path: Path) -> None:
         "quantizer                     of      alone  loss   all but it  gain",
         "----------------------------  ------  -----  -----  ----------  ----",
         "fc.parametrizations.weight.0  weight  89     +1     90          +2",
-        "fc.activation_quantizer       output  89.75  +0.25  88.5        +0.5",
+        "fc.input_quantizers.input     input   89.75  +0.25  88.5        +0.5",
     ]
     found.save_picture(tmp_path / "all.svg")
     found.save_picture(tmp_path / "one.svg", most=1)

@@ -58,12 +58,12 @@ def test_it_is_what_the_steps_by_hand_are() -> None:
     assert (summary.batches, summary.samples, summary.resumed_from) == (6, 21, 0)
     assert summary.unobserved == ()
     assert set(summary.quantizers) == {*ACTIVATIONS, *WEIGHTS}
-    seen = summary.quantizers["input_quantizers.x"]
+    seen = summary.quantizers["conv1.input_quantizers.input"]
     whole = torch.cat(batches())
     assert (seen.finite, seen.zeros, seen.infinite, seen.nan) == (whole.numel(), 0, 0, 0)
     assert (seen.minimum, seen.maximum) == (float(whole.min()), float(whole.max()))
     assert "6 batches, 21 samples" in str(summary)
-    assert "fc.activation_quantizer" in str(summary)
+    assert "fc.input_quantizers.input" in str(summary)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -81,7 +81,8 @@ def test_modes_norms_gradients_and_random_state_stay(training: bool) -> None:
     # dropout was off, so the last layer's input was not doubled
     want = by_hand(list(images(12).split(4)))
     assert torch.equal(
-        net.fc.activation_quantizer.observer.extrema, want.fc.activation_quantizer.observer.extrema
+        net.fc.input_quantizers.input.observer.extrema,
+        want.fc.input_quantizers.input.observer.extrema,
     )
 
 
@@ -163,12 +164,12 @@ def test_unobserved_quantizers() -> None:
 
     net = made()
     before = snapshot(net)
-    with pytest.raises(RuntimeError, match=r"got none for relu1\.activation_quantizer"):
+    with pytest.raises(RuntimeError, match=r"got none for conv2\.input_quantizers\.input"):
         calibrate(net, batches(1))
     assert same(snapshot(net), before)
     summary = calibrate(net, batches(1), allow_unobserved=True)
-    assert set(summary.unobserved) == set(ACTIVATIONS[1:5])
-    assert "saw no data: relu1.activation_quantizer" in str(summary)
+    assert set(summary.unobserved) == set(ACTIVATIONS[1:])
+    assert "saw no data: conv2.input_quantizers.input" in str(summary)
 
 
 def test_a_forward_that_writes_to_the_model_is_reported() -> None:
@@ -327,7 +328,7 @@ t.calibrate(t.fresh(), loader(), checkpoint={str(path)!r}, every=1)
         [
             (
                 lambda: prepared(get_default_qconfig()),
-                "conv1.activation_quantizer.observer: expected",
+                "conv1.input_quantizers.input.observer: expected",
             ),
             (
                 lambda: prepared(
@@ -337,7 +338,7 @@ t.calibrate(t.fresh(), loader(), checkpoint={str(path)!r}, every=1)
                 ),
                 "options: expected {'percentile': 99.0}, got {'percentile': 99.99}",
             ),
-            (lambda: prepared(CONFIG, mapping={"fc": None}), "of another model: differs in fc.act"),
+            (lambda: prepared(CONFIG, mapping={"fc": None}), "of another model: differs in fc.inp"),
         ],
     )
     def test_other_models_are_refused(self, path: Path, net: Any, text: str) -> None:

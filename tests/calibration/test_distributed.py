@@ -116,16 +116,16 @@ class TestMisuse:
     @pytest.mark.parametrize(
         ("case", "kind", "text"),
         [
-            ("names", "ValueError", "fc.activation_quantizer on rank 0 alone"),
+            ("names", "ValueError", "fc.input_quantizers.input on rank 0 alone"),
             ("shapes", "ValueError", ".mantissa_bits: 10 on rank 0, 8 on rank 1"),
             ("rules", "ValueError", ".observer: 'percentile' on rank 0, 'kl' on rank 1"),
             ("options", "ValueError", "{'percentile': 99.99} on rank 0, {'percentile': 99.0}"),
             ("channels", "ValueError", "channels.channel_len: 3 on rank 0, 4 on rank 1"),
-            ("state", "ValueError", "conv1.activation_quantizer.state: 'calibration' on rank 0"),
+            ("state", "ValueError", "conv1.input_quantizers.input.state: 'calibration' on rank 0"),
             ("all solved", "RuntimeError", "CALIBRATION or QAT, got validation for conv1.act"),
-            ("twice", "RuntimeError", "hold all ranks' already: conv1.activation_quantizer"),
+            ("twice", "RuntimeError", "hold all ranks' already: conv1.input_quantizers.input"),
             ("twice with more data", "RuntimeError", "hold all ranks' already: conv1.act"),
-            ("statistics broadcast", "RuntimeError", "with rank 0's: conv1.activation_quantizer"),
+            ("statistics broadcast", "RuntimeError", "with rank 0's: conv1.input_quantizers.input"),
             ("no group", "TypeError", "expected group to be a ProcessGroup or None, got 'gloo'"),
         ],
     )
@@ -207,7 +207,7 @@ class TestTraining:
             assert np.array_equal(mine, theirs)
         assert all(found["same again"] for found in ddp)
         # or else the sync had nothing to do
-        left = [found["left alone"]["input_quantizers.x.range"] for found in ddp]
+        left = [found["left alone"]["conv1.input_quantizers.input.range"] for found in ddp]
         assert not np.array_equal(*left)
 
     def test_ddp_ranges_follow_the_mean_of_the_batches(self, ddp: Any) -> None:
@@ -217,9 +217,9 @@ class TestTraining:
             batch = [training.training_batch(step, rank) for rank in range(2)]
             ends = torch.stack([torch.stack([x.min(), x.max()]) for x in batch]).double()
             want += training.RATE * (ends.mean(0) - want)
-        have = torch.from_numpy(ddp[0]["synced"]["input_quantizers.x.range"])[0].double()
+        have = torch.from_numpy(ddp[0]["synced"]["conv1.input_quantizers.input.range"])[0].double()
         assert torch.allclose(have, want, rtol=1e-6, atol=0)
-        scale = torch.from_numpy(ddp[0]["synced"]["input_quantizers.x.scale"])
+        scale = torch.from_numpy(ddp[0]["synced"]["conv1.input_quantizers.input.scale"])
         assert float(scale) == float((have.abs().max() * 2 / 255).float())
 
     def test_fsdp2(self, ddp: Any) -> None:

@@ -64,16 +64,16 @@ def test_weights_are_read_again(rule: str) -> None:
 def test_options_alone_keep_the_rule_and_what_was_set_before() -> None:
     net = calibrated(config("clip", xmin=-0.25))
     resolve(net, xmax=0.125)
-    assert net.conv1.activation_quantizer.observer.options == {"xmin": -0.25, "xmax": 0.125}
-    assert net.conv1.activation_quantizer.range.tolist() == [[-0.25, 0.125]]
+    assert net.conv1.input_quantizers.input.observer.options == {"xmin": -0.25, "xmax": 0.125}
+    assert net.conv1.input_quantizers.input.range.tolist() == [[-0.25, 0.125]]
     resolve(net, activation_observer="clip", xmax=0.5)
-    assert net.conv1.activation_quantizer.range.tolist() == [[-0.25, 0.5]]
+    assert net.conv1.input_quantizers.input.range.tolist() == [[-0.25, 0.5]]
 
 
 def test_an_option_goes_to_the_side_that_has_it() -> None:
     net = calibrated(config("percentile", "percentile"))
     resolve(net, activation_observer="clip_std", weight_observer="percentile", percentile=50.0)
-    assert net.fc.activation_quantizer.observer.options == {"std_scale": 3.0}
+    assert net.fc.input_quantizers.input.observer.options == {"std_scale": 3.0}
     assert net.fc.parametrizations.weight[0].observer.options == {"percentile": 50.0}
     resolve(net, "percentile", "percentile", percentile=80.0)
     for name in (ACTIVATIONS[0], WEIGHTS[0]):
@@ -99,7 +99,7 @@ def test_states_and_statistics_stay(state: str) -> None:
     for key in before:
         if ".observer." in key or key.endswith((".state", ".training")):
             assert same({key: before[key]}, {key: after[key]}), key
-    assert after["fc.activation_quantizer.rule"] == ("mse", {})
+    assert after["fc.input_quantizers.input.rule"] == ("mse", {})
 
 
 def test_calibrating_on_uses_the_new_rule() -> None:
@@ -109,9 +109,9 @@ def test_calibrating_on_uses_the_new_rule() -> None:
     with torch.no_grad():
         net(images(seed=9))
     set_fake_quantize(net, "validation")
-    quantizer = net.fc.activation_quantizer
+    quantizer = net.fc.input_quantizers.input
     assert same_bits(quantizer.range, quantizer.observer.range())
-    assert int(quantizer.observer.tally[0, 0]) == 2 * 18
+    assert int(quantizer.observer.tally[0, 0]) == 2 * 24
 
 
 def test_given_scales_and_quantizers_without_data_stay() -> None:
@@ -126,10 +126,10 @@ def test_given_scales_and_quantizers_without_data_stay() -> None:
     before = snapshot(net)
     resolve(net, activation_observer="mse")
     after = snapshot(net)
-    for name in ("input_quantizers.x", "fc.activation_quantizer"):
+    for name in ("conv1.input_quantizers.input", "fc.input_quantizers.input"):
         assert after[f"{name}.rule"] == before[f"{name}.rule"]
         assert same_bits(after[f"{name}.scale"], before[f"{name}.scale"])
-    assert after["conv1.activation_quantizer.rule"] == ("mse", {})
+    assert after["conv1.input_quantizers.input.rule"] == ("mse", {})
 
 
 def test_a_histogram_that_was_not_kept_is_missed_by_name() -> None:
@@ -156,7 +156,7 @@ def test_a_histogram_that_was_not_kept_is_missed_by_name() -> None:
             ValueError,
             'unknown option "percentile" of kl; known: variant',
         ),
-        ({"std_scale": 2.0}, ValueError, 'unknown option "std_scale" of min_max, percentile'),
+        ({"std_scale": 2.0}, ValueError, 'unknown option "std_scale" of percentile, min_max'),
         (
             {"activation_observer": "percentile", "percentile": 101.0},
             ValueError,
@@ -200,9 +200,9 @@ def test_a_grid_that_is_too_wide_is_named() -> None:
     set_fake_quantize(net, "calibration")
     net(images())
     set_fake_quantize(net, "validation")
-    with pytest.raises(RuntimeError, match=r"fc\.activation_quantizer: .*8 bits"):
+    with pytest.raises(RuntimeError, match=r"fc\.input_quantizers\.input: .*8 bits"):
         resolve(net, activation_observer="kl")
-    assert net.conv1.activation_quantizer.observer.name == "percentile"
+    assert net.conv1.input_quantizers.input.observer.name == "percentile"
 
 
 def test_models_without_data_are_refused() -> None:

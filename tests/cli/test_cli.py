@@ -80,7 +80,10 @@ class TestShow:
             low, high = quantizer.range[:, 0].min(), quantizer.range[:, 1].max()
             assert f"[{low:.6g}, {high:.6g}]" in found[name]
             assert str(int(quantizer.observer.tally[:, 0].sum())) == found[name][-1]
-        assert found["input_quantizers.x"][1:3] == ["input", "percentile(percentile=99.99)"]
+        assert found["conv1.input_quantizers.input"][1:3] == [
+            "input",
+            "percentile(percentile=99.99)",
+        ]
 
     def test_json_has_every_bit(self, folder: Path, run: Run) -> None:
         _, out, _ = run("show", "net.safetensors", "--json")
@@ -94,8 +97,8 @@ class TestShow:
             assert told[name]["solved"] is True
 
     def test_pattern(self, folder: Path, run: Run) -> None:
-        _, out, _ = run("show", "net.safetensors", "--pattern", "fc.*", "--pattern", "input_*")
-        wanted = {n for n in (*ACTIVATIONS, *WEIGHTS) if n.startswith(("fc.", "input_"))}
+        _, out, _ = run("show", "net.safetensors", "--pattern", "fc.*", "--pattern", "conv1.*")
+        wanted = {n for n in (*ACTIVATIONS, *WEIGHTS) if n.startswith(("fc.", "conv1."))}
         assert {name for name in rows(out) if "." in name} == wanted
 
     def test_what_deserves_a_look_and_what_has_no_range(self, folder: Path, run: Run) -> None:
@@ -171,7 +174,7 @@ class TestSolve:
             "solve", "net.safetensors", *arguments, "--pattern", "[!i]*.activation*", "-o", "new"
         )
         assert code == 0
-        assert "input_quantizers.x" not in rows(out)
+        assert "conv1.input_quantizers.input" not in rows(out)
         net = calibrated(BATCHES)
         rule = arguments[1] if arguments[0] == "--observer" else "percentile"
         resolve(net, rule, pattern="[!i]*.activation*", **options)
@@ -214,11 +217,11 @@ class TestMerge:
     def test_it_is_merge_observer_params(self, folder: Path, run: Run) -> None:
         save_observer_params(calibrated(BATCHES[3:]), "c")
         assert run("merge", "a.safetensors", "b.safetensors", "c", "-o", "all") == (
-            *(0, "all: 9 quantizers from 3 files\n", ""),
+            *(0, "all: 8 quantizers from 3 files\n", ""),
         )
         assert Path("all").read_bytes() == Path("net.safetensors").read_bytes()
         _, out, _ = run("merge", "a.safetensors", "b.safetensors", "-o", "some", "--json")
-        assert json.loads(out)["quantizers"] == 9
+        assert json.loads(out)["quantizers"] == 8
 
     def test_quiet(self, folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         arguments = ("merge", "a.safetensors", "b.safetensors", "-o", "all")
@@ -240,12 +243,12 @@ class TestConvert:
         version = ("--version", "8.6.1", "--algorithm", "MinMaxCalibration", "-o", "net.cache")
         code, out, _ = run(
             *("convert", "net.safetensors", "--to", "tensorrt-cache", "--names", "names.json"),
-            *("--without", "conv1.act*", *version),
+            *("--without", "conv1.input*", *version),
         )
         assert code == 0
-        assert "left out: conv1.activation_quantizer (it is in FLOAT)" in out
+        assert "left out: conv1.input_quantizers.input (it is in FLOAT)" in out
         net = calibrated(BATCHES)
-        torch_ext.set_fake_quantize(net, "float", pattern="conv1.act*")
+        torch_ext.set_fake_quantize(net, "float", pattern="conv1.input*")
         torch_ext.export.tensorrt_cache(
             net, "want.cache", version="8.6.1", algorithm="MinMaxCalibration", names=names
         )

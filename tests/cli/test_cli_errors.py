@@ -69,11 +69,11 @@ BAD: dict[str, tuple[list[str], str]] = {
     "other models": (["merge", "a.safetensors", "plain", "-o", "out"], "plain: "),
     "unsolved": (
         ["convert", "raw", "--to", "json", "-o", "out.json"],
-        "fc.activation_quantizer: it is in CALIBRATION",
+        "fc.input_quantizers.input: it is in CALIBRATION",
     ),
     "grid": (
         ["convert", "uint8", "--to", "tensorrt-cache", "--version", "8.6.1", "-o", "out"],
-        "fc.activation_quantizer: its grid is [0, 255]",
+        "fc.input_quantizers.input: its grid is [0, 255]",
     ),
     "json's suffix": (
         ["convert", "net.safetensors", "--to", "json", "-o", "out.cache"],
@@ -187,7 +187,7 @@ class TestProcesses:
         os.close(ours)
         assert process.wait(300) == 0
         assert b"2/2" in seen
-        assert b"all: 9 quantizers from 2 files" in seen
+        assert b"all: 8 quantizers from 2 files" in seen
         assert Path("all").is_file()
 
     def test_a_reader_that_leaves(self, folder: Path) -> None:

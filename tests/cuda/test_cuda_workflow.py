@@ -172,7 +172,7 @@ def test_a_statistic_that_contradicts_itself_is_named_when_it_is_solved(device: 
     model = prepared("percentile", device)
     set_fake_quantize(model, "calibration")
     model(BATCHES[0].to(device))
-    quantizer = model.get_submodule("relu.activation_quantizer")
+    quantizer = model.get_submodule("second.input_quantizers.input")
     assert isinstance(quantizer, torch_ext.FakeQuantize)
     quantizer.observer.counts.neg_()
     before = {k: v.clone() for k, v in model.state_dict().items()}

@@ -61,28 +61,28 @@ def test_every_number_reads_back(case: str, path: Path) -> None:
         assert record.spec["method"] == quantizer.method
         assert record.spec["options"] == quantizer.observer.options
         assert record.of == ("weight" if quantizer.transient else record.of)
-    assert read.quantizers["input_quantizers.x"].of == "input"
-    assert read.quantizers["fc.activation_quantizer"].of == "output"
+    assert read.quantizers["fc.input_quantizers.input"].of == "input"
+    assert read.quantizers["fc.parametrizations.weight.0"].of == "weight"
 
 
 def test_the_digest_is_sha256_of_the_statistic(path: Path) -> None:
     """Packed here by hand, value by value."""
     net = export_models.solved(activation_observer="percentile")
     export.json(net, path)
-    observer = net.fc.activation_quantizer.observer
+    observer = net.fc.input_quantizers.input.observer
     digest = hashlib.sha256()
     for field, code in (("extrema", "f"), ("tally", "q"), ("counts", "q")):
         tensor = getattr(observer, field)
         digest.update(f"observer.{field}{list(tensor.shape)}".encode())
         values = tensor.flatten().tolist()
         digest.update(struct.pack(f"<{len(values)}{code}", *values))
-    read = export.read_json(path).quantizers["fc.activation_quantizer"]
+    read = export.read_json(path).quantizers["fc.input_quantizers.input"]
     assert read.digest == digest.hexdigest()
 
     observer(torch.ones(1))  # one value more is another statistic
     export.json(net, path)
     other = export.read_json(path).quantizers
-    assert other["fc.activation_quantizer"].digest != read.digest
+    assert other["fc.input_quantizers.input"].digest != read.digest
 
 
 def test_equal_models_give_equal_bytes(path: Path) -> None:
@@ -97,17 +97,17 @@ def test_what_lets_values_pass_is_left_out_with_the_reason(path: Path) -> None:
     torch_ext.set_fake_quantize(net, "float", pattern=["conv1.*", "bn2.*"][:1])
     report = export.json(net, path)
     left = {
-        "conv1.activation_quantizer": "it is in FLOAT",
+        "conv1.input_quantizers.input": "it is in FLOAT",
         "conv1.parametrizations.weight.0": "it is in FLOAT",
     }
     assert report.left_out == left
-    assert "left out: conv1.activation_quantizer (it is in FLOAT)" in str(report)
+    assert "left out: conv1.input_quantizers.input (it is in FLOAT)" in str(report)
     read = export.read_json(path)
     assert read.left_out == left
     assert not left.keys() & read.quantizers.keys()
 
 
-NAME = "fc.activation_quantizer"
+NAME = "fc.input_quantizers.input"
 
 
 def record(change: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]], Any]:

@@ -63,7 +63,7 @@ def test_the_rows(path: Path) -> None:
 
 
 def test_names_and_quantizers_that_no_layer_reads(path: Path) -> None:
-    """Placed by modules: outputs behind which there is another quantizer are not read."""
+    """Placed by modules: operands of sums, and the input of a layer with a float weight."""
     net = tiny_net().eval()
     net.qconfig = get_default_qconfig(
         activation_qkwargs=export_models.NARROW, weight_qkwargs=export_models.NARROW
@@ -74,10 +74,9 @@ def test_names_and_quantizers_that_no_layer_reads(path: Path) -> None:
     read = export.read_ncnn_table(path)
     assert list(read.weights) == ["conv_0_param_0", "dw_1_param_0"]
     assert read.activations["dw_1"] == pytest.approx(
-        (1 / float(net.relu1.activation_quantizer.scale),), rel=1e-7
+        (1 / float(net.conv2.input_quantizers.input.scale),), rel=1e-7
     )
-    unread = ["conv1.activation_quantizer", "conv2.activation_quantizer"]
-    unread += ["add.activation_quantizer", "fc.activation_quantizer"]
+    unread = ["add.input_quantizers.a", "add.input_quantizers.b", "fc.input_quantizers.input"]
     assert list(report.left_out) == unread
     assert "no Convolution" in report.left_out[unread[0]]
 

@@ -140,10 +140,12 @@ def test_a_net(case: str, tmp_path: Path) -> None:
     before = snapshot(net)
     report = export.onnx(net, images(), path, quantized_weights=quantized_weights)
     assert same(snapshot(net), before)
-    assert onnx_runs.check_pairs(net, path, images(9, 5)) == len(report.quantizers) == 9
+    assert onnx_runs.check_pairs(net, path, images(9, 5)) == len(report.quantizers) == 8
     with torch.no_grad():
         want = net(images(9, 5))
-    step = float(net.fc.activation_quantizer.calculate_qparams()[0])
+    # A sum that is rounded in another order may move what fc reads to the next level.
+    step = float(net.fc.input_quantizers.input.calculate_qparams()[0])
+    step *= float(net.fc.weight.abs().sum(1).max())
     for optimized in (False, True):
         (have,) = onnx_runs.run(path, images(9, 5), optimized=optimized)
         assert float((have - want).abs().max()) <= step * 1.001
@@ -166,7 +168,7 @@ def test_quantized_weights_of_every_size(tmp_path: Path) -> None:
     net = export_models.run(prepare_qat(net, mapping={"": get_default_qconfig(), **mapping}), X)
     path = tmp_path / "net.onnx"
     export.onnx(net, X[:2], path, quantized_weights=True)
-    assert onnx_runs.check_pairs(net, path, X) == 7
+    assert onnx_runs.check_pairs(net, path, X) == 6
     names = {one.name for one in onnx.load(path).graph.initializer}
     assert {"0.weight/int4", "1.weight/uint8", "2.weight/int16"} <= names
 

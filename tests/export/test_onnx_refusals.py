@@ -64,7 +64,7 @@ def not_finite() -> nn.Module:
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, Any], str]] = {
-    "unsolved": (unsolved, images(), {}, "fc.activation_quantizer: it is in CALIBRATION"),
+    "unsolved": (unsolved, images(), {}, "fc.input_quantizers.input: it is in CALIBRATION"),
     "float": (lambda: nn.Linear(2, 2), images(), {}, "expected model to have quantizers, got none"),
     "no model": (lambda: 3, images(), {}, "expected model to be a torch.nn.Module, got 3"),
     "profile": (
@@ -102,7 +102,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, Any], str]] = {
         export_models.solved,
         (images(), 1),
         {},
-        "to be the arguments of QuantizedTinyNet.forward",
+        "to be the arguments of TinyNet.forward",
     ),
     "shape": (
         export_models.solved,
@@ -110,19 +110,19 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, Any], str]] = {
         {},
         "torch.export cannot trace the model",
     ),
-    "double": (double, images().double(), {}, "input_quantizers.x: it quantizes float64"),
+    "double": (double, images().double(), {}, "conv1.input_quantizers.input: it quantizes float64"),
     "nan": (not_finite, images(), {}, "expected fc.weight to be finite"),
     "unsigned": (
         lambda: export_models.solved(activation={"dtype": "uint8"}),
         images(),
         {"profile": "tensorrt"},
-        "conv1.activation_quantizer: its type is uint8, not int8",
+        "conv1.input_quantizers.input: its type is uint8, not int8",
     ),
     "affine": (
         lambda: export_models.solved(activation={"qscheme": "per_tensor_affine"}),
         images(),
         {"profile": "tensorrt"},
-        "relu1.activation_quantizer: its zero point is not 0",
+        "conv2.input_quantizers.input: its zero point is not 0",
     ),
     "int4": (
         lambda: export_models.solved(weight={"dtype": "int4"}),
@@ -212,24 +212,28 @@ def replace(proto: Any, name: str, value: Any) -> None:
 
 
 def unsigned(proto: Any) -> None:
-    replace(proto, "input_quantizers.x/zero_point", torch.tensor(0, dtype=torch.uint8).numpy())
+    replace(
+        proto, "conv1.input_quantizers.input/zero_point", torch.tensor(0, dtype=torch.uint8).numpy()
+    )
 
 
 def shifted(proto: Any) -> None:
-    replace(proto, "input_quantizers.x/zero_point", torch.tensor(3, dtype=torch.int8).numpy())
+    replace(
+        proto, "conv1.input_quantizers.input/zero_point", torch.tensor(3, dtype=torch.int8).numpy()
+    )
 
 
 def unpaired(proto: Any) -> None:
-    node(proto, "node_conv2d").input[0] = "input_quantizers.x/quantized"
+    node(proto, "node_conv2d").input[0] = "conv1.input_quantizers.input/quantized"
 
 
 def rescaled(proto: Any) -> None:
-    pair = node(proto, "input_quantizers.x/dequantized")
-    pair.input[1] = "relu1.activation_quantizer/scale"
+    pair = node(proto, "conv1.input_quantizers.input/dequantized")
+    pair.input[1] = "add.input_quantizers.b/scale"
 
 
 def channelled(proto: Any) -> None:
-    replace(proto, "input_quantizers.x/scale", torch.ones(1).numpy())
+    replace(proto, "conv1.input_quantizers.input/scale", torch.ones(1).numpy())
 
 
 def turned(proto: Any) -> None:
@@ -238,26 +242,26 @@ def turned(proto: Any) -> None:
 
 
 def vanishing(proto: Any) -> None:
-    replace(proto, "input_quantizers.x/scale", torch.tensor(0.0).numpy())
+    replace(proto, "conv1.input_quantizers.input/scale", torch.tensor(0.0).numpy())
 
 
 def variable(proto: Any) -> None:
-    node(proto, "input_quantizers.x/quantized").input[1] = "x"
+    node(proto, "conv1.input_quantizers.input/quantized").input[1] = "x"
 
 
 def untyped(proto: Any) -> None:
-    del node(proto, "input_quantizers.x/quantized").input[2]
+    del node(proto, "conv1.input_quantizers.input/quantized").input[2]
 
 
 def unread(proto: Any) -> None:
-    node(proto, "input_quantizers.x/dequantized").input[0] = "x"
+    node(proto, "conv1.input_quantizers.input/dequantized").input[0] = "x"
 
 
 def old(proto: Any) -> None:
     proto.opset_import[0].version = 11
 
 
-X = "input_quantizers.x"
+X = "conv1.input_quantizers.input"
 VIOLATIONS: dict[str, tuple[Callable[[Any], None], dict[str, str]]] = {
     "unsigned": (unsigned, {f"{X}/quantized": "its type is uint8, not int8"}),
     "shifted": (shifted, {f"{X}/dequantized": "its zero point is not 0"}),

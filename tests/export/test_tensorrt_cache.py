@@ -17,12 +17,11 @@ from failing_writes import check_failing_writes
 from torch_ext import FakeQuantize, export, named_quantizers
 
 NAMES = {
-    "conv1.activation_quantizer": "(Unnamed Layer* 64) [Shuffle]_output",
-    "relu1.activation_quantizer": ["relu:0", "pool: 0"],
-    "conv2.activation_quantizer": "conv2",
-    "add.activation_quantizer": "a/b",
-    "fc.activation_quantizer": "out",
-    "input_quantizers.x": "input_1:0",
+    "conv1.input_quantizers.input": "(Unnamed Layer* 64) [Shuffle]_output",
+    "conv2.input_quantizers.input": ["relu:0", "pool: 0"],
+    "add.input_quantizers.a": "conv2",
+    "add.input_quantizers.b": "a/b",
+    "fc.input_quantizers.input": "input_1:0",
 }
 
 
@@ -194,22 +193,25 @@ def test_grids_that_tensorrt_does_not_have(keys: Any, reason: str, path: Path) -
     net = export_models.solved(activation=keys)
     with pytest.raises(ValueError, match="nothing was written") as caught:
         export.tensorrt_cache(net, path, "8.6.1")
-    assert f"  conv1.activation_quantizer: {reason}" in str(caught.value)
-    assert "  input_quantizers.x: " in str(caught.value)
+    assert f"  conv1.input_quantizers.input: {reason}" in str(caught.value)
+    assert "  conv2.input_quantizers.input: " in str(caught.value)
     assert not path.exists()
 
 
 @pytest.mark.parametrize(
     ("names", "text"),
     [
-        ({**NAMES, "fc.activation_quantizer": "conv2"}, "its name 'conv2' is that of conv2.act"),
-        ({**NAMES, "fc.activation_quantizer": ["o", "o"]}, "'o' is that of fc.activation_quan"),
-        ({**NAMES, "fc.activation_quantizer": []}, "fc.activation_quantizer: names has none"),
-        ({**NAMES, "fc.activation_quantizer": "a\nb"}, "to be printable, got 'a\\nb'"),
-        ({**NAMES, "fc.activation_quantizer": ""}, "to be of 1 to 1024 bytes, got ''"),
-        ({**NAMES, "fc.activation_quantizer": [3]}, "expected its name to be text, got '3'"),
-        ({**NAMES, "evil": "x"}, "names: unknown evil; known: conv1.activation_quantizer"),
-        ({k: v for k, v in NAMES.items() if "x" not in k}, "input_quantizers.x: names has none"),
+        ({**NAMES, "fc.input_quantizers.input": "conv2"}, "its name 'conv2' is that of add.input"),
+        ({**NAMES, "fc.input_quantizers.input": ["o", "o"]}, "'o' is that of fc.input_quan"),
+        ({**NAMES, "fc.input_quantizers.input": []}, "fc.input_quantizers.input: names has none"),
+        ({**NAMES, "fc.input_quantizers.input": "a\nb"}, "to be printable, got 'a\\nb'"),
+        ({**NAMES, "fc.input_quantizers.input": ""}, "to be of 1 to 1024 bytes, got ''"),
+        ({**NAMES, "fc.input_quantizers.input": [3]}, "expected its name to be text, got '3'"),
+        ({**NAMES, "evil": "x"}, "names: unknown evil; known: conv1.input_quantizers.input"),
+        (
+            {k: v for k, v in NAMES.items() if "b" not in k},
+            "add.input_quantizers.b: names has none",
+        ),
     ],
 )
 def test_bad_names(names: Any, text: str, path: Path) -> None:
@@ -230,9 +232,9 @@ def test_a_model_that_is_not_solved(path: Path) -> None:
             write()
     with pytest.raises(ValueError, match="got 2 that do not") as caught:
         export.tensorrt_cache(net, path, "8.6.1")
-    assert "  fc.activation_quantizer: it is in QAT" in str(caught.value)
+    assert "  fc.input_quantizers.input: it is in QAT" in str(caught.value)
     torch_ext.set_fake_quantize(net, "float")
-    with pytest.raises(ValueError, match=r"fc\.activation_quantizer: it is in FLOAT"):
+    with pytest.raises(ValueError, match=r"fc\.input_quantizers\.input: it is in FLOAT"):
         export.tensorrt_cache(net, path, "8.6.1")
     with pytest.raises(ValueError, match="to have quantizers, got none"):
         export.tensorrt_cache(torch.nn.Linear(2, 2), path, "8.6.1")
@@ -244,8 +246,10 @@ def test_a_model_that_is_not_solved(path: Path) -> None:
 
 def test_numbers_that_nothing_can_be_quantized_with(path: Path) -> None:
     net = export_models.solved()
-    net.fc.activation_quantizer.scale.fill_(0)
-    with pytest.raises(ValueError, match=r"fc\.activation_quantizer: scale: expected values to be"):
+    net.fc.input_quantizers.input.scale.fill_(0)
+    with pytest.raises(
+        ValueError, match=r"fc\.input_quantizers\.input: scale: expected values to be"
+    ):
         export.tensorrt_cache(net, path, "8.6.1")
     assert not path.exists()
 

@@ -74,7 +74,9 @@ def test_an_existing_file_with_other_contents_is_refused(path: Path) -> None:
     export.tensorrt_cache(net, path, "8.6.1")
     before = path.read_bytes()
     other = export_models.solved(activation={"quant_min": -127})
-    with pytest.raises(ValueError, match=r"other scales, first of 'conv1\.activation_quantizer'"):
+    with pytest.raises(
+        ValueError, match=r"other scales, first of 'conv1\.input_quantizers\.input'"
+    ):
         export.tensorrt_calibrator(other, path, "8.6.1")
     with pytest.raises(ValueError, match=r"a cache of 8\.6\.1 EntropyCalibration2; remove it"):
         export.tensorrt_calibrator(net, path, "10.3.0")

@@ -84,12 +84,12 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "wide": (
         lambda: solved(activation={}),
         {},
-        "input_quantizers.x: its grid is [-128, 127], not [-127, 127]",
+        "conv1.input_quantizers.input: its grid is [-128, 127], not [-127, 127]",
     ),
     "affine": (
         lambda: solved(activation={"qscheme": "per_tensor_affine", "quant_min": -127}),
         {},
-        "input_quantizers.x: its zero point is not 0",
+        "conv1.input_quantizers.input: its zero point is not 0",
     ),
     "power": (
         lambda: solved(weight=TVM),
@@ -120,7 +120,7 @@ def test_weights_of_any_threshold_and_four_bits(path: Path) -> None:
 
 
 def put(key: str, value: Any) -> Callable[[dict[str, Any]], Any]:
-    return lambda document: document["quantizers"]["fc.activation_quantizer"].update({key: value})
+    return lambda document: document["quantizers"]["fc.input_quantizers.input"].update({key: value})
 
 
 HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
@@ -131,13 +131,13 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "none": (lambda d: d.update(quantizers={}), "quantizers: expected an object"),
     "list": (lambda d: d["quantizers"].update(a=[1]), "a: expected clip_max, "),
     "name": (lambda d: d["quantizers"].update({"a\n": 1}), "expected names to be printable"),
-    "extra": (put("more", 1), "fc.activation_quantizer: expected clip_max, "),
-    "of": (put("of", "bias"), "fc.activation_quantizer: expected clip_max, "),
-    "scale": (put("dom_scale", 0), "fc.activation_quantizer: expected clip_min"),
-    "threshold": (put("threshold", 1e9), "fc.activation_quantizer: expected clip_min"),
-    "text": (put("threshold", "1"), "fc.activation_quantizer: expected clip_min"),
-    "clip": (put("clip_min", -128), "fc.activation_quantizer: expected clip_min"),
-    "clip float": (put("clip_max", 127.0), "fc.activation_quantizer: expected clip_min"),
+    "extra": (put("more", 1), "fc.input_quantizers.input: expected clip_max, "),
+    "of": (put("of", "bias"), "fc.input_quantizers.input: expected clip_max, "),
+    "scale": (put("dom_scale", 0), "fc.input_quantizers.input: expected clip_min"),
+    "threshold": (put("threshold", 1e9), "fc.input_quantizers.input: expected clip_min"),
+    "text": (put("threshold", "1"), "fc.input_quantizers.input: expected clip_min"),
+    "clip": (put("clip_min", -128), "fc.input_quantizers.input: expected clip_min"),
+    "clip float": (put("clip_max", 127.0), "fc.input_quantizers.input: expected clip_min"),
 }
 
 

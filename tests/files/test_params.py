@@ -87,9 +87,12 @@ def test_training_goes_on_from_the_loaded_range() -> None:
     x = images(seed=8) * 2
     with torch.no_grad():
         target(x)
-    old, batch = source.input_quantizers.x.range, torch.stack(torch.aminmax(x)).reshape(1, 2)
+    old, batch = (
+        source.conv1.input_quantizers.input.range,
+        torch.stack(torch.aminmax(x)).reshape(1, 2),
+    )
     want = (old.double() + 0.01 * (batch.double() - old.double())).float()
-    assert torch.allclose(target.input_quantizers.x.range, want, rtol=1e-6)
+    assert torch.allclose(target.conv1.input_quantizers.input.range, want, rtol=1e-6)
 
 
 def test_a_frozen_model_after_loading_computes_what_validation_did() -> None:
@@ -152,10 +155,10 @@ def test_a_statistic_without_histogram_has_nothing_tiny() -> None:
     with torch.no_grad():
         source(x)
     set_fake_quantize(source, "validation")
-    assert int(source.input_quantizers.x.observer.tally[0, 2]) == 1
+    assert int(source.conv1.input_quantizers.input.observer.tally[0, 2]) == 1
     target = prepared(config("min_max"))
     load_observer_params(source, target)
-    tally = target.input_quantizers.x.observer.tally
+    tally = target.conv1.input_quantizers.input.observer.tally
     assert tally.tolist() == [[x.numel(), 0, 0, 0, 0]]
 
 
@@ -182,7 +185,7 @@ def test_missing_unexpected_and_mismatched_are_refused_then_reported(
         report = load_observer_params(one, other, strict=False)
         assert "fc.parametrizations.weight.0" in getattr(report, label)
         assert not report.complete
-        assert "conv1.activation_quantizer" in report.loaded
+        assert "conv1.input_quantizers.input" in report.loaded
         assert f"{label}: fc.parametrizations.weight.0" in capsys.readouterr().out
         assert not same(snapshot(other), before) or label == "missing"
 
@@ -226,10 +229,10 @@ def test_nothing_to_load_is_an_error() -> None:
 
 def test_quantizers_without_a_range_are_reported() -> None:
     source, target = solved_net("min_max"), prepared(config("min_max"))
-    source.fc.activation_quantizer.reset_parameters()
+    source.fc.input_quantizers.input.reset_parameters()
     report = load_observer_params(source, target)
-    assert report.unsolved == ["fc.activation_quantizer"]
-    assert not bool(target.fc.activation_quantizer.solved)
+    assert report.unsolved == ["fc.input_quantizers.input"]
+    assert not bool(target.fc.input_quantizers.input.solved)
 
 
 def test_loading_into_validation_ends_passing_through() -> None:

@@ -49,12 +49,14 @@ class TestFiles:
         save_observer_params(net, str(path))
         with library.safe_open(path, "pt") as file:
             assert same_bits(
-                file.get_tensor("fc.activation_quantizer.observer.counts"),
-                net.fc.activation_quantizer.observer.counts,
+                file.get_tensor("fc.input_quantizers.input.observer.counts"),
+                net.fc.input_quantizers.input.observer.counts,
             )
             description = json.loads(file.metadata()["torch_ext"])
         assert (description["kind"], description["version"]) == ("observer_params", 1)
-        assert description["content"]["quantizers"]["input_quantizers.x"]["observer"] == "kl"
+        assert (
+            description["content"]["quantizers"]["conv1.input_quantizers.input"]["observer"] == "kl"
+        )
 
     def test_a_quantizer_alone(self, path: Path) -> None:
         one, other = FakeQuantize(observer="mse"), FakeQuantize(observer="kl")
@@ -129,9 +131,9 @@ class TestFiles:
         self, path: Path, field: str, value: float, text: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         net = solved_net("percentile")
-        quantizer = net.fc.activation_quantizer
+        quantizer = net.fc.input_quantizers.input
         quantizer.get_buffer(field).fill_(value)
-        where = f"fc.activation_quantizer.{text}"
+        where = f"fc.input_quantizers.input.{text}"
         with pytest.raises(ValueError, match="save_observer_params") as caught:
             save_observer_params(net, path)
         assert where in str(caught.value)
@@ -183,8 +185,8 @@ def entered(change: Callable[[dict[str, Any]], Any]) -> Callable[[bytes], bytes]
     return apply
 
 
-SCALE = "fc.activation_quantizer.scale"
-SPEC = "fc.activation_quantizer"
+SCALE = "fc.input_quantizers.input.scale"
+SPEC = "fc.input_quantizers.input"
 
 
 def rename(header: dict[str, Any], name: str) -> None:

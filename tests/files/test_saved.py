@@ -100,11 +100,11 @@ class TestReadQuantizers:
     def test_states(self, tmp_path: Path) -> None:
         net = prepared(config("min_max"))
         calibrate(net, BATCHES, state="calibration")
-        net.fc.activation_quantizer.reset_parameters()
+        net.fc.input_quantizers.input.reset_parameters()
         save_observer_params(net, tmp_path / "a")
         found = named_quantizers(read_quantizers(tmp_path / "a"))
-        assert found["fc.activation_quantizer"].passes_through
-        assert {q.state.value for n, q in found.items() if n != "fc.activation_quantizer"} == {
+        assert found["fc.input_quantizers.input"].passes_through
+        assert {q.state.value for n, q in found.items() if n != "fc.input_quantizers.input"} == {
             "calibration"
         }
 
@@ -125,7 +125,7 @@ class TestMerge:
         for order in ((0, 1, 2), (2, 0, 1)):
             report = merge_observer_params([parts[i] for i in order], tmp_path / "merged")
             assert (tmp_path / "merged").read_bytes() == whole
-            assert (report.quantizers, report.again, report.unsolved) == (9, (), ())
+            assert (report.quantizers, report.again, report.unsolved) == (8, (), ())
 
     @pytest.mark.parametrize(
         "keys",
@@ -145,8 +145,8 @@ class TestMerge:
         report = merge_observer_params(parts, tmp_path / "merged")
         whole = saved(tmp_path / "whole", qconfig, BATCHES, **keys)
         assert (tmp_path / "merged").read_bytes() == whole.read_bytes()
-        assert len(report.unsolved) == 9
-        assert "without a range: fc.activation_quantizer" in str(report)
+        assert len(report.unsolved) == 8
+        assert "without a range: fc.input_quantizers.input" in str(report)
 
     def test_files_of_all_ranks_count_once(self, tmp_path: Path) -> None:
         """Two runs of two ranks each: every rank of a run saves the same."""

@@ -66,8 +66,8 @@ def _whole(x: Tensor, step: Tensor, few: bool = False) -> bool:
     return torch.equal((x / step).round() * step, x)
 
 
-def off_grid(model: nn.Module, *inputs: Any) -> tuple[list[str], dict[str, int]]:
+def off_grid(model: nn.Module, *inputs: Any, **named: Any) -> tuple[list[str], dict[str, int]]:
     """What is off the grid in VALIDATION, and how many calls were looked at."""
     with torch.no_grad(), OffGrid(model) as looking:
-        model(*inputs)
+        model(*inputs, **named)
     return looking.found, looking.seen

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-import torch_ext
 from grid_checks import off_grid
 from prepare_steps import CONFIG, names, ready, run_calibration
 from snapshots import same_bits
@@ -401,45 +400,6 @@ def test_functional_call() -> None:
     run_calibration(net, tokens())
     given = {name: p.detach().clone() for name, p in net.named_parameters()}
     assert same_bits(torch.func.functional_call(net, given, (tokens(),)).detach(), net(tokens()))
-
-
-class Masked(nn.Module):
-    """Attention of separate operations with an additive mask."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.q, self.k, self.v = (nn.Linear(16, 16) for _ in range(3))
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        scores = self.q(x) @ self.k(x).transpose(-1, -2) / 4 + mask
-        return scores.softmax(-1) @ self.v(x)
-
-
-LEAST = torch.finfo(torch.float32).min
-
-
-@pytest.mark.parametrize("value", [float("-inf"), LEAST, -1e4])
-@pytest.mark.parametrize(
-    "config",
-    [
-        get_default_qconfig(activation_qkwargs={"dtype": "uint8", "qscheme": "per_tensor_affine"}),
-        get_default_qconfig(activation_observer="percentile"),
-    ],
-    ids=["affine", "percentile"],
-)
-def test_masked_tokens_do_not_leak(value: float, config: torch_ext.QConfig) -> None:
-    x, mask = torch.randn(4, 8, 16), torch.zeros(4, 1, 8)
-    other = x.clone()
-    other[:, -2:] *= -1
-    mask[:, :, -2:] = value
-    seldom = torch.zeros(512, 1, 8)  # one token is masked in 512 samples of the calibration
-    seldom[0, :, -1] = value
-    net = ready(Masked().eval(), config, example_inputs=(x, mask))
-    assert not any("mask" in name or "add" in name for name in names(net))
-    run_calibration(net, torch.randn(512, 8, 16), seldom)
-    assert off_grid(net, x, mask)[0] == []
-    assert torch.equal(net(x, mask)[:, :6], net(other, mask)[:, :6])
 
 
 def test_a_value_is_observed_once() -> None:

@@ -40,74 +40,90 @@ def test_a_prepared_model_computes_what_it_did(training: bool, dtype: torch.dtyp
     assert outs[1].dtype == dtype
     assert names(net) == {*ACTIVATIONS, *WEIGHTS}
     for name, module in net.named_modules():
-        host = name.partition(".parametrizations")[0].removesuffix(".activation_quantizer")
-        host = host.removesuffix(".observer").removesuffix(".activation_quantizer")
-        host = "" if host.startswith("input_quantizers") else host
+        host = name.partition(".parametrizations")[0].partition(".input_quantizers")[0]
         assert module.training == modes[host], name
     weight = net.get_parameter("conv1.parametrizations.weight.original")
     assert weight.dtype == dtype
-    assert net.get_buffer("fc.activation_quantizer.scale").dtype == torch.float32
+    assert net.get_buffer("fc.input_quantizers.input.scale").dtype == torch.float32
 
 
 def test_the_model_itself_stays_unless_inplace() -> None:
     plain = tiny_net()
     net = ready(plain)
     assert net is not plain
-    assert "QuantizedTinyNet" not in repr(plain)
     assert not any(isinstance(m, FakeQuantize) for m in plain.modules())
     assert prepare_qat(plain, inplace=True) is plain
     assert names(plain) == names(net)
 
 
-LAYERS: list[tuple[nn.Module, tuple[int, ...], dict[str, tuple[int, ...]], bool]] = [
-    (nn.Conv1d(4, 6, 3), (2, 4, 8), {"weight": (0, 6)}, True),
-    (nn.Conv2d(4, 6, 3, groups=2), (2, 4, 8, 8), {"weight": (0, 6)}, True),
-    (nn.Conv3d(4, 6, 3), (2, 4, 5, 5, 5), {"weight": (0, 6)}, True),
-    (nn.ConvTranspose1d(4, 6, 3), (2, 4, 8), {"weight": (1, 6)}, True),
-    (nn.ConvTranspose2d(4, 6, 3, groups=2), (2, 4, 8, 8), {"weight": (1, 6)}, True),
-    (nn.ConvTranspose3d(4, 6, 3), (2, 4, 5, 5, 5), {"weight": (1, 6)}, True),
-    (nn.Linear(4, 6), (2, 4), {"weight": (0, 6)}, True),
-    *[(cls(), (2, 4), {}, True) for cls in (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Mish)],
-    *[(cls(), (2, 4), {}, True) for cls in (nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh)],
-    *[(cls(), (2, 4), {}, True) for cls in (nn.PReLU, nn.LeakyReLU, nn.ELU, nn.Softplus)],
-    (nn.Softmax(-1), (2, 4), {}, True),
-    (nn.GLU(), (2, 4), {}, True),
-    (torch_ext.QuantStub(), (2, 4), {}, True),
-    *[(m, (2, 4), {}, False) for m in (nn.Dropout(), nn.Identity(), nn.LogSoftmax(-1))],
-    (nn.BatchNorm1d(4), (2, 4), {}, False),
+LAYERS: list[tuple[nn.Module, tuple[int, ...], tuple[int, int]]] = [
+    (nn.Conv1d(4, 6, 3), (2, 4, 8), (0, 6)),
+    (nn.Conv2d(4, 6, 3, groups=2), (2, 4, 8, 8), (0, 6)),
+    (nn.Conv2d(4, 6, 3, padding=2, padding_mode="reflect"), (2, 4, 8, 8), (0, 6)),
+    (nn.Conv3d(4, 6, 3), (2, 4, 5, 5, 5), (0, 6)),
+    (nn.ConvTranspose1d(4, 6, 3), (2, 4, 8), (1, 6)),
+    (nn.ConvTranspose2d(4, 6, 3, groups=2), (2, 4, 8, 8), (1, 6)),
+    (nn.ConvTranspose3d(4, 6, 3), (2, 4, 5, 5, 5), (1, 6)),
+    (nn.Linear(4, 6), (2, 4), (0, 6)),
 ]
 
 
 @pytest.mark.parametrize(
-    ("layer", "shape", "weights", "output"), LAYERS, ids=[type(row[0]).__name__ for row in LAYERS]
+    ("layer", "shape", "channels"), LAYERS, ids=[type(row[0]).__name__ for row in LAYERS]
 )
-def test_what_is_quantized_of_each_layer(
-    layer: nn.Module, shape: tuple[int, ...], weights: dict[str, tuple[int, int]], output: bool
+def test_a_layer_reads_its_input_and_its_weight_quantized(
+    layer: nn.Module, shape: tuple[int, ...], channels: tuple[int, int]
 ) -> None:
-    net = ready(nn.Sequential(nn.ReLU(), copy.deepcopy(layer)), input_qconfig=None)
-    want = {"0.activation_quantizer"} | ({"1.activation_quantizer"} if output else set())
+    net = ready(nn.Sequential(nn.ReLU(), copy.deepcopy(layer), nn.ReLU()))
     # Behind the step that brings the output channels of all groups to one axis.
     place = int(isinstance(layer, nn.ConvTranspose2d) and layer.groups > 1)
-    want |= {f"1.parametrizations.{name}.{place}" for name in weights}
-    assert names(net) == want
-    for name, (axis, count) in weights.items():
-        observer = named_quantizers(net)[f"1.parametrizations.{name}.{place}"].observer
-        assert (observer.ch_axis, observer.channel_len) == (axis, count)
+    weight = f"1.parametrizations.weight.{place}"
+    assert names(net) == {"1.input_quantizers.input", weight}
+    quantizers = named_quantizers(net)
+    observer = quantizers[weight].observer
+    assert (observer.ch_axis, observer.channel_len) == channels
     run_calibration(net, torch.randn(shape))
-    assert isinstance(net, nn.Sequential)
-    out = net(torch.randn(shape))
-    if output:
-        scale = named_quantizers(net)["1.activation_quantizer"].scale
-        assert torch.equal((out / scale).round() * scale, out)
+    x = torch.randn(shape)
+    given = quantizers["1.input_quantizers.input"]
+    assert given.range[0, 0] == 0  # the ReLU before it made no negative value
+    rounded = torch.fake_quantize_per_tensor_affine(
+        x.relu(), float(given.scale), int(given.zero_point), -128, 127
+    )
+    with torch.no_grad():
+        layer = copy.deepcopy(layer)
+        layer.weight.copy_(net[1].weight)  # type: ignore
+        assert torch.equal(net(x), layer(rounded).relu())
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        *[kind() for kind in (nn.ReLU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Sigmoid, nn.PReLU)],
+        *[kind(-1) for kind in (nn.Softmax, nn.LogSoftmax, nn.GLU)],
+        *[nn.Dropout(), nn.Identity(), nn.BatchNorm1d(4), nn.AvgPool1d(2)],
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_activations_norms_and_poolings_stay_float(module: nn.Module) -> None:
+    net = ready(nn.Sequential(nn.Linear(4, 4), module))
+    assert names(net) == {"0.input_quantizers.input", "0.parametrizations.weight.0"}
+
+
+def test_a_stub_has_its_output_quantized() -> None:
+    net = ready(nn.Sequential(nn.ReLU(), torch_ext.QuantStub()))
+    assert names(net) == {"1.activation_quantizer"}
+    run_calibration(net, torch.randn(2, 4))
+    out, scale = net(torch.randn(2, 4)), named_quantizers(net)["1.activation_quantizer"].scale
+    assert torch.equal((out / scale).round() * scale, out)
 
 
 def test_embeddings_have_quantized_weights_only() -> None:
     for kind in (nn.Embedding, nn.EmbeddingBag):
-        net = ready(nn.Sequential(kind(10, 4), nn.Linear(4, 2)), input_qconfig=None)
+        net = ready(nn.Sequential(kind(10, 4), nn.Linear(4, 2)))
         assert names(net) == {
             "0.parametrizations.weight.0",
             "1.parametrizations.weight.0",
-            "1.activation_quantizer",
+            "1.input_quantizers.input",
         }
         run_calibration(net, torch.tensor([[1, 2], [3, 9]]))
 
@@ -117,28 +133,47 @@ class Operators(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.add, self.mul = torch_ext.Add(), torch_ext.Mul()
+        self.add, self.mul, self.twice = torch_ext.Add(), torch_ext.Mul(), torch_ext.Mul()
         self.cat, self.matmul = torch_ext.Cat(1), torch_ext.MatMul()
         self.stub = torch_ext.QuantStub()
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        joined = self.cat([self.add(a, b), self.mul(a, 2.0)])
+        joined = self.cat([self.add(a, b), self.mul(a, a), self.twice(a, 2.0)])
         out: Tensor = self.stub(self.matmul(joined, joined.T).mean(1))
         return out
 
 
-def test_operations_as_modules_compute_and_are_quantized() -> None:
+def test_operations_as_modules_read_their_operands_quantized() -> None:
     plain = Operators()
     a, b = torch.randn(3, 4), torch.randn(3, 4)
-    joined = torch.cat([a + b, a * 2], 1)
+    joined = torch.cat([a + b, a * a, a * 2], 1)
     assert torch.equal(plain(a, b), (joined @ joined.T).mean(1))
     net = ready(plain)
-    assert names(net) == {
-        *(f"{name}.activation_quantizer" for name in ("add", "mul", "cat", "matmul", "stub")),
-        "input_quantizers.a",
-        "input_quantizers.b",
-    }
-    run_calibration(net, a, b)
+    pairs = {f"{n}.input_quantizers.{x}" for n in ("add", "mul", "twice", "matmul") for x in "ab"}
+    assert names(net) == {*pairs, "cat.input_quantizers.tensors", "stub.activation_quantizer"}
+    with pytest.warns(
+        torch_ext.QuantizationWarning, match="no floating tensor of their own, pass through"
+    ):
+        run_calibration(net, a, b)
+    found = named_quantizers(net)
+
+    def rounded(x: Tensor, name: str) -> Tensor:
+        scale, zero_point = found[name].calculate_qparams()
+        return torch.fake_quantize_per_tensor_affine(x, float(scale), int(zero_point), -128, 127)
+
+    a_, b_ = rounded(a, "add.input_quantizers.a"), rounded(b, "add.input_quantizers.b")
+    square = rounded(a, "mul.input_quantizers.a")
+    parts = [a_ + b_, square * square, a * 2]  # a number is no operand, so nothing is quantized
+    joined = torch.cat([rounded(part, "cat.input_quantizers.tensors") for part in parts], 1)
+    product = rounded(joined, "matmul.input_quantizers.a") @ rounded(
+        joined.T, "matmul.input_quantizers.b"
+    )
+    assert torch.equal(net(a, b), rounded(product.mean(1), "stub.activation_quantizer"))
+    # Each tensor is observed once: `a` alone in `a * a`, the three parts of the concatenation.
+    tally = {name: int(quantizer.observer.tally[0, 0]) for name, quantizer in found.items()}
+    assert tally["mul.input_quantizers.a"] == 12
+    assert tally["mul.input_quantizers.b"] == tally["twice.input_quantizers.a"] == 0
+    assert tally["cat.input_quantizers.tensors"] == 36
 
 
 def test_torch_ao_modules() -> None:
@@ -155,25 +190,9 @@ def test_torch_ao_modules() -> None:
             out: Tensor = self.ops.add(x, x)
             return out
 
-    net = ready(Old(), input_qconfig=None)
+    net = ready(Old())
     assert names(net) == {"quant.activation_quantizer", "ops.activation_post_process"}
     run_calibration(net, torch.randn(5))
-
-
-def test_attention_and_transformers_see_data_in_their_fast_paths() -> None:
-    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
-    net = ready(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval())
-    found = names(net)
-    assert "layers.1.self_attn.parametrizations.in_proj_weight.0" in found
-    assert "layers.1.self_attn.out_proj.parametrizations.weight.0" in found
-    assert "layers.1.self_attn.activation_quantizer" in found
-    assert "layers.1.self_attn.out_proj.activation_quantizer" not in found
-    x = torch.randn(3, 5, 8)
-    run_calibration(net, x)
-    with torch.no_grad():
-        out = net(x)
-    set_fake_quantize(net, "float")
-    assert 0 < float((out - net(x)).detach().abs().max()) < 0.5
 
 
 def test_another_parametrization_comes_first() -> None:
@@ -242,12 +261,19 @@ def test_the_table_tells_what_was_done(capsys: pytest.CaptureFixture[str]) -> No
     found = torch_ext.describe(net)
     assert str(found) + "\n" == text
     assert {row.name for row in found.quantizers} == names(net)
-    assert {row.of for row in found.quantizers} == {"input", "output", "weight"}
+    assert {row.of for row in found.quantizers} == {"input", "weight"}
     assert dict(found.float_modules) == {
         "bn1": "BatchNorm2d",
         "bn2": "BatchNorm2d",
+        "relu1": "ReLU",
         "dropout": "Dropout",
     }
+    assert not found.functions_seen
+    assert "functions (x + y, torch.matmul, torch.cat, ...): float" in text
+    seen = torch_ext.describe(ready(tiny_net(), example_inputs=images(1)))
+    assert seen.functions_seen
+    assert "functions (" not in str(seen)
+    assert torch_ext.describe(tiny_net()).functions_seen  # of a float model there is nothing to say
     assert "none yet" in text
     run_calibration(net.eval(), images())
     assert "none yet" not in str(torch_ext.describe(net))

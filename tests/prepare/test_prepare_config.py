@@ -32,9 +32,9 @@ class TestConfiguration:
         net.fc.qconfig = OTHER  # type: ignore[assignment]
         net.conv2.qconfig = None  # type: ignore[assignment]
         made = prepare_qat(net)
-        assert rule_of(made, "fc.activation_quantizer") == "percentile"
-        assert rule_of(made, "conv1.activation_quantizer") == "min_max"
-        assert names(made) == {*ACTIVATIONS, *WEIGHTS} - {ACTIVATIONS[2], WEIGHTS[1]}
+        assert rule_of(made, "fc.input_quantizers.input") == "percentile"
+        assert rule_of(made, "conv1.input_quantizers.input") == "min_max"
+        assert names(made) == {*ACTIVATIONS, *WEIGHTS} - {ACTIVATIONS[1], WEIGHTS[1]}
 
     def test_a_submodule_alone(self) -> None:
         net = tiny_net()
@@ -42,7 +42,9 @@ class TestConfiguration:
         assert names(prepare_qat(net)) == {ACTIVATIONS[4], WEIGHTS[2]}
 
     def test_precedence(self) -> None:
-        net = nn.ModuleDict({"a": nn.Sequential(nn.Linear(2, 2), nn.ReLU()), "b": nn.Linear(2, 2)})
+        net = nn.ModuleDict(
+            {"a": nn.Sequential(nn.Linear(2, 2), nn.Conv1d(2, 2, 1)), "b": nn.Linear(2, 2)}
+        )
         kinds = {
             rule: get_default_qconfig(activation_observer=rule)
             for rule in ("min_max", "percentile", "kl", "mse", "mix")
@@ -57,21 +59,26 @@ class TestConfiguration:
                 nn.Linear: kinds["kl"],
                 nn.Sequential: kinds["mse"],
             },
-            input_qconfig=None,
         )
-        assert rule_of(made, "a.0.activation_quantizer") == "percentile"  # name before type
-        assert rule_of(made, "a.1.activation_quantizer") == "mse"  # the parent's, by type
-        assert rule_of(made, "b.activation_quantizer") == "mix"  # its own attribute first
+        assert rule_of(made, "a.0.input_quantizers.input") == "percentile"  # name before type
+        assert rule_of(made, "a.1.input_quantizers.input") == "mse"  # the parent's, by type
+        assert rule_of(made, "b.input_quantizers.input") == "mix"  # its own attribute first
 
     def test_types_beat_an_inherited_none(self) -> None:
         net = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
         net.qconfig = None  # type: ignore[assignment]
-        made = prepare_qat(net, mapping={nn.ReLU: CONFIG})
-        assert names(made) == {"1.activation_quantizer"}
+        made = prepare_qat(net, mapping={nn.Linear: CONFIG})
+        assert names(made) == {"0.input_quantizers.input", "0.parametrizations.weight.0"}
+
+    def test_activations_stay_float_even_if_they_are_mapped(self) -> None:
+        net = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+        for keys in ({}, {"example_inputs": torch.randn(3, 2)}):
+            made = ready(net, mapping={nn.ReLU: CONFIG, "1": CONFIG}, **keys)
+            assert names(made) == {"0.input_quantizers.input", "0.parametrizations.weight.0"}
 
     def test_exact_names_beat_patterns_and_the_empty_name_is_the_model(self) -> None:
         made = prepare_qat(tiny_net(), mapping={"": CONFIG, "conv*": None, "conv1": OTHER})
-        assert names(made) == {*ACTIVATIONS, *WEIGHTS} - {ACTIVATIONS[2], WEIGHTS[1]}
+        assert names(made) == {*ACTIVATIONS, *WEIGHTS} - {ACTIVATIONS[1], WEIGHTS[1]}
         assert rule_of(made, ACTIVATIONS[0]) == "percentile"
 
     def test_other_kinds_are_quantized_where_mapped(self) -> None:
@@ -135,7 +142,8 @@ class TestConfiguration:
         config = QConfig(activation=lambda: FakeQuantize(observer="kl"), weight=None)
         made = ready(tiny_net(), config)
         assert {rule_of(made, name) for name in names(made)} == {"kl"}
-        assert named_quantizers(made)["input_quantizers.x"].optional
+        optional = {name for name, q in named_quantizers(made).items() if q.optional}
+        assert optional == {"add.input_quantizers.a", "add.input_quantizers.b"}
 
     def test_factories_that_make_something_else(self) -> None:
         one = FakeQuantize()
@@ -154,17 +162,17 @@ class TestConfiguration:
 
 class TestSharing:
     def test_one_module_at_two_places_has_one_quantizer(self) -> None:
-        act = nn.ReLU()
-        net = ready(nn.Sequential(nn.Linear(2, 2), act, nn.Linear(2, 2), act))
-        assert {n for n in names(net) if "activation" in n} == {
-            f"{i}.activation_quantizer" for i in range(3)
+        layer = nn.Linear(2, 2)
+        net = ready(nn.Sequential(nn.Linear(2, 2), layer, nn.ReLU(), layer))
+        assert {n for n in names(net) if "input" in n} == {
+            f"{i}.input_quantizers.input" for i in range(2)
         }
         run_calibration(net, torch.randn(4, 2))
-        assert int(named_quantizers(net)["1.activation_quantizer"].observer.tally[0, 0]) == 16
+        assert int(named_quantizers(net)["1.input_quantizers.input"].observer.tally[0, 0]) == 16
 
     def test_one_module_with_two_configurations_is_refused(self) -> None:
-        act = nn.ReLU()
-        net = nn.Sequential(act, nn.Linear(2, 2), act)
+        layer = nn.Linear(2, 2)
+        net = nn.Sequential(layer, nn.Linear(2, 2), layer)
         with pytest.raises(ValueError, match='"0" and "2" are one module'):
             prepare_qat(net, mapping={"": CONFIG, "2": None})
 
@@ -172,27 +180,36 @@ class TestSharing:
         x = torch.randn(4, 2)
         for shared in (nn.SiLU(), nn.Dropout(), nn.Flatten()):
             net = nn.Sequential(shared, nn.Linear(2, 2), shared).eval()
-            keys = {"example_inputs": x} if isinstance(shared, nn.SiLU) else {"input_qconfig": None}
-            made = prepare_qat(net, mapping={"": CONFIG, "2": None}, **keys)  # type: ignore
-            assert "1.parametrizations.weight.0" in names(made)
-            assert torch.equal(made(x), net(x))
+            for mapping in ({}, {nn.SiLU: CONFIG}):
+                made = prepare_qat(net, mapping={"": CONFIG, "2": None, **mapping})
+                assert "1.parametrizations.weight.0" in names(made)
+                assert torch.equal(made(x), net(x))
+        net = nn.Sequential(shared := nn.SiLU(), nn.Linear(2, 2), shared).eval()
+        made = prepare_qat(net, mapping={"": CONFIG, "2": None}, example_inputs=x)
+        assert torch.equal(made(x), net(x))
         layer = nn.Linear(2, 2)
         for shared in (layer, nn.AvgPool1d(1)):
             net = nn.Sequential(shared, nn.Linear(2, 2), shared)
             with pytest.raises(ValueError, match='"0" and "2" are one module'):
                 prepare_qat(net, mapping={"": CONFIG, "2": None}, example_inputs=x)
-        net = nn.Sequential(act := nn.ReLU(), nn.Linear(2, 2), act)
-        with pytest.raises(
-            ValueError, match='"0" and "2" are one module'
-        ):  # its output is asked for
-            prepare_qat(net, mapping={"": CONFIG, nn.ReLU: CONFIG, "2": None}, example_inputs=x)
+        net = nn.Sequential(norm := nn.BatchNorm1d(2), nn.Linear(2, 2), norm)
+        with pytest.raises(ValueError, match='"0" and "2" are one module'):  # its output
+            prepare_qat(net, mapping={"": CONFIG, "0": CONFIG, "2": None})
+
+        class Scaled(nn.SiLU):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return x * super().forward(x)  # whose operands an example shows
+
+        net = nn.Sequential(own := Scaled(), nn.Linear(2, 2), own)
+        with pytest.raises(ValueError, match='"0" and "2" are one module'):
+            prepare_qat(net, mapping={"": CONFIG, "2": None}, example_inputs=x)
 
     @pytest.mark.parametrize("quantize_both", [True, False])
     def test_tied_weights_stay_one_parameter(self, quantize_both: bool) -> None:
         net = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5, bias=False))
         net[1].weight = net[0].weight
         mapping = {} if quantize_both else {"1": None}
-        made = ready(net, mapping=mapping, input_qconfig=None)
+        made = ready(net, mapping=mapping)
         one = made.get_submodule("0").parametrizations.weight.original  # type: ignore[union-attr]
         other = made.get_submodule("1")
         two = other.parametrizations.weight.original if quantize_both else other.weight  # type: ignore
@@ -206,15 +223,15 @@ class TestSharing:
     def test_hooks_stay_in_their_order(self) -> None:
         net = nn.Sequential(nn.Linear(2, 2))
         seen: list[str] = []
-        net[0].register_forward_hook(lambda m, a, out: seen.append("early") or out * 100)
-        net[0].register_forward_pre_hook(lambda m, a: seen.append("pre"))
+        net[0].register_forward_hook(lambda m, a, out: seen.append("early"))
+        net[0].register_forward_pre_hook(lambda m, a: seen.append("pre") or a[0] * 100)
         made = ready(net)
         made[0].register_forward_hook(lambda m, a, out: seen.append("late"))  # type: ignore[index]
         set_fake_quantize(made, "calibration")
         made(torch.randn(3, 2))
         assert seen == ["pre", "early", "late"]
-        observer = named_quantizers(made)["0.activation_quantizer"].observer
-        assert float(observer.extrema.abs().max()) > 10  # what the earlier hook returned
+        observer = named_quantizers(made)["0.input_quantizers.input"].observer
+        assert float(observer.extrema.abs().max()) > 10  # what the hook before the call returned
 
     def test_gradients_and_optimizers_keep_the_parameters(self) -> None:
         net = tiny_net()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nets.tiny_net import ACTIVATIONS, WEIGHTS, images, tiny_net
-from prepare_steps import CONFIG, names, ready, run_calibration
+from prepare_steps import CONFIG, OTHER, names, ready, rule_of, run_calibration
 from snapshots import same_bits
 from torch_ext import (
     FakeQuantize,
@@ -36,7 +36,7 @@ class Inputs(nn.Module):
 
 class TestInputs:
     def test_arguments_without_default_have_a_quantizer_each(self) -> None:
-        net = ready(Inputs(), mapping={Inputs: CONFIG})
+        net = ready(Inputs(), input_qconfig=CONFIG)
         inside = {n for n in names(net) if n.startswith("input")}
         assert inside == {"input_quantizers.x", "input_quantizers.values_", "input_quantizers.rest"}
         x = torch.ones(2)
@@ -58,12 +58,27 @@ class TestInputs:
         whole = torch.tensor([3])
         assert net(whole, [whole], 2).tolist() == [9]
 
-    def test_input_qconfig_none(self) -> None:
-        assert not any("input" in n for n in names(ready(tiny_net(), input_qconfig=None)))
+    def test_by_default_layers_alone_read_quantized(self) -> None:
+        assert names(ready(tiny_net())) == {*ACTIVATIONS, *WEIGHTS}
+        assert names(ready(tiny_net(), input_qconfig=None)) == {*ACTIVATIONS, *WEIGHTS}
+
+    def test_the_models_arguments_have_quantizers_beside_those_of_layers(self) -> None:
+        net = ready(tiny_net(), input_qconfig=OTHER)
+        assert names(net) == {*ACTIVATIONS, *WEIGHTS, "input_quantizers.x"}
+        assert rule_of(net, "input_quantizers.x") == "percentile"
+        assert rule_of(net, "conv1.input_quantizers.input") == "min_max"
+
+    def test_a_first_step_that_is_a_layer_has_one_quantizer(self) -> None:
+        net = ready(nn.Sequential(nn.Linear(2, 3)), input_qconfig=OTHER)
+        assert names(net) == {"0.input_quantizers.input", "0.parametrizations.weight.0"}
+        assert rule_of(net, "0.input_quantizers.input") == "percentile"
+        run_calibration(net, torch.ones(5, 2))
+        tally = named_quantizers(net)["0.input_quantizers.input"].observer.tally
+        assert int(tally[0, 0]) == 10
 
     def test_a_sequential_is_neither_longer_nor_run_differently(self) -> None:
         plain = nn.Sequential(nn.Sequential(nn.Linear(2, 3), nn.ReLU()), nn.Linear(3, 1))
-        net = ready(copy.deepcopy(plain))
+        net = ready(copy.deepcopy(plain), input_qconfig=CONFIG)
         assert isinstance(net, nn.Sequential)
         assert "0.0.input_quantizers.input" in names(net)
         assert len(net) == 2
@@ -77,10 +92,11 @@ class TestInputs:
         )
 
     def test_graph_modules_and_their_copies(self) -> None:
-        net = ready(torch.fx.symbolic_trace(tiny_net().eval()))
+        net = ready(torch.fx.symbolic_trace(tiny_net().eval()), input_qconfig=CONFIG)
         twin = copy.deepcopy(net)
         # Tracing goes through modules that are not torch's own, such as Add.
-        assert names(net) == names(twin) == {*ACTIVATIONS, *WEIGHTS} - {"add.activation_quantizer"}
+        layers = {name for name in ACTIVATIONS if not name.startswith("add")}
+        assert names(net) == names(twin) == {*layers, *WEIGHTS, "input_quantizers.x"}
         before = {key: value.clone() for key, value in net.state_dict().items()}
         run_calibration(twin, images())
         assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
@@ -92,7 +108,39 @@ class TestInputs:
         net = tiny_net()
         net.forward = lambda x: x  # type: ignore[method-assign]
         with pytest.raises(ValueError, match="its forward is an attribute of the instance"):
+            ready(net, input_qconfig=CONFIG)
+        net = tiny_net()
+        net.fc.forward = net.fc.forward  # type: ignore[method-assign]
+        with pytest.raises(
+            ValueError,
+            match='the forward of "fc" to be a method that takes its input, got an attribute of',
+        ):
             ready(net)
+        assert "conv1.input_quantizers.input" in names(ready(net, mapping={"fc": None}))
+
+    def test_a_layer_whose_forward_has_no_argument_for_its_input_is_refused(self) -> None:
+        class Keywords(nn.Linear):
+            def forward(self, **keys: Tensor) -> Tensor:  # type: ignore[override]
+                return super().forward(keys["x"])
+
+        net = nn.Sequential(nn.Linear(2, 2), Keywords(2, 2))
+        with pytest.raises(ValueError, match=r'the forward of "1" .* got one without arguments'):
+            ready(net)
+        net[0] = nn.Linear(2, 2)
+        assert ready(net, mapping={"1": None})
+
+    def test_a_layer_with_a_forward_of_its_own_reads_its_first_argument(self) -> None:
+        class Padded(nn.Conv1d):
+            def forward(self, given: Tensor, left: int = 1) -> Tensor:  # type: ignore[override]
+                return super().forward(nn.functional.pad(given, (left, 0)))
+
+        net = ready(Padded(1, 1, 2))
+        assert names(net) == {"input_quantizers.given", "parametrizations.weight.0"}
+        set_fake_quantize(net, "calibration")
+        net(torch.ones(1, 1, 4), left=2)
+        net(given=torch.full((1, 1, 4), 3.0))
+        extrema = named_quantizers(net)["input_quantizers.given"].observer.extrema
+        assert extrema.tolist() == [[1.0, 3.0]]
 
     def test_containers_that_may_run_every_child_are_refused(self) -> None:
         class Own(nn.Sequential):
@@ -104,9 +152,9 @@ class TestInputs:
         act = nn.ReLU()
         for net in (Own(nn.Linear(2, 2)), nn.Sequential(act, nn.Linear(2, 2), act)):
             with pytest.raises(ValueError, match="cannot quantize the inputs, as") as caught:
-                ready(net)
+                ready(net, input_qconfig=CONFIG)
             assert "QuantStub" in str(caught.value)
-            assert ready(net, input_qconfig=None)
+            assert ready(net)
 
 
 def empty_linear() -> nn.Module:
@@ -117,17 +165,17 @@ def empty_linear() -> nn.Module:
 
 class Hostile:
     @staticmethod
-    def weight_norm() -> nn.Module:
+    def plain_weight() -> nn.Module:
         layer = nn.Linear(2, 2)
         weight = layer.weight.detach().clone()
         del layer.weight
-        layer.weight = weight  # as the hook-based weight norm leaves it
+        layer.weight = weight
         return layer
 
     @staticmethod
     def taken() -> nn.Module:
         layer = nn.Linear(2, 2)
-        layer.activation_quantizer = nn.Identity()
+        layer.input_quantizers = nn.Identity()
         return layer
 
 
@@ -138,9 +186,9 @@ class TestRefusals:
             (nn.LazyLinear(2), "1.weight to be initialised, got a lazy one"),
             (nn.Embedding(3, 2, sparse=True), "1.weight to have dense gradients and no max_norm"),
             (nn.Embedding(3, 2, max_norm=1.0), "max_norm=1.0; give the module qconfig=None"),
-            (Hostile.weight_norm(), "1.weight to be a parameter, got a Tensor"),
+            (Hostile.plain_weight(), "1.weight to be a parameter, got a plain attribute"),
             (empty_linear(), "1.weight to be floating and not empty"),
-            (Hostile.taken(), '"1" to have no attribute activation_quantizer, got a Identity'),
+            (Hostile.taken(), "expected 1 to have no attribute input_quantizers, got a Identity"),
         ],
     )
     def test_modules_that_cannot_be_quantized(self, layer: nn.Module, text: str) -> None:
@@ -149,11 +197,12 @@ class TestRefusals:
             ready(net, inplace=True)
         assert text in str(caught.value)
         assert not named_quantizers(net)
+        net[0] = nn.Linear(2, 2)
         assert ready(net, mapping={"1": None})
 
     def test_twice(self) -> None:
         net = ready(tiny_net())
-        with pytest.raises(ValueError, match='prepared already \\("input_quantizers"\\)'):
+        with pytest.raises(ValueError, match=r'prepared already \("conv1\.input_quantizers"\)'):
             prepare_qat(net)
 
     def test_wrappers_scripts_and_others(self) -> None:
@@ -162,23 +211,23 @@ class TestRefusals:
         with pytest.raises(TypeError, match=r"model to be a torch\.nn\.Module, got 3"):
             prepare_qat(3)  # type: ignore[type-var]
         with pytest.raises(ValueError, match="modules to quantize, found none"):
-            ready(nn.Sequential(nn.Dropout()), input_qconfig=None)
+            ready(nn.Sequential(nn.Dropout(), nn.ReLU()))
 
     def test_a_failure_half_way_leaves_the_model_as_it_was(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        attach_output = attach.attach_output
+        attach_weight = attach.attach_weight
 
-        def fail(module: nn.Module, quantizer: FakeQuantize) -> Any:
+        def fail(module: nn.Module, parameter: str, quantizer: FakeQuantize) -> Any:
             if isinstance(module, nn.Linear):
                 raise MemoryError
-            return attach_output(module, quantizer)
+            return attach_weight(module, parameter, quantizer)
 
-        monkeypatch.setattr(attach, "attach_output", fail)
+        monkeypatch.setattr(attach, "attach_weight", fail)
         net = tiny_net()
         keys, kinds = list(net.state_dict()), [type(m) for m in net.modules()]
         with pytest.raises(MemoryError):
-            ready(net, inplace=True)
+            ready(net, inplace=True, output_qconfig=CONFIG)
         assert list(net.state_dict()) == keys
         assert [type(m) for m in net.modules()] == kinds
         assert not any(m._forward_hooks for m in net.modules())

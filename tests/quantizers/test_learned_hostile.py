@@ -56,8 +56,8 @@ def test_a_parameter_that_is_no_number_is_named(method: str, value: float, tmp_p
     net = prepared(method, "lsq")
     set_fake_quantize(net, "qat")
     net(images(4))
-    victim = net.get_submodule("conv2.activation_quantizer")
-    name = f"conv2.activation_quantizer.{'scale' if method == 'lsq' else 'alpha'}"
+    victim = net.get_submodule("conv2.input_quantizers.input")
+    name = f"conv2.input_quantizers.input.{'scale' if method == 'lsq' else 'alpha'}"
     text = f"expected {name} to be finite, got {value} in channel 0"
     with torch.no_grad():
         next(victim.parameters()).fill_(value)
@@ -73,7 +73,7 @@ def test_a_parameter_that_is_no_number_is_named(method: str, value: float, tmp_p
     with pytest.raises(ValueError, match=text):
         load_observer_params(net, prepared(method, "lsq"))
     assert same(snapshot(net), before)
-    shown = next(r for r in describe(net).quantizers if r.name == "conv2.activation_quantizer")
+    shown = next(r for r in describe(net).quantizers if r.name == "conv2.input_quantizers.input")
     assert shown.scale == "not finite"
 
 

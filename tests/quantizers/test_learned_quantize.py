@@ -254,7 +254,7 @@ def test_a_net_trains_and_validation_repeats_after_a_round_trip(activation: str,
 def test_parameter_groups_are_all_parameters_once():
     net = prepared("lsq", "pact")
     own, others = quantization_parameters(net), float_parameters(net)
-    assert len(own) == 9  # six activations, three weights
+    assert len(own) == 8  # five activations, three weights
     ids = [id(p) for p in (*own, *others)]
     assert sorted(ids) == sorted({id(p) for p in net.parameters()})
     assert quantization_parameters(prepared("fake_quant", "fake_quant")) == []

@@ -78,7 +78,7 @@ def test_calibration_survives_eval_and_validation_survives_train() -> None:
     set_fake_quantize(net, CALIBRATION)
     net.eval()
     forward(net, images())
-    assert int(net.input_quantizers.x.observer.tally[0, 0]) == images().numel()
+    assert int(net.conv1.input_quantizers.input.observer.tally[0, 0]) == images().numel()
     set_fake_quantize(net, VALIDATION)
     net.train()
     before = {k: v for k, v in snapshot(net).items() if "quantizer" in k}
@@ -90,9 +90,9 @@ def test_float_in_between_leaves_training_able_to_observe() -> None:
     net = calibrated()
     set_fake_quantize(net, FLOAT)
     set_fake_quantize(net, QAT)
-    before = net.fc.activation_quantizer.range.clone()
+    before = net.fc.input_quantizers.input.range.clone()
     forward(net, images(seed=3) * 9)
-    assert not torch.equal(net.fc.activation_quantizer.range, before)
+    assert not torch.equal(net.fc.input_quantizers.input.range, before)
 
 
 def test_states_are_per_model() -> None:
@@ -135,7 +135,7 @@ def test_quantizers_without_data_are_named_and_nothing_changes() -> None:
     set_fake_quantize(net, CALIBRATION)
     net.conv1(images())
     before = snapshot(net)
-    unseen = [name for name in ACTIVATIONS[1:] if not name.startswith("input")]
+    unseen = [name for name in ACTIVATIONS[1:] if not name.startswith("add")]
     for state in (QAT, VALIDATION, FLOAT):
         with pytest.raises(RuntimeError, match="expected every quantizer to have seen data") as e:
             set_fake_quantize(net, state)
@@ -151,7 +151,7 @@ def test_validation_without_a_range_is_refused_by_name() -> None:
         before = snapshot(net)
         with pytest.raises(RuntimeError, match="to have a range for VALIDATION") as caught:
             set_fake_quantize(net, VALIDATION)
-        names = [n for n in ACTIVATIONS if not n.startswith("input")]
+        names = [n for n in ACTIVATIONS if not n.startswith("add")]
         assert all(name in str(caught.value) for name in names)
         assert not any(name in str(caught.value) for name in WEIGHTS)  # these could be solved
         assert same(snapshot(net), before)
@@ -162,20 +162,20 @@ def test_allowed_unobserved_quantizers_pass_through_and_then_learn() -> None:
     set_fake_quantize(net, CALIBRATION)
     net.conv1(images())
     set_fake_quantize(net, VALIDATION, allow_unobserved=True)
-    assert net.fc.activation_quantizer.passes_through
-    assert not net.conv1.activation_quantizer.passes_through
+    assert net.fc.input_quantizers.input.passes_through
+    assert not net.conv1.input_quantizers.input.passes_through
     x = torch.randn(2, 3)
-    assert net.fc.activation_quantizer(x) is x
+    assert net.fc.input_quantizers.input(x) is x
     set_fake_quantize(net, FLOAT)
     with warnings.catch_warnings():
         warnings.simplefilter("error", QuantizationWarning)
         set_fake_quantize(net, VALIDATION)  # allowed before
-    assert net.fc.activation_quantizer.passes_through
+    assert net.fc.input_quantizers.input.passes_through
     set_fake_quantize(net, QAT)
     forward(net, images())
     set_fake_quantize(net, VALIDATION)
-    assert not net.fc.activation_quantizer.passes_through
-    assert net.fc.activation_quantizer.solved.tolist() == [1]
+    assert not net.fc.input_quantizers.input.passes_through
+    assert net.fc.input_quantizers.input.solved.tolist() == [1]
 
 
 def test_training_may_start_without_calibration() -> None:
@@ -183,7 +183,9 @@ def test_training_may_start_without_calibration() -> None:
     set_fake_quantize(net, QAT)
     forward(net, images())
     set_fake_quantize(net, VALIDATION)
-    assert same_bits(net.input_quantizers.x.range[0], torch.stack(torch.aminmax(images())))
+    assert same_bits(
+        net.conv1.input_quantizers.input.range[0], torch.stack(torch.aminmax(images()))
+    )
 
 
 def test_an_input_without_data_passes_through_with_a_warning() -> None:
@@ -198,7 +200,7 @@ def test_an_input_without_data_passes_through_with_a_warning() -> None:
 
     net = Tokens()
     net.qconfig = get_default_qconfig()  # type: ignore[assignment]
-    net = torch_ext.prepare_qat(net)
+    net = torch_ext.prepare_qat(net, input_qconfig=get_default_qconfig())
     set_fake_quantize(net, CALIBRATION)
     tokens = torch.tensor([[0, 3]])
     forward(net, tokens)
@@ -213,20 +215,20 @@ def test_statistics_go_on_until_reset() -> None:
         set_fake_quantize(net, CALIBRATION)
         forward(net, images(count))
         set_fake_quantize(net, VALIDATION)
-    tally = net.fc.activation_quantizer.observer.tally
-    assert int(tally[0, 0]) == 7 * 3
+    tally = net.fc.input_quantizers.input.observer.tally
+    assert int(tally[0, 0]) == 7 * 4
     reset_statistics(net, "fc.*")
     assert int(tally[0, 0]) == 0
-    assert int(net.input_quantizers.x.observer.tally[0, 0]) == 7 * 64
-    assert net.fc.activation_quantizer.solved.tolist() == [1]
+    assert int(net.conv1.input_quantizers.input.observer.tally[0, 0]) == 7 * 64
+    assert net.fc.input_quantizers.input.solved.tolist() == [1]
 
 
 @pytest.mark.parametrize(
     ("pattern", "chosen"),
     [
-        ("fc.activation_quantizer", {"fc.activation_quantizer"}),
+        ("fc.input_quantizers.input", {"fc.input_quantizers.input"}),
         ("*.parametrizations.*", set(WEIGHTS)),
-        (["conv?.a*", "add.*"], {ACTIVATIONS[0], ACTIVATIONS[2], ACTIVATIONS[3]}),
+        (["conv?.i*", "add.*"], set(ACTIVATIONS[:4])),
         ("*", set(ACTIVATIONS + WEIGHTS)),
     ],
 )
@@ -287,9 +289,9 @@ def test_models_without_quantizers_are_refused() -> None:
 def test_wrappers_do_not_change_names() -> None:
     net = calibrated()
     wrapped = nn.DataParallel(torch.compile(net, backend="eager"))  # type: ignore[arg-type]
-    set_fake_quantize(wrapped, FLOAT, "fc.activation_quantizer")
+    set_fake_quantize(wrapped, FLOAT, "fc.input_quantizers.input")
     assert fake_quantize_states(wrapped) == fake_quantize_states(net)
-    assert net.fc.activation_quantizer.state is FLOAT
+    assert net.fc.input_quantizers.input.state is FLOAT
 
 
 def test_compiled_parts_do_not_change_names() -> None:

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import calibrate_distributed
 import torch_ext
@@ -31,7 +32,8 @@ def test_it_finds_what_one_process_finds(tmp_path: Path) -> None:
         "rank 0: 2 of 4 batches",
         "rank 1: 2 of 4 batches",
     ]
-    model = calibrate_distributed.prepared(example_data.load().name)
+    data = example_data.load()
+    model = calibrate_distributed.prepared(data.name, data.train_images[:1])
     torch_ext.load_observer_params(tmp_path / "new" / "calibration.safetensors", model)
 
 
@@ -42,7 +44,9 @@ def test_a_rank_may_see_nothing(tmp_path: Path) -> None:
 
 
 def test_a_difference_is_named() -> None:
-    left, right = (calibrate_distributed.prepared("digits") for _ in range(2))
+    left, right = (
+        calibrate_distributed.prepared("digits", torch.zeros(1, 1, 28, 28)) for _ in range(2)
+    )
     assert calibrate_distributed.differing(left, right) == []
     name = "stem.2.activation_quantizer.observer.tally"
     right.state_dict()[name][0, 4] += 1
@@ -52,7 +56,7 @@ def test_a_difference_is_named() -> None:
 def test_the_benchmark_measures_both() -> None:
     text = run_distributed(BENCHMARK)
     number = r"[0-9.e+]+"
-    assert re.search(rf"sync_observers: 24 quantizers, 6.0 MiB +2 +{number} ms", text)
+    assert re.search(rf"sync_observers: 14 quantizers, 3.5 MiB +2 +{number} ms", text)
     assert re.search(rf"calibrate: 256 images +1 +{number} /s", text)
     assert re.search(rf"calibrate \+ sync_observers +2 +{number} /s", text)
 

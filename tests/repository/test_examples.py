@@ -147,7 +147,8 @@ def test_kept_weights_reach_their_accuracy() -> None:
 def prepared_net() -> torch.nn.Module:
     model = torch_ext.fuse(net.trained("digits"))
     model.qconfig = torch_ext.get_default_qconfig(activation_observer="kl")
-    return torch_ext.prepare_qat(model).eval()
+    images = example_data.digits().train_images[:1]
+    return torch_ext.prepare_qat(model, example_inputs=images).eval()
 
 
 def test_replay_finds_no_difference_between_feeds() -> None:

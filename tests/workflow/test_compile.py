@@ -99,6 +99,22 @@ def test_learning_that_starts_in_a_compiled_step_starts_as_in_eager():
     assert all(q.solved.item() for q in net.modules() if isinstance(q, FakeQuantize))
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_learning_that_starts_compiled_needs_one_graph_a_state(method: str):
+    """Training before a calibration and after it, validation before and after: the same graphs."""
+    net = ready(method, calibrated=False)
+    twin = copy.deepcopy(net)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(net, backend=counter, fullgraph=True)
+    for state in ("qat", "validation", "qat", "calibration", "qat", "validation", "qat"):
+        for one in (net, twin):
+            set_fake_quantize(one, state)
+        x = images(5)
+        assert_same_tensors(step(compiled, net, x), step(twin, twin, x))
+        assert same(snapshot(net), snapshot(twin)), state
+    assert counter.frame_count == 3
+
+
 def generated_code(net: nn.Module, x: Tensor) -> str:
     """What Inductor makes of a training step."""
     from torch._inductor.utils import run_and_get_code
@@ -194,7 +210,7 @@ def test_under_autocast_statistics_see_what_the_engine_sees(method: str, compile
     call = torch.compile(net, backend="aot_eager") if compiled else net
     with torch.autocast("cpu", dtype=torch.bfloat16):
         call(images())
-    observed = net.fc.activation_quantizer.observer.extrema
+    observed = net.fc.input_quantizers.input.observer.extrema
     assert same_bits(observed, observed.bfloat16().float())
     assert torch.bfloat16 in seen
     set_fake_quantize(net, "qat")

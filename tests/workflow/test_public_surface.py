@@ -171,7 +171,7 @@ class TestPrint:
         calibrate(net, [images()])
         text = repr(net)
         assert "not solved" not in text
-        quantizer = net.fc.activation_quantizer
+        quantizer = net.fc.input_quantizers.input
         (low, high), (scale,) = quantizer.range[0].tolist(), quantizer.scale.tolist()
         assert f"range=[{low:.6g}, {high:.6g}], scale={scale:.6g}" in repr(quantizer)
         weight = net.fc.parametrizations.weight[0]
@@ -217,6 +217,30 @@ class TestHints:
             torch.export.export(net, (images(),))
             set_fake_quantize(net, "float")
             torch.onnx.export(net, (images(),), tmp_path / "c.onnx", dynamo=True, verbose=False)
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+    @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+    def test_the_older_onnx_export_raises(self, tmp_path: Path) -> None:
+        def export_by_tracing(net: nn.Module) -> None:
+            torch.onnx.export(net, (images(),), tmp_path / "a.onnx", dynamo=False)
+
+        pytest.importorskip("onnx")
+        net = calibrated().eval()
+        with pytest.raises(RuntimeError, match=r"torch_ext\.export\.onnx\(model, example_inputs"):
+            export_by_tracing(net)
+        export.onnx(net, images(), tmp_path / "b.onnx")
+        for state in ("calibration", "qat"):
+            set_fake_quantize(net, state)  # type: ignore[arg-type]
+            before = snapshot(net)
+            with pytest.raises(
+                RuntimeError, match=r'set_fake_quantize\(model, "validation"\) first'
+            ):
+                export_by_tracing(net)
+            assert same(snapshot(net), before)
+        set_fake_quantize(net, "validation")
+        torch.jit.trace(net, images())  # TorchScript may call our ops
+        set_fake_quantize(net, "float")
+        export_by_tracing(net)
 
     def test_a_checkpoint_of_validation_into_a_float_model(self, tmp_path: Path) -> None:
         source, target = calibrated().eval(), prepared().eval()

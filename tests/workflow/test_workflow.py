@@ -83,8 +83,8 @@ def test_eleven_steps() -> None:
     before = snapshot(model)
     load_observer_params(calibration_model, qat_model)
     for name in ("conv1", "fc"):
-        have = qat_model.get_submodule(f"{name}.activation_quantizer")
-        want = calibration_model.get_submodule(f"{name}.activation_quantizer")
+        have = qat_model.get_submodule(f"{name}.input_quantizers.input")
+        want = calibration_model.get_submodule(f"{name}.input_quantizers.input")
         assert torch.equal(have.scale, want.scale)  # type: ignore[arg-type]
     # 9. and 10. train
     set_fake_quantize(qat_model, FakeQuantState.QAT)

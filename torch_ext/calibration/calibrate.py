@@ -16,7 +16,7 @@ from torch_ext.calibration.checkpoint import Progress, read_progress, write_prog
 from torch_ext.files.storage import PathLike, discard_partials
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import PreparedModel
-from torch_ext.quantizers.restore import restored_on_error, watched
+from torch_ext.quantizers.restore import one_call_at_a_time, restored_on_error, watched
 from torch_ext.quantizers.set_state import change_states
 from torch_ext.quantizers.state_table import FakeQuantState, StateName, parse_state
 from torch_ext.utils.arguments import bounded, check_callable, parse_flag
@@ -139,12 +139,15 @@ def calibrate(
         ValueError: the model has no quantizers, the loader gives no batches, a number is out of
             range, a state is unknown, or the checkpoint is damaged (:class:`FileError`) or belongs
             to another model or other batches.
-        RuntimeError: a quantizer saw no data; the message lists the names.
+        RuntimeError: a quantizer saw no data, in which case the message lists the names; or another
+            call with this model still runs. Threads may share a model in its forward: see
+            :func:`set_fake_quantize`.
 
     Warns:
         UserWarning: the forward wrote to parameters or buffers of the model.
     """
-    quantizers = PreparedModel(_WHO, model).quantizers
+    prepared = PreparedModel(_WHO, model)
+    quantizers = prepared.quantizers
     target = parse_state(_WHO, state)
     check_batches(_WHO, "loader", loader)
     check_callable(_WHO, "forward", forward)
@@ -155,6 +158,7 @@ def calibrate(
     batch_device = model_device(_WHO, model, device)
     start = time.perf_counter()
     with contextlib.ExitStack() as stack:
+        stack.enter_context(one_call_at_a_time(_WHO, prepared.root))
         stack.enter_context(restored_on_error(quantizers))
         stack.enter_context(eval_mode(model))
         stack.enter_context(forked_rng(model))
@@ -228,7 +232,8 @@ class _CalibrationRun:
             if self.skipped == self.resumed.batches and digest(batch) != self.resumed.last_digest:
                 raise ValueError(
                     f"{_WHO}: expected batch {self.skipped} to be the one of the checkpoint, got "
-                    "another: the loader's batches differ from those of the interrupted run"
+                    "another: the loader's batches differ from those of the interrupted run; "
+                    "give the same again, or delete the file"
                 )
             return False
         self.forward(self.model, to_device(batch, self.device))
@@ -245,10 +250,13 @@ class _CalibrationRun:
         if self.resumed is not None and self.skipped < self.resumed.batches:
             raise ValueError(
                 f"{_WHO}: expected the loader to give at least the {self.resumed.batches} batches "
-                f"of the checkpoint, got {self.skipped}"
+                f"of the checkpoint, got {self.skipped}; give the same again, or delete the file"
             )
         if self.batches == 0:
-            raise ValueError(f"{_WHO}: expected the loader to give batches, got none")
+            raise ValueError(
+                f"{_WHO}: expected the loader to give batches, got none; an iterator gives them "
+                "once: pass a list or a DataLoader"
+            )
 
 
 def _check_count(name: str, value: int | None) -> None:

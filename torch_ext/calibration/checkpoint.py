@@ -101,7 +101,11 @@ def _check_specs(path: PathLike, specs: Any, quantizers: Mapping[str, FakeQuanti
         raise FileError(path, "quantizers: missing from the description")
     if set(specs) != set(quantizers):
         other = sorted(set(specs) ^ set(quantizers))
-        raise FileError(path, f"quantizers: of another model: differs in {', '.join(other[:10])}")
+        raise FileError(
+            path,
+            f"quantizers: of another model: differs in {', '.join(other[:10])}; delete the file to "
+            "start over",
+        )
     for name, quantizer in quantizers.items():
         mine = spec_of(quantizer)
         theirs = specs[name] if isinstance(specs[name], dict) else {}

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch_ext.export.common.entries import Entry
 from torch_ext.export.common.trace import BATCH, SYMBOL, TracedInput
 from torch_ext.quantizers.fake_quantize import FakeQuantize
-from torch_ext.quantizers.find import WeightSource
+from torch_ext.quantizers.find import AnyWeightSource
 from torch_ext.quantizers.grid import dtype_name, parse_dtype
 
 PLAIN_OPSET = 18  # the least that torch.onnx exports
@@ -68,7 +68,7 @@ class Rewriter:
         proto: Any,
         chosen: Mapping[str, Entry],
         grids: Mapping[str, OnnxGrid],
-        sources: Mapping[FakeQuantize, WeightSource],
+        sources: Mapping[FakeQuantize, AnyWeightSource],
         seen: Mapping[str, TracedInput],
         quantized_weights: bool,
     ) -> None:
@@ -156,7 +156,7 @@ class Rewriter:
         self.labels.add(label)
         return label
 
-    def _weight(self, entry: Entry, source: WeightSource) -> str:
+    def _weight(self, entry: Entry, source: AnyWeightSource) -> str:
         """Stores a weight and adds its nodes; returns the dequantized tensor.
 
         Raises ValueError for a weight that is not finite.
@@ -349,7 +349,7 @@ def _replace(field: Any, messages: list[Any]) -> None:
     field.extend(copies)
 
 
-def _label(source: WeightSource) -> str:
+def _label(source: AnyWeightSource) -> str:
     """A weight's name in the model, such as ``conv1.weight``."""
     return f"{source.owner}.{source.parameter}".strip(".")
 

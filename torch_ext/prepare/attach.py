@@ -10,27 +10,37 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
-from torch_ext.prepare.input_quantizers import InputQuantizers
+from torch_ext.prepare.module_calls.arguments import InputQuantizers
+from torch_ext.prepare.module_calls.results import OutputQuantizers
 from torch_ext.prepare.module_classes import Undo, parametrize_weight
-from torch_ext.prepare.quantizable_modules import is_float_functional
+from torch_ext.prepare.quantizable_modules import is_float_functional, is_out_proj
 from torch_ext.quantizers.fake_quantize import FakeQuantize
-from torch_ext.quantizers.find import INPUTS
+from torch_ext.quantizers.find import (
+    INPUTS,
+    OUTPUTS,
+    HookedWeight,
+    WeightHook,
+    computes_weight,
+)
+from torch_ext.utils.text import label_of
 
 OUTPUT = "activation_quantizer"
 SUFFIX = "_quantizer"  # ends the name of every quantizer that is a child; a number may follow
 _FUNCTIONAL_OUTPUT = "activation_post_process"
 
+_QUANTIZERS = (FakeQuantize, InputQuantizers, OutputQuantizers)
 _CHILD = re.compile(rf"{SUFFIX}(_\d+)?$")
 
 
 def attached(module: nn.Module) -> str | None:
     """The name of a quantizer that the module has already, within it; None if it has none."""
-    for name in (INPUTS, OUTPUT, _FUNCTIONAL_OUTPUT):
-        if isinstance(getattr(module, name, None), (FakeQuantize, InputQuantizers)):
+    for name in (INPUTS, OUTPUTS, OUTPUT, _FUNCTIONAL_OUTPUT):
+        if isinstance(getattr(module, name, None), _QUANTIZERS):
             return name
     for name, child in module.named_children():
         if isinstance(child, FakeQuantize) and _CHILD.search(name):
@@ -57,8 +67,8 @@ def check_free(who: str, name: str, module: nn.Module, attribute: str) -> None:
         attribute == _FUNCTIONAL_OUTPUT and isinstance(taken, nn.Identity)
     ):
         raise ValueError(
-            f'{who}: expected "{name}" to have no attribute {attribute}, '
-            f"got a {type(taken).__name__}"
+            f"{who}: expected {label_of(name)} to have no attribute {attribute}, got a "
+            f"{type(taken).__name__}; rename it, or give the module qconfig=None"
         )
 
 
@@ -71,10 +81,13 @@ def check_weight(who: str, name: str, module: nn.Module, parameter: str) -> None
         raise ValueError(
             f"{who}: expected {where} to be initialised, got a lazy one; run a forward first"
         )
-    if parameter not in module._parameters and not parametrize.is_parametrized(module, parameter):
+    if not (_is_parameter(module, parameter) or is_hooked(module, parameter)):
+        kind = "a buffer" if parameter in module._buffers else "a plain attribute"
         raise ValueError(
-            f"{who}: expected {where} to be a parameter, got a {type(weight).__name__} that "
-            f"something else writes (an old-style weight norm?){advice}"
+            f"{who}: expected {where} to be a parameter, got {kind}; make it an nn.Parameter, or "
+            "what computes it a parametrization (torch.nn.utils.parametrize), pass example_inputs, "
+            "by which it is quantized where a forward of your own reads it, or give the module "
+            "qconfig=None"
         )
     if not weight.is_floating_point() or weight.numel() == 0:
         kind = f"{weight.dtype} of shape {list(weight.shape)}"
@@ -88,10 +101,50 @@ def check_weight(who: str, name: str, module: nn.Module, parameter: str) -> None
         )
 
 
+def check_called(who: str, root: nn.Module, name: str, parameter: str) -> None:
+    """Raises ValueError for a module whose hooks never run, as its parent does not call it."""
+    parent = root.get_submodule(name.rpartition(".")[0]) if name else None
+    if is_out_proj(parent, root.get_submodule(name)):
+        raise ValueError(
+            f"{who}: expected {name}.{parameter} to be a parameter, got one that a hook computes, "
+            f"which never runs: {type(parent).__name__} reads it without calling {name}; make it "
+            "a parameter (prune.remove, remove_weight_norm, remove_spectral_norm), or give "
+            f"{name} qconfig=None"
+        )
+
+
+def is_hooked(module: nn.Module, parameter: str) -> bool:
+    """Whether ``torch.nn.utils.weight_norm``, ``spectral_norm`` or ``prune`` computes a weight."""
+    hooks = module._forward_pre_hooks.values()
+    plain = isinstance(vars(module).get(parameter), Tensor)
+    return plain and any(computes_weight(hook, parameter) for hook in hooks)
+
+
+def _is_parameter(module: nn.Module, name: str) -> bool:
+    return name in module._parameters or parametrize.is_parametrized(module, name)
+
+
+def attach_hook(module: nn.Module, parameter: str, quantizer: FakeQuantize) -> Undo:
+    """Quantizes a weight behind the hooks that compute it; returns the function that undoes it."""
+    hook = WeightHook(parameter)
+    undo_child = attach_child(module, hook.child, quantizer)
+    handle = module.register_forward_pre_hook(hook)
+
+    def undo() -> None:
+        handle.remove()
+        undo_child()
+
+    return undo
+
+
 def attach_weight(module: nn.Module, parameter: str, quantizer: nn.Module) -> Undo:
     """Appends a step to a weight's parametrizations; returns the function that undoes it."""
     order = list(module._parameters)  # removing a parametrization puts the parameter last
-    parametrize_weight(module, parameter, quantizer)
+    # torch writes the weight's own values to it, which is no change that autograd has to know of.
+    kept = torch.autograd._unsafe_preserve_version_counter  # type: ignore[attr-defined]
+    weights = tuple(module.parameters())
+    with kept(weights):
+        parametrize_weight(module, parameter, quantizer)
     chains = module.parametrizations
     assert isinstance(chains, nn.ModuleDict)
 
@@ -101,7 +154,8 @@ def attach_weight(module: nn.Module, parameter: str, quantizer: nn.Module) -> Un
         if len(chain) > 1:
             del chain[-1]
         else:
-            parametrize.remove_parametrizations(module, parameter, leave_parametrized=False)
+            with kept(weights):
+                parametrize.remove_parametrizations(module, parameter, leave_parametrized=False)
             for name in order:
                 module._parameters[name] = module._parameters.pop(name)
 
@@ -135,11 +189,16 @@ def attach_output(module: nn.Module, quantizer: FakeQuantize) -> Undo:
 
 
 def detach_children(module: nn.Module) -> None:
-    """Removes a module's quantizers that are children, and the forward hook that calls one."""
+    """Removes a module's quantizers that are children, and the hooks that call them."""
     if is_float_functional(module):
         module.activation_post_process = nn.Identity()
+    for key, pre_hook in list(module._forward_pre_hooks.items()):
+        if isinstance(pre_hook, WeightHook):
+            weight = HookedWeight("", pre_hook.parameter, module, pre_hook).read()
+            setattr(module, pre_hook.parameter, weight)
+            del module._forward_pre_hooks[key]
     for name, child in list(module.named_children()):
-        if isinstance(child, (FakeQuantize, InputQuantizers)):
+        if isinstance(child, _QUANTIZERS):
             delattr(module, name)
     hooks = module._forward_hooks
     for key in [key for key, hook in hooks.items() if hook is _quantize_output]:

@@ -7,11 +7,17 @@ from dataclasses import dataclass
 from torch import nn
 
 from torch_ext.prepare.attach import attached
+from torch_ext.prepare.insertion.running import is_tracked
+from torch_ext.prepare.module_calls.arguments import InputQuantizers
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import check_model, named_quantizers, role_of
 from torch_ext.quantizers.grid import dtype_name
 from torch_ext.utils.text import text_table
 
+_NOT_SEEN = (
+    "functions (x + y, torch.matmul, torch.cat, ...): float, as they were not looked at; "
+    "prepare_qat(model, example_inputs=...) quantizes them"
+)
 _HEADER = ("quantizer", "of", "method", "observer", "grid", "state", "scale")
 
 
@@ -21,7 +27,8 @@ class QuantizerRow:
 
     #: Its name in the model.
     name: str
-    #: ``"input"`` of the model, ``"output"`` of a module or function, or ``"weight"``.
+    #: ``"input"`` of the model or of a layer, ``"output"`` of a module, function or the model, or
+    #: ``"weight"``.
     of: str
     #: The fake-quant method, such as ``"lsq"``.
     method: str
@@ -50,12 +57,16 @@ class Description:
     quantizers: tuple[QuantizerRow, ...]
     #: Name and type of each leaf module without a quantizer.
     float_modules: tuple[tuple[str, str], ...]
+    #: Whether ``prepare_qat`` saw what functions the forward calls: with ``example_inputs`` it did.
+    functions_seen: bool = True
 
     def __str__(self) -> str:
         text = text_table(_HEADER, [row.cells for row in self.quantizers])
         if self.float_modules:
             modules = ", ".join(f"{name} ({kind})" for name, kind in self.float_modules)
             text += f"\nfloat: {modules}"
+        if not self.functions_seen:
+            text += f"\n{_NOT_SEEN}"
         return text
 
 
@@ -78,7 +89,9 @@ def describe(model: nn.Module) -> Description:
             continue
         float_modules.append((name, type(module).__name__))
     rows = tuple(_row(name, quantizer) for name, quantizer in quantizers.items())
-    return Description(rows, tuple(float_modules))
+    by_modules = any(isinstance(module, InputQuantizers) for module in root.modules())
+    by_forward = any(is_tracked(module) for module in root.modules())
+    return Description(rows, tuple(float_modules), functions_seen=by_forward or not by_modules)
 
 
 def _row(name: str, quantizer: FakeQuantize) -> QuantizerRow:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -24,6 +23,7 @@ from torch_ext.prepare.batch_norms.pair import (
 from torch_ext.prepare.batch_norms.traced import traced_norms
 from torch_ext.prepare.batch_norms.verify import verified
 from torch_ext.prepare.insertion.record_runs import examples_of, record_modes
+from torch_ext.prepare.module_classes import copied
 from torch_ext.quantizers.find import check_model, named_quantizers
 from torch_ext.utils.arguments import bounded, split_arguments
 from torch_ext.utils.text import label_of
@@ -76,7 +76,7 @@ def fuse(
         )
     names = None if pairs is None else _check_names(model, pairs)
     norms = _find(model, names, example_inputs)
-    fused = model if inplace else copy.deepcopy(model)
+    fused = model if inplace else copied(_WHO, model)
     for pair in norms.pairs:
         fold(fused, pair)
     if names is None:

@@ -9,21 +9,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
 
-from torch_ext.prepare.recurrent_weights import forget_weights, read_weights_anew
+from torch_ext.prepare.module_calls.assigned_weights import set_attribute
+from torch_ext.prepare.module_calls.recurrent_weights import forget_weights, read_weights_anew
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.folded_weight import WeightStep
 
+M = TypeVar("M", bound=nn.Module)
 Undo = Callable[[], None]
 Forward = Callable[..., Any]
 MakeClass = Callable[[type[nn.Module]], type[nn.Module]]
 
 _MADE_BY = "_torch_ext_made_by"  # in the namespace of a class derived here: the MakeClass
 _PARAMETRIZATIONS = "parametrizations"  # the child that torch adds
+_OF_MODULES = ("_modules", "_parameters")  # attributes whose entries are not a module's own
 
 
 def swap_class(module: nn.Module, make_class: MakeClass) -> Undo:
@@ -31,6 +35,50 @@ def swap_class(module: nn.Module, make_class: MakeClass) -> Undo:
     before = type(module)
     _set_class(module, make_class(before))
     return lambda: _set_class(module, before)
+
+
+class _Detached(TorchFunctionMode):
+    """Copies tensors that have a history of gradients, which torch refuses to, without it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            tensor, memo = args
+            memo[id(tensor)] = made = tensor.detach().clone()
+            return made
+        return func(*args, **(kwargs or {}))
+
+
+def copied(who: str, model: M) -> M:
+    """A deep copy of a model. Results that it holds in attributes are detached in the copy.
+
+    A forward may have left them there, or ``torch.nn.utils.weight_norm``.
+
+    Raises:
+        TypeError: an attribute of a module cannot be copied; the message names it.
+    """
+    try:
+        with _Detached():
+            return copy.deepcopy(model)
+    except Exception as error:  # what objects raise that are in the model
+        for name, module in model.named_modules():
+            for key, value in vars(module).items():
+                if (why := _why_not_copied(value)) and key not in _OF_MODULES:
+                    raise TypeError(
+                        f"{who}: expected a model that copy.deepcopy can copy, got one with the "
+                        f'attribute "{name}.{key}"'.replace('".', '"')
+                        + f" ({type(value).__name__}: {why}); give its class a __deepcopy__, or "
+                        "set the attribute after this call"
+                    ) from error
+        raise
+
+
+def _why_not_copied(value: object) -> str:
+    try:
+        with _Detached():
+            copy.deepcopy(value)
+    except Exception as error:
+        return str(error)
+    return ""
 
 
 def reduce_prepared(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
@@ -128,7 +176,9 @@ def parametrize_weight(module: nn.Module, parameter: str, step: nn.Module) -> No
     """Appends ``step`` to the parametrizations of a parameter; the module stays picklable."""
     parametrize.register_parametrization(module, parameter, step, unsafe=True)
     # torch derived this class for this module alone.
-    type(module).__reduce_ex__ = reduce_prepared  # type: ignore[method-assign, assignment]
+    kind: Any = type(module)
+    kind.__reduce_ex__ = reduce_prepared
+    kind.__setattr__ = set_attribute
     chains = module.parametrizations
     assert isinstance(chains, nn.ModuleDict)
     chains.train(module.training)

@@ -15,7 +15,7 @@ from torch import nn
 
 from torch_ext.ops.registry import fake_quant_info, observer_info
 from torch_ext.ops.registry_names import Method, Rule
-from torch_ext.prepare.quantizable_modules import is_activation, target_of
+from torch_ext.prepare.quantizable_modules import NOTHING, is_activation, target_of
 from torch_ext.quantizers.fake_quantize import KEYS, FakeQuantize
 from torch_ext.quantizers.observer import check_keys
 from torch_ext.utils.arguments import bounded
@@ -43,7 +43,7 @@ class QConfig:
     passes ``channel_len``, ``ch_axis`` and ``transient``.
 
     Args:
-        activation: makes quantizers of activations; None leaves them float.
+        activation: makes quantizers of what the module reads; None leaves that float.
         weight: makes quantizers of weights; None leaves them float.
 
     Raises:
@@ -192,7 +192,7 @@ class QConfigMapping:
         who: str,
         model: nn.Module,
         mapping: Mapping[Mapped, QConfig | None] | None,
-        captures: bool = False,
+        by_forward: bool = False,
     ) -> None:
         """Assigns the QConfigs, for the function ``who`` that errors name.
 
@@ -200,8 +200,7 @@ class QConfigMapping:
             who: the function.
             model: the model.
             mapping: as in ``prepare_qat``.
-            captures: whether the forward is captured; outputs of activations are not quantized
-                then.
+            by_forward: whether functions that the modules call are quantized too.
 
         Raises:
             TypeError: ``mapping`` or one of its entries, or an attribute, has a wrong type.
@@ -209,7 +208,7 @@ class QConfigMapping:
                 under two names has two of them and something of it may be quantized.
         """
         self._who = who
-        self._captures = captures
+        self._by_forward = by_forward
         self._names: dict[str, QConfig | None] = {}
         self._types: dict[type[nn.Module], QConfig | None] = {}
         self._assigned: dict[str, QConfig | None] = {}
@@ -218,7 +217,8 @@ class QConfigMapping:
         self._assign(model, "", None)
         if not any(self._assigned.values()):
             raise ValueError(
-                f"{who}: expected a qconfig on the model, on a submodule or in mapping, found none"
+                f"{who}: expected a qconfig on the model, on a submodule or in mapping, found "
+                "none; set model.qconfig = get_default_qconfig()"
             )
         self._check_conflicts(model)
 
@@ -295,11 +295,12 @@ class QConfigMapping:
 
     def _is_quantized(self, module: nn.Module, name: str) -> bool:
         """Whether something of the module may be quantized; its children are looked at by name."""
+        if is_activation(module):
+            return False
         if self.chosen(name) and self.of(name) is not None:
             return True
-        if self._captures:  # then a QConfig also counts for what other modules read and call
-            return not is_activation(module)
-        return target_of(module) is not None
+        # By the forward, a QConfig also counts for what other modules read and call.
+        return self._by_forward or target_of(module) not in (None, NOTHING)
 
     def _check_conflicts(self, model: nn.Module) -> None:
         """Raises ValueError if a module that appears under several names has several QConfigs."""
@@ -311,5 +312,5 @@ class QConfigMapping:
             if self._is_quantized(module, earlier) or self._is_quantized(module, name):
                 raise ValueError(
                     f'{self._who}: "{earlier}" and "{name}" are one module, '
-                    "but have different qconfigs"
+                    "but have different qconfigs; give both names the same one"
                 )

@@ -1,7 +1,8 @@
-"""The module types that are quantized: which of their weights, and whether their output."""
+"""The module types that are quantized: which of their weights, arguments and outputs."""
 
 from __future__ import annotations
 
+import enum
 import sys
 from typing import NamedTuple
 
@@ -12,28 +13,39 @@ from torch.nn.modules import activation as _activation
 from torch_ext.modules import Add, Cat, MatMul, Mul, QuantStub
 
 
+class Reads(enum.Enum):
+    """Which arguments of its forward a module reads quantized."""
+
+    NOTHING = 0
+    FIRST = 1  # the input of a layer; its other arguments are sizes
+    EACH = 2  # without a default value
+    PAIR = 3  # each, if all are floating tensors
+
+
 class Target(NamedTuple):
     """What is quantized of a module."""
 
     weights: tuple[str, ...]  # names of parameters
-    ch_axis: int  # the axis of the weights' output channels
-    output: bool  # whether the output is quantized
+    ch_axis: int = 0  # the axis of the weights' output channels
+    reads: Reads = Reads.NOTHING
+    output: bool = False  # whether the output is quantized
 
 
-OUTPUT_ONLY = Target((), 0, True)
-WEIGHTED = Target(("weight",), 0, True)
+OUTPUT_ONLY = Target((), output=True)
+WEIGHTED = Target(("weight",), 0, Reads.FIRST)
 # Weights are [in, out / groups, ...]; see `grouped_shape`.
-TRANSPOSED = Target(("weight",), 1, True)
-_EMBEDDING = Target(("weight",), 0, False)
-# The attention's output is that of its out_proj, which is not called; see `skips_output`.
-_ATTENTION = Target(("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"), 0, True)
-_CELL = Target(("weight_ih", "weight_hh"), 0, False)
+TRANSPOSED = Target(("weight",), 1, Reads.FIRST)
+_EMBEDDING = Target(("weight",))
+_ATTENTION = Target(
+    ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"), 0, Reads.EACH
+)
+_CELL = Target(("weight_ih", "weight_hh"))
+_OPERANDS, _PAIR = Target((), reads=Reads.EACH), Target((), reads=Reads.PAIR)
+NOTHING = Target(())
 
-# In torch's list of activations, but not quantized as such: attention has an entry of its own, and
-# log-probabilities feed a loss, not a layer.
-_NO_ACTIVATIONS = {"MultiheadAttention", "LogSoftmax"}
+# In torch's list of activations, but with an entry of its own.
 _ACTIVATIONS: tuple[type[nn.Module], ...] = tuple(
-    getattr(_activation, name) for name in _activation.__all__ if name not in _NO_ACTIVATIONS
+    getattr(_activation, name) for name in _activation.__all__ if name != "MultiheadAttention"
 )
 
 _TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -48,8 +60,10 @@ _TABLE: dict[type[nn.Module], Target] = {
     nn.EmbeddingBag: _EMBEDDING,
     nn.MultiheadAttention: _ATTENTION,
     **dict.fromkeys((nn.LSTMCell, nn.GRUCell, nn.RNNCell), _CELL),
-    **dict.fromkeys((Add, Cat, MatMul, Mul, QuantStub), OUTPUT_ONLY),
-    **dict.fromkeys(_ACTIVATIONS, OUTPUT_ONLY),
+    **dict.fromkeys((Cat, MatMul), _OPERANDS),
+    **dict.fromkeys((Add, Mul), _PAIR),
+    QuantStub: OUTPUT_ONLY,
+    **dict.fromkeys(_ACTIVATIONS, NOTHING),
 }
 
 
@@ -72,8 +86,8 @@ def is_quant_stub(module: nn.Module) -> bool:
 
 
 def is_activation(module: nn.Module) -> bool:
-    """Whether it is an activation function of torch."""
-    return isinstance(module, _ACTIVATIONS)
+    """Whether it is an activation function of torch; a subclass may do more."""
+    return type(module) in _ACTIVATIONS
 
 
 def target_of(module: nn.Module) -> Target | None:
@@ -82,7 +96,7 @@ def target_of(module: nn.Module) -> Target | None:
         return OUTPUT_ONLY
     if isinstance(module, nn.RNNBase):  # LSTM, GRU, RNN: the names depend on layers and directions
         names = (name for name in module._flat_weights_names if name.startswith("weight"))
-        return Target(tuple(names), 0, False)
+        return Target(tuple(names))
     for kind in type(module).__mro__:
         if kind in _TABLE:
             return _TABLE[kind]
@@ -100,6 +114,6 @@ def grouped_shape(module: nn.Module, shape: torch.Size) -> tuple[int, torch.Size
     return groups, torch.Size((shape[0] // groups, shape[1] * groups, *shape[2:]))
 
 
-def skips_output(parent: nn.Module | None, module: nn.Module) -> bool:
-    """Whether the parent reads the module's weight without calling it, so no hook would run."""
+def is_out_proj(parent: nn.Module | None, module: nn.Module) -> bool:
+    """Whether the parent is an attention that reads the module's weight without calling it."""
     return isinstance(parent, nn.MultiheadAttention) and module is parent.out_proj

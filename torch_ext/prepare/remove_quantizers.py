@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TypeVar
 
 from torch import nn
@@ -10,6 +9,7 @@ from torch import nn
 from torch_ext.prepare.attach import detach_children
 from torch_ext.prepare.insertion.running import untrack
 from torch_ext.prepare.module_classes import (
+    copied,
     keeps_parametrizations,
     restore_class,
     swapped_below,
@@ -52,7 +52,7 @@ def remove_quantizers(model: M, inplace: bool = False) -> M:
                 f"{_WHO}: expected {label_of(name)} to have no parametrization from after "
                 "prepare_qat, got one; remove it first (torch.nn.utils.parametrize)"
             )
-    result = model if inplace else copy.deepcopy(model)
+    result = model if inplace else copied(_WHO, model)
     for module in list(result.modules()):
         detach_children(module)
         untrack(module)

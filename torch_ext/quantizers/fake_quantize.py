@@ -25,7 +25,7 @@ from torch_ext.quantizers.state_table import (
     StateName,
     parse_state,
 )
-from torch_ext.quantizers.transition import change_state, check_export, warn_of_state
+from torch_ext.quantizers.transition import change_state, check_copied, check_export, warn_of_state
 from torch_ext.utils.arguments import bounded, parse_flag, parse_fraction
 from torch_ext.utils.modes import is_exporting
 from torch_ext.utils.text import span
@@ -33,6 +33,7 @@ from torch_ext.utils.text import span
 # Under True the class of methods that learn their range, registered when it is defined; all others
 # are FakeQuantize itself.
 _CLASSES: dict[bool, type[FakeQuantize]] = {}
+_IDLE = FakeQuantState.FLOAT.value
 _STATE = "state"  # the key of a checkpoint's metadata
 
 
@@ -51,7 +52,8 @@ class FakeQuantize(nn.Module):
             and files the range of a weight is that of the present weight, unless this is 0. Methods
             that learn the range ignore it.
         optional: whether it may have seen no data when its range is needed; it then passes values
-            through instead of raising. Those of model inputs may have got no floating tensor.
+            through instead of raising. Not every call has a floating tensor for an input of a
+            model or a second operand.
         use_grad_scaling: lsq: multiply the gradient of the scale by ``1 / sqrt(N * quant_max)``.
         learn_zero_point: lsq with an affine qscheme: learn the zero point too (LSQ+).
         alpha: pact: the clipping level to start from without a calibration; None is 6.
@@ -183,7 +185,7 @@ class FakeQuantize(nn.Module):
     @property
     def idle(self) -> bool:
         """Whether it neither observes nor quantizes what passes through it now."""
-        return self._action == FakeQuantState.FLOAT.value
+        return self._action == _IDLE
 
     @property
     def passes_through(self) -> bool:
@@ -204,18 +206,26 @@ class FakeQuantize(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Observes or fake-quantizes ``x``, a floating tensor of any shape; keeps shape and dtype.
 
-        Raises RuntimeError while ``torch.export`` runs in CALIBRATION or QAT.
+        Raises RuntimeError where ``torch.export`` or ``torch.onnx.export`` cannot keep it.
         """
-        # The only attribute that decides, so a compiled graph has a single guard.
-        action = self._action
-        observer = self.observer
+        action = self._action  # alone decides, so a compiled graph has a single guard
         if is_exporting():
             check_export(action)
-        if action in ACCUMULATE and not observer.transient:
-            observer(x)
+        if action in ACCUMULATE and not self.observer.transient:
+            self.observer(x)
         if action not in QUANTIZE:
             return x
         return self._quantize(x, action)
+
+    def _slow_forward(self, *args: Any, **keys: Any) -> Any:
+        # Called instead of `forward` while torch.jit.trace runs.
+        if torch.onnx.is_in_onnx_export():
+            check_export(self._action)
+        return super()._slow_forward(*args, **keys)  # type: ignore[no-untyped-call]
+
+    def _replicate_for_data_parallel(self) -> Self:
+        check_copied(self.label, "" if self.transient else self._action)
+        return super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call,no-any-return]
 
     def quantize_only(self, x: Tensor) -> Tensor:
         """Quantizes ``x`` as ``forward`` does, and observes nothing: for what it saw elsewhere."""
@@ -240,13 +250,14 @@ class FakeQuantize(nn.Module):
             del self.__dict__["_quantize"]
 
     def _quantize(self, x: Tensor, action: str) -> Tensor:
-        observer = self.observer
+        # Module.__getattr__ takes as long as the rest of this function; its dicts do not.
+        observer: Any = self._modules["observer"]
+        buffers: Any = self._buffers
         if action in FOLLOW and observer.statistic != "none":
-            buffers = (self.range, self.scale, self.zero_point, self.solved)
-            return ops.follow_fake_quant(x, *buffers, *self._follow_arguments())
-        return ops.fake_quant(
-            x, self.scale, self.zero_point, observer.quant_min, observer.quant_max, observer.ch_axis
-        )
+            tensors = (buffers["range"], buffers["scale"], buffers["zero_point"], buffers["solved"])
+            return ops.follow_fake_quant(x, *tensors, *self._follow_arguments())
+        grid = (observer.quant_min, observer.quant_max, observer.ch_axis)
+        return ops.fake_quant(x, buffers["scale"], buffers["zero_point"], *grid)
 
     def _follow_arguments(self) -> tuple[Any, ...]:
         """The arguments of ``ops.follow_`` from ``averaging_constant`` on."""

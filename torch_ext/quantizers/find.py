@@ -5,12 +5,15 @@ from __future__ import annotations
 import fnmatch
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.folded_weight import WeightStep
@@ -18,10 +21,12 @@ from torch_ext.quantizers.solve import refresh_weights
 from torch_ext.quantizers.state_table import FakeQuantState
 from torch_ext.utils.arguments import bounded
 from torch_ext.utils.modes import eval_mode
+from torch_ext.utils.sharded import whole
 from torch_ext.utils.text import shown
 
 _COMPILED = "_orig_mod."
 INPUTS = "input_quantizers"  # the child that holds the quantizers of a module's arguments
+OUTPUTS = "output_quantizers"  # the child that holds those of what the model returns
 Pattern = str | Sequence[str]
 
 
@@ -87,17 +92,23 @@ class PreparedModel:
             )
 
     @functools.cached_property
-    def weights(self) -> dict[FakeQuantize, WeightSource]:
-        """Where each weight quantizer, which is a parametrization, reads its weight."""
-        return {
+    def weights(self) -> dict[FakeQuantize, AnyWeightSource]:
+        """Where each weight quantizer reads its weight."""
+        found: dict[FakeQuantize, AnyWeightSource] = {
             module: WeightSource(owner, parameter, chain, i)
             for owner, parameter, chain in parametrizations(self.root)
             for i, module in enumerate(chain)
             if isinstance(module, FakeQuantize)
         }
+        for name, module in self.root.named_modules():
+            for hook in module._forward_pre_hooks.values():
+                if isinstance(hook, WeightHook):
+                    source = HookedWeight(clean_name(name), hook.parameter, module, hook)
+                    found[hook.quantizer(module)] = source
+        return found
 
     def read_weight(self, quantizer: FakeQuantize) -> Tensor | None:
-        """The present input of a weight quantizer; None if it is no parametrization."""
+        """The present input of a weight quantizer; None if its weight is not known."""
         source = self.weights.get(quantizer)
         return None if source is None else source.read()
 
@@ -168,9 +179,7 @@ class WeightSource(NamedTuple):
         else:
             values = [getattr(chain, f"original{i}") for i in range(chain.ntensors)]
         # With FSDP2 each rank holds a shard (a DTensor); the forward uses the whole weight.
-        values = [
-            value.full_tensor() if hasattr(value, "full_tensor") else value for value in values
-        ]
+        values = [whole(value) for value in values]
         with eval_mode(chain):  # in train mode spectral_norm would update its buffers
             for i, earlier in enumerate(chain):
                 if i == self.position:
@@ -180,6 +189,69 @@ class WeightSource(NamedTuple):
                 values = [step(*values)]
         value: Tensor = values[0]
         return value.detach()
+
+
+class WeightHook:
+    """A forward pre-hook that quantizes a weight which pre-hooks before it compute.
+
+    Those are of ``torch.nn.utils``: ``weight_norm``, ``spectral_norm`` and ``prune``. They compute
+    the weight, a plain attribute, from parameters of other names at each call of the module. The
+    quantizer is a child of the module.
+    """
+
+    def __init__(self, parameter: str) -> None:
+        self.parameter = parameter
+        self.child = f"{parameter}_quantizer"
+
+    def quantizer(self, module: nn.Module) -> FakeQuantize:
+        found = module._modules[self.child]
+        assert isinstance(found, FakeQuantize)
+        return found
+
+    def __call__(self, module: nn.Module, args: object) -> None:
+        if self.parameter in module._parameters:
+            raise RuntimeError(
+                f"{type(module).__name__}: expected its {self.parameter} to be computed by a hook, "
+                "as when prepare_qat quantized it, got a parameter; make it one (prune.remove, "
+                "remove_weight_norm, remove_spectral_norm) before prepare_qat, or after "
+                "remove_quantizers"
+            )
+        quantized = self.quantizer(module)(getattr(module, self.parameter))
+        setattr(module, self.parameter, quantized)
+
+
+def computes_weight(hook: object, parameter: str) -> bool:
+    """Whether a forward pre-hook is one of torch's that compute the parameter of that name."""
+    if isinstance(hook, BasePruningMethod):
+        return bool(hook._tensor_name == parameter)
+    return isinstance(hook, (WeightNorm, SpectralNorm)) and hook.name == parameter
+
+
+class HookedWeight(NamedTuple):
+    """Where the quantizer of a :class:`WeightHook` gets its input from."""
+
+    owner: str  # name of the module that has the weight
+    parameter: str  # name of the weight in it
+    module: nn.Module
+    hook: WeightHook
+
+    @torch.no_grad()
+    def read(self) -> Tensor:
+        """The weight that torch's hooks compute from the present parameters."""
+        kept = getattr(self.module, self.parameter)
+        with eval_mode(self.module):  # in train mode spectral_norm would update its buffers
+            try:
+                for hook in self.module._forward_pre_hooks.values():
+                    compute: Any = hook
+                    if computes_weight(hook, self.parameter):
+                        compute(self.module, ())
+                value: Tensor = getattr(self.module, self.parameter)
+            finally:
+                setattr(self.module, self.parameter, kept)
+        return value.detach()
+
+
+AnyWeightSource = WeightSource | HookedWeight
 
 
 def parametrizations(

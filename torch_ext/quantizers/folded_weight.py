@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.utils.arguments import bounded
+from torch_ext.utils.sharded import whole
 
 
 def folding_factor(norm: nn.Module) -> Tensor:
     """``gamma / sqrt(running_var + eps)``, one value a channel, of a module with these."""
     factor: Tensor = (norm.running_var + norm.eps).rsqrt()  # type: ignore[operator]
-    gamma = getattr(norm, "weight", None)
-    return factor if gamma is None else factor * gamma
+    gamma: Tensor | None = getattr(norm, "weight", None)
+    return factor if gamma is None else factor * whole(gamma)
 
 
 def along_channels(values: Tensor, weight: Tensor, ch_axis: int) -> Tensor:
@@ -116,7 +117,8 @@ class FoldedWeight(WeightStep):
         assert norm is not None
         factor = folding_factor(norm)
         # Where gamma is 0 (a common initialization) the factor is 1: it could not be undone.
-        factor = torch.where(factor == 0, 1, factor).to(weight.dtype)
+        # The weight may be a copy that DataParallel has made on another device.
+        factor = torch.where(factor == 0, 1, factor).to(weight)
         factor = along_channels(factor, weight, self.ch_axis)
         return weight / factor if self.inverse else weight * factor
 

@@ -16,6 +16,7 @@ from torch_ext.quantizers.find import PreparedModel
 from torch_ext.quantizers.solve import Solution
 from torch_ext.quantizers.state_table import DIFFERENTIATE, FOLLOW, QUANTIZE, FakeQuantState
 from torch_ext.utils.arguments import bounded, parse_flag
+from torch_ext.utils.sharded import whole
 from torch_ext.utils.text import joined, label_of
 
 # The rule that gives lsq's first scale without a calibration.
@@ -66,6 +67,7 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
         self._start_value = info["start"]
         self._starting = False  # whether the next batch in QAT may set the parameter
         self._starts_by_channel = False  # whether `solved` does not tell that it must not
+        self._keeps_start = False  # whether compiled code has what sets it, also afterwards
         self._check_grid()
         if self._start_value:
             self._start_value = self._parse_start(alpha)
@@ -133,6 +135,13 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
         return {
             name: parameter for name, parameter in self._parameters.items() if parameter is not None
         }
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # DataParallel sets its copies of the parameters as attributes of the module's copy.
+        if "_is_replica" in vars(self) and name in ("scale", "offset", "alpha"):
+            self._parameters[name] = value
+        else:
+            super().__setattr__(name, value)
 
     @property
     def starts_from_data(self) -> bool:
@@ -230,6 +239,8 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
             may_start = self.starts_from_data and not self._is_sharded
             waiting = may_start and (self.solved.is_meta or bool((~self._started()).any()))
             self._starting = waiting
+            # A later graph without it would be one more of the same state.
+            self._keeps_start = may_start and (waiting or self._keeps_start)
             # `solved` is one flag for all channels, and a calibration sets it for zeros too.
             self._starts_by_channel = waiting and (
                 self.observer.channel_len > 1 or self.solved.is_meta or bool(self.solved)
@@ -239,17 +250,21 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
         return action  # the range is learned from every value that is quantized
 
     def _quantize(self, x: Tensor, action: str) -> Tensor:
-        observer = self.observer
+        # As in FakeQuantize: Module.__getattr__ is slow.
+        observer: Any = self._modules["observer"]
+        start_zero_point = self._buffers["start_zero_point"]
         parameter: Tensor | None = self._parameters[self._parameter]
         assert parameter is not None
         learns = action in DIFFERENTIATE
-        if self._starting and action in FOLLOW:
-            self._start(x, parameter.detach())
+        compiling = torch.compiler.is_dynamo_compiling()
+        if action in FOLLOW and (self._keeps_start if compiling else self._starting):
+            self._start(x, parameter.detach(), compiling or self._starts_by_channel)
             # follow_ wrote to the parameter in place; autograd has to save another tensor.
             parameter = parameter.clone()
-        zero_point = self.start_zero_point if self._per_channel else None
+        zero_point = start_zero_point if self._per_channel else None
         if self.learn_zero_point:
-            zero_point = self.start_zero_point + (self.offset if learns else self.offset.detach())
+            assert start_zero_point is not None
+            zero_point = start_zero_point + (self.offset if learns else self.offset.detach())
         # Axis 0 of an activation is the batch; a weight has none.
         batch_axis = -1 if observer.transient or observer.ch_axis == 0 else 0
         try:
@@ -268,30 +283,26 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
             self.check_finite()
             raise
 
-    def _start(self, x: Tensor, parameter: Tensor) -> None:
+    def _start(self, x: Tensor, parameter: Tensor, by_channel: bool) -> None:
         """Sets the scale of the channels that have none and are not all zero in ``x``."""
         observer = self.observer
         # follow_ does nothing once `done` is 1, so no host sync is needed to read it.
         done = self.solved
-        if self._starts_by_channel:
+        if by_channel:
             done = self._started().all().to(torch.uint8).view(1)
+        tensors = (x, self.start_range, parameter, self.start_zero_point, done)
+        grid = (observer.quant_min, observer.quant_max, observer.symmetric)
         ops.follow_(
-            x,
-            self.start_range,
-            parameter,
-            self.start_zero_point,
-            done,
+            *tensors,
             0.0,
             _START,
-            observer.quant_min,
-            observer.quant_max,
-            observer.symmetric,
-            ch_axis=observer.ch_axis,
+            *grid,
             options=(),
+            ch_axis=observer.ch_axis,
             mantissa_bits=observer.mantissa_bits,
             octaves=observer.octaves,
         )
-        if self._starts_by_channel:
+        if by_channel:
             self.solved.bitwise_or_(done)  # 1 if any channel has started
 
     def _set(self, solution: Solution) -> None:
@@ -312,6 +323,7 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
     def reset_parameters(self) -> None:
         super().reset_parameters()
         self._starting = self.starts_from_data
+        self._keeps_start = self._starting and self._action in FOLLOW
         self._starts_by_channel = self._starting and self.observer.channel_len > 1
 
     def shared_values(self) -> Tensor:
@@ -332,9 +344,8 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
 
 
 def _whole(parameter: Any) -> Tensor:
-    """The detached values of all channels; gathers a DTensor, as FSDP2 leaves it."""
-    value: Tensor = parameter.detach()
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
+    """The detached values of all channels."""
+    return whole(parameter.detach())
 
 
 def _write(parameter: Any, value: Tensor) -> None:

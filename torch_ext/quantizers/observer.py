@@ -6,6 +6,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -230,7 +231,9 @@ class Observer(nn.Module):
         Raises RuntimeError if ``x.size(ch_axis)`` is not ``channel_len``.
         """
         if self._statistic != "none":
-            ops.observe_(x, self.extrema, self.tally, self.counts, self.ch_axis)
+            buffers: Any = self._buffers  # Module.__getattr__ is slow
+            statistic = (buffers["extrema"], buffers["tally"], buffers["counts"])
+            ops.observe_(x, *statistic, self.ch_axis)
         return x
 
     def range(self) -> Tensor:

@@ -1,9 +1,11 @@
-"""Context managers that restore a model's quantizers, or warn if its forward changed the model."""
+"""Context managers that guard a model in a call: restore its quantizers, keep others out, warn."""
 
 from __future__ import annotations
 
 import contextlib
+import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 
 from torch import nn
@@ -12,6 +14,9 @@ from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import named_quantizers
 from torch_ext.quantizers.state_table import FakeQuantState
 from torch_ext.utils.text import shown
+
+_BUSY: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # the models in a call
+_BUSY_LOCK = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -61,6 +66,25 @@ def _snapshot(quantizers: Mapping[str, FakeQuantize]) -> Callable[[], None]:
             quantizer.enter(state, pass_through=passes_through)
 
     return restore
+
+
+@contextlib.contextmanager
+def one_call_at_a_time(who: str, root: nn.Module) -> Iterator[None]:
+    """Raises RuntimeError if such a call of the unwrapped model goes on, in any thread."""
+    with _BUSY_LOCK:
+        if root in _BUSY:
+            raise RuntimeError(
+                f"{who}: expected one call at a time for a model, got another that still runs, "
+                "which resets statistics and sets states too; to calibrate from several threads, "
+                'call set_fake_quantize(model, "calibration"), run the forwards in the threads, '
+                'and call set_fake_quantize(model, "validation") when they have ended'
+            )
+        _BUSY.add(root)
+    try:
+        yield
+    finally:
+        with _BUSY_LOCK:
+            _BUSY.discard(root)
 
 
 @contextlib.contextmanager

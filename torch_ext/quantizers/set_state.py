@@ -27,6 +27,9 @@ def set_fake_quantize(
     and :func:`save_observer_params` solve weights again themselves. If the call raises, no
     quantizer has changed.
 
+    In CALIBRATION several threads may run the model at the same time; the statistic is bit for bit
+    that of a single thread. In QAT the range then depends on the order of their batches.
+
     Entering CALIBRATION again adds to the statistics; :func:`reset_statistics` empties them.
 
     Args:
@@ -45,8 +48,10 @@ def set_fake_quantize(
             the message names them.
 
     Warns:
-        QuantizationWarning: non-finite values, channels that are all zero, negative values that
-            clip to 0, or inputs that saw no floating tensor; the message names the quantizers.
+        QuantizationWarning: non-finite values, values with which masks are filled, channels that
+            are all zero, negative values that clip to 0, or optional quantizers that saw no
+            floating tensor, such as those of an input that was left out; the message names the
+            quantizers.
     """
     change_states(_WHO, model, state, pattern, allow_unobserved)
 

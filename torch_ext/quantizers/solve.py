@@ -12,6 +12,7 @@ from typing_extensions import Self
 from torch_ext import ops
 from torch_ext.quantizers.observer import Observer
 from torch_ext.quantizers.state_table import FakeQuantState
+from torch_ext.utils.mask_values import mask_advice, mask_fill
 from torch_ext.utils.text import label_of, shown
 
 _MAX_SHOWN = 8  # channels in a finding
@@ -46,6 +47,7 @@ class Quantizer(Protocol):
     """The part of FakeQuantize used here, which cannot be imported: its module imports this one."""
 
     observer: Observer
+    range: Tensor
     solved: Tensor
     optional: bool
     unobserved_allowed: bool
@@ -144,12 +146,17 @@ def solve_weights(chosen: Mapping[str, Q], read_weight: ReadWeight[Q]) -> Soluti
     ``read_weight`` returns None, whose weight is not known. Weights without a finite value are
     listed in ``Solutions.unobserved``.
     """
-    solutions = Solutions(chosen)
     weights = {name: quantizer for name, quantizer in chosen.items() if quantizer.transient}
     flags = has_range(weights)
+    return _solve_present(
+        {name: q for name, q in weights.items() if not (flags[name] and q.keeps_range)}, read_weight
+    )
+
+
+def _solve_present(weights: Mapping[str, Q], read_weight: ReadWeight[Q]) -> Solutions:
+    """Solves weights whose quantizers do not keep the range that they may have."""
+    solutions = Solutions(weights)
     for name, quantizer in weights.items():
-        if flags[name] and quantizer.keeps_range:
-            continue
         weight = read_weight(quantizer)
         if weight is not None:
             solutions.add_weight(name, quantizer.solve_weight(weight))
@@ -157,7 +164,7 @@ def solve_weights(chosen: Mapping[str, Q], read_weight: ReadWeight[Q]) -> Soluti
 
 
 def refresh_weights(chosen: Mapping[str, Q], read_weight: ReadWeight[Q]) -> dict[str, str]:
-    """Solves again the ranges of weights that have one, by :func:`solve_weights`.
+    """Solves again the ranges of weights that have one and do not keep it.
 
     The weight may have changed since: by an optimizer, an average of weights, pruning, loading.
     What writes ranges to a file calls this first.
@@ -165,21 +172,19 @@ def refresh_weights(chosen: Mapping[str, Q], read_weight: ReadWeight[Q]) -> dict
     Returns:
         Names of the weights without a finite value, whose range has not changed, with the reason.
     """
-    flags = has_range(chosen)
-    ranged = {name: quantizer for name, quantizer in chosen.items() if flags[name]}
-    solutions = solve_weights(ranged, read_weight)
+    moving = {name: q for name, q in chosen.items() if q.transient and not q.keeps_range}
+    flags = has_range(moving)
+    solutions = _solve_present({n: q for n, q in moving.items() if flags[n]}, read_weight)
     solutions.commit()
     return solutions.unobserved
 
 
 def _finite_counts(chosen: Mapping[str, Quantizer]) -> dict[str, tuple[int, int]]:
     """The numbers of finite and non-finite values of each statistic; one transfer per device."""
-    by_device: dict[torch.device, list[str]] = {}
-    for name, quantizer in chosen.items():
-        by_device.setdefault(quantizer.observer.tally.device, []).append(name)
+    tallies = {name: quantizer.observer.tally for name, quantizer in chosen.items()}
     counts: dict[str, tuple[int, int]] = {}
-    for names in by_device.values():
-        sums = torch.stack([chosen[name].observer.tally.sum(0) for name in names]).tolist()
+    for names in _by_device(tallies):
+        sums = torch.stack([tallies[name].sum(0) for name in names]).tolist()
         for name, (finite, _, _, inf, nan) in zip(names, sums, strict=True):
             counts[name] = (finite, inf + nan)
     return counts
@@ -192,11 +197,8 @@ def solve_observers(observers: Mapping[str, Observer]) -> dict[str, Solution]:
         RuntimeError: tensors of a statistic contradict each other. On a GPU the message names the
             quantizers.
     """
-    by_device: dict[torch.device, list[str]] = {}
-    for name, observer in observers.items():
-        by_device.setdefault(observer.extrema.device, []).append(name)
     solutions: dict[str, Solution] = {}
-    for names in by_device.values():
+    for names in _by_device({name: observer.extrema for name, observer in observers.items()}):
         on_device = [observers[name] for name in names]
         ranges, scales, zero_points = ops.solve_many(
             [observer.name for observer in on_device],
@@ -234,25 +236,32 @@ def _check_no_nan(names: list[str], ranges: list[Tensor]) -> None:
 def has_range(chosen: Mapping[str, Quantizer]) -> dict[str, bool]:
     """Whether each quantizer has a range; one transfer per device."""
     flags: dict[str, bool] = {}
-    by_device: dict[torch.device, list[str]] = {}
-    for name, quantizer in chosen.items():
-        by_device.setdefault(quantizer.solved.device, []).append(name)
-    for names in by_device.values():
-        solved: Tensor = torch.cat([chosen[name].solved for name in names])
-        flags.update(zip(names, map(bool, solved.tolist()), strict=True))
+    solved = {name: quantizer.solved for name, quantizer in chosen.items()}
+    for names in _by_device(solved):
+        values: list[int] = torch.cat([solved[name] for name in names]).tolist()
+        flags.update(zip(names, map(bool, values), strict=True))
     return flags
 
 
+def _by_device(tensors: Mapping[str, Tensor]) -> list[list[str]]:
+    """The names of the tensors on each device, so that each is asked once."""
+    found: dict[torch.device, list[str]] = {}
+    for name, tensor in tensors.items():
+        found.setdefault(tensor.device, []).append(name)
+    return list(found.values())
+
+
 def findings(solved: Mapping[str, tuple[Observer, Tensor]]) -> list[str]:
-    """Lines for a warning: non-finite data, dead channels and negative values that clip to 0.
+    """Lines for a warning: non-finite data, masks, dead channels, negative values that clip to 0.
 
     Args:
         solved: observer and range [C,2] by name of the quantizer.
 
     Returns:
-        One line for each quantizer and kind of finding.
+        One line for each quantizer and kind of finding; then what to do about masks.
     """
     notes: list[str] = []
+    masks: dict[str, None] = {}
     for name, (observer, range_) in solved.items():
         if observer.statistic == "none":
             continue
@@ -260,6 +269,11 @@ def findings(solved: Mapping[str, tuple[Observer, Tensor]]) -> list[str]:
         extrema, tally = observer.extrema.cpu(), observer.tally.sum(0).tolist()
         if tally[3] or tally[4]:
             notes.append(f"  {label}: {tally[3]} infinite and {tally[4]} NaN values were left out")
+        if tally[3] and not observer.transient:
+            masks[name] = None
+        if fill := mask_fill(float(extrema[:, 0].min()), float(extrema[:, 1].max())):
+            notes.append(f"  {label}: its values reach {fill}, as masks do")
+            masks[name] = None
         one_sided = observer.symmetric and observer.quant_min >= 0
         dead = dead_channels(range_.cpu(), one_sided)
         if dead:
@@ -268,7 +282,7 @@ def findings(solved: Mapping[str, tuple[Observer, Tensor]]) -> list[str]:
         if one_sided and bool((extrema[:, 0] < 0).any()):
             least = float(extrema[:, 0].min())
             notes.append(f"  {label}: negative values, down to {least:g}, clip to 0")
-    return notes
+    return [*notes, mask_advice(list(masks))] if masks else notes
 
 
 def dead_channels(range_: Tensor, one_sided: bool) -> list[int]:

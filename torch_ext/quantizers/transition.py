@@ -16,8 +16,11 @@ from torch_ext.quantizers.solve import (
     solve_quantizers,
     solve_weights,
 )
-from torch_ext.quantizers.state_table import CHANGES, QUANTIZE, FakeQuantState
-from torch_ext.utils.text import shown
+from torch_ext.quantizers.state_table import ACCUMULATE, CHANGES, QUANTIZE, FakeQuantState
+from torch_ext.utils.mask_values import mask_advice, mask_fill
+from torch_ext.utils.modes import is_exporting
+from torch_ext.utils.text import label_of, shown
+from torch_ext.utils.user_warning import warn_user
 
 
 class QuantizationWarning(UserWarning):
@@ -68,31 +71,41 @@ def change_state(
     if not allow_unobserved:
         _check_have_range(who, [name for name in without if not _may_lack_range(chosen[name])])
 
+    masks = _followed_masks(chosen, target)
     solutions.commit()
     for name, quantizer in chosen.items():
         if allow_unobserved and (name in solutions.unobserved or name in without):
             quantizer.unobserved_allowed = True
         quantizer.enter(target, pass_through=name in without)
-    if notes := [*solutions.findings(), *_idle_inputs(without, chosen)]:
+    if notes := [*solutions.findings(), *masks, *_idle_inputs(without, chosen)]:
         warnings.warn("\n".join([f"{who}:", *notes]), QuantizationWarning, stacklevel=4)
 
 
 def warn_of_state(saved_in: str | None, state: FakeQuantState) -> None:
     """Warns where a checkpoint of VALIDATION is loaded into a model in FLOAT."""
     if state is FakeQuantState.FLOAT and saved_in == FakeQuantState.VALIDATION.value:
-        warnings.warn(
+        warn_user(
             "load_state_dict: the checkpoint was saved in VALIDATION, and the model is in FLOAT, "
             'where it computes without quantization; call set_fake_quantize(model, "validation")',
             QuantizationWarning,
-            stacklevel=3,
+        )
+
+
+def check_copied(name: str, state: str) -> None:
+    """Raises RuntimeError if DataParallel copies a quantizer that collects data."""
+    if state in ACCUMULATE:
+        raise RuntimeError(
+            f"DataParallel: expected quantizers that collect no data, got {label_of(name)} in "
+            "CALIBRATION: copies on other devices are thrown away with what they saw; calibrate "
+            "model.module, or use DistributedDataParallel and sync_observers"
         )
 
 
 def check_export(state: str) -> None:
     """Raises RuntimeError during ``torch.export`` in a state that changes the quantizer.
 
-    During ``torch.onnx.export``, which has no operator for a quantizer, it warns: that function
-    catches exceptions and retries with another capture.
+    During ``torch.onnx.export``, which has no operator for a quantizer, it raises too; with
+    ``dynamo=True`` it warns, as that function catches exceptions and retries with another capture.
     """
     if state in CHANGES:
         raise RuntimeError(
@@ -102,13 +115,14 @@ def check_export(state: str) -> None:
         )
     compiling = torch.compiler.is_dynamo_compiling()
     if state in QUANTIZE and not compiling and torch.onnx.is_in_onnx_export():
-        warnings.warn(
+        text = (
             "torch.onnx.export: expected a float model, got one in VALIDATION, whose quantizers "
             "are no operators of ONNX; torch_ext.export.onnx(model, example_inputs, path) writes "
-            "them as QuantizeLinear and DequantizeLinear",
-            QuantizationWarning,
-            stacklevel=3,
+            "them as QuantizeLinear and DequantizeLinear"
         )
+        if not is_exporting():  # by TorchScript, which does not retry
+            raise RuntimeError(text)
+        warn_user(text, QuantizationWarning)
 
 
 def _without_range(chosen: Mapping[str, Quantizer], solutions: Solutions) -> list[str]:
@@ -139,8 +153,33 @@ def _check_have_range(who: str, names: list[str]) -> None:
         )
 
 
+def _followed_masks(chosen: Mapping[str, Quantizer], target: FakeQuantState) -> list[str]:
+    """Lines for a warning on leaving QAT: ranges that followed a mask; one transfer per device."""
+    if target is FakeQuantState.QAT:
+        return []
+    by_device: dict[torch.device, dict[str, torch.Tensor]] = {}
+    for name, quantizer in chosen.items():
+        follows = quantizer.state is FakeQuantState.QAT and not quantizer.keeps_range
+        if follows and not quantizer.transient:
+            low, high = quantizer.range.unbind(1)
+            ends = torch.stack([low.min(), high.max()])
+            by_device.setdefault(ends.device, {})[name] = ends
+    found = {
+        name: fill
+        for rows in by_device.values()
+        for name, row in zip(rows, torch.stack(list(rows.values())).tolist(), strict=True)
+        if (fill := mask_fill(*row))
+    }
+    notes = [
+        f"  {label_of(name)}: its range reaches {fill}, as masks do" for name, fill in found.items()
+    ]
+    return [*notes, mask_advice(list(found))] if found else []
+
+
 def _idle_inputs(without: list[str], chosen: Mapping[str, Quantizer]) -> list[str]:
     idle = sorted(
         name for name in without if chosen[name].optional and not chosen[name].unobserved_allowed
     )
-    return [f"  inputs that saw no floating tensor pass through: {shown(idle)}"] if idle else []
+    if not idle:
+        return []
+    return [f"  saw no floating tensor of their own, pass through: {shown(idle)}"]

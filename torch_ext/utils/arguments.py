@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 _MAX_SHOWN = 200  # characters of a value in a message
+_MAX_ENTRIES = 6  # of a list or mapping in a message
 
 
 def bounded(value: object) -> str:
@@ -95,6 +96,64 @@ def bound_arguments(who: str, model: nn.Module, example_inputs: Any) -> dict[str
             f"{who}: expected example_inputs to be the arguments of "
             f"{type(model).__name__}.forward, got others: {error}"
         ) from error
+
+
+def structure(value: object) -> str:
+    """An argument of a forward for a message that compares two: kinds and sizes, no numbers."""
+    if isinstance(value, Tensor):
+        return f"a tensor of {value.dim()} dimensions"
+    if value is None or isinstance(value, (bool, str)):
+        return repr(value)[:_MAX_SHOWN]
+    if isinstance(value, Mapping):
+        entries = [f"{key}: {structure(value[key])}" for key in list(value)[:_MAX_ENTRIES]]
+        return f"a mapping of {len(value)} ({', '.join(entries)})"
+    if isinstance(value, (tuple, list)):
+        entries = [structure(entry) for entry in value[:_MAX_ENTRIES]]
+        return f"a {type(value).__name__} of {len(value)} ({', '.join(entries)})"
+    return f"a {type(value).__name__}"
+
+
+class Structures:
+    """The arguments of the examples, as :func:`structure` describes them, for messages."""
+
+    def __init__(self, forward: Any, examples: Iterable[Mapping[str, Any]]) -> None:
+        """``examples``: values by argument of ``forward``; those left at their defaults are out."""
+        parameters = inspect.signature(forward).parameters
+        kinds = {name: parameter.kind for name, parameter in parameters.items()}
+        rest, more = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+        self._positional = [name for name, kind in kinds.items() if kind not in (rest, more)]
+        self._rest = next((name for name, kind in kinds.items() if kind is rest), "")
+        self._more = next((name for name, kind in kinds.items() if kind is more), "")
+        self._left_out = {}
+        for name, parameter in parameters.items():
+            default = () if name == self._rest else {} if name == self._more else parameter.default
+            no_default = default is parameter.empty
+            self._left_out[name] = "left out" if no_default else structure(default)
+        self._seen: dict[str, dict[str, None]] = {name: {} for name in parameters}
+        for example in examples:
+            for name, text in self._described(example).items():
+                self._seen[name][text] = None
+
+    def _described(self, values: Mapping[str, Any]) -> dict[str, str]:
+        return {
+            name: structure(values[name]) if name in values else text
+            for name, text in self._left_out.items()
+        }
+
+    def differences(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+        """What no example has of a call's arguments; empty if there is nothing."""
+        values: dict[str, Any] = dict(zip(self._positional, args, strict=False))
+        if self._rest:
+            values[self._rest] = args[len(self._positional) :]
+        more = {name: value for name, value in kwargs.items() if name not in self._left_out}
+        values |= {name: value for name, value in kwargs.items() if name in self._left_out}
+        if self._more:
+            values[self._more] = more
+        return "; ".join(
+            f'the argument "{name}" is {text}, in the example {" or ".join(self._seen[name])}'
+            for name, text in self._described(values).items()
+            if text not in self._seen[name]
+        )
 
 
 def parse_fraction(who: str, name: str, value: object) -> float:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 _declared: list[torch.library.Library] = []
 
 
-def _declare_operators() -> None:
+def declare_operators() -> None:
     with contextlib.suppress(ImportError, RuntimeError):
         importlib.import_module("torchvision")
         return
@@ -72,7 +72,7 @@ NORMS: dict[str, tuple[Callable[[], nn.Module], int]] = {
 def architecture(name: str, count: int = 2) -> tuple[nn.Module, Tensor]:
     """A model without zeros for weights, so that what is not quantized shows, and images."""
     if not _declared:
-        _declare_operators()
+        declare_operators()
     torch.manual_seed(0)
     make, size = (ZOO | NORMS)[name]
     model = make()

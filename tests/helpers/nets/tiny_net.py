@@ -31,12 +31,11 @@ class TinyNet(nn.Module):
 
 
 ACTIVATIONS = [
-    "conv1.activation_quantizer",
-    "relu1.activation_quantizer",
-    "conv2.activation_quantizer",
-    "add.activation_quantizer",
-    "fc.activation_quantizer",
-    "input_quantizers.x",
+    "conv1.input_quantizers.input",
+    "conv2.input_quantizers.input",
+    "add.input_quantizers.a",
+    "add.input_quantizers.b",
+    "fc.input_quantizers.input",
 ]
 WEIGHTS = [
     "conv1.parametrizations.weight.0",

@@ -56,7 +56,7 @@ def _other_model(rank: int, case: str) -> Any:
         return 3 if odd else calibrated_on(batches()[:1])
     net = calibrated_on(batches()[rank : rank + 1])
     if case == "state" and odd:
-        set_fake_quantize(net, "qat", "conv1.activation_quantizer")
+        set_fake_quantize(net, "qat", "conv1.input_quantizers.input")
     if case == "all solved":
         set_fake_quantize(net, "validation")
     if case in ("twice", "twice on one rank", "twice with more data"):
@@ -107,7 +107,7 @@ def one_is_missing(rank: int, world: int, how: str, path: str) -> tuple[str, flo
     they waited."""
     net = calibrated_on(batches()[rank::world])
     if how == "killed at the very last":
-        set_fake_quantize(net, "qat", "conv1.activation_quantizer")
+        set_fake_quantize(net, "qat", "conv1.input_quantizers.input")
     if rank == 0:
         solved = calibrated_on(batches())
         set_fake_quantize(solved, "validation")

@@ -11,6 +11,7 @@ import torch
 from torch_ext.analysis.report.quality import RuleLine
 from torch_ext.analysis.report.quantizer_report import QuantizerReport
 from torch_ext.quantizers.solve import dead_channels, listed
+from torch_ext.utils.mask_values import mask_fill
 
 # The limits from which on something is a finding.
 _FEW = 1000  # fewer values of an activation are too few
@@ -46,7 +47,8 @@ def _data_notes(subject: QuantizerReport) -> list[Note]:
     if infinite or nan:
         text = (
             f"{infinite} infinite and {nan} NaN values were left out. An engine would turn them "
-            "into numbers: find the operation that makes them."
+            "into numbers: find the operation that makes them. If it is a mask, leave its module "
+            "float with qconfig=None."
         )
         data_notes.append(Note("non-finite", text))
     if not params.solved:
@@ -80,6 +82,12 @@ def _range_notes(subject: QuantizerReport) -> list[Note]:
     low, high = float(extrema[:, 0].min()), float(extrema[:, 1].max())
     one_sided = params.symmetric and params.quant_min >= 0
     range_notes = []
+    if fill := mask_fill(low, high):
+        text = (
+            f"Its values reach {fill}, as masks do, which leaves no levels for data. Leave the "
+            "module that reads the mask float with qconfig=None."
+        )
+        range_notes.append(Note("mask", text))
     dead = dead_channels(params["range"], one_sided)
     if 0 < len(dead) < params.channels:
         text = (

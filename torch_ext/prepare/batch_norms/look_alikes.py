@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 
 from torch_ext.prepare.insertion.recording import Recording
+from torch_ext.prepare.module_classes import copied
 
 
 def look_alikes(model: nn.Module) -> list[str]:
@@ -53,7 +52,7 @@ def whole_call(recording: Recording, name: str) -> tuple[fx.Node, set[fx.Node]] 
 @torch.no_grad()
 def _is_batch_norm(module: nn.Module, like: Tensor) -> bool:
     """Whether it computes in float64 what ``F.batch_norm`` does, for random values."""
-    twin = copy.deepcopy(module)
+    twin = copied("fuse", module)
     for part in twin.modules():
         if hasattr(vars(part).get("forward"), "__wrapped__"):
             del part.__dict__["forward"]  # the recording's

@@ -7,7 +7,6 @@ consecutive in a Sequential.
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections import Counter
 
@@ -24,6 +23,8 @@ from torch_ext.prepare.batch_norms.pair import (
     pair_of,
     problem,
 )
+from torch_ext.prepare.module_classes import copied
+from torch_ext.utils.modes import undisturbed
 
 
 class _Tracer(fx.Tracer):
@@ -37,9 +38,10 @@ def traced_norms(model: nn.Module) -> Norms:
     """The pairs that are certain, and the reason for each other batch norm."""
     pairs: list[Pair] = []
     left: dict[str, str] = {}
-    twin = copy.deepcopy(model).eval()  # tracing runs the forward, which may change the model
+    twin = copied("fuse", model).eval()  # tracing runs the forward, which may change the model
     try:
-        graph = _Tracer().trace(twin)
+        with undisturbed(twin):
+            graph = _Tracer().trace(twin)
     except Exception as error:  # the user's forward: anything may come
         before = _before_in_sequentials(model)
         text = str(error).partition("\n")[0]

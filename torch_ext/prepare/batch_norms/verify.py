@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +12,8 @@ from torch.utils._pytree import tree_map
 
 from torch_ext.prepare.batch_norms.fold import fold
 from torch_ext.prepare.batch_norms.pair import Norms, Pair
-from torch_ext.utils.modes import forked_rng
+from torch_ext.prepare.module_classes import copied
+from torch_ext.utils.modes import undisturbed
 
 # Positional and keyword arguments of a call.
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -60,7 +60,7 @@ class _Outputs:
             return False
 
     def _run(self, pairs: list[Pair]) -> list[Any]:
-        trial = copy.deepcopy(self.model).eval()
+        trial = copied("fuse", self.model).eval()
         if self.double is not None:
             trial = trial.double() if self.double else trial.float()
         for pair in pairs:
@@ -68,7 +68,7 @@ class _Outputs:
         outputs = []
         for example in self.examples:
             args, kwargs = tree_map(self._copied, example)
-            with torch.no_grad(), forked_rng(self.model):
+            with torch.no_grad(), undisturbed(self.model):
                 outputs.append(trial(*args, **kwargs))
         return outputs
 

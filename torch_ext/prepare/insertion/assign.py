@@ -22,6 +22,7 @@ from torch_ext.prepare.insertion.plan import (
     merge_calls,
 )
 from torch_ext.prepare.insertion.recording import Key, Recording, is_torchs_leaf
+from torch_ext.utils.arguments import Structures
 
 _STEPS_RUN_BY_TORCH = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # Makes the quantizer of a site, in one of the placements; returns its name.
@@ -87,10 +88,13 @@ class Assignment:
         return self._memos.setdefault(recording.keys[operand], f"value {len(self._memos)}")
 
 
-def make_plan(recordings: list[Recording], layers: frozenset[str]) -> Plan:
+def make_plan(
+    forward: Callable[..., Any], recordings: list[Recording], layers: frozenset[str]
+) -> Plan:
     """The plan of recordings of eval and, if there are some, of train mode.
 
-    ``layers``: modules of which no call may be missed, beside those that read something.
+    ``forward``: the model's. ``layers``: modules of which no call may be missed, beside those that
+    read something.
     """
     calls = [call for recording in recordings for call in recording.all_calls]
     reading = {call.module for call in calls if call.reads or call.output}
@@ -104,7 +108,8 @@ def make_plan(recordings: list[Recording], layers: frozenset[str]) -> Plan:
     if len(roots) == 2:
         keys = {call: key for recording in recordings for call, key in recording.call_keys.items()}
         link_twins(roots[False], roots[True], keys)
-    return Plan(list(roots.values()), layers | reading)
+    given = Structures(forward, [recording.example for recording in recordings])
+    return Plan(list(roots.values()), layers | reading, given)
 
 
 def tracked_modules(model: nn.Module, recordings: list[Recording], plan: Plan) -> list[str]:
@@ -236,10 +241,18 @@ def _home(recording: Recording, node: fx.Node) -> tuple[str, str]:
 
 
 def _host(recording: Recording, name: str, stem: str) -> tuple[str, str]:
-    """The module itself, or the next one above that is no container of steps."""
+    """The module itself, or the next one above that is no container of steps.
+
+    Such a container would run the quantizer as a step. If the model is one, it is its first step
+    that is none.
+    """
     module = recording.model.get_submodule(name)
-    container = isinstance(module, _STEPS_RUN_BY_TORCH)
-    return _above(recording, name, stem) if name and container else (name, stem)
+    if not isinstance(module, _STEPS_RUN_BY_TORCH):
+        return name, stem
+    if name:
+        return _above(recording, name, stem)
+    steps = (n for n, m in module.named_modules() if not isinstance(m, _STEPS_RUN_BY_TORCH))
+    return next(steps, name), stem
 
 
 def _above(recording: Recording, name: str, stem: str) -> tuple[str, str]:

@@ -8,9 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_ext.prepare.insertion.plan import CallPlan, FunctionPlan, Link, Read
-from torch_ext.prepare.insertion.user_lines import calling_lines, traced_lines
+from torch_ext.prepare.insertion.plan import CallPlan, FunctionPlan, Link, Place, Read
+from torch_ext.prepare.insertion.user_lines import (
+    calling_lines,
+    nearest_line,
+    traced_lines,
+    traced_nearest_line,
+)
 from torch_ext.quantizers.fake_quantize import FakeQuantize
+from torch_ext.utils.text import label_of
 
 _OTHERWISE = (
     "pass prepare_qat an example that comes by here too (example_inputs=[(first,), (second,)]), or "
@@ -40,15 +46,20 @@ class Call:
     part can be compiled by itself.
     """
 
-    def __init__(self, link: Link, scope: Scope | None, plan: CallPlan) -> None:
-        self.link, self.scope = link, scope
+    def __init__(
+        self, link: Link, scope: Scope | None, plan: CallPlan, given: Any = ((), None)
+    ) -> None:
+        """``given``: the positional and keyword arguments of a call of the model, for messages."""
+        self.link, self.scope, self.given = link, scope, given
         self.current = plan
         self.counts: dict[str, int] = {}  # calls of children and lines by what was current
         self.done = 0  # functions with reads
+        self.mode: Any = None  # the InsertionMode of this call, where it may be paused
         self.values: dict[str, tuple[Tensor, Tensor, bool]] = {}
 
-    def enter(self, module: nn.Module, name: str) -> CallPlan:
+    def enter(self, module: nn.Module, place: Place) -> CallPlan:
         """The plan of the call that begins."""
+        name = place.name
         calls = self.current.children.get(name)
         if calls is None:
             if self.current.free:
@@ -56,17 +67,17 @@ class Call:
             if name in self.link.plan.layers:
                 raise RuntimeError(
                     f'prepare_qat: expected "{name}" to be called where the example_inputs had it '
-                    f'called, got a call in "{self.current.module}"; {_OTHERWISE}'
+                    f"called, got a call in {label_of(self.current.module)} at {_line()}; "
+                    f"{self._advice()}"
                 )
             return _UNKNOWN
-        key = "." + name
-        index = self.counts.get(key, 0)
-        self.counts[key] = index + 1
+        index = self.counts.get(place.key, 0)
+        self.counts[place.key] = index + 1
         if index >= len(calls):
             if calls[-1].reads_inside:
                 raise RuntimeError(
                     f'prepare_qat: expected "{name}" to be called {len(calls)} times, as with the '
-                    f"example_inputs, got another call; {_OTHERWISE}"
+                    f"example_inputs, got another call at {_line()}; {self._advice()}"
                 )
             index = len(calls) - 1
         found = calls[index]
@@ -87,15 +98,15 @@ class Call:
                 return None
             raise RuntimeError(
                 f"prepare_qat: expected the functions that the example_inputs came by, got {name} "
-                f"at{text or ' torch.nn'}; {_OTHERWISE}"
+                f"at {_shown(text)}; {self._advice()}"
             )
         index = self.counts.get(line, 0)
         self.counts[line] = index + 1
         if index >= len(calls):
             if _have_reads(calls):
                 raise RuntimeError(
-                    f"prepare_qat: expected {len(calls)} calls of {name} at{text}, as with the "
-                    f"example_inputs, got another; {_OTHERWISE}"
+                    f"prepare_qat: expected {len(calls)} calls of {name} at {_shown(text)}, as "
+                    f"with the example_inputs, got another; {self._advice()}"
                 )
             return None
         return calls[index]
@@ -125,19 +136,45 @@ class Call:
         missing = []
         for line, calls in plan.lines.items():
             if _have_reads(calls[self.counts.get(line, 0) :]):
-                missing.append(line)
+                name, _, text = line.partition(" ")
+                missing.append(f"{name} at {_shown(text)}")
         raise RuntimeError(
-            f'prepare_qat: expected "{plan.module}" to come by the functions that it came by with '
-            f"the example_inputs, got none of {', '.join(missing)}; {_OTHERWISE}"
+            f"prepare_qat: expected {label_of(plan.module)} to come by the functions that it came "
+            f"by with the example_inputs, got none of {', '.join(missing)}; {self._advice()}"
         )
+
+    def _advice(self) -> str:
+        """The end of a message: which arguments differ from the examples', and what to do."""
+        args, kwargs = self.given
+        if kwargs is None:  # a call of a module by itself
+            return _OTHERWISE
+        other = self.link.plan.given.differences(args, kwargs)
+        return f"{other}; {_OTHERWISE}" if other else _OTHERWISE
 
 
 class _Current(threading.local):
-    call: Call | None = None
+    def __init__(self) -> None:
+        # In every thread's own dict: torch.compile cannot guard a default that the class has.
+        self.call: Call | None = None
 
 
 # What is being called in this thread.
 CURRENT = _Current()
+
+
+def _shown(lines: str) -> str:
+    """Lines of a plan for a message: the one of the call, and those that lead to it in brackets."""
+    own, *outer = lines.strip().split(" /")  # each begins with a path
+    if not own:
+        return "torch.nn"
+    return f"{own} (called at {', '.join(f'/{line}' for line in outer)})" if outer else own
+
+
+def _line() -> str:
+    """The line of the user's code that makes the call."""
+    if torch.compiler.is_dynamo_compiling():
+        return str(traced_nearest_line())
+    return nearest_line()
 
 
 def _have_reads(calls: list[FunctionPlan | None]) -> bool:

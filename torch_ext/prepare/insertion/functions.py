@@ -89,10 +89,13 @@ PYTHON_FUNCTIONS = {
 }
 
 
-def _with_globals(function: Any, scope: dict[str, Any]) -> Any:
+def with_globals(function: Any, scope: dict[str, Any]) -> Any:
+    """A copy of a Python function that finds ``scope`` among its module's names."""
+    names = {**function.__globals__, **scope}
+    names.pop("__name__", None)  # by which torch.compile would look in the module itself instead
     made = types.FunctionType(
         function.__code__,
-        {**function.__globals__, **scope},
+        names,
         function.__name__,
         function.__defaults__,
         function.__closure__,
@@ -115,7 +118,7 @@ def _opened(function: Any) -> Any:
     """The same code that does not hand itself to a mode: its body runs under the mode."""
     asking = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
     scope: dict[str, Any] = dict.fromkeys(asking, _no)
-    return _with_globals(function, scope | {"_check_key_padding_mask": _check_mask})
+    return with_globals(function, scope | {"_check_key_padding_mask": _check_mask})
 
 
 OPENED = {F.multi_head_attention_forward: _opened(F.multi_head_attention_forward)}
@@ -127,14 +130,57 @@ def _layer_by_layer(forward: Any) -> Any:
     replaced.__dict__.update(torch.__dict__)
     mha = types.SimpleNamespace(get_fastpath_enabled=_no)
     replaced.backends = types.SimpleNamespace(mha=mha)  # type: ignore[attr-defined]
-    return _with_globals(forward, {"torch": replaced})
+    return with_globals(forward, {"torch": replaced})
 
 
-LAYER_BY_LAYER = {
-    forward: _layer_by_layer(forward)
-    for forward in (
-        nn.TransformerEncoderLayer.forward,
-        nn.TransformerEncoder.forward,
-        nn.MultiheadAttention.forward,
-    )
+_ENCODER = _layer_by_layer(nn.TransformerEncoder.forward)
+
+
+class _WithoutNorm:
+    """A TransformerEncoder as its forward sees it, without the norm at its end."""
+
+    def __init__(self, encoder: nn.TransformerEncoder) -> None:
+        self.encoder = encoder
+        self.norm = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.encoder, name)
+
+
+def _encoder(
+    self: nn.TransformerEncoder,
+    src: Tensor,
+    mask: Tensor | None = None,
+    src_key_padding_mask: Tensor | None = None,
+    is_causal: bool | None = None,
+) -> Tensor:
+    """The forward of a TransformerEncoder without nested tensors; zeros where these give zeros."""
+    out: Tensor = _ENCODER(_WithoutNorm(self), src, mask, src_key_padding_mask, is_causal)
+    if src_key_padding_mask is not None and mask is None and _nests(self, src):
+        padding = src_key_padding_mask
+        padding = padding if padding.dtype is torch.bool else padding != 0
+        aligned = torch._nested_tensor_from_mask_left_aligned
+        if not getattr(self, "mask_check", True) or aligned(src, padding.logical_not()):
+            out = out.masked_fill(padding.unsqueeze(-1), 0.0)
+    return out if self.norm is None else self.norm(out)
+
+
+def _nests(encoder: nn.TransformerEncoder, src: Tensor) -> bool:
+    """Whether torch's forward makes the input nested, if its masks let it."""
+    first: Any = encoder.layers[0]
+    if first.training or src.dim() != 3 or not getattr(encoder, "use_nested_tensor", False):
+        return False
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(src.device.type):
+        return False
+    if torch.is_grad_enabled() and any(p.requires_grad for p in first.parameters()):
+        return False
+    return torch.backends.mha.get_fastpath_enabled()
+
+
+LAYER_BY_LAYER: dict[Any, Any] = {
+    nn.TransformerEncoder.forward: _encoder,
+    **{
+        forward: _layer_by_layer(forward)
+        for forward in (nn.TransformerEncoderLayer.forward, nn.MultiheadAttention.forward)
+    },
 }

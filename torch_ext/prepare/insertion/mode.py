@@ -6,7 +6,7 @@ import types
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from torch_ext.prepare.insertion.call import CURRENT, Call
 from torch_ext.prepare.insertion.functions import (
@@ -48,6 +48,22 @@ class InsertionMode(TorchFunctionMode):
             return func(*args, **kwargs)
         call.done += 1
         return _with_reads(call, plan, func, name, args, kwargs)
+
+
+def pause(call: Call) -> bool:
+    """Leaves the call's mode, where nothing is looked at, if it is the innermost one.
+
+    A mode costs some microseconds for each function of torch. While compiling it costs nothing
+    that stays. The caller enters ``call.mode`` again if this returns True.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    mode = call.mode
+    innermost = _get_current_function_mode()  # type: ignore[no-untyped-call]
+    if mode is None or innermost is not mode:
+        return False
+    mode.__exit__(None, None, None)
+    return True
 
 
 def _traced(func: Any, args: Any, kwargs: Any) -> Any:

@@ -83,17 +83,6 @@ _OPERANDS: dict[str, tuple[tuple[int, tuple[str, ...]], ...]] = {
 }
 _WEIGHT = (1, ("weight",))
 _CHUNKS = ("chunk", "split", "getitem")
-_BEFORE_SOFTMAX = (
-    "div",
-    "float",
-    "to",
-    "type_as",
-    "masked_fill",
-    "where",
-    "max",
-    "maximum",
-    "clamp",
-)
 
 
 def placement_table() -> str:
@@ -140,18 +129,6 @@ def _option(run: RunGraph, node: fx.Node, name: str, position: int, default: str
         return str(getattr(module, name, default))
     given = node.args[position] if len(node.args) > position else default
     return str(node.kwargs.get(name, given))
-
-
-def feeds_softmax(run: RunGraph, node: fx.Node) -> bool:
-    """Whether a sum is one of attention scores: a mask is added, and a softmax reads the result."""
-    for user in node.users:
-        name = operation(run, user)
-        if name in ("softmax", "log_softmax"):
-            return True
-        carries = _KINDS.get(name) in (Kind.CARRY, Kind.PAIR) or name in _BEFORE_SOFTMAX
-        if carries and feeds_softmax(run, user):
-            return True
-    return False
 
 
 def inputs_of(run: RunGraph, node: fx.Node) -> list[fx.Node]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -11,7 +12,6 @@ from torch import Tensor, fx, nn
 from torch_ext.prepare.insertion.operations import (
     DROPOUTS,
     Kind,
-    feeds_softmax,
     inputs_of,
     kind_of,
     operation,
@@ -21,6 +21,7 @@ from torch_ext.prepare.insertion.operations import (
 from torch_ext.prepare.insertion.recording import Recording, is_wrapped
 from torch_ext.prepare.qconfig import Factory, QConfigMapping
 from torch_ext.prepare.quantizable_modules import TRANSPOSED, WEIGHTED, Target, target_of
+from torch_ext.utils.attention_scores import AttentionScores
 
 
 class WeightSite(NamedTuple):
@@ -72,6 +73,13 @@ class Placement:
         self.outputs: dict[fx.Node, None] = {}
         self.site_of: dict[fx.Node, Site] = {}
         self._kinds = {node: kind_of(recording, node) for node in recording.graph.nodes}
+        self._scores = AttentionScores(
+            recording.graph,
+            functools.partial(operation, recording),
+            recording.values.__getitem__,
+            masks={node for node, value in recording.values.items() if _is_two_valued(node, value)},
+            kept=recording.kept,
+        )
         self._joined: set[fx.Node] = set()
         self._computed: set[fx.Node] = set()
         self._data: set[fx.Node] = set()
@@ -131,17 +139,20 @@ class Placement:
         """What the table says a node reads quantized."""
         if kind not in (Kind.WEIGHTED, Kind.PRODUCT, Kind.PAIR, Kind.JOIN, Kind.RESAMPLE):
             return []
-        recording = self.recording
+        recording, masks = self.recording, self._scores.masks
         operands = [
             operand
             for operand in inputs_of(recording, node)
             if self._is_floating(operand) and operand not in recording.masks
         ]
-        if kind is Kind.PAIR:
-            if len(operands) < 2 or not self._computed.issuperset(operands):
-                return []
-            if operation(recording, node) == "add" and feeds_softmax(recording, node):
-                return []  # attention scores and a mask
+        if kind in (Kind.PAIR, Kind.JOIN) and self._scores.stays_float(node):
+            return []
+        if kind in (Kind.PAIR, Kind.RESAMPLE):
+            operands = [operand for operand in operands if operand not in masks]
+        if kind is Kind.PAIR and (len(operands) < 2 or not self._computed.issuperset(operands)):
+            return []
+        if kind in (Kind.PRODUCT, Kind.JOIN) and self._scores.is_of_masks(operands):
+            return []
         return operands if not self._data.isdisjoint(operands) else []
 
     def _is_floating(self, node: fx.Node) -> bool:
@@ -243,3 +254,13 @@ def is_input(value: fx.Node) -> bool:
         assert isinstance(source, fx.Node)
         value = source
     return value.op == "placeholder"
+
+
+def _is_two_valued(node: fx.Node, value: Any) -> bool:
+    """A floating argument of the model that holds 0 and one other value: flags, or a mask."""
+    if not is_input(node) or not isinstance(value, Tensor) or not value.is_floating_point():
+        return False
+    if value.is_meta or is_wrapped(value):
+        return False
+    others = value[value != 0]
+    return 0 < len(others) < value.numel() and bool((others == others[0]).all())

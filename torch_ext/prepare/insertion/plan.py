@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from torch_ext.prepare.insertion.operations import JOINS, PAIRS
+from torch_ext.utils.arguments import Structures
 
 
 class Read:
@@ -90,13 +91,15 @@ class CallPlan:
 class Plan:
     """Of one model; shared by its copies."""
 
-    def __init__(self, roots: list[CallPlan], layers: frozenset[str]) -> None:
+    def __init__(self, roots: list[CallPlan], layers: frozenset[str], given: Structures) -> None:
         """
         Args:
             roots: of eval mode, then of train mode if the example runs there.
             layers: modules whose call has a read wherever it stands, so that none may be missed.
+            given: the examples' arguments.
         """
         self.root = roots[0]
+        self.given = given
         self.functions = dict.fromkeys(sorted(functions_with_reads(roots)), True)
         self.layers = dict.fromkeys(sorted(layers), True)
         # Their names, and these in parts.
@@ -149,6 +152,7 @@ class Place:
         self.name, self.link = name, link
         self.prefix = f"{name}." if name else ""
         self.depth = self.prefix.count(".")
+        self.key = f".{name}"  # under which its calls are counted; no function's line begins so
 
 
 def counted(name: str, args: Any, kwargs: Mapping[str, Any]) -> bool:

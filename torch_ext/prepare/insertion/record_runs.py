@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import itertools
@@ -19,8 +18,9 @@ from torch.utils._pytree import tree_map
 from torch_ext.prepare.insertion.functions import LAYER_BY_LAYER, OPENED
 from torch_ext.prepare.insertion.recording import IsFloat, Recording
 from torch_ext.prepare.insertion.user_lines import begins_call, user_line
+from torch_ext.prepare.module_classes import copied
 from torch_ext.utils.arguments import bound_arguments
-from torch_ext.utils.modes import forked_rng
+from torch_ext.utils.modes import undisturbed
 
 _OTHERWISE = "without example_inputs, or give the class a forward"
 _VERSION = Tensor._version.__get__  # type: ignore[attr-defined]
@@ -46,17 +46,20 @@ def record_modes(
     examples = [bound_arguments(who, model, given) for given in examples_of(example_inputs)]
     recordings = []
     for training, example in itertools.product(modes, examples):
+        twin = copied(who, model)
         try:
-            recordings.append(record(model, example, training, is_float))
+            recordings.append(record(twin, example, training, is_float))
         except Exception as error:  # the user's forward: anything may come
-            problem = f"at {_failing_line(error)} {type(error).__name__}: {error}"
+            text = str(error).partition("\n")[0]
+            problem = f"at {_failing_line(error)} {type(error).__name__}: {text}"
             if not training:
                 raise ValueError(
                     f"{who}: expected example_inputs that the model can run, got {problem}"
                 ) from error
             warnings.warn(  # it may want targets
                 f"{who}: the example does not run in train mode ({problem}), so calls in train "
-                "mode are expected to be like those in eval mode",
+                "mode are expected to be like those in eval mode; if they are not, pass an example "
+                "that runs in both, as one of example_inputs=[(first,), (second,)]",
                 stacklevel=4,
             )
     return recordings
@@ -81,19 +84,19 @@ def _failing_line(error: BaseException) -> str:
 
 
 def record(
-    model: nn.Module, example: Mapping[str, Any], training: bool, is_float: IsFloat
+    twin: nn.Module, example: Mapping[str, Any], training: bool, is_float: IsFloat
 ) -> Recording:
-    """Runs a copy of the model in one mode; the model and torch's random state stay as they are.
+    """Runs a model in one mode and leaves it changed; see :func:`undisturbed` for what stays.
 
-    ``example``: values by argument of the forward. Batch norms evaluate also while training, since
+    ``twin``: a copy that nothing else uses. ``example``: values by argument of the forward. Batch
+    norms evaluate also while training, since
     they refuse to train on one value per channel.
     """
-    twin = copy.deepcopy(model)
     twin.train(training)
     for module in twin.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
-    recording = Recording(twin, is_float)
+    recording = Recording(twin, example, is_float)
     bound = inspect.signature(twin.forward).bind_partial()
     bound.arguments.update(tree_map(_cloned, dict(example)))
     for name, value in bound.arguments.items():
@@ -107,7 +110,7 @@ def record(
         recording.end(forward(*bound.args, **bound.kwargs))
 
     begins_call(recorded_forward.__code__)
-    with torch.no_grad(), forked_rng(model), _RecordMode(recording):
+    with torch.no_grad(), undisturbed(twin), _RecordMode(recording):
         recorded_forward()
     return recording
 
@@ -118,6 +121,8 @@ class _RecordMode(TorchFunctionMode):
         self.recording = recording
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.compiler.is_compiling():  # the user's own torch.compile, flex_attention's too
+            return func(*args, **(kwargs or {}))
         if func == _VERSION:  # asked by the recording itself, between calls of modules
             return func(*args)
         if func in OPENED and not self.recording.hidden:

@@ -28,7 +28,9 @@ IsFloat = Callable[[str], bool]
 FunctionCall = tuple[CallPlan, str, int]
 Key = tuple[Any, ...]
 
-_LARGE = 1e30  # below the least value of float32, above what data reaches
+# Above what data reaches, below the magnitude of each dtype's least value and its half.
+_LARGE = {torch.float16: 3e4}
+_LARGE_ELSE = 1e30
 # Of these only shape and dtype of other tensors are taken.
 _SHAPE_ONLY = ("type_as", "expand_as", "view_as", "reshape_as", "to")
 # These look at values, and return no tensor.
@@ -53,11 +55,14 @@ class Recording(RunGraph):
     another run). ``in_place``: nodes that write to their first argument. ``masks``: nodes with
     infinities or values near the end of their dtype. ``busy``: modules that call functions of the
     table, also inside torch's own. ``kept``: nodes of what the forward returns or keeps in
-    attributes, and of what it looks at without making a tensor of it.
+    attributes, and of what it looks at without making a tensor of it. ``result``: what the forward
+    returns.
     """
 
-    def __init__(self, model: nn.Module, is_float: IsFloat) -> None:
+    def __init__(self, model: nn.Module, example: Mapping[str, Any], is_float: IsFloat) -> None:
+        """``example``: values by argument of the forward."""
         super().__init__(model)
+        self.example = example
         self.training = model.training
         self.root = CallPlan("", model.training)
         self.calls: dict[fx.Node, CallPlan] = {}
@@ -68,12 +73,15 @@ class Recording(RunGraph):
         self.busy: set[str] = set()
         self.kept: set[fx.Node] = set()
         self.hidden = False  # inside a module that is one node
+        self.result: Any = None
         self._is_float = is_float
         self._call = self.root
         self.call_keys: dict[CallPlan, Key] = {self.root: ()}
         self._counts: dict[Key, int] = {}
         # Tensors by address, kept so that none is used twice, with the version that was known.
         self._known: dict[int, tuple[Tensor, int, fx.Node]] = {}
+        # By the address of a tensor of ``_known``: what was written to a part of it.
+        self._set_items: dict[int, tuple[fx.Node, ...]] = {}
         self._names = {id(t): n for n, t in (*model.named_parameters(), *model.named_buffers())}
         self._constants = {id(t) for t in _attributes(model)}
 
@@ -109,7 +117,9 @@ class Recording(RunGraph):
         if known is not None:
             before = known[2]
             key = ("written", *self.keys[before], value._version)
-            node = self.add("call_function", _written, (before,), {}, value, key)
+            into = self._set_items.pop(id(value), ())
+            node = self.add("call_function", _written, (before, *into), {}, value, key)
+            self.functions[node] = "written"
         elif id(value) in self._names:
             name = self._names[id(value)]
             node = self.add("get_attr", name, (), {}, value, ("attribute", name))
@@ -127,7 +137,8 @@ class Recording(RunGraph):
             self.know(value, node)
 
     def end(self, result: Any) -> None:
-        """Notes what outlives the forward."""
+        """Notes what the forward returns, and what outlives it."""
+        self.result = result
         for tensor in (*_tensors(result), *_attributes(self.model)):
             if self._is_known(tensor):
                 self.kept.add(self._known[id(tensor)][2])
@@ -218,6 +229,9 @@ class Recording(RunGraph):
         result = function(*args, **kwargs)
         if name in _LOOKS:
             self.kept.update(node for _, _, node in inputs)
+        if name == "setitem":
+            before = self._set_items.get(id(args[0]), ())
+            self._set_items[id(args[0])] = (*before, *map(self.find, _tensors(args[2])))
         if not _tensors(result) or self._is_known(result):
             return result
         node = self.add("call_function", function, *given, result, key)
@@ -280,7 +294,7 @@ def is_wrapped(value: Tensor) -> bool:
 def _is_mask(value: Tensor) -> bool:
     if not value.is_floating_point() or value.numel() == 0 or value.is_meta or is_wrapped(value):
         return False
-    return not bool((value.abs() < _LARGE).all())
+    return not bool((value.abs() < _LARGE.get(value.dtype, _LARGE_ELSE)).all())
 
 
 def _part(value: Any, index: int) -> Any:

@@ -6,12 +6,13 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
 from torch_ext.prepare.insertion.call import CURRENT, UNCHECKED, Call, Scope, find_quantizer
 from torch_ext.prepare.insertion.functions import LAYER_BY_LAYER
-from torch_ext.prepare.insertion.mode import InsertionMode
+from torch_ext.prepare.insertion.mode import InsertionMode, pause
 from torch_ext.prepare.insertion.plan import CallPlan, Place, Plan
 from torch_ext.prepare.insertion.user_lines import begins_call
 from torch_ext.prepare.module_classes import Undo, class_with_forward, swap_class
@@ -54,21 +55,24 @@ def _run_alone(
     if plan is None:
         raise RuntimeError(
             f'prepare_qat: expected "{place.name}" to be called by the model, which calls it '
-            "several times with different quantizers, got a call by itself (or its recomputation; "
-            "checkpoint the module that calls it)"
+            "several times with different quantizers, got a call by itself; call the model, or the "
+            'part after set_fake_quantize(model, "float"); if activation checkpointing recomputes '
+            "it, checkpoint the module that calls it"
         )
     if plan.training != module.training and plan.twin is not None:
         plan = plan.twin
     scope = Scope("", 0, root, None)
     if place.name:
         scope = Scope(place.prefix, place.depth, module, scope)
-    call = Call(link, scope, plan)
+    call = Call(link, scope, plan, ((), None) if place.name else (args, kwargs))
     CURRENT.call = call
     try:
         if plan.reads:
             args, kwargs = _read_arguments(call, plan, args, kwargs)
         if link.plan.functions:
-            with InsertionMode(call):
+            with InsertionMode(call) as mode:
+                if not torch.compiler.is_dynamo_compiling():
+                    call.mode = mode
                 made = layered(module, *args, **kwargs)
         else:
             made = layered(module, *args, **kwargs)
@@ -99,16 +103,21 @@ def _tracked_forward(base_forward: Callable[..., Any]) -> Callable[..., Any]:
         if call.scope is None:
             return base_forward(self, *args, **kwargs)
         outer, counts, done, scope = call.current, call.counts, call.done, call.scope
-        plan = call.enter(self, place.name)
-        if plan.reads:
-            args, kwargs = _read_arguments(call, plan, args, kwargs)
+        plan = call.enter(self, place)
         if plan.free:  # one of torch's layers, or a module that is left float
             call.current = plan
+            paused = pause(call)
             try:
+                if plan.reads:
+                    args, kwargs = _read_arguments(call, plan, args, kwargs)
                 made = layered(self, *args, **kwargs)
+                return made if plan.output is None else call.read(plan.output, made)
             finally:
+                if paused:
+                    call.mode.__enter__()
                 call.current = outer
-            return made if plan.output is None else call.read(plan.output, made)
+        if plan.reads:
+            args, kwargs = _read_arguments(call, plan, args, kwargs)
         call.current, call.counts, call.done = plan, {}, 0
         call.scope = Scope(place.prefix, place.depth, self, scope)
         try:
@@ -162,6 +171,11 @@ def track(module: nn.Module, place: Place) -> Undo:
         swap_back()
 
     return undo
+
+
+def is_tracked(module: nn.Module) -> bool:
+    """Whether the module's calls follow a plan."""
+    return _PLACE in module.__dict__
 
 
 def untrack(module: nn.Module) -> None:

@@ -6,13 +6,14 @@ calls in one mode than in the other.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
 from types import CodeType, FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -27,8 +28,9 @@ _OURS_THAT_COUNT = _PACKAGE + "modules.py"
 _MODULE_FILE, _CALL = nn.modules.module.__file__, "_call_impl"
 _PARAMETRIZE_FILE = parametrize.__file__
 
-# Code of the forwards that begin the call of a tracked module, and the same by file and name.
-_BEGINNINGS: set[CodeType] = set()
+# Code of the forwards that begin the call of a tracked module, by id, as its hash is that of all
+# its contents; and the same by file and name.
+_BEGINNINGS: dict[int, CodeType] = {}
 _NAMED_BEGINNINGS: set[tuple[str, str]] = set()
 
 
@@ -44,10 +46,11 @@ class Lines(NamedTuple):
 
 def begins_call(code: CodeType) -> None:
     """Marks the code of a function that begins the call of a tracked module."""
-    _BEGINNINGS.add(code)
+    _BEGINNINGS[id(code)] = code
     _NAMED_BEGINNINGS.add((code.co_filename, code.co_name))
 
 
+@functools.lru_cache(maxsize=4096)  # asked for every frame at every call of a planned function
 def is_users(filename: str) -> bool:
     """Whether code is neither torch's, Python's nor ours."""
     if filename.startswith((_TORCH, "<")) or filename == _OURS_THAT_COUNT:
@@ -61,7 +64,7 @@ def calling_lines() -> Lines:
     """The lines between the innermost tracked module's forward and the function called now."""
     frame: FrameType | None = sys._getframe(1)
     text, apart = "", False
-    while frame is not None and frame.f_code not in _BEGINNINGS:
+    while frame is not None and id(frame.f_code) not in _BEGINNINGS:
         filename = frame.f_code.co_filename
         if is_users(filename):
             text += f" {filename}:{frame.f_lineno}"
@@ -85,6 +88,21 @@ def traced_lines() -> tuple[str, bool]:
     return text, apart
 
 
+def nearest_line() -> str:
+    """The innermost line of the user's that leads here."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and not is_users(frame.f_code.co_filename):
+        frame = frame.f_back
+    return "torch.nn" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+def traced_nearest_line() -> str:
+    """The same of what ``torch.compile`` is tracing."""
+    frames: Any = torch._guards.TracingContext.extract_stack()
+    return user_line((frame.filename, frame.lineno) for frame in frames)
+
+
 def instructions(skipped: int = 0) -> tuple[tuple[str, str, int], ...]:
     """As ``calling_lines``, but each by the very instruction, which tells calls of a line apart.
 
@@ -92,7 +110,7 @@ def instructions(skipped: int = 0) -> tuple[tuple[str, str, int], ...]:
     """
     frame: FrameType | None = sys._getframe(1 + skipped)
     found = []
-    while frame is not None and frame.f_code not in _BEGINNINGS:
+    while frame is not None and id(frame.f_code) not in _BEGINNINGS:
         if is_users(frame.f_code.co_filename):
             found.append((frame.f_code.co_filename, frame.f_code.co_name, frame.f_lasti))
         frame = frame.f_back

@@ -1,0 +1,1 @@
+"""Modules whose own call reads or returns something quantized: classes derived for them."""
