@@ -167,8 +167,8 @@ def test_text_and_picture(tmp_path: Path) -> None:
         "<lambda>: float 90, quantized 88",
         "quantizer                     of      alone  loss   all but it  gain",
         "----------------------------  ------  -----  -----  ----------  ----",
-        "fc.parametrizations.weight.0  weight  89     +1     90          +2",
-        "fc.input_quantizers.input     input   89.75  +0.25  88.5        +0.5",
+        "fc.input_quantizers.input     input   89     +1     90          +2",
+        "fc.parametrizations.weight.0  weight  89.75  +0.25  88.5        +0.5",
     ]
     found.save_picture(tmp_path / "all.svg")
     found.save_picture(tmp_path / "one.svg", most=1)
