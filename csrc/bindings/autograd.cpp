@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include "bindings/arguments.h"
+#include "bindings/checks.h"
 #include "bindings/layout.h"
 #include "rule_table.h"
 
@@ -49,6 +50,15 @@ at::Tensor masked_autograd(const at::Tensor& grad, const at::Tensor& mask, at::I
   return out;
 }
 
+// torch's own fake-quant refuses such a scale too. The buffers that follow_fake_quant writes to are
+// checked as every op's are.
+template <class Op, class... Others>
+void check_constants(const at::Tensor& first, const Others&...) {
+  if constexpr (std::is_same_v<typename Op::Arguments, FakeQuantArguments>)
+    expect(!differentiates(first), "fake_quant", "scale", "a constant",
+           "one that requires a gradient; detach it, or learn it with lsq");
+}
+
 // Autograd kernel of an op whose only gradient is that of its first argument x, [shape of x]. Where
 // x has none, Op runs; else ForwardOp, which also returns the packed mask of the elements whose
 // gradient passes. kExtra: what ForwardOp takes after the arguments of Op.
@@ -57,6 +67,7 @@ struct Quantizing;
 template <class Op, class ForwardOp, class... Types, auto... kExtra>
 struct Quantizing<Op, ForwardOp, at::Tensor(const at::Tensor&, Types...), kExtra...> {
   static at::Tensor call(const at::Tensor& x, Types... others) {
+    check_constants<Op>(others...);
     // The order goes to forward and backward alike, because strides may change in between: a
     // compiler chooses others, and vmap calls ForwardOp with slices.
     if (differentiates(x)) {
@@ -79,6 +90,7 @@ struct WithMask;
 template <class Op, class... Types>
 struct WithMask<Op, std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, Types...)> {
   static std::tuple<at::Tensor, at::Tensor> call(const at::Tensor& x, Types... others) {
+    check_constants<Op>(others...);
     auto results = [&] {
       const at::AutoDispatchBelowAutograd below;
       return call_op<Op>(x, others...);

@@ -2,10 +2,10 @@
 
 The quantizing ops (``fake_quant``, ``lsq``, ``pact``, ``learned_fake_quant`` and
 ``follow_fake_quant``) give a tensor of the shape and dtype of ``x`` and are differentiable, any
-number of times, in forward mode too, and under ``torch.func``; the others have no gradient. Scales
-and zero points of ``fake_quant`` are constants. Ops whose names end in ``_``, and
-``follow_fake_quant``, write to buffers as torch's in-place ops do: autograd finds a buffer that it
-saved and that was overwritten, and they refuse tensors that require a gradient.
+number of times, in forward mode too, and under ``torch.func``; the others have no gradient. Ops
+whose names end in ``_``, and ``follow_fake_quant``, write to buffers as torch's in-place ops do:
+autograd finds a buffer that it saved and that was overwritten, and they refuse tensors that require
+a gradient.
 
 Arguments that mean the same everywhere:
 

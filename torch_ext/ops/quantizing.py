@@ -34,7 +34,7 @@ def fake_quant(
 
     Args:
         x: any floating dtype, shape and strides.
-        scale: float32 [C], above 0 and finite.
+        scale: float32 [C], above 0 and finite; must not require a gradient (see :func:`lsq`).
         zero_point: int32 [C], between ``quant_min`` and ``quant_max``.
         ch_axis: the axis of the C channels; -1: C = 1.
         mask: where the gradient passes: ``"rounded"``, where the rounded value is on the grid,
