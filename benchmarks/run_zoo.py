@@ -112,6 +112,15 @@ def run_group(entries: list[Any], given: argparse.Namespace) -> None:
                 print(_ended(entry, process, late), flush=True)
 
 
+def _plain(value: Any) -> Any:
+    """Texts without the folders of this machine."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_plain(entry) for entry in value]
+    return table.without_paths(value) if isinstance(value, str) else value
+
+
 def main(arguments: list[str]) -> None:
     given = options(arguments)
     RESULTS.mkdir(parents=True, exist_ok=True)
@@ -129,8 +138,11 @@ def main(arguments: list[str]) -> None:
     records = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     print(table.totals(records))
     if given.save:
+        every = [importlib.import_module(f"zoo.nets.{group}_nets").entries() for group in GROUPS]
+        names = {entry.name for entries in every for entry in entries}
+        records = [record for record in records if record["name"] in names]
         path = ROOT / "benchmarks" / "results" / f"{date.today().isoformat()}-zoo.json"
-        path.write_text(json.dumps(records, indent=1) + "\n")
+        path.write_text(json.dumps(_plain(records), indent=1) + "\n")
         (ROOT / "docs" / "reference" / "zoo.md").write_text(table.page(records))
         print(f"wrote {path.relative_to(ROOT)} and docs/reference/zoo.md")
 

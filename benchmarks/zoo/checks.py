@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import torch_ext
 from torch_ext import export, named_quantizers, prepare_qat, set_fake_quantize
-from zoo import compare, grid, peer
+from zoo import compare, grid, peer, table
 from zoo.entry import Entry, Inputs, inputs_of, made
 
 Record = dict[str, Any]
@@ -62,7 +62,8 @@ def prepare(subject: Subject, record: Record) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         subject.prepared = prepare_qat(model, example_inputs=example)
-    record["warnings"] = [text for one in caught if "prepare_qat" in (text := str(one.message))]
+    texts = [table.without_paths(str(one.message)) for one in caught]
+    record["warnings"] = [text for text in texts if "prepare_qat" in text]
     record["quantizers"] = len(named_quantizers(subject.model))
     record["prepared"] = True
     try:
@@ -93,6 +94,7 @@ def float_equal(subject: Subject, record: Record) -> None:
                     if model is not plain:
                         raise
                     subject.has_gradients = False
+                    model.zero_grad()
                     record["gradients"] = f"the float model does not: {shortened(error)}"
             found.append((output, state, _gradients(model), _buffers(model)))
         (out, state, gradients, buffers), (out2, state2, gradients2, buffers2) = found
@@ -109,10 +111,11 @@ def float_equal(subject: Subject, record: Record) -> None:
 
 def coverage(subject: Subject, record: Record) -> None:
     """Calibrates; VALIDATION against float; the share of calls whose operands are on a grid."""
-    model = subject.model
+    model = subject.model.eval()
     with torch.no_grad():
         for mode in ("eval", "train") if subject.trains else ("eval",):
-            model.train(mode == "train")
+            if mode == "train":  # which changes norms; other checks go on from eval mode
+                model = copy.deepcopy(model).train()
             set_fake_quantize(model, "calibration")
             for batch in subject.batches:
                 with _WithoutDropout() if mode == "train" else _Nothing():
@@ -216,6 +219,8 @@ def onnx_file(subject: Subject, record: Record) -> None:
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
+        # Its optimised kernels add in integers, with another rounding.
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.log_severity_level = 4
         session = onnxruntime.InferenceSession(str(path), options)
         given = compare.tensors([args, kwargs])
@@ -279,7 +284,7 @@ def check(entry: Entry, chosen: list[str], keep: Callable[[Record], None]) -> No
 
 
 def shortened(error: BaseException, limit: int = 160) -> str:
-    text = " ".join(str(error).split())
+    text = table.without_paths(" ".join(str(error).split()))
     return f"{type(error).__name__}: {text[:limit]}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ NOT_OURS = "the float model does not"
 _GROUPS = ("plain", "torchvision", "timm", "transformers", "ultralytics")
 
 _HEAD = Path(__file__).with_name("page.md")
+_ROOT = Path(__file__).resolve().parents[2]
 
 
 def verdict(record: Record) -> str:
@@ -44,10 +46,19 @@ def totals(records: list[Record]) -> str:
 
 def page(records: list[Record]) -> str:
     """The whole page, for the records of all models."""
-    lines = [
-        _HEAD + "| | prepared | eval | train | on a grid | SQNR | QAT | compile | ONNX | PT2E |"
+    columns = [
+        "",
+        "prepared",
+        "eval",
+        "train",
+        "on a grid",
+        "SQNR",
+        "QAT",
+        "compile",
+        "ONNX",
+        "PT2E",
     ]
-    lines.append("|---|---|---|---|---|---|---|---|---|---|")
+    lines = [f"{_HEAD.read_text()}| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     groups = [(g, [r for r in records if r["name"].startswith(f"{g}/")]) for g in _GROUPS]
     for name, members in (*groups, ("all", records)):
         if members:
@@ -113,10 +124,13 @@ def _model(record: Record) -> list[str]:
     ]
 
 
+def without_paths(text: str) -> str:
+    """Without the folders of this machine."""
+    text = re.sub(r"/\S*?/site-packages/", "", text).replace(f"{_ROOT}/", "")
+    return re.sub(r"[`'\"]?/[\w./+-]*$", "…", text)
+
+
 def _plain(text: str) -> str:
-    """For a cell of a table: without paths of this machine, on one line."""
-    words = [
-        "…/" + w.split("site-packages/")[1] if "site-packages/" in w else w for w in text.split()
-    ]
-    short = " ".join(words).replace("|", "\\|").replace("<", "&lt;")
+    """For a cell of a table, on one line."""
+    short = without_paths(" ".join(text.split())).replace("|", "\\|").replace("<", "&lt;")
     return short if len(short) < 240 else short[:239] + "…"
