@@ -2,6 +2,7 @@
 # make test      GoogleTest and pytest              make lint    format, lint and types
 # make build     only set up and compile            make clean   everything but .venv
 # make docs      the guide, into build/docs         make constraints   newer versions of packages
+# make trained-net   INT8 against float on a trained net and photos, every observer
 # make cuda-check   compile the CUDA sources without torch, show what each kernel takes
 # make gpu-check    on a machine with a GPU: build for it, test, sanitize, benchmark
 #
@@ -10,6 +11,7 @@
 #   build     torch, numpy, safetensors, tqdm, rich, matplotlib; compiles the library
 #   example   the same; where Fashion-MNIST is not to be had, scikit-learn for its digits
 #   bench     the same, onnx and onnxruntime
+#   trained-net   the same as build, EfficientNet-Lite1 and packages with photos
 #   docs      the same as build, Sphinx with its theme, and torchao
 #   test      the same as docs, pytest, the engines and model zoos; compiles the C++ tests
 #   lint      torch and the linters; compiles nothing
@@ -30,7 +32,7 @@
 TORCH ?= 2.13.0
 export TORCH CUDA CUDA_ARCH PYTHON DATA JOBS
 
-.PHONY: build example test bench lint docs constraints clean cuda-check gpu-check
+.PHONY: build example test bench trained-net lint docs constraints clean cuda-check gpu-check
 build:
 	@tools/setup.sh build
 
@@ -45,6 +47,10 @@ test:
 bench:
 	@tools/setup.sh bench
 	@.venv/bin/python benchmarks/run.py
+
+trained-net:
+	@tools/setup.sh trained
+	@.venv/bin/python benchmarks/trained_net.py
 
 cuda-check:
 	@"$${PYTHON:-python3}" tools/cuda_check.py

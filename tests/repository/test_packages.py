@@ -190,4 +190,4 @@ def test_packages_of_an_unknown_extra() -> None:
 def test_setup_refuses_an_unknown_mode(checkout: Path) -> None:
     done = set_up(checkout, "examples")
     assert done.returncode == 2
-    assert 'to be build, example, bench, docs, lint or test, got "examples"' in done.stderr
+    assert 'to be build, example, bench, docs, lint, test or trained, got "examples"' in done.stderr
