@@ -2,6 +2,7 @@
 # make test      GoogleTest and pytest              make lint    format, lint and types
 # make build     only set up and compile            make clean   everything but .venv
 # make docs      the guide, into build/docs         make constraints   newer versions of packages
+# make zoo       prepare and check 270 models of torchvision, timm, transformers and ultralytics
 # make cuda-check   compile the CUDA sources without torch, show what each kernel takes
 # make gpu-check    on a machine with a GPU: build for it, test, sanitize, benchmark
 #
@@ -12,6 +13,7 @@
 #   bench     the same, onnx and onnxruntime
 #   docs      the same as build, Sphinx with its theme, and torchao
 #   test      the same as docs, pytest, the engines and model zoos; compiles the C++ tests
+#   zoo       the same as test without the C++ tests; ultralytics into build/zoo-venv, on top of .venv
 #   lint      torch and the linters; compiles nothing
 # With apt-get, where it may: a C++ compiler, Python's headers and venv where they are missing,
 # Fashion-MNIST (example, test), GoogleTest and Chromium (test).
@@ -25,12 +27,13 @@
 #   CUDA_ARCH=90    compute capabilities, comma separated; default: 8.0 to 12.0 and PTX
 #   PYTHON=python3  the interpreter that .venv is made with, 3.10 or newer
 #   DATA=folder     Fashion-MNIST's four idx files, for `make example`
+#   ZOO='--only plain/*'   options of benchmarks/run_zoo.py, for `make zoo`; --help lists them
 #   JOBS=2          parallel compilations and C++ tests; default: all cores
 
 TORCH ?= 2.13.0
 export TORCH CUDA CUDA_ARCH PYTHON DATA JOBS
 
-.PHONY: build example test bench lint docs constraints clean cuda-check gpu-check
+.PHONY: build example test bench zoo lint docs constraints clean cuda-check gpu-check
 build:
 	@tools/setup.sh build
 
@@ -45,6 +48,10 @@ test:
 bench:
 	@tools/setup.sh bench
 	@.venv/bin/python benchmarks/run.py
+
+zoo:
+	@tools/setup.sh zoo
+	@build/zoo-venv/bin/python benchmarks/run_zoo.py --resume $(ZOO)
 
 cuda-check:
 	@"$${PYTHON:-python3}" tools/cuda_check.py

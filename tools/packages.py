@@ -29,7 +29,8 @@ BUILD_TOOLS = ("cmake>=3.22", "ninja")  # installed where the system has none
 
 # A release of torch asks for its own triton and CUDA libraries, and torchvision for one of torch.
 OF_TORCH = re.compile(r"torch|torchvision|triton|cuda-.*|nvidia-.*")
-OTHER_SYSTEMS = re.compile(r"== '(win32|emscripten)'")
+OTHER_SYSTEMS = re.compile(r"== '(win32|emscripten|darwin)'")
+ANY_ON_LINUX = re.compile(r"\bor sys_platform != '(win32|emscripten|darwin)'")
 HEAD = """\
 # The versions that `make` installs. `make constraints` writes this file, from the ranges in
 # pyproject.toml, and runs the tests with it. A line with a marker is for those releases of Python.
@@ -68,6 +69,8 @@ def on_linux(line: str) -> str | None:
     pin, _, marker = line.partition(" ; ")
     if OTHER_SYSTEMS.search(marker):
         return None
+    if ANY_ON_LINUX.search(marker):
+        return pin
     clauses = [clause for clause in marker.split(" and ") if re.search(r"\bpython_", clause)]
     return f"{pin} ; {' and '.join(clauses)}" if clauses else pin
 

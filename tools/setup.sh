@@ -2,7 +2,7 @@
 # Brings a checkout to the point where one target of the Makefile can run: system packages, .venv,
 # PyTorch, Python packages, native build. What is done already is not done again, and what another
 # target has brought stays.
-#   tools/setup.sh build | example | bench | docs | lint | test
+#   tools/setup.sh build | example | bench | docs | lint | test | zoo
 # Variables (see the Makefile): TORCH CUDA CUDA_ARCH PYTHON DATA JOBS. CMAKE_ARGS goes to the configuration.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -101,7 +101,7 @@ write_constraints() {
     } >.venv/constraints.txt
 }
 
-pip_install() { .venv/bin/pip install -q -c .venv/constraints.txt "$@"; }
+pip_install() { "${environment:-.venv}"/bin/pip install -q -c .venv/constraints.txt "$@"; }
 
 install_torch() {
     local have
@@ -125,6 +125,7 @@ install_packages() {
     docs) extras+=(pt2e docs) ;; # the guide's reference imports torch_ext.pt2e
     lint) extras+=(lint) ;;
     test) extras+=(test docs) ;; # one test builds the guide
+    zoo) extras+=(test) ;;
     esac
     [[ $mode != example || $still_missing != *dataset-fashion-mnist* ]] || extras+=(digits)
     key="torch $torch, $(cksum pyproject.toml tools/constraints.txt | xargs)"
@@ -139,6 +140,20 @@ install_packages() {
     mapfile -t requirements < <(.venv/bin/python tools/packages.py list $have)
     pip_install "${requirements[@]}"
     printf '%s\n' "$key" "$have" >"$stamp"
+}
+
+# What the zoo alone needs, in an environment that sees .venv: large, and its packages open windows,
+# ask the network or change settings of others.
+install_zoo() {
+    local folder=build/zoo-venv show='import sysconfig; print(sysconfig.get_path("purelib"))' key
+    key="torch $torch, $(cksum pyproject.toml tools/constraints.txt | xargs)"
+    [[ ! -f $folder/stamp || $(<"$folder/stamp") != "$key" ]] || return 0
+    say "installing the zoo's packages into $folder"
+    [[ -x $folder/bin/python ]] || .venv/bin/python -m venv "$folder"
+    .venv/bin/python -c "$show" >"$("$folder/bin/python" -c "$show")/base.pth"
+    mapfile -t requirements < <(.venv/bin/python tools/packages.py list zoo)
+    environment=$folder pip_install "${requirements[@]}"
+    printf '%s' "$key" >"$folder/stamp"
 }
 
 # Compiles with CMake. pip only adds the package's metadata, after the first build.
@@ -180,8 +195,8 @@ python=${PYTHON:-python3}
 jobs=${JOBS:-$(nproc)}
 mode=${1-}
 case $mode in
-build | example | bench | docs | lint | test) ;;
-*) die "expected setup.sh's mode to be build, example, bench, docs, lint or test, got \"$mode\"" ;;
+build | example | bench | docs | lint | test | zoo) ;;
+*) die "expected setup.sh's mode to be build, example, bench, docs, lint, test or zoo, got \"$mode\"" ;;
 esac
 still_missing=
 check_variables
@@ -191,3 +206,4 @@ PATH=$PATH:$PWD/.venv/bin
 install_torch
 install_packages
 [[ $mode == lint ]] || build
+[[ $mode != zoo ]] || install_zoo

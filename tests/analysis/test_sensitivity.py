@@ -167,8 +167,8 @@ def test_text_and_picture(tmp_path: Path) -> None:
         "<lambda>: float 90, quantized 88",
         "quantizer                     of      alone  loss   all but it  gain",
         "----------------------------  ------  -----  -----  ----------  ----",
-        "fc.parametrizations.weight.0  weight  89     +1     90          +2",
-        "fc.input_quantizers.input     input   89.75  +0.25  88.5        +0.5",
+        "fc.input_quantizers.input     input   89     +1     90          +2",
+        "fc.parametrizations.weight.0  weight  89.75  +0.25  88.5        +0.5",
     ]
     found.save_picture(tmp_path / "all.svg")
     found.save_picture(tmp_path / "one.svg", most=1)
@@ -177,7 +177,7 @@ def test_text_and_picture(tmp_path: Path) -> None:
     for name in ("all", "one"):
         root = ElementTree.parse(tmp_path / f"{name}.svg").getroot()
         bars[name] = [float(r.attrib["width"]) for r in root.iter(f"{space}rect") if len(r)]
-        assert "fc.parametrizations.weight.0" in {e.text for e in root.iter(f"{space}text")}
+        assert "fc.input_quantizers.input" in {e.text for e in root.iter(f"{space}text")}
     assert [bar / bars["all"][0] for bar in bars["all"]] == pytest.approx(
         [1, 2, 0.25, 0.5], rel=0.01
     )

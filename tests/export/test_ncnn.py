@@ -144,6 +144,20 @@ def made(net: nn.Module, **keys: Any) -> Callable[[], nn.Module]:
     return make
 
 
+def made_with_input_alone(net: nn.Module) -> Callable[[], nn.Module]:
+    """Quantized are the model's input and weights: layers read it through what comes between."""
+    narrow = get_default_qconfig(
+        activation_qkwargs=export_models.NARROW, weight_qkwargs=export_models.NARROW
+    )
+    weights = QConfig(activation=None, weight=narrow.weight)
+
+    def make() -> nn.Module:
+        net.qconfig = weights
+        return export_models.run(prepare_qat(net.eval(), input_qconfig=narrow), ncnn_net.images())
+
+    return make
+
+
 def folded() -> nn.Module:
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     return made(net, example_inputs=ncnn_net.images(), fold_batch_norms=True)()
@@ -165,9 +179,18 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "groups": (made(Grouped()), "grouped.parametrizations.weight.0: its 2 groups have several"),
     "transposed": (made(Grouped()), "up.parametrizations.weight.0: it is of a layer that has no"),
-    "sum": (made(Summing()), "fc.parametrizations.weight.0: the input of fc is not quantized"),
-    "padding": (made(Padded(1.5)), "fc.parametrizations.weight.0: the input of fc is not quanti"),
-    "twice": (made(Twice()), "fc.parametrizations.weight.0: fc is called twice, on values of in"),
+    "sum": (
+        made_with_input_alone(Summing()),
+        "fc.parametrizations.weight.0: the input of fc is not quantized",
+    ),
+    "padding": (
+        made_with_input_alone(Padded(1.5)),
+        "fc.parametrizations.weight.0: the input of fc is not quanti",
+    ),
+    "twice": (
+        made(Twice(), example_inputs=ncnn_net.images()),
+        "fc.parametrizations.weight.0: fc is called twice, on values of in",
+    ),
     "folded": (folded, "0.parametrizations.weight.1: the layer reads something computed from"),
 }
 
@@ -197,7 +220,7 @@ def test_layers_read_quantizers_through_what_keeps_values(
         def forward(self, x: Tensor) -> Tensor:
             return self.fc(keeping(x))
 
-    net = made(Keeping())()
+    net = made_with_input_alone(Keeping())()
     export.ncnn_table(net, ncnn_net.images(), path)
     quantizer = net.input_quantizers.x
     scale = float(quantizer.scale)

@@ -212,28 +212,24 @@ def replace(proto: Any, name: str, value: Any) -> None:
 
 
 def unsigned(proto: Any) -> None:
-    replace(
-        proto, "conv1.input_quantizers.input/zero_point", torch.tensor(0, dtype=torch.uint8).numpy()
-    )
+    replace(proto, "input_quantizers.x/zero_point", torch.tensor(0, dtype=torch.uint8).numpy())
 
 
 def shifted(proto: Any) -> None:
-    replace(
-        proto, "conv1.input_quantizers.input/zero_point", torch.tensor(3, dtype=torch.int8).numpy()
-    )
+    replace(proto, "input_quantizers.x/zero_point", torch.tensor(3, dtype=torch.int8).numpy())
 
 
 def unpaired(proto: Any) -> None:
-    node(proto, "node_conv2d").input[0] = "conv1.input_quantizers.input/quantized"
+    node(proto, "node_conv2d").input[0] = "input_quantizers.x/quantized"
 
 
 def rescaled(proto: Any) -> None:
-    pair = node(proto, "conv1.input_quantizers.input/dequantized")
-    pair.input[1] = "add.input_quantizers.b/scale"
+    pair = node(proto, "input_quantizers.x/dequantized")
+    pair.input[1] = "relu1.activation_quantizer/scale"
 
 
 def channelled(proto: Any) -> None:
-    replace(proto, "conv1.input_quantizers.input/scale", torch.ones(1).numpy())
+    replace(proto, "input_quantizers.x/scale", torch.ones(1).numpy())
 
 
 def turned(proto: Any) -> None:
@@ -242,26 +238,26 @@ def turned(proto: Any) -> None:
 
 
 def vanishing(proto: Any) -> None:
-    replace(proto, "conv1.input_quantizers.input/scale", torch.tensor(0.0).numpy())
+    replace(proto, "input_quantizers.x/scale", torch.tensor(0.0).numpy())
 
 
 def variable(proto: Any) -> None:
-    node(proto, "conv1.input_quantizers.input/quantized").input[1] = "x"
+    node(proto, "input_quantizers.x/quantized").input[1] = "x"
 
 
 def untyped(proto: Any) -> None:
-    del node(proto, "conv1.input_quantizers.input/quantized").input[2]
+    del node(proto, "input_quantizers.x/quantized").input[2]
 
 
 def unread(proto: Any) -> None:
-    node(proto, "conv1.input_quantizers.input/dequantized").input[0] = "x"
+    node(proto, "input_quantizers.x/dequantized").input[0] = "x"
 
 
 def old(proto: Any) -> None:
     proto.opset_import[0].version = 11
 
 
-X = "conv1.input_quantizers.input"
+X = "input_quantizers.x"
 VIOLATIONS: dict[str, tuple[Callable[[Any], None], dict[str, str]]] = {
     "unsigned": (unsigned, {f"{X}/quantized": "its type is uint8, not int8"}),
     "shifted": (shifted, {f"{X}/dequantized": "its zero point is not 0"}),

@@ -63,7 +63,7 @@ def test_the_whole_file(path: Path) -> None:
     read = export.read_tensorrt_cache(path)
     assert (read.version, read.algorithm) == ("8.6.1", "MinMaxCalibration")
     assert read.scales["pool: 0"] == read.scales["relu:0"] == float(own[list(NAMES)[1]].scale)
-    assert len(read.scales) == 7
+    assert len(read.scales) == 6
 
 
 def test_the_scale_is_what_validation_multiplies_by(path: Path) -> None:

@@ -128,7 +128,9 @@ def test_the_algorithm() -> None:
 
 def test_all_is_refused_before_the_builder_calls(path: Path) -> None:
     net = export_models.solved(activation={"dtype": "int16"})
-    with pytest.raises(ValueError, match=r"input_quantizers\.x: its grid is \[-32768, 32767\]"):
+    with pytest.raises(
+        ValueError, match=r"conv1\.input_quantizers\.input: its grid is \[-32768, 32767\]"
+    ):
         export.tensorrt_calibrator(net, path, "8.6.1")
     with pytest.raises(ValueError, match="to be no ONNX file"):
         export.tensorrt_calibrator(export_models.solved(), path.with_suffix(".onnx"), "8.6.1")

@@ -232,9 +232,7 @@ class FakeQuantize(nn.Module):
         action = self._action
         if is_exporting():
             check_export(action)
-        if action not in QUANTIZE:
-            return x
-        return self._quantize(x, self._fixed(action))
+        return self._quantize(x, self._fixed(action)) if action in QUANTIZE else x
 
     def _fixed(self, action: str) -> str:
         """The action that quantizes as this one does, with the range that there is."""

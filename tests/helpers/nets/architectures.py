@@ -1,38 +1,14 @@
-"""Real architectures of torchvision and timm, small and with random weights.
-
-PyPI's torchvision is linked against the CUDA build of torch and does not load its operators next
-to a CPU build. Its models need none of them, so their schemas are declared here instead.
-"""
+"""Real architectures of torchvision and timm, small and with random weights."""
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import importlib.util
-import re
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-_declared: list[torch.library.Library] = []
-
-
-def declare_operators() -> None:
-    with contextlib.suppress(ImportError, RuntimeError):
-        importlib.import_module("torchvision")
-        return
-    found = importlib.util.find_spec("torchvision")
-    if found is None or found.origin is None:
-        return
-    source = Path(found.origin).with_name("_meta_registrations.py").read_text()
-    names = {*re.findall(r"torchvision::(\w+)", source), *re.findall(r'_meta\("(\w+)"', source)}
-    library = torch.library.Library("torchvision", "DEF")
-    for name in sorted(names):
-        library.define(f"{name}(Tensor x) -> Tensor")
-    _declared.append(library)
+from zoo import operators
 
 
 def _torchvision(name: str, **keys: object) -> nn.Module:
@@ -71,8 +47,7 @@ NORMS: dict[str, tuple[Callable[[], nn.Module], int]] = {
 
 def architecture(name: str, count: int = 2) -> tuple[nn.Module, Tensor]:
     """A model without zeros for weights, so that what is not quantized shows, and images."""
-    if not _declared:
-        declare_operators()
+    operators.declare()
     torch.manual_seed(0)
     make, size = (ZOO | NORMS)[name]
     model = make()

@@ -88,6 +88,42 @@ class Assignment:
         return self._memos.setdefault(recording.keys[operand], f"value {len(self._memos)}")
 
 
+def align(first: Recording, other: Recording) -> None:
+    """Gives calls of modules in another run the keys that they have in the first.
+
+    Keys have the lines of calls. A module that is called equally often in the same place is the
+    same call, also where a branch for one mode calls it at a line of its own.
+    """
+    renamed: dict[Key, Key] = {}
+    known: dict[Key, Key] = {}
+
+    def translated(key: Key) -> Key:
+        if key not in known:
+            inner = tuple(translated(x) if isinstance(x, tuple) else x for x in key)
+            known[key] = renamed.get(inner, inner)
+        return known[key]
+
+    def walk(mine: CallPlan, theirs: CallPlan) -> None:
+        for name, children in theirs.children.items():
+            others = mine.children.get(name, [])
+            mine_keys = {first.call_keys[child]: child for child in others}
+            keys = [translated(other.call_keys[child]) for child in children]
+            if len(others) == len(children) and mine_keys.keys().isdisjoint(keys):
+                renamed.update(zip(keys, mine_keys, strict=True))
+                known.clear()
+                pairs = list(zip(others, children, strict=True))
+            else:
+                found = zip(keys, children, strict=True)
+                pairs = [(mine_keys[key], child) for key, child in found if key in mine_keys]
+            for pair in pairs:
+                walk(*pair)
+
+    walk(first.root, other.root)
+    if renamed:
+        other.keys = {node: translated(key) for node, key in other.keys.items()}
+        other.call_keys = {call: translated(key) for call, key in other.call_keys.items()}
+
+
 def make_plan(
     forward: Callable[..., Any], recordings: list[Recording], layers: frozenset[str]
 ) -> Plan:
@@ -109,7 +145,9 @@ def make_plan(
         keys = {call: key for recording in recordings for call, key in recording.call_keys.items()}
         link_twins(roots[False], roots[True], keys)
     given = Structures(forward, [recording.example for recording in recordings])
-    return Plan(list(roots.values()), layers | reading, given)
+    plan = Plan(list(roots.values()), layers | reading, given)
+    plan.runs_compiled = any(recording.runs_compiled for recording in recordings)
+    return plan
 
 
 def tracked_modules(model: nn.Module, recordings: list[Recording], plan: Plan) -> list[str]:

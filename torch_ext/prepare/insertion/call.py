@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from torch_ext.prepare.insertion.operations import DROPOUTS
 from torch_ext.prepare.insertion.plan import CallPlan, FunctionPlan, Link, Place, Read
 from torch_ext.prepare.insertion.user_lines import (
     calling_lines,
@@ -56,6 +58,8 @@ class Call:
         self.done = 0  # functions with reads
         self.mode: Any = None  # the InsertionMode of this call, where it may be paused
         self.values: dict[str, tuple[Tensor, Tensor, bool]] = {}
+        # Tensors, by address, that are made of numbers alone; not known while compiling.
+        self.constants: Any = None
 
     def enter(self, module: nn.Module, place: Place) -> CallPlan:
         """The plan of the call that begins."""
@@ -74,7 +78,7 @@ class Call:
         index = self.counts.get(place.key, 0)
         self.counts[place.key] = index + 1
         if index >= len(calls):
-            if calls[-1].reads_inside:
+            if calls[-1].reads_inside and not calls[-1].repeats:
                 raise RuntimeError(
                     f'prepare_qat: expected "{name}" to be called {len(calls)} times, as with the '
                     f"example_inputs, got another call at {_line()}; {self._advice()}"
@@ -85,7 +89,28 @@ class Call:
             return found.twin
         return found
 
-    def function(self, name: str) -> FunctionPlan | None:
+    def note_constants(self, is_maker: bool, args: Any, made: Any) -> None:
+        """Notes the result of a function that makes a tensor, or reads only such tensors."""
+        if torch.compiler.is_compiling() or not (is_maker or self._are_constants(args)):
+            return
+        if self.constants is None:
+            self.constants = weakref.WeakValueDictionary()
+        for tensor in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(tensor, Tensor):
+                self.constants[id(tensor)] = tensor
+
+    def _are_constants(self, args: Any) -> bool:
+        """Whether the tensors among arguments, of which there are some, are made of numbers."""
+        found = False
+        for value in args:
+            for tensor in value if isinstance(value, (tuple, list)) else (value,):
+                if isinstance(tensor, Tensor):
+                    if self.constants is None or self.constants.get(id(tensor)) is not tensor:
+                        return False
+                    found = True
+        return found
+
+    def function(self, name: str, args: Any) -> FunctionPlan | None:
         """The plan of the call of a function that begins."""
         if torch.compiler.is_dynamo_compiling():
             text, apart = traced_lines()
@@ -94,12 +119,17 @@ class Call:
         line = name + text
         calls = self.current.lines.get(line)
         if calls is None:
-            if apart:
+            if apart or name in DROPOUTS:  # a dropout scales a value, it makes none
+                return None
+            # Such as a table for another size, kept by an earlier forward for the example's.
+            if self.constants and self._are_constants(args):
                 return None
             raise RuntimeError(
                 f"prepare_qat: expected the functions that the example_inputs came by, got {name} "
                 f"at {_shown(text)}; {self._advice()}"
             )
+        if line in self.current.repeating:
+            return calls[0]
         index = self.counts.get(line, 0)
         self.counts[line] = index + 1
         if index >= len(calls):
@@ -131,11 +161,12 @@ class Call:
 
     def check_done(self, plan: CallPlan) -> None:
         """Raises if a function that has reads did not come by."""
-        if plan.free or self.done in plan.expected:
+        if plan.free or plan.loose or self.done in plan.expected:
             return
         missing = []
         for line, calls in plan.lines.items():
-            if _have_reads(calls[self.counts.get(line, 0) :]):
+            left = calls[self.counts.get(line, 0) :]
+            if any(call is not None and call.required for call in left):
                 name, _, text = line.partition(" ")
                 missing.append(f"{name} at {_shown(text)}")
         raise RuntimeError(

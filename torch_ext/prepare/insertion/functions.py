@@ -22,6 +22,8 @@ _PYTHON = {
     "__rpow__": "pow",
 }
 _PREFIXES = ("", "r", "i")
+# What torch.nn.functional's function calls, which is all that a mode sees.
+_INNER = {"_grouped_mm": "grouped_mm"}
 _ATTRIBUTES = {"T": "t", "mT": "transpose", "H": "t", "mH": "transpose"}
 
 # Strict export hands these to a mode where eager code and torch.compile hand a tensor's method.
@@ -48,6 +50,8 @@ def plain_name(function: Callable[..., Any]) -> str:
     if name.startswith("__"):
         inner = name.strip("_")
         return next((n for n in ("add", "mul", "matmul") if inner in (n, f"r{n}", f"i{n}")), inner)
+    if name in _INNER:
+        return _INNER[name]
     return name if name.startswith("_") else name.rstrip("_")
 
 
@@ -67,12 +71,23 @@ def _spellings() -> dict[Any, str]:
                 # Methods that are written in Python are not found by identity while compiling.
                 if callable(function) and getattr(function, "__module__", "") != "torch._tensor":
                     found[function] = name
+    found.update({getattr(torch, inner): name for inner, name in _INNER.items()})
     return found
 
 
 # Every spelling of a function that may have a site. By the object: torch.compile cannot look up
 # the ``__name__`` of a method.
 SITE_NAMES = _spellings()
+
+# These make a tensor of numbers, or of another's shape alone.
+_MAKERS = ("arange", "linspace", "full", "zeros", "ones", "empty", "eye", "tensor", "scalar_tensor")
+MAKERS = {
+    function: True
+    for home in (torch, Tensor)
+    for name in _MAKERS
+    for spelling in (name, f"{name}_like", f"new_{name}")
+    if (function := getattr(home, spelling, None)) is not None
+}
 
 # Tensor's methods that are written in Python. They call ``super()``, which torch.compile cannot
 # trace from a mode, so while compiling they are called as methods.

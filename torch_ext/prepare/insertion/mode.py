@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from torch_ext.prepare.insertion.call import CURRENT, Call
 from torch_ext.prepare.insertion.functions import (
+    MAKERS,
     OPENED,
     PYTHON_FUNCTIONS,
     PYTHON_METHODS,
@@ -38,15 +39,21 @@ class InsertionMode(TorchFunctionMode):
         if name is None:
             if torch.compiler.is_dynamo_compiling():
                 return _traced(func, args, kwargs)
-            return func(*args, **kwargs)
+            made = func(*args, **kwargs)
+            if func in MAKERS or call.constants:
+                call.note_constants(func in MAKERS, args, made)
+            return made
         # A prepared model inside this one has calls of its own.
         looked_at = CURRENT.call is call and not call.current.free
-        if not looked_at or name not in call.link.plan.functions or not counted(name, args, kwargs):
-            return func(*args, **kwargs)
-        plan = call.function(name)
+        plan = None
+        if looked_at and name in call.link.plan.functions and counted(name, args, kwargs):
+            plan = call.function(name, args)
         if plan is None:
-            return func(*args, **kwargs)
-        call.done += 1
+            made = func(*args, **kwargs)
+            if call.constants:
+                call.note_constants(False, args, made)
+            return made
+        call.done += plan.required
         return _with_reads(call, plan, func, name, args, kwargs)
 
 

@@ -11,7 +11,8 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from torch import Tensor, fx
+import torch
+from torch import Tensor, fx, nn
 
 from torch_ext.prepare.insertion.run_graph import RunGraph
 from torch_ext.prepare.module_classes import own_type
@@ -24,6 +25,7 @@ class Kind(enum.Enum):
 
     WEIGHTED = "the input, and the weight per output channel; not the bias"
     PRODUCT = "every factor"
+    AFFINE = "both factors; the second per output channel if it is a parameter; not the bias"
     PAIR = "both operands, if both are computed; beside a parameter, buffer or number: nothing"
     JOIN = "all operands, by one quantizer, so that they share a scale"
     RESAMPLE = "the input"
@@ -51,7 +53,13 @@ PLACEMENT_TABLE = (
         "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear",
         _NEW,
     ),
-    Row(Kind.PRODUCT, "matmul mm bmm baddbmm einsum scaled_dot_product_attention", _NEW),
+    Row(
+        Kind.PRODUCT,
+        "matmul mm bmm mv inner tensordot baddbmm addbmm grouped_mm einsum "
+        "scaled_dot_product_attention",
+        _NEW,
+    ),
+    Row(Kind.AFFINE, "addmm", _NEW),
     Row(Kind.PAIR, "add mul", _NEW),
     Row(Kind.JOIN, "cat concat concatenate stack hstack vstack", _SAME),
     Row(
@@ -66,20 +74,25 @@ PLACEMENT_TABLE = (
 )
 
 _KINDS = {name: row.kind for row in PLACEMENT_TABLE for name in row.operations.split()}
-_ASKING = (Kind.WEIGHTED, Kind.PRODUCT, Kind.PAIR, Kind.JOIN, Kind.RESAMPLE)
+ASKING = (Kind.WEIGHTED, Kind.PRODUCT, Kind.AFFINE, Kind.PAIR, Kind.JOIN, Kind.RESAMPLE)
 
 # Operations that ask for quantized inputs, and those that scale what they keep while training.
-PLANNED = tuple(name for name, kind in _KINDS.items() if kind in _ASKING)
+PLANNED = tuple(name for name, kind in _KINDS.items() if kind in ASKING)
 DROPOUTS = ("dropout", "dropout1d", "dropout2d", "dropout3d")
 PAIRS = frozenset(name for name, kind in _KINDS.items() if kind is Kind.PAIR)
 JOINS = frozenset(name for name, kind in _KINDS.items() if kind is Kind.JOIN)
 
 # The quantized arguments of an operation: position, and the names as keywords.
-_FIRST = (0, ("input", "tensors", "self"))
+_FIRST = (0, ("input", "tensors", "self", "a"))
 _OPERANDS: dict[str, tuple[tuple[int, tuple[str, ...]], ...]] = {
-    "baddbmm": ((1, ("batch1",)), (2, ("batch2",))),
+    **dict.fromkeys(("baddbmm", "addbmm"), ((1, ("batch1",)), (2, ("batch2",)))),
+    "addmm": ((1, ("mat1",)), (2, ("mat2",))),
+    "grouped_mm": ((0, ("mat_a", "self")), (1, ("mat_b", "mat2"))),
     "scaled_dot_product_attention": ((0, ("query",)), (1, ("key",)), (2, ("value",))),
-    **dict.fromkeys(("matmul", "mm", "bmm", "add", "mul"), (_FIRST, (1, ("other", "mat2")))),
+    **dict.fromkeys(
+        ("matmul", "mm", "bmm", "mv", "inner", "tensordot", "add", "mul"),
+        (_FIRST, (1, ("other", "mat2", "tensor", "vec", "b"))),
+    ),
 }
 _WEIGHT = (1, ("weight",))
 _CHUNKS = ("chunk", "split", "getitem")
@@ -138,6 +151,8 @@ def inputs_of(run: RunGraph, node: fx.Node) -> list[fx.Node]:
         operands: list[Any] = [node.args[1:]]
     else:
         operands = [_operand(node, *place) for place in _OPERANDS.get(name, (_FIRST,))]
+    if name == "addmm" and added_weight(run, node) is not None:
+        operands = operands[:1]
     return [operand for operand in _flat(operands) if isinstance(operand, fx.Node)]
 
 
@@ -145,6 +160,17 @@ def weight_of(node: fx.Node) -> fx.Node | None:
     """The weight argument of a convolution or linear function; None for other nodes."""
     weight = _operand(node, *_WEIGHT)
     return weight if node.op == "call_function" and isinstance(weight, fx.Node) else None
+
+
+def added_weight(run: RunGraph, node: fx.Node) -> tuple[fx.Node, int] | None:
+    """The parameter that an ``addmm`` multiplies by, and the axis of its output channels."""
+    weight = _operand(node, *_OPERANDS["addmm"][1]) if operation(run, node) == "addmm" else None
+    axis = 1
+    while isinstance(weight, fx.Node) and operation(run, weight) in ("t", "transpose"):
+        weight, axis = weight.args[0], 1 - axis
+    if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+        return None
+    return (weight, axis) if isinstance(run.values[weight], nn.Parameter) else None
 
 
 def _operand(node: fx.Node, position: int, names: tuple[str, ...]) -> Any:
@@ -161,17 +187,30 @@ def _flat(value: Any) -> Iterator[Any]:
         yield value
 
 
-def weight_source(run: RunGraph, node: fx.Node) -> fx.Node:
-    """The parameter that a weight is, or is a part of by output channels; else the node."""
-    step = node
+def weight_source(run: RunGraph, node: fx.Node) -> tuple[fx.Node, int]:
+    """The parameter that a weight is, or is a part of by output channels; else the node.
+
+    And how many axes the parameter has before the weight's: one if it holds several weights, such
+    as those of experts, of which an index picks one.
+    """
+    step, shift = node, 0
     while (name := operation(run, step)) in _CHUNKS and isinstance(step.args[0], fx.Node):
         before = step.args[0]
         if name == "getitem":
             of_tensor = isinstance(run.values[before], Tensor)
-            whole = isinstance(step.args[1], slice) or not of_tensor
+            picks = of_tensor and _is_number(run, step.args[1])
+            shift += picks
+            whole = picks or isinstance(step.args[1], slice) or not of_tensor
         else:
             whole = all(dim == 0 for dim in (*step.args[2:], *step.kwargs.values()))
         if not whole:
-            return node
+            return node, 0
         step = before
-    return step if step.op == "get_attr" else node
+    return (step, shift) if step.op == "get_attr" else (node, 0)
+
+
+def _is_number(run: RunGraph, index: Any) -> bool:
+    if isinstance(index, fx.Node):
+        value = run.values[index]
+        return isinstance(value, Tensor) and value.dim() == 0 and value.dtype != torch.bool
+    return type(index) is int

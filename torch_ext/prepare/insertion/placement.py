@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from torch_ext.prepare.insertion.operations import (
+    ASKING,
     DROPOUTS,
     Kind,
+    added_weight,
     inputs_of,
     kind_of,
     operation,
@@ -81,6 +83,7 @@ class Placement:
             kept=recording.kept,
         )
         self._joined: set[fx.Node] = set()
+        self._repeated: dict[tuple[object, ...], list[fx.Node]] = {}
         self._computed: set[fx.Node] = set()
         self._data: set[fx.Node] = set()
         for node in recording.graph.nodes:
@@ -119,11 +122,27 @@ class Placement:
         wanted = [(operand, values) for operand, values in wanted if values]
         if kind is Kind.JOIN and wanted:
             self._joined.add(node)
-            self._join([v for _, values in wanted for v in values], config.activation, node)
-        for operand, values in wanted:
+            every = [v for _, values in wanted for v in values]
+            self._join(self._with_repeated(node, 0, every), config.activation, node)
+        for i, (operand, values) in enumerate(wanted):
             if kind is not Kind.JOIN:
-                self._join(values, config.activation)
+                self._join(self._with_repeated(node, i, values), config.activation)
             self._ask(node, operand)
+
+    def _with_repeated(self, node: fx.Node, place: int, values: list[fx.Node]) -> list[fx.Node]:
+        """What the same operation read at the same line, if data decides how often it comes by."""
+        key: tuple[object, ...]
+        if node in self.recording.calls:
+            call = self.recording.calls[node]
+            if not call.repeats:
+                return values
+            key = (call.module, place)
+        else:
+            call, line, _ = self.recording.function_calls[node]
+            if line not in call.repeating:
+                return values
+            key = (call, line, place)
+        return [*dict.fromkeys([*self._repeated.setdefault(key, values), *values])]
 
     def _may_read(self, node: fx.Node) -> bool:
         """Not what hooks do, nor what has no floating operands."""
@@ -137,7 +156,7 @@ class Placement:
 
     def _wanted(self, node: fx.Node, kind: Kind) -> list[fx.Node]:
         """What the table says a node reads quantized."""
-        if kind not in (Kind.WEIGHTED, Kind.PRODUCT, Kind.PAIR, Kind.JOIN, Kind.RESAMPLE):
+        if kind not in ASKING:
             return []
         recording, masks = self.recording, self._scores.masks
         operands = [
@@ -153,7 +172,11 @@ class Placement:
             return []
         if kind in (Kind.PRODUCT, Kind.JOIN) and self._scores.is_of_masks(operands):
             return []
-        return operands if not self._data.isdisjoint(operands) else []
+        if not self._data.isdisjoint(operands):
+            return operands
+        # A layer also reads tables quantized, such as those of relative positions.
+        layer = kind is Kind.WEIGHTED
+        return [op for op in operands if layer and bool(recording.values[op].any())]
 
     def _is_floating(self, node: fx.Node) -> bool:
         value = self.recording.values[node]
@@ -224,23 +247,34 @@ class Placement:
                 for parameter in listed.weights:
                     self.weights[owner, parameter] = WeightSite(owner, parameter, listed, factory)
             return
+        if (added := added_weight(self.recording, node)) is not None:
+            source, axis = added
+            self._place_parameter(source, TRANSPOSED if axis else WEIGHTED)
+            return
         weight = weight_of(node) if self._kinds[node] is Kind.WEIGHTED else None
         if weight is None:
             return
         transposed = "transpose" in operation(self.recording, node)
         target = TRANSPOSED if transposed else WEIGHTED
-        source = weight_source(self.recording, weight)
-        holder, _, parameter = str(source.target).rpartition(".")
-        if source.op == "get_attr" and self._is_parameter(holder, parameter):
-            config = self.configs.of(holder)
-            if config is not None and config.weight is not None:
-                key = (holder, parameter)
-                self.weights.setdefault(key, WeightSite(*key, target, config.weight))
-        elif weight not in self.site_of:
+        source, shift = weight_source(self.recording, weight)
+        if shift:
+            target = target._replace(ch_axis=target.ch_axis + shift)
+        if not self._place_parameter(source, target) and weight not in self.site_of:
             shape = self.recording.values[weight].shape
             site = self.site_of[weight] = Site(factory, (target.ch_axis, shape))
             site.values[weight] = None
             self.asks[node, weight] = Ask(node, weight, weight)
+
+    def _place_parameter(self, source: fx.Node, target: Target) -> bool:
+        """Plans the weight that a node stands for; returns whether it is a parameter."""
+        holder, _, parameter = str(source.target).rpartition(".")
+        if source.op != "get_attr" or not self._is_parameter(holder, parameter):
+            return False
+        config = self.configs.of(holder)
+        if config is not None and config.weight is not None:
+            key = (holder, parameter)
+            self.weights.setdefault(key, WeightSite(*key, target, config.weight))
+        return True
 
     def _is_parameter(self, holder: str, name: str) -> bool:
         module = self.recording.model.get_submodule(holder)

@@ -37,9 +37,15 @@ class Read:
 class FunctionPlan:
     """What one call of a function reads quantized."""
 
-    def __init__(self, in_place: bool) -> None:
-        self.in_place = in_place
+    def __init__(self, in_place: bool, required: bool = True) -> None:
+        """``required``: whether a call of the module in which it does not happen raises."""
+        self.in_place, self.required = in_place, required
         self.reads: list[Read] = []
+
+    def as_optional(self) -> FunctionPlan:
+        made = FunctionPlan(self.in_place, required=False)
+        made.reads = self.reads
+        return made
 
 
 class CallPlan:
@@ -49,10 +55,14 @@ class CallPlan:
         self.module = module
         self.training = training
         self.free = False  # functions in it are not looked at
+        self.loose = False  # random numbers decide which functions it calls
+        self.repeats = False  # how often it is called depends on data
         self.reads: list[Read] = []  # of its arguments
         self.output: Read | None = None
         # A function's name and the lines that lead to it; for each call None, or its reads.
         self.lines: dict[str, list[FunctionPlan | None]] = {}
+        # Those that may come by any number of times, as data decides; one plan stands for all.
+        self.repeating: dict[str, bool] = {}
         self.children: dict[str, list[CallPlan]] = {}
         self.expected: tuple[int, ...] = (0,)  # how many calls of functions that have reads
         self.reads_inside = False
@@ -66,12 +76,16 @@ class CallPlan:
     def finish(self, functions: frozenset[str]) -> None:
         """Keeps the lines of ``functions``, those that have a site somewhere, and counts."""
         self.lines = {k: v for k, v in self.lines.items() if k.partition(" ")[0] in functions}
-        reading = sum(call is not None for calls in self.lines.values() for call in calls)
-        self.expected = (reading,)
+        self.repeating = {k: True for k in self.repeating if k in self.lines}
+        for line in self.repeating:
+            some = next((call for call in self.lines.get(line, []) if call is not None), None)
+            self.lines[line] = [some and some.as_optional()]
+        planned = [call for calls in self.lines.values() for call in calls if call is not None]
+        self.expected = (sum(call.required for call in planned),)
         for child in self.calls():
             child.finish(functions)
         inside = any(child.reads_inside for child in self.calls())
-        self.reads_inside = bool(self.reads or self.output or reading or inside)
+        self.reads_inside = bool(self.reads or self.output or planned or inside)
 
     def calls(self) -> Iterator[CallPlan]:
         for children in self.children.values():
@@ -99,6 +113,9 @@ class Plan:
             given: the examples' arguments.
         """
         self.root = roots[0]
+        # Whether the forward calls functions that are compiled by themselves, which would hide
+        # what they do; they then run as they are written.
+        self.runs_compiled = False
         self.given = given
         self.functions = dict.fromkeys(sorted(functions_with_reads(roots)), True)
         self.layers = dict.fromkeys(sorted(layers), True)
@@ -215,6 +232,24 @@ def link_twins(left: CallPlan, right: CallPlan, keys: Mapping[CallPlan, Any]) ->
         for child in children:
             if keys[child] in others:
                 link_twins(child, others[keys[child]], keys)
+    _complete(left, right)
+
+
+def _complete(left: CallPlan, right: CallPlan) -> None:
+    """Lets each of two calls know what only the other came by, which it may come by too.
+
+    A layer that one run skipped at random, or a part of the model that is in the other mode.
+    """
+    for name in {**left.children, **right.children}:
+        mine, theirs = left.children.get(name, []), right.children.get(name, [])
+        left.children[name] = mine + theirs[len(mine) :]
+        right.children[name] = theirs + mine[len(theirs) :]
+    for line in {**left.lines, **right.lines}:
+        one, two = left.lines.get(line, []), right.lines.get(line, [])
+        left.lines[line] = one + [call and call.as_optional() for call in two[len(one) :]]
+        right.lines[line] = two + [call and call.as_optional() for call in one[len(two) :]]
+    left.repeating = right.repeating = {**left.repeating, **right.repeating}
+    left.loose = right.loose = left.loose or right.loose
 
 
 def merge_calls(into: CallPlan, other: CallPlan) -> None:
@@ -226,6 +261,8 @@ def merge_calls(into: CallPlan, other: CallPlan) -> None:
     into.output = into.output or other.output
     into.expected = tuple(sorted({*into.expected, *other.expected}))
     into.reads_inside = into.reads_inside or other.reads_inside
+    into.repeating.update(other.repeating)
+    into.loose, into.repeats = into.loose or other.loose, into.repeats or other.repeats
     for line, calls in other.lines.items():
         known = into.lines.setdefault(line, [])
         for i, call in enumerate(calls):

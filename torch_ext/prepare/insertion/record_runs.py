@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import itertools
 import types
 import warnings
 from collections.abc import Callable, Mapping
@@ -13,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
+from torch_ext.prepare.insertion.assign import align
 from torch_ext.prepare.insertion.functions import LAYER_BY_LAYER, OPENED
 from torch_ext.prepare.insertion.recording import IsFloat, Recording
 from torch_ext.prepare.insertion.user_lines import begins_call, user_line
@@ -44,24 +44,30 @@ def record_modes(
             f"attribute of the instance; call {who} {_OTHERWISE}"
         )
     examples = [bound_arguments(who, model, given) for given in examples_of(example_inputs)]
-    recordings = []
-    for training, example in itertools.product(modes, examples):
-        twin = copied(who, model)
-        try:
-            recordings.append(record(twin, example, training, is_float))
-        except Exception as error:  # the user's forward: anything may come
-            text = str(error).partition("\n")[0]
-            problem = f"at {_failing_line(error)} {type(error).__name__}: {text}"
-            if not training:
-                raise ValueError(
-                    f"{who}: expected example_inputs that the model can run, got {problem}"
-                ) from error
-            warnings.warn(  # it may want targets
-                f"{who}: the example does not run in train mode ({problem}), so calls in train "
-                "mode are expected to be like those in eval mode; if they are not, pass an example "
-                "that runs in both, as one of example_inputs=[(first,), (second,)]",
+    recordings: list[Recording] = []
+    for training in modes:
+        problems: list[tuple[str, Exception]] = []
+        for example in examples:
+            twins = copied(who, model), copied(who, model)
+            try:
+                recordings += _first_and_later(model, twins, example, training, is_float)
+            except Exception as error:  # the user's forward: anything may come
+                text = str(error).partition("\n")[0]
+                text = f"at {_failing_line(error)} {type(error).__name__}: {text}"
+                problems.append((text, error))
+        if not training and problems:
+            raise ValueError(
+                f"{who}: expected example_inputs that the model can run, got {problems[0][0]}"
+            ) from problems[0][1]
+        if len(problems) == len(examples):  # it may want targets
+            warnings.warn(
+                f"{who}: the example does not run in train mode ({problems[0][0]}), so calls in "
+                "train mode are expected to be like those in eval mode; if they are not, pass an "
+                "example that runs in both too, as one of example_inputs=[(first,), (second,)]",
                 stacklevel=4,
             )
+    for other in recordings[1:]:
+        align(recordings[0], other)
     return recordings
 
 
@@ -83,6 +89,56 @@ def _failing_line(error: BaseException) -> str:
     return user_line(frames)
 
 
+def _first_and_later(
+    model: nn.Module,
+    twins: tuple[nn.Module, nn.Module],
+    example: Mapping[str, Any],
+    training: bool,
+    is_float: IsFloat,
+) -> list[Recording]:
+    """A run; and another after it if the first left something behind, as it may go another way.
+
+    ``twins``: copies of the model.
+    """
+    recording = record(twins[0], example, training, is_float)
+    if _attributes_of(recording.model) == _attributes_of(model):
+        return [recording]
+    warm = twins[1].train(training)
+    _keep_norms_in_eval(warm)
+    with torch.no_grad(), undisturbed(warm):
+        bound = _bound(warm, example)
+        warm(*bound.args, **bound.kwargs)
+    return [recording, record(warm, example, training, is_float)]
+
+
+def _attributes_of(model: nn.Module) -> list[tuple[str, Any]]:
+    """Shapes of tensors that modules have as plain attributes, lengths of containers, numbers."""
+    found: list[tuple[str, Any]] = []
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            own = key == "training" or (key.startswith("_") and isinstance(value, dict))
+            if own:  # torch's
+                continue
+            if isinstance(value, (Tensor, tuple, list, dict)):
+                shapes = [t.shape for t in tree_leaves(value) if isinstance(t, Tensor)]
+                found.append((f"{name}.{key}", (type(value), shapes)))
+            elif value is None or isinstance(value, (int, float, str)):
+                found.append((f"{name}.{key}", value))
+    return found
+
+
+def _keep_norms_in_eval(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+
+
+def _bound(model: nn.Module, example: Mapping[str, Any]) -> inspect.BoundArguments:
+    bound = inspect.signature(model.forward).bind_partial()
+    bound.arguments.update(tree_map(_cloned, dict(example)))
+    return bound
+
+
 def record(
     twin: nn.Module, example: Mapping[str, Any], training: bool, is_float: IsFloat
 ) -> Recording:
@@ -93,12 +149,9 @@ def record(
     they refuse to train on one value per channel.
     """
     twin.train(training)
-    for module in twin.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()
+    _keep_norms_in_eval(twin)
     recording = Recording(twin, example, is_float)
-    bound = inspect.signature(twin.forward).bind_partial()
-    bound.arguments.update(tree_map(_cloned, dict(example)))
+    bound = _bound(twin, example)
     for name, value in bound.arguments.items():
         recording.argument(name, value)
     forward = _layered(twin)
@@ -110,7 +163,9 @@ def record(
         recording.end(forward(*bound.args, **bound.kwargs))
 
     begins_call(recorded_forward.__code__)
-    with torch.no_grad(), undisturbed(twin), _RecordMode(recording):
+    # Functions that the forward has compiled run as they are written.
+    eager = torch.compiler.set_stance("force_eager")
+    with torch.no_grad(), undisturbed(twin), eager, _RecordMode(recording):
         recorded_forward()
     return recording
 

@@ -6,9 +6,11 @@ own modules without children are one node each, and modules in which nothing is 
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
@@ -17,8 +19,16 @@ from torch.utils._pytree import tree_leaves
 from torch_ext.prepare.insertion.functions import is_torchs, plain_name
 from torch_ext.prepare.insertion.operations import DROPOUTS, PLANNED
 from torch_ext.prepare.insertion.plan import CallPlan, counted
-from torch_ext.prepare.insertion.run_graph import RunGraph
-from torch_ext.prepare.insertion.user_lines import calling_lines, instructions
+from torch_ext.prepare.insertion.run_graph import (
+    RunGraph,
+    made_of_random_numbers,
+    sized_by_data,
+)
+from torch_ext.prepare.insertion.user_lines import (
+    calling_lines,
+    in_compiled_function,
+    instructions,
+)
 from torch_ext.prepare.module_classes import own_type
 from torch_ext.prepare.quantizable_modules import is_quant_stub
 
@@ -56,7 +66,7 @@ class Recording(RunGraph):
     infinities or values near the end of their dtype. ``busy``: modules that call functions of the
     table, also inside torch's own. ``kept``: nodes of what the forward returns or keeps in
     attributes, and of what it looks at without making a tensor of it. ``result``: what the forward
-    returns.
+    returns. ``sized``: nodes whose shape depends on values.
     """
 
     def __init__(self, model: nn.Module, example: Mapping[str, Any], is_float: IsFloat) -> None:
@@ -72,6 +82,11 @@ class Recording(RunGraph):
         self.masks: set[fx.Node] = set()
         self.busy: set[str] = set()
         self.kept: set[fx.Node] = set()
+        self.sized: set[fx.Node] = set()
+        self._looks: list[tuple[CallPlan, fx.Node]] = []
+        self._arguments: dict[CallPlan, list[fx.Node]] = {}
+        self._drawn = _python_random_state()
+        self.runs_compiled = False  # functions that are compiled by themselves
         self.hidden = False  # inside a module that is one node
         self.result: Any = None
         self._is_float = is_float
@@ -104,7 +119,7 @@ class Recording(RunGraph):
         for i, part in enumerate(_tensors(value)):
             known = self._known.get(id(part))
             if known is None or known[1] != part._version:
-                key = (*self.keys[node], i)
+                key = (self.keys[node], i)
                 item = self.add("call_function", _part, (node, i), {}, part, key)
                 self.functions[item] = "getitem"
                 self.know(part, item)
@@ -116,7 +131,7 @@ class Recording(RunGraph):
             return known[2]
         if known is not None:
             before = known[2]
-            key = ("written", *self.keys[before], value._version)
+            key = ("written", self.keys[before], value._version)
             into = self._set_items.pop(id(value), ())
             node = self.add("call_function", _written, (before, *into), {}, value, key)
             self.functions[node] = "written"
@@ -137,11 +152,26 @@ class Recording(RunGraph):
             self.know(value, node)
 
     def end(self, result: Any) -> None:
-        """Notes what the forward returns, and what outlives it."""
+        """Notes what outlives the forward, and what in it depends on data or on random numbers."""
         self.result = result
         for tensor in (*_tensors(result), *_attributes(self.model)):
             if self._is_known(tensor):
                 self.kept.add(self._known[id(tensor)][2])
+        self._note_python_random(self.root)
+        drawn = made_of_random_numbers(self)
+        for call, node in self._looks:
+            call.loose = call.loose or node in drawn
+        self.sized = sized_by_data(self)
+        for node, (call, line, _) in self.function_calls.items():
+            if not self.sized.isdisjoint(node.all_input_nodes):
+                call.repeating[line] = True
+        for call, given in self._arguments.items():
+            call.repeats = not self.sized.isdisjoint(given)
+
+    def _note_python_random(self, call: CallPlan) -> None:
+        """Python code that draws random numbers decides by them what to call."""
+        state = _python_random_state()
+        call.loose, self._drawn = call.loose or state != self._drawn, state
 
     def _mapped(self, value: Any) -> Any:
         """Tensors as nodes; what a graph cannot hold as text."""
@@ -171,6 +201,10 @@ class Recording(RunGraph):
         call = CallPlan(name, module.training)
         outer.children.setdefault(name, []).append(call)
         key = self._counted(self.call_keys[outer], name, instructions(skipped=2))
+        self._arguments[call] = [
+            self._known[id(t)][2] for t in _tensors((args, kwargs)) if self._is_known(t)
+        ]
+        self._note_python_random(outer)
         self._call = call
         self.call_keys[call] = key
         try:
@@ -179,6 +213,7 @@ class Recording(RunGraph):
             call.free = True
             return self._run_whole(outer, call, key, forward, args, kwargs)
         finally:
+            self._note_python_random(call)
             self._call = outer
 
     def _run_whole(
@@ -215,6 +250,7 @@ class Recording(RunGraph):
                 self.busy.add(self._call.module)
             return function(*args, **kwargs)
         lines = calling_lines()
+        self.runs_compiled = self.runs_compiled or in_compiled_function()
         counts = name in (*PLANNED, *DROPOUTS) and not lines.apart and counted(name, args, kwargs)
         index = self._call.add_function_call(name + lines.text) if counts else -1
         inputs = [(t, t._version, self.find(t)) for t in _tensors((args, kwargs))]
@@ -229,6 +265,7 @@ class Recording(RunGraph):
         result = function(*args, **kwargs)
         if name in _LOOKS:
             self.kept.update(node for _, _, node in inputs)
+            self._looks += [(self._call, node) for _, _, node in inputs]
         if name == "setitem":
             before = self._set_items.get(id(args[0]), ())
             self._set_items[id(args[0])] = (*before, *map(self.find, _tensors(args[2])))
@@ -278,6 +315,12 @@ def _attributes(model: nn.Module) -> Iterator[Tensor]:
     for module in model.modules():
         kept = {k: v for k, v in vars(module).items() if k != "_modules"}
         yield from _tensors(kept)
+
+
+def _python_random_state() -> tuple[int, ...]:
+    """Where Python's and NumPy's generators are; another number once they were used."""
+    of_numpy: Any = numpy.random.get_state()
+    return random.getstate()[1][-1], int(of_numpy[2])
 
 
 def _is_plain_slice(value: Any) -> bool:

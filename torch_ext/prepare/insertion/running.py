@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -34,6 +35,13 @@ def _read_arguments(call: Call, plan: CallPlan, args: Any, kwargs: Any) -> Any:
 
 def _is_float(plan: Plan, root: nn.Module) -> bool:
     return all(find_quantizer(root, path).idle for path in plan.quantizers.values())
+
+
+def _as_written(plan: Plan) -> Any:
+    """Lets functions that the forward has compiled run as they are written."""
+    if plan.runs_compiled and not torch.compiler.is_compiling():
+        return torch.compiler.set_stance("force_eager")
+    return contextlib.nullcontext()
 
 
 def _run_alone(
@@ -70,7 +78,7 @@ def _run_alone(
         if plan.reads:
             args, kwargs = _read_arguments(call, plan, args, kwargs)
         if link.plan.functions:
-            with InsertionMode(call) as mode:
+            with _as_written(link.plan), InsertionMode(call) as mode:
                 if not torch.compiler.is_dynamo_compiling():
                     call.mode = mode
                 made = layered(module, *args, **kwargs)

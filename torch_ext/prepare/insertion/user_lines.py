@@ -26,6 +26,7 @@ _SITE = ("site-packages", "dist-packages")
 # The modules of ``torch_ext.modules`` stand in the user's place.
 _OURS_THAT_COUNT = _PACKAGE + "modules.py"
 _MODULE_FILE, _CALL = nn.modules.module.__file__, "_call_impl"
+_COMPILE_FILE = torch._dynamo.eval_frame.__file__
 _PARAMETRIZE_FILE = parametrize.__file__
 
 # Code of the forwards that begin the call of a tracked module, by id, as its hash is that of all
@@ -115,6 +116,16 @@ def instructions(skipped: int = 0) -> tuple[tuple[str, str, int], ...]:
             found.append((frame.f_code.co_filename, frame.f_code.co_name, frame.f_lasti))
         frame = frame.f_back
     return tuple(found)
+
+
+def in_compiled_function() -> bool:
+    """Whether the forward called a function or module that ``torch.compile`` made."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code not in _BEGINNINGS:
+        if frame.f_code.co_filename == _COMPILE_FILE:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def user_line(frames: Iterable[tuple[str, int]]) -> str:

@@ -1,0 +1,1 @@
+"""Models of other packages, each prepared, checked and compared with torchao's PT2E."""

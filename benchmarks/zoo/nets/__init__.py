@@ -1,0 +1,1 @@
+"""The models of the zoo, by the package they come from: random weights, small inputs."""
