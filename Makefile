@@ -3,6 +3,7 @@
 # make build     only set up and compile            make clean   everything but .venv
 # make docs      the guide, into build/docs         make constraints   newer versions of packages
 # make zoo       prepare and check 270 models of torchvision, timm, transformers and ultralytics
+# make trained-net   INT8 against float on a trained net and photos, every observer
 # make cuda-check   compile the CUDA sources without torch, show what each kernel takes
 # make gpu-check    on a machine with a GPU: build for it, test, sanitize, benchmark
 #
@@ -11,6 +12,7 @@
 #   build     torch, numpy, safetensors, tqdm, rich, matplotlib; compiles the library
 #   example   the same; where Fashion-MNIST is not to be had, scikit-learn for its digits
 #   bench     the same, onnx and onnxruntime
+#   trained-net   the same as build, EfficientNet-Lite1 and packages with photos
 #   docs      the same as build, Sphinx with its theme, and torchao
 #   test      the same as docs, pytest, the engines and model zoos; compiles the C++ tests
 #   zoo       the same as test without the C++ tests; ultralytics into build/zoo-venv, on top of .venv
@@ -33,7 +35,7 @@
 TORCH ?= 2.13.0
 export TORCH CUDA CUDA_ARCH PYTHON DATA JOBS
 
-.PHONY: build example test bench zoo lint docs constraints clean cuda-check gpu-check
+.PHONY: build example test bench zoo trained-net lint docs constraints clean cuda-check gpu-check
 build:
 	@tools/setup.sh build
 
@@ -52,6 +54,10 @@ bench:
 zoo:
 	@tools/setup.sh zoo
 	@build/zoo-venv/bin/python benchmarks/run_zoo.py --resume $(ZOO)
+
+trained-net:
+	@tools/setup.sh trained
+	@.venv/bin/python benchmarks/trained_net.py
 
 cuda-check:
 	@"$${PYTHON:-python3}" tools/cuda_check.py

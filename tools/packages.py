@@ -25,6 +25,21 @@ ROOT = Path(__file__).resolve().parents[1]
 CONSTRAINTS = ROOT / "tools" / "constraints.txt"
 RESOLVE = ROOT / "build" / "resolve"  # uv, and what goes in and out of it
 TORCHES = ("2.11.0", "2.12.0", "2.13.0", "2.14.1")
+# uv reads it in its working directory. Without it, releases for other systems, processors and
+# interpreters, and for Pythons that have no wheels yet, would have to go together too.
+PYTHONS = "python_full_version < '3.15'"
+SYSTEM = (
+    "sys_platform == 'linux' and platform_machine == 'x86_64' and "
+    f"platform_python_implementation == 'CPython' and {PYTHONS}"
+)
+SETTINGS = f"""\
+[project]
+name = "pins"
+version = "0"
+
+[tool.uv]
+environments = ["{SYSTEM}"]
+"""
 BUILD_TOOLS = ("cmake>=3.22", "ninja")  # installed where the system has none
 
 # A release of torch asks for its own triton and CUDA libraries, and torchvision for one of torch.
@@ -72,6 +87,7 @@ def on_linux(line: str) -> str | None:
     if ANY_ON_LINUX.search(marker):
         return pin
     clauses = [clause for clause in marker.split(" and ") if re.search(r"\bpython_", clause)]
+    clauses = [clause for clause in clauses if clause != PYTHONS]
     return f"{pin} ; {' and '.join(clauses)}" if clauses else pin
 
 
@@ -88,7 +104,8 @@ def resolve(torch: str, *, held: list[str]) -> list[str]:
     command += ["--python-version", "3.10", "--no-annotate", "--no-header"]
     for path in (str(limits), *pip_constraints()):
         command += ["--constraint", path]
-    done = subprocess.run([*command, str(given)], capture_output=True, text=True)
+    (RESOLVE / "pyproject.toml").write_text(SETTINGS)
+    done = subprocess.run([*command, str(given)], capture_output=True, text=True, cwd=RESOLVE)
     if done.returncode:
         sys.exit(f"packages.py: no versions go with torch {torch}:\n{done.stderr}")
     lines = [on_linux(line) for line in done.stdout.splitlines()]

@@ -2,7 +2,7 @@
 # Brings a checkout to the point where one target of the Makefile can run: system packages, .venv,
 # PyTorch, Python packages, native build. What is done already is not done again, and what another
 # target has brought stays.
-#   tools/setup.sh build | example | bench | docs | lint | test | zoo
+#   tools/setup.sh build | example | bench | docs | lint | test | trained | zoo
 # Variables (see the Makefile): TORCH CUDA CUDA_ARCH PYTHON DATA JOBS. CMAKE_ARGS goes to the configuration.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -125,6 +125,7 @@ install_packages() {
     docs) extras+=(pt2e docs) ;; # the guide's reference imports torch_ext.pt2e
     lint) extras+=(lint) ;;
     test) extras+=(test docs) ;; # one test builds the guide
+    trained) extras+=(trained) ;;
     zoo) extras+=(test) ;;
     esac
     [[ $mode != example || $still_missing != *dataset-fashion-mnist* ]] || extras+=(digits)
@@ -195,8 +196,11 @@ python=${PYTHON:-python3}
 jobs=${JOBS:-$(nproc)}
 mode=${1-}
 case $mode in
-build | example | bench | docs | lint | test | zoo) ;;
-*) die "expected setup.sh's mode to be build, example, bench, docs, lint, test or zoo, got \"$mode\"" ;;
+build | example | bench | docs | lint | test | trained | zoo) ;;
+*)
+    die "expected setup.sh's mode to be build, example, bench, docs, lint, test, trained or zoo," \
+        "got \"$mode\""
+    ;;
 esac
 still_missing=
 check_variables
