@@ -2,7 +2,7 @@
 # make test      GoogleTest and pytest              make lint    format, lint and types
 # make build     only set up and compile            make clean   everything but .venv
 # make docs      the guide, into build/docs         make constraints   newer versions of packages
-# make zoo       prepare and check 270 models of torchvision, timm, transformers and ultralytics
+# make zoo       prepare and check 311 models of torchvision, timm, transformers and ultralytics
 # make trained-net   INT8 against float on a trained net and photos, every observer
 # make cuda-check   compile the CUDA sources without torch, show what each kernel takes
 # make gpu-check    on a machine with a GPU: build for it, test, sanitize, benchmark
@@ -53,7 +53,7 @@ bench:
 
 zoo:
 	@tools/setup.sh zoo
-	@build/zoo-venv/bin/python benchmarks/run_zoo.py --resume $(ZOO)
+	@PYTHONPATH=$(CURDIR) build/zoo-venv/bin/python benchmarks/run_zoo.py --resume $(ZOO)
 
 trained-net:
 	@tools/setup.sh trained
