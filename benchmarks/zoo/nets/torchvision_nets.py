@@ -100,7 +100,7 @@ def entries() -> list[Entry]:
             keys["aux_loss"] = True
         found.append((name, functools.partial(_make, ".segmentation", name, **keys), image(64)))
     for name in _VIDEO:
-        inputs = _long_clip if "mvit" in name else _clip
+        inputs = _long_clip if "mvit" in name or name == "s3d" else _clip
         found.append((name, functools.partial(_make, ".video", name, num_classes=10), inputs))
     for name in ("raft_small", "raft_large"):
         found.append((name, functools.partial(_make, ".optical_flow", name), _pair))
