@@ -19,7 +19,7 @@ _OPERANDS: dict[str, tuple[tuple[int, ...], int | None]] = {
     **dict.fromkeys([*_CONVOLUTIONS, "linear"], ((0,), 1)),
     "deform_conv2d": ((0,), 1),
     "bilinear": ((0, 1), 2),
-    **dict.fromkeys(("matmul", "mm", "bmm", "mv", "__matmul__"), ((0, 1), None)),
+    **dict.fromkeys(("matmul", "mm", "bmm", "__matmul__"), ((0, 1), None)),
     "__rmatmul__": ((0, 1), None),
     **dict.fromkeys(("addmm", "baddbmm", "addbmm"), ((1, 2), None)),
     **dict.fromkeys(("_grouped_mm", "grouped_mm", "grouped_mm_fallback"), ((0, 1), None)),
@@ -145,7 +145,7 @@ _NONE = torch.zeros(())
 
 def _by_place(name: str, kwargs: Mapping[str, Any]) -> dict[int, Any]:
     shift = dict(_NAMES)
-    if name in ("matmul", "mm", "bmm", "mv"):
+    if name in ("matmul", "mm", "bmm"):
         shift["mat2"] = 1
     return {shift[key]: value for key, value in kwargs.items() if key in shift}
 

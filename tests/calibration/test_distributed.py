@@ -122,9 +122,13 @@ class TestMisuse:
             ("options", "ValueError", "{'percentile': 99.99} on rank 0, {'percentile': 99.0}"),
             ("channels", "ValueError", "channels.channel_len: 3 on rank 0, 4 on rank 1"),
             ("state", "ValueError", "conv1.input_quantizers.input.state: 'calibration' on rank 0"),
-            ("all solved", "RuntimeError", "CALIBRATION or QAT, got validation for conv1.act"),
+            (
+                "all solved",
+                "RuntimeError",
+                "CALIBRATION or QAT, got validation for conv1.input_qua",
+            ),
             ("twice", "RuntimeError", "hold all ranks' already: conv1.input_quantizers.input"),
-            ("twice with more data", "RuntimeError", "hold all ranks' already: conv1.act"),
+            ("twice with more data", "RuntimeError", "hold all ranks' already: conv1.input_qua"),
             ("statistics broadcast", "RuntimeError", "with rank 0's: conv1.input_quantizers.input"),
             ("no group", "TypeError", "expected group to be a ProcessGroup or None, got 'gloo'"),
         ],
@@ -140,7 +144,7 @@ class TestMisuse:
         [
             ("no quantizers", "ValueError", "expected model to have quantizers, got none"),
             ("no module", "TypeError", "expected model to be a torch.nn.Module, got 3"),
-            ("twice on one rank", "RuntimeError", "hold all ranks' already: conv1.act"),
+            ("twice on one rank", "RuntimeError", "hold all ranks' already: conv1.input_qua"),
         ],
     )
     def test_what_one_rank_refuses_all_refuse(

@@ -126,7 +126,7 @@ def test_given_scales_and_quantizers_without_data_stay() -> None:
     before = snapshot(net)
     resolve(net, activation_observer="mse")
     after = snapshot(net)
-    for name in ("conv1.input_quantizers.input", "fc.input_quantizers.input"):
+    for name in ("input_quantizers.x", "fc.input_quantizers.input"):
         assert after[f"{name}.rule"] == before[f"{name}.rule"]
         assert same_bits(after[f"{name}.scale"], before[f"{name}.scale"])
     assert after["conv1.input_quantizers.input.rule"] == ("mse", {})

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from devices import assert_same_bits
+from input_zoo import AROUND, FLOAT_MAX, LEAST_NORMAL, ZOO, misaligned
 from sample_data import DTYPES, VIEWS, sample, strided_views
 from torch_ext import ops
-from zoo import AROUND, FLOAT_MAX, LEAST_NORMAL, ZOO, misaligned
 
 MASKS = ["rounded", "paper"]
 ROUNDINGS = ["half_even", "half_away", "floor_half_up"]

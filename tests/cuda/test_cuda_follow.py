@@ -10,10 +10,10 @@ from torch import Tensor
 
 import torch_ext
 from devices import assert_same_bits, to
+from input_zoo import ZOO
 from sample_data import DTYPES, sample
 from sample_grids import GRIDS
 from torch_ext import ops
-from zoo import ZOO
 
 RULES = torch_ext.observers()
 

@@ -13,12 +13,12 @@ from torch import Tensor
 
 import torch_ext
 from devices import assert_same_bits, free_memory, synchronize, to
+from input_zoo import ZOO
 from nets.exact_net import batch, ready_for, step, upstream
 from op_samples import SAMPLES
 from sample_data import sample
 from statistic_tensors import State, empty_state, observed
 from torch_ext import FakeQuantState, ops
-from zoo import ZOO
 
 NATIVE = torch.ops.torch_ext
 RULES = torch_ext.observers()

@@ -9,10 +9,10 @@ import torch
 
 import torch_ext
 from devices import assert_same_bits
+from input_zoo import ZOO
 from sample_data import DTYPES, sample
 from statistic_tensors import State, empty_state, observed
 from torch_ext import ops
-from zoo import ZOO
 
 LAYOUTS = [(10, 16), (7, 12), (5, 4), (8, 32)]
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from devices import assert_same_bits
+from input_zoo import AROUND, FEW, ZOO, misaligned
 from sample_data import DTYPES, VIEWS, sample, strided_views
 from statistic_tensors import empty_state, observed
 from torch_ext import ops
-from zoo import AROUND, FEW, ZOO, misaligned
 
 # Mantissa bits and octaves; the default asks for the most memory on chip, the last for 2 MiB.
 LAYOUTS = [(10, 16), (7, 12), (5, 4), (8, 32), (10, 32)]

@@ -12,11 +12,11 @@ from torch import Tensor
 import torch_ext
 from devices import assert_same_bits
 from expected_ranges import SEARCHING
+from input_zoo import FLOAT_MAX, LEAST_NORMAL, ZOO
 from sample_data import DTYPES, sample
 from sample_grids import GRIDS, grid_arguments
 from statistic_tensors import State, empty_state, observed
 from torch_ext import ops
-from zoo import FLOAT_MAX, LEAST_NORMAL, ZOO
 
 RULES = torch_ext.observers()
 KINDS = ["heavy", "relu", "negative", "outlier", "sparse", "lattice", "two_scales", "huge", "small"]

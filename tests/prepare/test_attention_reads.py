@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from counted_graphs import compile_counting
 from prepare_steps import CONFIG, names, ready, run_calibration
 from torch_ext import named_quantizers, remove_quantizers, set_fake_quantize
 
@@ -123,14 +124,7 @@ def test_compiled_exported_and_copied_it_computes_the_same(make: Any) -> None:
             assert torch.equal(first(program.module()(*inputs)), want)
         for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
             assert torch.equal(first(twin(*inputs)), want)
-    graphs: list[torch.fx.GraphModule] = []
-
-    def count(graph: torch.fx.GraphModule, _: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    torch._dynamo.reset()
-    compiled = torch.compile(net, backend=count, fullgraph=True)
+    compiled, graphs = compile_counting(net)
     for _ in range(2):
         for state in ("float", "calibration", "validation", "qat"):
             set_fake_quantize(net, state)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import torch_ext
+from counted_graphs import compile_counting
 from grid_checks import off_grid
 from prepare_steps import CONFIG, OTHER, names, ready, run_calibration
 from ranks.processes import run
@@ -133,14 +134,7 @@ def test_copies_and_pickles() -> None:
 
 def test_compiling_gives_one_graph_per_state(monkeypatch: pytest.MonkeyPatch) -> None:
     net = captured()
-    graphs: list[torch.fx.GraphModule] = []
-
-    def count(graph: torch.fx.GraphModule, _: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    torch._dynamo.reset()
-    compiled = torch.compile(net, backend=count, fullgraph=True)
+    compiled, graphs = compile_counting(net)
     # Only eager code runs attention by torch's fused path, which rounds otherwise.
     monkeypatch.setattr(torch.backends.mha, "get_fastpath_enabled", lambda: False)
     for _ in range(2):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import torch_ext
+from counted_graphs import compile_counting
 from prepare_steps import CONFIG, OTHER, names, ready, rule_of, run_calibration
 from torch_ext import named_quantizers, remove_quantizers, set_fake_quantize
 
@@ -135,14 +136,7 @@ def test_the_tensors_are_on_their_grids_in_the_same_structure(kind: str) -> None
 def test_compiled_in_one_graph_a_state(kind: str) -> None:
     make, _, tensors = STRUCTURES[kind]
     net = ready(Net(make), output_qconfig=CONFIG, example_inputs=X)
-    graphs: list[torch.fx.GraphModule] = []
-
-    def count(graph: torch.fx.GraphModule, _: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    torch._dynamo.reset()
-    compiled = torch.compile(net, backend=count, fullgraph=True)
+    compiled, graphs = compile_counting(net)
     for _ in range(2):
         for state in ("float", "calibration", "validation", "qat"):
             set_fake_quantize(net, state)

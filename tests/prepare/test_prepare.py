@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import torch_ext
+from counted_graphs import compile_counting
 from nets.tiny_net import ACTIVATIONS, WEIGHTS, TinyNet, images, tiny_net
 from prepare_steps import CONFIG, OTHER, names, ready, run_calibration
 from snapshots import same_bits
@@ -285,14 +285,7 @@ def test_compiling_gives_one_graph_per_state(sequential: bool) -> None:
     plain = nn.Sequential(nn.Linear(4, 4), nn.ReLU()) if sequential else tiny_net()
     x = torch.randn(3, 4) if sequential else images(3)
     net = ready(plain.eval(), get_default_qconfig(activation_observer="percentile"))
-    graphs: list[torch.fx.GraphModule] = []
-
-    def count(graph: torch.fx.GraphModule, _: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    torch._dynamo.reset()
-    compiled = torch.compile(net, backend=count, fullgraph=True)
+    compiled, graphs = compile_counting(net)
     for round_ in range(2):
         for state in ("float", "calibration", "validation", "qat"):
             set_fake_quantize(net, state)

@@ -224,7 +224,7 @@ def test_main_job_on_a_small_slice(tmp_path: Path) -> None:
     for rule in torch_ext.observers():
         assert re.search(rf"\b{rule}\b.*\d\d\.\d\d", done.stdout)
     assert re.search(r"mix +mse +\d\d", done.stdout)
-    assert "report.html: 35 quantizers" in done.stdout
+    assert "report.html: 25 quantizers" in done.stdout
     assert (tmp_path / "sensitivity.svg").read_text().startswith("<svg")
     assert (tmp_path / "report.html").stat().st_size > 100_000
     picture = (tmp_path / "int4_qat_loss.png").read_bytes()

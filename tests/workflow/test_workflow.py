@@ -122,6 +122,7 @@ def test_ranges_do_not_depend_on_how_data_is_split_or_ordered() -> None:
     x = torch.cat(list(batches()))
     seen: dict[str, Tensor] = {}
     probe = prepare_qat(model)
+    set_fake_quantize(probe, FakeQuantState.CALIBRATION)
     for name, quantizer in probe.named_modules():
         if isinstance(quantizer, torch_ext.FakeQuantize) and not quantizer.transient:
             quantizer.register_forward_pre_hook(

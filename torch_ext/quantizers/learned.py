@@ -252,18 +252,17 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
     def _quantize(self, x: Tensor, action: str) -> Tensor:
         # As in FakeQuantize: Module.__getattr__ is slow.
         observer: Any = self._modules["observer"]
-        start_zero_point = self._buffers["start_zero_point"]
+        start_zero_point: Any = self._buffers["start_zero_point"]
         parameter: Tensor | None = self._parameters[self._parameter]
         assert parameter is not None
         learns = action in DIFFERENTIATE
         compiling = torch.compiler.is_dynamo_compiling()
         if action in FOLLOW and (self._keeps_start if compiling else self._starting):
             self._start(x, parameter.detach(), compiling or self._starts_by_channel)
-            # follow_ wrote to the parameter in place; autograd has to save another tensor.
-            parameter = parameter.clone()
+            # follow_ wrote to these in place, and may again; autograd has to save others.
+            parameter, start_zero_point = parameter.clone(), start_zero_point.clone()
         zero_point = start_zero_point if self._per_channel else None
         if self.learn_zero_point:
-            assert start_zero_point is not None
             zero_point = start_zero_point + (self.offset if learns else self.offset.detach())
         # Axis 0 of an activation is the batch; a weight has none.
         batch_axis = -1 if observer.transient or observer.ch_axis == 0 else 0

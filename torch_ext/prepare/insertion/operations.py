@@ -55,7 +55,7 @@ PLACEMENT_TABLE = (
     ),
     Row(
         Kind.PRODUCT,
-        "matmul mm bmm mv inner tensordot baddbmm addbmm grouped_mm einsum "
+        "matmul mm bmm inner tensordot baddbmm addbmm grouped_mm einsum "
         "scaled_dot_product_attention",
         _NEW,
     ),
@@ -90,8 +90,8 @@ _OPERANDS: dict[str, tuple[tuple[int, tuple[str, ...]], ...]] = {
     "grouped_mm": ((0, ("mat_a", "self")), (1, ("mat_b", "mat2"))),
     "scaled_dot_product_attention": ((0, ("query",)), (1, ("key",)), (2, ("value",))),
     **dict.fromkeys(
-        ("matmul", "mm", "bmm", "mv", "inner", "tensordot", "add", "mul"),
-        (_FIRST, (1, ("other", "mat2", "tensor", "vec", "b"))),
+        ("matmul", "mm", "bmm", "inner", "tensordot", "add", "mul"),
+        (_FIRST, (1, ("other", "mat2", "tensor", "b"))),
     ),
 }
 _WEIGHT = (1, ("weight",))
