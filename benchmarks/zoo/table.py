@@ -63,10 +63,9 @@ def page(records: list[Record]) -> str:
     for name, members in (*groups, ("all", records)):
         if members:
             lines.append(f"| {name} | " + " | ".join(_row(members)) + " |")
-    lines += ["", "## What is left", "", "| model | remark |", "|---|---|"]
-    for record in records:
-        for problem in problems(record):
-            lines.append(f"| {record['name']} | {_plain(problem)} |")
+    left = [f"| {r['name']} | {_plain(problem)} |" for r in records for problem in problems(r)]
+    lines += ["", "## What is left", ""]
+    lines += ["| model | remark |", "|---|---|", *left] if left else ["Nothing, of those tried."]
     lines += ["", "## All models", "", "| model | quantizers | on a grid | SQNR | PT2E |"]
     lines.append("|---|---|---|---|---|")
     for record in records:

@@ -17,6 +17,18 @@ std::mutex& mutex_of(const void* memory) {
 
 }  // namespace
 
-Exclusive::Exclusive(const at::Tensor& updated) : lock_(mutex_of(updated.const_data_ptr())) {}
+Exclusive::Exclusive(const at::Tensor& updated) : first_(mutex_of(updated.const_data_ptr())) {}
+
+Exclusive::Exclusive(const at::Tensor& updated, const at::Tensor& read) {
+  std::mutex& first = mutex_of(updated.const_data_ptr());
+  std::mutex& second = mutex_of(read.const_data_ptr());
+  first_ = std::unique_lock(first, std::defer_lock);
+  if (&first == &second) {
+    first_.lock();
+    return;
+  }
+  second_ = std::unique_lock(second, std::defer_lock);
+  std::lock(first_, second_);
+}
 
 }  // namespace torch_ext::bindings

@@ -5,27 +5,29 @@
 #include <c10/core/SymInt.h>
 
 #include <algorithm>
+#include <numeric>
 
 namespace torch_ext::bindings {
 namespace {
 
-bool is_true(const c10::SymBool& condition) { return condition.guard_bool(__FILE__, __LINE__); }
+// While tracing, what depends on data is not known, and not asked for either.
+bool is_true(const c10::SymBool& condition) { return TORCH_GUARD_OR_FALSE(condition); }
 
 }  // namespace
 
 std::vector<int64_t> order_of(const at::Tensor& x) {
-  if (x.dim() < 2 || x.is_contiguous()) return {};
-  // Where an axis of size 1 lies makes no difference: those come first.
-  std::vector<int64_t> order, axes;
-  for (int64_t d = 0; d < x.dim(); ++d)
-    (is_true(x.sym_size(d).sym_eq(1)) ? order : axes).push_back(d);
-  for (const int64_t d : axes)
-    if (is_true(x.sym_stride(d).sym_eq(0))) return {};
-  std::stable_sort(axes.begin(), axes.end(), [&](int64_t a, int64_t b) {
+  if (x.dim() < 2) return {};
+  std::vector<int64_t> order(x.dim());
+  std::iota(order.begin(), order.end(), 0);
+  const auto is_one = [&](int64_t d) { return is_true(x.sym_size(d).sym_eq(1)); };
+  for (const int64_t d : order)
+    if (is_true(x.sym_stride(d).sym_eq(0)) && !is_one(d)) return {};
+  // An axis of size 1 has a place too: torch tells memory formats by its stride.
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+    if (is_true(x.sym_stride(a).sym_eq(x.sym_stride(b)))) return !is_one(a) && is_one(b);
     return is_true(x.sym_stride(a).sym_gt(x.sym_stride(b)));
   });
-  if (std::is_sorted(axes.begin(), axes.end())) return {};
-  order.insert(order.end(), axes.begin(), axes.end());
+  if (std::is_sorted(order.begin(), order.end())) return {};
   return order;
 }
 

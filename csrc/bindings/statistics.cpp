@@ -54,7 +54,7 @@ void merge_(const at::Tensor& extrema, const at::Tensor& tally, const at::Tensor
             const at::Tensor& other_counts) {
   const Merged checked =
       check_merge(extrema, tally, counts, other_extrema, other_tally, other_counts);
-  const Exclusive exclusive(tally);
+  const Exclusive exclusive(tally, other_tally);
   Backend("merge_", extrema).merge(checked.into, checked.from);
 }
 

@@ -36,8 +36,8 @@ void write(const c10::OperatorHandle& handle, c10::DispatchKeySet keys, torch::j
     handle.redispatchBoxed(keys & c10::after_ADInplaceOrView_keyset, stack);
   }
   // Activation checkpointing's second forward writes nothing, and what the first one's graph saved
-  // is still to be used.
-  if (recomputing()) return;
+  // is still to be used. merge_ is no part of a forward and always writes.
+  if (recomputing() && name != "merge_") return;
   for (const at::Tensor& t : written) t.unsafeGetTensorImpl()->bump_version();
 }
 

@@ -157,8 +157,9 @@ void expect_formulas(const Given<T>& given, const Run<T>& run) {
     };
     ASSERT_LE(std::fabs(run.d_parameter[c] - want), bound(want)) << "channel " << c;
     ASSERT_LE(std::fabs(run.d_zero_point[c] - zero_sum[c]), bound(zero_sum[c])) << "channel " << c;
-    if (given.method == kLsq)
+    if (given.method == kLsq) {
       ASSERT_LE(std::fabs(run.d_mixed[c] - mixed), bound(mixed)) << "channel " << c;
+    }
   }
 }
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+import torch_ext
 from op_samples import SAMPLES, Arguments
 from torch_ext import FakeQuantize, ops
 
@@ -158,3 +159,16 @@ def test_compiled_code_raises_versions_too():
     before = [t._version for t in states]
     compiled(arguments["x"], *states)
     assert all(t._version > old for t, old in zip(states, before, strict=True))
+
+
+def test_a_merge_during_a_backward_pass_raises_the_version():
+    state = torch_ext.Observer("min_max")
+    state(torch.tensor([0.0, 1.0]))
+    other = torch_ext.Observer("min_max")
+    other(torch.tensor([-5.0, 9.0]))
+    w = torch.ones(1, 2, requires_grad=True)
+    y = w * state.extrema
+    z = y * 1
+    z.register_hook(lambda _: state.merge_(other) and None)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        z.sum().backward()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 
 from counted_graphs import compile_counting
 from prepare_steps import CONFIG, names, ready, run_calibration
-from torch_ext import named_quantizers, remove_quantizers, set_fake_quantize
+from torch_ext import calibrate, named_quantizers, remove_quantizers, set_fake_quantize
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -157,3 +158,10 @@ def test_parts_of_attention_that_stay_float() -> None:
     assert names(net) == {"out_proj.input_quantizers.input", "out_proj.parametrizations.weight.0"}
     run_calibration(net, X, X, X)
     assert bool(named_quantizers(net)["out_proj.input_quantizers.input"].solved)
+
+
+def test_one_tensor_for_query_key_and_value_is_no_warning() -> None:
+    net = ready(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        calibrate(net, [torch.randn(2, 3, 8)])

@@ -381,3 +381,63 @@ def test_addmm_is_a_layer_or_a_product() -> None:
         assert torch.equal(weight, as_linear(given))
         step = net.get_submodule(name).calculate_qparams()[0]  # type: ignore[operator]
         assert torch.equal((x / step).round() * step, x)
+
+
+class FillsBuffer(nn.Module):
+    """Its other way multiplies what was written into a new tensor of zeros."""
+
+    def forward(self, x: Tensor, other: bool = False) -> Tensor:
+        h = torch.sigmoid(x)
+        y = h @ h.T
+        if other:
+            filled = torch.zeros_like(h)
+            filled[:] = h
+            return filled @ filled.T
+        return y
+
+
+def test_zeros_that_data_is_written_to_are_data() -> None:
+    x = torch.randn(3, 4)
+    net = ready(FillsBuffer(), example_inputs=x)
+    run_calibration(net, x)
+    with pytest.raises(RuntimeError, match="got matmul at"):
+        net(x, True)
+
+
+class TwoWays(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, other: bool = False) -> Tensor:
+        return self.second(torch.tanh(x)) if other else self.first(x)
+
+
+def test_the_way_of_a_second_example_has_to_be_calibrated_too() -> None:
+    x = torch.randn(3, 4)
+    net = ready(TwoWays(), example_inputs=[(x,), (x, True)])
+    set_fake_quantize(net, "calibration")
+    net(x)
+    with pytest.raises(RuntimeError, match=r"got none for tanh_quantizer"):
+        set_fake_quantize(net, "validation")
+    net(x, True)
+    set_fake_quantize(net, "validation")
+    assert off_grid(net, x, True)[0] == []
+
+
+def test_code_without_a_file_has_lines_too() -> None:
+    source = """
+class Net(nn.Module):
+    def forward(self, x, other=False):
+        h = torch.sigmoid(x)
+        if other:
+            return h + torch.tanh(h)
+        return h + x
+"""
+    scope: dict[str, Any] = {"nn": nn, "torch": torch}
+    exec(compile(source, "<stdin>", "exec"), scope)
+    x = torch.randn(3, 4)
+    net = ready(scope["Net"](), example_inputs=x)
+    run_calibration(net, x)
+    with pytest.raises(RuntimeError, match="got add at <stdin>:6"):
+        net(x, True)

@@ -3,6 +3,7 @@ and one that succeeds leaves the given model, and what its code keeps elsewhere.
 
 from __future__ import annotations
 
+import collections
 import copy
 import functools
 import random
@@ -302,3 +303,23 @@ def test_the_order_of_random_numbers_does_not_change() -> None:
     want, have = drawn(prepare=False), drawn(prepare=True)
     assert same_bits(want[0], have[0])
     assert want[1:] == have[1:]
+
+
+_CALLS: collections.Counter[str] = collections.Counter({"before": 2})
+
+
+class Counts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _CALLS["forward"] += 1
+        return self.fc(x)  # type: ignore[no-any-return]
+
+
+def test_a_global_counter_counts_what_it_counted() -> None:
+    model = Counts()
+    model.qconfig = CONFIG  # type: ignore[assignment]
+    prepare_qat(model, example_inputs=torch.randn(2, 4))
+    assert _CALLS == {"before": 2}

@@ -308,3 +308,7 @@ def test_export_keeps_names_and_values() -> None:
     assert targets.count("torch_ext.fake_quant.default") == len(ACTIVATIONS + WEIGHTS)
     x = images(4, seed=5)
     assert same_bits(program.module()(x).detach(), net(x).detach())
+
+
+def test_describe_says_that_functions_were_not_looked_at_beside_weights_alone() -> None:
+    assert not torch_ext.describe(ready(nn.Sequential(nn.Embedding(5, 4)))).functions_seen

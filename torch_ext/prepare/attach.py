@@ -20,13 +20,8 @@ from torch_ext.prepare.module_calls.results import OutputQuantizers
 from torch_ext.prepare.module_classes import Undo, parametrize_weight
 from torch_ext.prepare.quantizable_modules import is_float_functional, is_out_proj
 from torch_ext.quantizers.fake_quantize import FakeQuantize
-from torch_ext.quantizers.find import (
-    INPUTS,
-    OUTPUTS,
-    HookedWeight,
-    WeightHook,
-    computes_weight,
-)
+from torch_ext.quantizers.find import HookedWeight, WeightHook, computes_weight
+from torch_ext.quantizers.transition import INPUTS, OUTPUTS
 from torch_ext.utils.text import label_of
 
 OUTPUT = "activation_quantizer"
@@ -209,8 +204,8 @@ def _quantize_output(module: nn.Module, args: Any, output: Any) -> Any:
     """The forward hook of :func:`attach_output`."""
     quantizer = module.activation_quantizer
     # Attention returns a tuple: its output, and the attention weights.
-    if type(output) is tuple and output and isinstance(output[0], Tensor):
-        return (quantizer(output[0]), *output[1:])  # type: ignore[operator]
+    if type(output) is tuple and output:
+        return (_quantize_output(module, args, output[0]), *output[1:])
     if isinstance(output, Tensor) and output.is_floating_point():
         return quantizer(output)  # type: ignore[operator]
     return output

@@ -43,8 +43,8 @@ from torch_ext.prepare.quantizable_modules import (
     target_of,
 )
 from torch_ext.quantizers.fake_quantize import FakeQuantize
-from torch_ext.quantizers.find import INPUTS, OUTPUTS
 from torch_ext.quantizers.folded_weight import FoldedWeight, OutputChannels
+from torch_ext.quantizers.transition import INPUTS, OUTPUTS
 from torch_ext.utils.arguments import bounded
 
 _WHO = "prepare_qat"
@@ -98,7 +98,7 @@ class Attachments:
         def make(placement: Placement, site: Site) -> str:
             name = self._add_site(placement, site, names)
             # Calibration in eval mode does not come by what only train mode has.
-            self.built[-1].optional |= placement.recording is not recordings[0]
+            self.built[-1].optional |= placement.recording.training
             return name
 
         assignment = Assignment(make)
@@ -120,22 +120,25 @@ class Attachments:
                 # Before weights are parametrized, which gives each module a class of its own.
                 self.first_steps.append(functools.partial(track, module, place))
         if outputs is not None:
-            self.add_outputs(outputs, [recording.result for recording in recordings])
+            self.add_outputs(outputs, [(r.result, r.training) for r in recordings])
 
-    def add_outputs(self, factory: Factory, results: list[Any] | None) -> None:
-        """Plans quantizers of what the model returns: eval mode's results come first if known."""
+    def add_outputs(self, factory: Factory, results: list[tuple[Any, bool]] | None) -> None:
+        """Plans quantizers of what the model returns.
+
+        ``results``, if known: each with whether it is of train mode; those of eval mode first.
+        """
         host_name, host = output_host(_WHO, self.root)
         attach.check_free(_WHO, host_name, host, OUTPUTS)
         keys: dict[Path, str] = {}
         quantizers: dict[str, FakeQuantize] = {}
-        for i, result in enumerate([()] if results is None else results):
+        for result, training in [((), False)] if results is None else results:
             add_output_keys(keys, result)
             for key in keys.values() if results is not None else ("0",):
                 if key not in quantizers:
                     where = f"{host_name}.{OUTPUTS}.{key}".strip(".")
                     quantizers[key] = self._build(where, factory, self._device(self.root))
                     # Calibration in eval mode does not come by what only train mode returns.
-                    quantizers[key].optional |= i > 0
+                    quantizers[key].optional |= training
         if not quantizers:
             raise ValueError(
                 f"{_WHO}: expected the model to return floating tensors with output_qconfig, got "

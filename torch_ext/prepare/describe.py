@@ -8,7 +8,6 @@ from torch import nn
 
 from torch_ext.prepare.attach import attached
 from torch_ext.prepare.insertion.running import is_tracked
-from torch_ext.prepare.module_calls.arguments import InputQuantizers
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import check_model, named_quantizers, role_of
 from torch_ext.quantizers.grid import dtype_name
@@ -89,9 +88,8 @@ def describe(model: nn.Module) -> Description:
             continue
         float_modules.append((name, type(module).__name__))
     rows = tuple(_row(name, quantizer) for name, quantizer in quantizers.items())
-    by_modules = any(isinstance(module, InputQuantizers) for module in root.modules())
     by_forward = any(is_tracked(module) for module in root.modules())
-    return Description(rows, tuple(float_modules), functions_seen=by_forward or not by_modules)
+    return Description(rows, tuple(float_modules), functions_seen=by_forward or not rows)
 
 
 def _row(name: str, quantizer: FakeQuantize) -> QuantizerRow:

@@ -70,8 +70,9 @@ def prepare_qat(
     A module's QConfig is the first of: its attribute ``qconfig``; its name in ``mapping`` (exact
     names before patterns); its type in ``mapping``; its parent's. None leaves it float. The model
     itself has the name ``""``. If the mapping has the exact name or the type of a module that is
-    neither listed above nor an activation (a norm, a custom layer), its output is quantized too, as
-    that of a ``QuantStub`` always is: ``<module>.activation_quantizer``.
+    neither listed above nor an activation (a norm; without an example also a custom layer), its
+    output is quantized too, as that of a ``QuantStub`` always is:
+    ``<module>.activation_quantizer``.
 
     Args:
         model: a float model, not wrapped.

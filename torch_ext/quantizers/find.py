@@ -19,14 +19,13 @@ from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.folded_weight import WeightStep
 from torch_ext.quantizers.solve import refresh_weights
 from torch_ext.quantizers.state_table import FakeQuantState
+from torch_ext.quantizers.transition import INPUTS
 from torch_ext.utils.arguments import bounded
 from torch_ext.utils.modes import eval_mode
 from torch_ext.utils.sharded import whole
 from torch_ext.utils.text import shown
 
 _COMPILED = "_orig_mod."
-INPUTS = "input_quantizers"  # the child that holds the quantizers of a module's arguments
-OUTPUTS = "output_quantizers"  # the child that holds those of what the model returns
 Pattern = str | Sequence[str]
 
 

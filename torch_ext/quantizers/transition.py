@@ -22,6 +22,10 @@ from torch_ext.utils.modes import is_exporting
 from torch_ext.utils.text import label_of, shown
 from torch_ext.utils.user_warning import warn_user
 
+INPUTS = "input_quantizers"  # the child that holds the quantizers of a module's arguments
+OUTPUTS = "output_quantizers"  # the child that holds those of what the model returns
+_OPERANDS = f".{INPUTS}."
+
 
 class QuantizationWarning(UserWarning):
     """Warns of quantizers whose data, range or state is unusual; the message names them."""
@@ -177,8 +181,14 @@ def _followed_masks(chosen: Mapping[str, Quantizer], target: FakeQuantState) -> 
 
 
 def _idle_inputs(without: list[str], chosen: Mapping[str, Quantizer]) -> list[str]:
+    # Operands of a layer, such as query and key, may be one tensor, which one quantizer sees.
+    seen = {name.rpartition(_OPERANDS)[0] for name in chosen if name not in set(without)}
     idle = sorted(
-        name for name in without if chosen[name].optional and not chosen[name].unobserved_allowed
+        name
+        for name in without
+        if chosen[name].optional
+        and not chosen[name].unobserved_allowed
+        and (name.rpartition(_OPERANDS)[0] or None) not in seen
     )
     if not idle:
         return []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 # Values of globals and of attributes of classes that are data.
 _DATA = (type(None), bool, int, float, complex, str, bytes, tuple, dict, list, set, Tensor)
-_MAX_ENTRIES = 10_000  # of a container whose entries are restored
+_MAX_ENTRIES = 10_000  # of a container, with those inside, whose entries are restored
 _NOT_USERS = ("torch", "torch_ext", "builtins", "typing", "abc", "collections")
 
 
@@ -87,14 +88,18 @@ def _data(holder: Any) -> list[tuple[str, Any]]:
     ]
 
 
-def _containers(value: Any, depth: int = 3) -> list[tuple[Any, list[Any]]]:
-    """A dict, list or set, those inside of it, and the entries of each."""
-    if not isinstance(value, (dict, list, set)) or len(value) > _MAX_ENTRIES or depth == 0:
-        return []
-    inside = value.values() if isinstance(value, dict) else value
-    found = [(value, _entries(value))]
-    for entry in list(inside):
-        found += _containers(entry, depth - 1)
+def _containers(value: Any) -> list[tuple[Any, list[Any]]]:
+    """A dict, list or set, those inside of it, and the entries of each; few large ones at most."""
+    found: list[tuple[Any, list[Any]]] = []
+    level, left = [value], _MAX_ENTRIES
+    for _ in range(3):
+        inside: list[Any] = []
+        for container in level:
+            if isinstance(container, (dict, list, set)) and len(container) <= left:
+                left -= len(container)
+                found.append((container, _entries(container)))
+                inside += container.values() if isinstance(container, dict) else container
+        level = inside
     return found
 
 
@@ -112,8 +117,39 @@ def _restore_entries(container: Any, entries: list[Any]) -> None:
     container.clear()
     if isinstance(container, list):
         container.extend(entries)
-    else:
+    elif isinstance(container, set):
         container.update(entries)
+    else:  # a Counter's update() would count the pairs
+        for key, value in entries:
+            container[key] = value
+
+
+class _Uncompiled:
+    """How many threads run compiled functions as written now; torch's setting is one for all."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.depth = 0
+        self.stance: Any = None
+
+
+_UNCOMPILED = _Uncompiled()
+
+
+@contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
+    """Runs functions that ``torch.compile`` made as they are written; in all threads meanwhile."""
+    with _UNCOMPILED.lock:
+        if _UNCOMPILED.depth == 0:
+            _UNCOMPILED.stance = torch.compiler.set_stance("force_eager")
+        _UNCOMPILED.depth += 1
+    try:
+        yield
+    finally:
+        with _UNCOMPILED.lock:
+            _UNCOMPILED.depth -= 1
+            if _UNCOMPILED.depth == 0:
+                _UNCOMPILED.stance.__exit__(None, None, None)
 
 
 def autocasting(autocast: torch.dtype | bool | None, device: torch.device) -> Any:

@@ -60,6 +60,7 @@ class Call:
         self.values: dict[str, tuple[Tensor, Tensor, bool]] = {}
         # Tensors, by address, that are made of numbers alone; not known while compiling.
         self.constants: Any = None
+        self.versions: dict[int, int] = {}
 
     def enter(self, module: nn.Module, place: Place) -> CallPlan:
         """The plan of the call that begins."""
@@ -98,6 +99,7 @@ class Call:
         for tensor in made if isinstance(made, (tuple, list)) else (made,):
             if isinstance(tensor, Tensor):
                 self.constants[id(tensor)] = tensor
+                self.versions[id(tensor)] = _version(tensor)
 
     def _are_constants(self, args: Any) -> bool:
         """Whether the tensors among arguments, of which there are some, are made of numbers."""
@@ -106,6 +108,8 @@ class Call:
             for tensor in value if isinstance(value, (tuple, list)) else (value,):
                 if isinstance(tensor, Tensor):
                     if self.constants is None or self.constants.get(id(tensor)) is not tensor:
+                        return False
+                    if self.versions[id(tensor)] != _version(tensor):  # data was written to it
                         return False
                     found = True
         return found
@@ -206,6 +210,10 @@ def _line() -> str:
     if torch.compiler.is_dynamo_compiling():
         return str(traced_nearest_line())
     return nearest_line()
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _have_reads(calls: list[FunctionPlan | None]) -> bool:

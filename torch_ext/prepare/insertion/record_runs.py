@@ -20,7 +20,7 @@ from torch_ext.prepare.insertion.recording import IsFloat, Recording
 from torch_ext.prepare.insertion.user_lines import begins_call, user_line
 from torch_ext.prepare.module_classes import copied
 from torch_ext.utils.arguments import bound_arguments
-from torch_ext.utils.modes import undisturbed
+from torch_ext.utils.modes import uncompiled, undisturbed
 
 _OTHERWISE = "without example_inputs, or give the class a forward"
 _VERSION = Tensor._version.__get__  # type: ignore[attr-defined]
@@ -164,8 +164,7 @@ def record(
 
     begins_call(recorded_forward.__code__)
     # Functions that the forward has compiled run as they are written.
-    eager = torch.compiler.set_stance("force_eager")
-    with torch.no_grad(), undisturbed(twin), eager, _RecordMode(recording):
+    with torch.no_grad(), undisturbed(twin), uncompiled(), _RecordMode(recording):
         recorded_forward()
     return recording
 

@@ -18,6 +18,7 @@ from torch_ext.prepare.insertion.plan import CallPlan, Place, Plan
 from torch_ext.prepare.insertion.user_lines import begins_call
 from torch_ext.prepare.module_classes import Undo, class_with_forward, swap_class
 from torch_ext.quantizers.fake_quantize import FakeQuantize
+from torch_ext.utils.modes import uncompiled
 
 _PLACE = "_insertion_place"  # in the ``__dict__`` of a tracked module
 
@@ -40,7 +41,7 @@ def _is_float(plan: Plan, root: nn.Module) -> bool:
 def _as_written(plan: Plan) -> Any:
     """Lets functions that the forward has compiled run as they are written."""
     if plan.runs_compiled and not torch.compiler.is_compiling():
-        return torch.compiler.set_stance("force_eager")
+        return uncompiled()
     return contextlib.nullcontext()
 
 

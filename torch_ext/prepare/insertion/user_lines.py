@@ -22,6 +22,7 @@ from torch.nn.utils import parametrize
 _PACKAGE = str(Path(__file__).parents[2]) + os.sep
 _TORCH = str(Path(str(torch.__file__)).parent) + os.sep
 _STANDARD = sysconfig.get_paths()["stdlib"] + os.sep
+_GENERATED = ("<eval_with_key>", "<frozen ")  # "<stdin>" and the like are the user's
 _SITE = ("site-packages", "dist-packages")
 # The modules of ``torch_ext.modules`` stand in the user's place.
 _OURS_THAT_COUNT = _PACKAGE + "modules.py"
@@ -54,7 +55,7 @@ def begins_call(code: CodeType) -> None:
 @functools.lru_cache(maxsize=4096)  # asked for every frame at every call of a planned function
 def is_users(filename: str) -> bool:
     """Whether code is neither torch's, Python's nor ours."""
-    if filename.startswith((_TORCH, "<")) or filename == _OURS_THAT_COUNT:
+    if filename.startswith((_TORCH, *_GENERATED)) or filename == _OURS_THAT_COUNT:
         return filename == _OURS_THAT_COUNT
     if filename.startswith(_PACKAGE):
         return False
@@ -121,7 +122,7 @@ def instructions(skipped: int = 0) -> tuple[tuple[str, str, int], ...]:
 def in_compiled_function() -> bool:
     """Whether the forward called a function or module that ``torch.compile`` made."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code not in _BEGINNINGS:
+    while frame is not None and id(frame.f_code) not in _BEGINNINGS:
         if frame.f_code.co_filename == _COMPILE_FILE:
             return True
         frame = frame.f_back

@@ -24,7 +24,7 @@ from torch_ext.prepare.module_classes import (
 )
 from torch_ext.prepare.quantizable_modules import Reads
 from torch_ext.quantizers.fake_quantize import FakeQuantize
-from torch_ext.quantizers.find import INPUTS
+from torch_ext.quantizers.transition import INPUTS
 
 # Annotations of arguments that get no quantizer.
 _NOT_TENSORS = (int, float, bool, str, "int", "float", "bool", "str")

@@ -24,13 +24,15 @@ from torch_ext.prepare.module_calls.arguments import (
 )
 from torch_ext.prepare.module_classes import Forward
 from torch_ext.quantizers.fake_quantize import FakeQuantize
-from torch_ext.quantizers.find import INPUTS
+from torch_ext.quantizers.transition import INPUTS
 
 
 class _Running(threading.local):
     """The quantizer that the product with ``out_proj``'s weight reads through, in this thread."""
 
-    out_proj: Any = None
+    def __init__(self) -> None:
+        # In every thread's own dict: torch.compile cannot guard a default that the class has.
+        self.out_proj: Any = None
 
 
 _RUNNING = _Running()

@@ -18,7 +18,7 @@ from torch_ext.prepare.module_calls.arguments import (
 )
 from torch_ext.prepare.module_classes import Forward, Undo, swap_class
 from torch_ext.quantizers.fake_quantize import FakeQuantize
-from torch_ext.quantizers.find import OUTPUTS
+from torch_ext.quantizers.transition import OUTPUTS
 from torch_ext.utils.structures import parts_of, rebuilt
 
 # The keys, indices and fields that lead to a tensor; empty for the result itself.
