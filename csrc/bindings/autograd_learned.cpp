@@ -27,8 +27,8 @@ bool is_learned(const at::Tensor& zero_point) {
 
 // Gradients with regard to, or tangents of, x, the parameter and the zero point. `mixed` belongs to
 // the derivative of J: the gradient of the zero point divided by |scale|, that is minus the sum of
-// the upstream gradient outside the grid, with the factor of the parameter's gradient. Undefined ones
-// are zero.
+// the upstream gradient outside the grid, with the factor of the parameter's gradient. Undefined
+// ones are zero.
 struct Derivative {
   at::Tensor x, parameter, zero_point, mixed;
 

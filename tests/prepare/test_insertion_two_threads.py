@@ -1,4 +1,4 @@
-"""Prepared models in several threads and beside compiled functions."""
+"""Prepared models that call compiled functions, in several threads."""
 
 from __future__ import annotations
 
@@ -11,21 +11,6 @@ from torch import Tensor, nn
 from torch_ext import get_default_qconfig, prepare_qat, set_fake_quantize
 
 X = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1))
-
-
-def in_thread(call: Callable[[], object]) -> list[BaseException]:
-    errors: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            call()
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    return errors
 
 
 @torch.compile(backend="eager")
@@ -79,15 +64,3 @@ def test_compiling_goes_on_after_overlapping_forwards() -> None:
 
     torch.compile(lambda x: x + 1, backend=count)(X)
     assert len(graphs) == 1
-
-
-def test_attention_compiles_in_a_thread_of_its_own() -> None:
-    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
-    layer.qconfig = get_default_qconfig()  # type: ignore[assignment]
-    net = prepare_qat(layer)
-    set_fake_quantize(net, "calibration")
-    net(X)
-    set_fake_quantize(net, "validation")
-    torch._dynamo.reset()
-    compiled = torch.compile(net, backend="eager", fullgraph=True)
-    assert in_thread(lambda: compiled(X)) == []
