@@ -215,14 +215,21 @@ def all_idle(quantizers: Iterable[Any]) -> bool:
     return all(quantizer.idle for quantizer in quantizers)
 
 
-def quantized_once(quantizer: Any, value: Tensor, seen: Seen) -> Tensor:
-    """What the quantizer makes of a tensor, or what was made of it before in this call."""
+def made_before(value: Tensor, seen: Seen) -> Tensor | None:
+    """What a quantizer made of the tensor before in this call, if one did."""
     for before, made in seen:
         if before is value:
             return made
-    made = quantizer(value)
-    seen.append((value, made))
-    return made  # type: ignore[no-any-return]
+    return None
+
+
+def quantized_once(quantizer: Any, value: Tensor, seen: Seen) -> Tensor:
+    """What the quantizer makes of a tensor, or what was made of it before in this call."""
+    made = made_before(value, seen)
+    if made is None:
+        made = quantizer(value)
+        seen.append((value, made))
+    return made
 
 
 def _all_floating(values: Iterable[Any]) -> bool:

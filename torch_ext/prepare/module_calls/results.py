@@ -14,6 +14,7 @@ from torch_ext.prepare.module_calls.arguments import (
     end_of,
     host_problem,
     key_for,
+    made_before,
     quantized_once,
 )
 from torch_ext.prepare.module_classes import Forward, Undo, swap_class
@@ -136,9 +137,9 @@ def _forward_with_outputs(base: type[nn.Module]) -> Forward:
         seen: Seen = []
 
         def quantized(path: Path, value: Tensor) -> Tensor:
-            for before, known in seen:
-                if before is value:
-                    return known
+            made = made_before(value, seen)  # asked first: a second place may have no quantizer
+            if made is not None:
+                return made
             return quantized_once(outputs.at(path, bool(seen)), value, seen)
 
         return _replaced(made, (), quantized)
