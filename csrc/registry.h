@@ -79,26 +79,25 @@ struct Learned<List<F...>> {
 // The fake-quants with a learned parameter.
 using LearnedFakeQuants = Learned<FakeQuants>::type;
 
-// Scale and zero point of a channel of a job, with its grid. C is the computing type.
+// The grid of a channel of a job. C is the computing type.
 template <typename C>
-TE_HD core::Affine<C> affine_of(const core::FakeQuantJob& job, int64_t channel) {
+TE_HD core::UnitGrid<C> unit_grid_of(const core::FakeQuantJob& job, int64_t channel) {
   const float parameter = job.scale[channel];
   const int32_t zero_point = core::zero_point_of(job, channel);
-  core::Affine<C> affine =
-      core::make_affine<C>(parameter, zero_point, job.quant_min, job.quant_max);
-  if (job.learned < 0) return affine;
+  core::UnitGrid<C> grid = core::make_unit_grid<C>(parameter, zero_point, job.codes, job.rounding);
+  if (job.learned < 0) return grid;
   LearnedFakeQuants::for_each([&]<class F>(int32_t index) {
-    if (index == job.learned)
-      affine = F::template affine<C>(parameter, zero_point, job.quant_min, job.quant_max);
+    if (index == job.learned) grid = F::template unit_grid<C>(parameter, zero_point, job.codes);
   });
-  return affine;
+  return grid;
 }
 
 // `sum` times what the gradient of a channel's parameter is multiplied by: the gradient scale and
 // the sign of the parameter.
 template <class F, class Job>
 TE_HD double scaled_gradient(const Job& job, int64_t channel, double sum) {
-  const double scale = job.elements > 0 ? F::gradient_scale(job.elements, job.quant_max) : 1.0;
+  const double scale =
+      job.elements > 0 ? F::gradient_scale(job.elements, job.codes.quant_max) : 1.0;
   return F::sign(job.parameter[channel]) * (sum * scale);
 }
 
@@ -120,15 +119,14 @@ TE_HD void store_gradients(const core::LearnedJob& job, int64_t channel, double 
 // The derivative of method F on the elements of one channel. C is the computing type.
 template <class F, typename C>
 struct ChannelTangent {
-  core::Affine<C> affine;
+  core::UnitGrid<C> grid;
   C effective;
   double inverse, parameter, zero_point;
 
   TE_HD ChannelTangent(const core::TangentJob& job, int64_t c)
-      : affine(F::template affine<C>(job.parameter[c], core::zero_point_of(job, c), job.quant_min,
-                                     job.quant_max)),
+      : grid(F::template unit_grid<C>(job.parameter[c], core::zero_point_of(job, c), job.codes)),
         effective(static_cast<C>(F::effective(job.parameter[c]))),
-        inverse(1.0 / static_cast<double>(affine.scale)) {
+        inverse(1.0 / static_cast<double>(grid.scale)) {
     const auto at = [c](const float* t) { return t == nullptr ? 0.0 : static_cast<double>(t[c]); };
     parameter = scaled_gradient<F>(job, c, at(job.parameter_tangent));
     zero_point = at(job.zero_point_tangent) +
@@ -137,8 +135,8 @@ struct ChannelTangent {
 
   // The tangent of the output at x, given that of x.
   TE_HD C of(C x, C x_tangent) const {
-    const core::Terms<C> unit = F::backward(x, C{1}, affine, effective, inverse);
-    const core::Terms<C> own = F::backward(x, x_tangent, affine, effective, inverse);
+    const core::Terms<C> unit = F::backward(x, C{1}, grid, effective, inverse);
+    const core::Terms<C> own = F::backward(x, x_tangent, grid, effective, inverse);
     return static_cast<C>(static_cast<double>(own.dx) + parameter * unit.parameter +
                           zero_point * unit.zero_point);
   }

@@ -47,8 +47,8 @@ constexpr FakeQuantRow fake_quant_row() {
     row.parameter = F::parameter;
     row.per_channel = F::per_channel;
     row.start = F::start;
-    row.scale = [](float parameter, int32_t quant_min, int32_t quant_max) {
-      return F::template affine<float>(parameter, 0, quant_min, quant_max).scale;
+    row.scale = [](float parameter, const core::Codes& codes) {
+      return F::template unit_grid<float>(parameter, 0, codes).scale;
     };
   }
   return row;

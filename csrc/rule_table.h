@@ -33,7 +33,7 @@ struct FakeQuantRow {
   const char* parameter;
   bool per_channel;
   double start;
-  float (*scale)(float parameter, int32_t quant_min, int32_t quant_max);
+  float (*scale)(float parameter, const core::Codes& codes);
 };
 
 std::span<const FakeQuantRow> fake_quants();

@@ -7,10 +7,10 @@
 #include <optional>
 #include <string>
 
-#include "core/affine.h"
 #include "core/grid.h"
 #include "core/job.h"
 #include "core/option.h"
+#include "core/unit_grid.h"
 #include "rule_table.h"
 
 // Checks of single arguments. Sizes may be symbolic, as they are while a graph is traced: what is

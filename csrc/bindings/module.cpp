@@ -88,7 +88,7 @@ std::vector<float> learned_scales(const std::string& name, const std::vector<flo
   for (const FakeQuantRow& method : fake_quants())
     if (name == method.name && method.scale != nullptr)
       for (const float value : parameter)
-        scales.push_back(method.scale(value, quant_min, quant_max));
+        scales.push_back(method.scale(value, {quant_min, quant_max}));
   return scales;
 }
 

@@ -10,13 +10,10 @@ namespace torch_ext::core {
 // unsigned).
 enum class ScaleRule : int32_t { grid = 0, tvm = 1 };
 
-// The integer grid a tensor is quantized to, and how a range becomes its scale.
-struct Grid {
+// The integers that stand for the values of a grid.
+struct Codes {
   int32_t quant_min;
   int32_t quant_max;
-  bool symmetric;
-  ScaleRule scale_rule;
-  bool power_of_two;
 
   // Bits that hold the grid: 8 for [-128,127], [-127,127] and [0,255].
   TE_HD int bits() const {
@@ -25,6 +22,13 @@ struct Grid {
     return bits;
   }
   TE_HD bool is_unsigned() const { return quant_min >= 0; }
+};
+
+// The grid a tensor is quantized to: its codes, and how a range becomes scale and zero point.
+struct Grid : Codes {
+  bool symmetric;
+  ScaleRule scale_rule;
+  bool power_of_two;
 };
 
 // A clipping range in the units of the data, lo <= hi. In float64, so that it is rounded only once,

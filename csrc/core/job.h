@@ -2,10 +2,10 @@
 
 #include <cstdint>
 
-#include "core/affine.h"
 #include "core/dtype.h"
 #include "core/grid.h"
 #include "core/histogram.h"
+#include "core/unit_grid.h"
 
 // Arguments of the drivers of both devices: raw pointers and sizes.
 namespace torch_ext::core {
@@ -68,8 +68,7 @@ struct FakeQuantJob {
   ChannelLayout layout;
   const float* scale;         // [channels]
   const int32_t* zero_point;  // [channels], or null: all 0
-  int32_t quant_min;
-  int32_t quant_max;
+  Codes codes;
   Rounding rounding;
   Mask mask_kind;
   // Index in LearnedFakeQuants of the method whose learned parameter is in `scale`; -1: it is the
@@ -86,8 +85,7 @@ struct LearnedJob {
   ChannelLayout layout;
   const float* parameter;     // [channels]
   const int32_t* zero_point;  // [channels], or null: all 0
-  int32_t quant_min;
-  int32_t quant_max;
+  Codes codes;
   double elements;      // per parameter, for its gradient scale; 0: no scaling
   float* d_parameter;   // [channels]
   float* d_zero_point;  // [channels] or null
@@ -106,8 +104,7 @@ struct TangentJob {
   ChannelLayout layout;
   const float* parameter;     // [channels]
   const int32_t* zero_point;  // [channels], or null: all 0
-  int32_t quant_min;
-  int32_t quant_max;
+  Codes codes;
   double elements;                  // as in LearnedJob
   const float* parameter_tangent;   // [channels]
   const float* zero_point_tangent;  // [channels]

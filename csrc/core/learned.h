@@ -3,8 +3,8 @@
 #include <concepts>
 #include <cstdint>
 
-#include "core/affine.h"
 #include "core/host_device.h"
+#include "core/unit_grid.h"
 
 // The interface of fake-quants with a learned parameter per channel (or one in all), and the order
 // in which their gradients are summed.
@@ -28,10 +28,10 @@ concept LearnedFakeQuant = requires(float parameter, int32_t n, double x) {
   { F::effective(parameter) } -> std::same_as<float>;
   { F::sign(parameter) } -> std::same_as<double>;
   { F::gradient_scale(x, n) } -> std::same_as<double>;
-  { F::template affine<float>(parameter, n, n, n) } -> std::same_as<Affine<float>>;
-  // x, its upstream gradient, the affine, the effective parameter, 1 / scale.
+  { F::template unit_grid<float>(parameter, n, Codes{}) } -> std::same_as<UnitGrid<float>>;
+  // x, its upstream gradient, the grid, the effective parameter, 1 / scale.
   {
-    F::template backward<float>(parameter, parameter, Affine<float>{}, parameter, x)
+    F::template backward<float>(parameter, parameter, UnitGrid<float>{}, parameter, x)
   } -> std::same_as<Terms<float>>;
 };
 

@@ -2,9 +2,9 @@
 
 #include <cstdint>
 
-#include "core/affine.h"
 #include "core/grid.h"
 #include "core/host_device.h"
+#include "core/unit_grid.h"
 
 // How a clipping range becomes scale and zero point. Float64 throughout; only the result is
 // rounded.

@@ -77,8 +77,8 @@ struct Follow {
 
   // Each thread reads back from shared memory the groups that it stored there itself.
   TE_GPU void quantize(int64_t c) const {
-    const core::Affine<C> affine =
-        core::make_affine<C>(map.scale[c], map.zero_point[c], map.quant_min, map.quant_max);
+    const core::UnitGrid<C> grid =
+        core::make_unit_grid<C>(map.scale[c], map.zero_point[c], map.codes, map.rounding);
     T* const out = static_cast<T*>(map.out) + c * map.layout.inner;
     uint8_t* const mask = map.mask == nullptr ? nullptr : map.mask + c * groups();
     for (int64_t g = gpu::thread(); g < groups(); g += kThreads) {
@@ -87,7 +87,7 @@ struct Follow {
       uint32_t bits = 0;
 #pragma unroll
       for (int i = 0; i < kGroup; ++i)
-        result.set(i, map_element<T, kDefault>(map, in.get(i), affine, i, bits));
+        result.set(i, map_element<T, kDefault>(map, in.get(i), grid, i, bits));
       result.store(out + g * kGroup);
       if (mask != nullptr) mask[g] = static_cast<uint8_t>(bits);
     }

@@ -34,13 +34,13 @@ struct Group {
 // default rounding and mask as compile-time constants.
 template <class T, bool kDefault>
 TE_GPU T map_element(const core::FakeQuantJob& job, T element,
-                     const core::Affine<core::compute_t<T>>& affine, int i, uint32_t& bits) {
+                     core::UnitGrid<core::compute_t<T>> grid, int i, uint32_t& bits) {
   using fake_quant::FakeQuant;
-  const core::Rounding rounding = kDefault ? core::Rounding::half_even : job.rounding;
+  if (kDefault) grid.rounding = core::Rounding::half_even;
   const core::Mask mask = kDefault ? core::Mask::rounded : job.mask_kind;
   const core::compute_t<T> x = core::widen(element);
-  if (job.mask != nullptr && FakeQuant::passes(x, affine, rounding, mask)) bits |= 1u << i;
-  return core::narrow<T>(FakeQuant::forward(x, affine, rounding));
+  if (job.mask != nullptr && FakeQuant::passes(x, grid, mask)) bits |= 1u << i;
+  return core::narrow<T>(FakeQuant::forward(x, grid));
 }
 inline bool is_default(const core::FakeQuantJob& job) {
   return job.rounding == core::Rounding::half_even &&

@@ -24,7 +24,7 @@ class Channels {
     }
     load();
   }
-  TE_GPU const core::Affine<C>& affine() const { return affine_; }
+  TE_GPU const core::UnitGrid<C>& grid() const { return grid_; }
   TE_GPU void advance() {
     if (--left_ > 0) return;
     left_ = job_.layout.inner;
@@ -33,11 +33,11 @@ class Channels {
   }
 
  private:
-  TE_GPU void load() { affine_ = affine_of<C>(job_, channel_); }
+  TE_GPU void load() { grid_ = unit_grid_of<C>(job_, channel_); }
   const FakeQuantJob& job_;
   int64_t left_;
   int64_t channel_ = 0;
-  core::Affine<C> affine_;
+  core::UnitGrid<C> grid_;
 };
 
 template <class T, bool kDefault>
@@ -61,14 +61,14 @@ struct Forward {
       in.load(x);
 #pragma unroll
       for (int i = 0; i < kGroup; ++i) {
-        result.set(i, map_element<T, kDefault>(job, in.get(i), channels.affine(), i, bits));
+        result.set(i, map_element<T, kDefault>(job, in.get(i), channels.grid(), i, bits));
         if (i + 1 < kGroup) channels.advance();
       }
       result.store(out);
     } else {
       const int count = numel - first < kGroup ? static_cast<int>(numel - first) : kGroup;
       for (int i = 0; i < count; ++i) {
-        out[i] = map_element<T, kDefault>(job, x[i], channels.affine(), i, bits);
+        out[i] = map_element<T, kDefault>(job, x[i], channels.grid(), i, bits);
         if (i + 1 < count) channels.advance();
       }
     }

@@ -91,20 +91,20 @@ struct LearnedBackward {
 
   // What backward needs to know of a channel.
   struct Channel {
-    core::Affine<C> affine;
+    core::UnitGrid<C> grid;
     C effective;
     double inverse;
   };
   TE_GPU Channel channel(int64_t c) const {
-    const core::Affine<C> affine = F::template affine<C>(
-        job.parameter[c], core::zero_point_of(job, c), job.quant_min, job.quant_max);
-    return {affine, static_cast<C>(F::effective(job.parameter[c])),
-            1.0 / static_cast<double>(affine.scale)};
+    const core::UnitGrid<C> grid =
+        F::template unit_grid<C>(job.parameter[c], core::zero_point_of(job, c), job.codes);
+    return {grid, static_cast<C>(F::effective(job.parameter[c])),
+            1.0 / static_cast<double>(grid.scale)};
   }
   TE_GPU void add(const Channel& channel, int64_t i, Sums& to) const {
     const core::Terms<C> terms = F::backward(core::widen(static_cast<const T*>(job.x)[i]),
                                              core::widen(static_cast<const T*>(job.grad)[i]),
-                                             channel.affine, channel.effective, channel.inverse);
+                                             channel.grid, channel.effective, channel.inverse);
     static_cast<T*>(job.dx)[i] = core::narrow<T>(terms.dx);
     to.parameter += terms.parameter;
     to.zero_point += terms.zero_point;

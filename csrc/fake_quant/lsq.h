@@ -1,8 +1,8 @@
 #pragma once
 
-#include "core/affine.h"
 #include "core/learned.h"
 #include "core/qparams.h"
+#include "core/unit_grid.h"
 
 namespace torch_ext::fake_quant {
 
@@ -26,28 +26,28 @@ struct Lsq {
   TE_HD static double sign(float s) { return s < 0 ? -1 : 1; }
 
   template <typename T>
-  TE_HD static core::Affine<T> affine(float s, int32_t zero_point, int32_t quant_min,
-                                      int32_t quant_max) {
-    return core::make_affine<T>(effective(s), zero_point, quant_min, quant_max);
+  TE_HD static core::UnitGrid<T> unit_grid(float s, int32_t zero_point, const core::Codes& codes) {
+    return core::make_unit_grid<T>(effective(s), zero_point, codes);
   }
 
   // The terms of one element. `inverse` is 1 / scale in float64, so that the small difference
   // round(v) - v keeps its bits.
   template <typename T>
-  TE_HD static core::Terms<T> backward(T x, T grad, const core::Affine<T>& affine, T,
+  TE_HD static core::Terms<T> backward(T x, T grad, const core::UnitGrid<T>& grid, T,
                                        double inverse) {
-    const T v = x / affine.scale;
-    const T code = v + affine.zero_point;
-    const bool below = code <= affine.quant_min, above = code >= affine.quant_max;
-    const bool inside = (code > affine.quant_min) & (code < affine.quant_max);
+    const T v = x / grid.scale;
+    const T code = v + grid.zero_point;
+    const T quant_min = grid.lo + grid.zero_point, quant_max = grid.hi + grid.zero_point;
+    const bool below = code <= quant_min, above = code >= quant_max;
+    const bool inside = (code > quant_min) & (code < quant_max);
     const double rounding =
         static_cast<double>(core::round_half_even(v)) - static_cast<double>(x) * inverse;
-    const double clipped = below   ? static_cast<double>(affine.quant_min - affine.zero_point)
-                           : above ? static_cast<double>(affine.quant_max - affine.zero_point)
+    const double clipped = below   ? static_cast<double>(grid.lo)
+                           : above ? static_cast<double>(grid.hi)
                                    : 0.0;
     const double wide = static_cast<double>(grad);
     return {inside ? grad : T{}, wide * (inside ? rounding : clipped),
-            below | above ? -wide * static_cast<double>(affine.scale) : 0.0};
+            below | above ? -wide * static_cast<double>(grid.scale) : 0.0};
   }
 
   // 1 / sqrt(N quant_max), for N elements per scale (section 2.2 of the paper).

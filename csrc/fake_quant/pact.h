@@ -1,8 +1,8 @@
 #pragma once
 
-#include "core/affine.h"
 #include "core/learned.h"
 #include "core/qparams.h"
+#include "core/unit_grid.h"
 
 namespace torch_ext::fake_quant {
 
@@ -25,18 +25,18 @@ struct Pact {
   TE_HD static double sign(float alpha) { return alpha < 0 ? -1 : 1; }
 
   template <typename T>
-  TE_HD static core::Affine<T> affine(float alpha, int32_t, int32_t quant_min, int32_t quant_max) {
+  TE_HD static core::UnitGrid<T> unit_grid(float alpha, int32_t, const core::Codes& codes) {
     const double level = static_cast<double>(effective(alpha));
-    const core::Grid grid{quant_min, quant_max, true, core::ScaleRule::grid, false};
-    return core::make_affine<T>(core::qparams({quant_min < 0 ? -level : 0.0, level}, grid).scale, 0,
-                                quant_min, quant_max);
+    const core::Grid grid{codes, true, core::ScaleRule::grid, false};
+    const core::Range range{codes.is_unsigned() ? 0.0 : -level, level};
+    return core::make_unit_grid<T>(core::qparams(range, grid).scale, 0, codes);
   }
 
   // The terms of one element; `level` is the effective alpha.
   template <typename T>
-  TE_HD static core::Terms<T> backward(T x, T grad, const core::Affine<T>& affine, T level,
+  TE_HD static core::Terms<T> backward(T x, T grad, const core::UnitGrid<T>& grid, T level,
                                        double) {
-    const bool two_sided = affine.quant_min < 0;
+    const bool two_sided = grid.lo < 0;
     const bool above = x >= level, below = two_sided ? x <= -level : x < 0;
     const bool inside = two_sided ? (x < level) & (x > -level) : (x < level) & (x >= 0);
     const double wide = static_cast<double>(grad), low = two_sided ? -wide : 0.0;

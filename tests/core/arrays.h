@@ -8,9 +8,9 @@
 #include <numeric>
 #include <vector>
 
-#include "affine_plain.h"
 #include "core/job.h"
 #include "statistic_plain.h"
+#include "unit_grid_plain.h"
 
 // Arrays of any strided layout, and their values by index.
 namespace arrays {

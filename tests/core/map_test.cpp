@@ -8,10 +8,10 @@
 #include <string>
 #include <vector>
 
-#include "affine_plain.h"
 #include "core/half.h"
 #include "cpu/kernels.h"
 #include "parallel_threads.h"
+#include "unit_grid_plain.h"
 
 namespace {
 
@@ -124,14 +124,14 @@ void expect_reference(const std::vector<T>& x, const Output<T>& y, const Channel
     const plain::Params p{q.scale[c], q.zero_point[c], -128, 127};
     const std::string at = where + " element " + std::to_string(i);
     if constexpr (std::is_same_v<T, double>) {
-      const auto affine = core::make_affine<double>(p.scale, p.zero_point, -128, 127);
-      const double want = core::dequantize(core::quantize(x[i], affine, rounding), affine);
+      const auto grid = core::make_unit_grid<double>(p.scale, p.zero_point, {-128, 127}, rounding);
+      const double want = core::dequantize(core::quantize(x[i], grid), grid);
       if (std::isnan(x[i])) {
         ASSERT_TRUE(std::isnan(y.out[i])) << at;
       } else {
         ASSERT_EQ(y.out[i], want) << at;
       }
-      ASSERT_EQ(bit(y.mask, i), core::is_in_mask(x[i], affine, rounding, mask)) << at;
+      ASSERT_EQ(bit(y.mask, i), core::is_in_mask(x[i], grid, mask)) << at;
     } else {
       const plain::Mapped want = plain::fake_quant(value_of(x[i]), p, rounding, mask);
       if (std::isnan(want.value)) {

@@ -286,10 +286,9 @@ TEST(QParamsLaw, NoCodeIsInfiniteAndZeroIsExact) {
         ASSERT_TRUE(is_dead(range, grid) || q.scale >= kLeast);
         ASSERT_TRUE(std::isfinite(largest_value(q, grid)));
         if (grid.quant_min > 0 && grid.symmetric) continue;
-        const Affine<float> a =
-            make_affine<float>(q.scale, q.zero_point, grid.quant_min, grid.quant_max);
+        const UnitGrid<float> unit = make_unit_grid<float>(q.scale, q.zero_point, grid);
         if (!is_dead(range, grid)) {
-          ASSERT_EQ(dequantize(quantize(0.0f, a), a), 0);
+          ASSERT_EQ(dequantize(quantize(0.0f, unit), unit), 0);
         }
       }
   }

@@ -1,6 +1,6 @@
-#include <torch_ext/core/affine.h>
 #include <torch_ext/core/qparams.h>
 #include <torch_ext/core/state.h>
+#include <torch_ext/core/unit_grid.h>
 #include <torch_ext/registry.h>
 
 #include <cstdio>

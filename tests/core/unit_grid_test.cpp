@@ -1,4 +1,4 @@
-#include "core/affine.h"
+#include "core/unit_grid.h"
 
 #include <gtest/gtest.h>
 
@@ -7,9 +7,9 @@
 #include <limits>
 #include <random>
 
-#include "affine_plain.h"
 #include "core/half.h"
 #include "fake_quant/fake_quant.h"
+#include "unit_grid_plain.h"
 
 namespace {
 
@@ -18,6 +18,7 @@ using torch_ext::fake_quant::FakeQuant;
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kMax = std::numeric_limits<float>::max();
+constexpr Codes kInt8{-128, 127};
 constexpr Rounding kRoundings[] = {Rounding::half_even, Rounding::half_away,
                                    Rounding::floor_half_up};
 
@@ -35,8 +36,8 @@ float float_of(uint32_t bits) {
 
 float fake_quant(float x, float scale, int zero_point, int quant_min, int quant_max,
                  Rounding rounding = Rounding::half_even) {
-  return FakeQuant::forward(x, make_affine<float>(scale, zero_point, quant_min, quant_max),
-                            rounding);
+  return FakeQuant::forward(
+      x, make_unit_grid<float>(scale, zero_point, {quant_min, quant_max}, rounding));
 }
 
 // ---- 16-bit types ----
@@ -116,14 +117,12 @@ const float kVector[] = {-200, -128.4f, -1.5f,  -0.5f,  0.2f,   0.5f,
 
 TEST(FakeQuantGolden, TorchVector) {
   const float want[] = {-128, -128, -2, 0, 0, 0, 2, 2, 127, 127, 127, 127};
-  const Affine<float> affine = make_affine<float>(1, 0, -128, 127);
+  const UnitGrid<float> grid = make_unit_grid<float>(1, 0, kInt8);
   for (int i = 0; i < 12; ++i) {
-    EXPECT_EQ(FakeQuant::forward(kVector[i], affine, Rounding::half_even), want[i]) << kVector[i];
+    EXPECT_EQ(FakeQuant::forward(kVector[i], grid), want[i]) << kVector[i];
     // -128.4 and 127.4 round onto the grid, but lie outside it before.
-    EXPECT_EQ(FakeQuant::passes(kVector[i], affine, Rounding::half_even, Mask::rounded),
-              i >= 1 && i <= 9);
-    EXPECT_EQ(FakeQuant::passes(kVector[i], affine, Rounding::half_even, Mask::paper),
-              i >= 2 && i <= 8);
+    EXPECT_EQ(FakeQuant::passes(kVector[i], grid, Mask::rounded), i >= 1 && i <= 9);
+    EXPECT_EQ(FakeQuant::passes(kVector[i], grid, Mask::paper), i >= 2 && i <= 8);
   }
 }
 
@@ -155,13 +154,14 @@ TEST(FakeQuantGolden, TheHalfIsAddedInTheComputingType) {
   EXPECT_EQ(round_to_integer(static_cast<double>(x), Rounding::floor_half_up), 0.0);
 }
 
-TEST(FakeQuantGolden, RoundsBeforeTheZeroPointIsAdded) {
+TEST(FakeQuantGolden, RoundsUnitsOfTheScaleWithoutTheZeroPoint) {
   for (const int zero_point : {-3, -2, 1, 7}) {
-    const Affine<float> affine = make_affine<float>(1, zero_point, -128, 127);
-    EXPECT_EQ(quantize(0.5f, affine), zero_point);
-    EXPECT_EQ(quantize(1.5f, affine), zero_point + 2);
-    EXPECT_EQ(quantize(-0.5f, affine), zero_point);
-    EXPECT_EQ(dequantize(quantize(0.5f, affine), affine), 0);
+    const UnitGrid<float> grid = make_unit_grid<float>(1, zero_point, kInt8);
+    EXPECT_EQ(quantize(0.5f, grid), 0);
+    EXPECT_EQ(quantize(1.5f, grid), 2);
+    EXPECT_EQ(quantize(-0.5f, grid), 0);
+    EXPECT_EQ(quantize(1e3f, grid), 127 - zero_point);
+    EXPECT_EQ(quantize(-1e3f, grid), -128 - zero_point);
   }
 }
 
@@ -185,13 +185,13 @@ TEST(FakeQuant, SaturatesAndKeepsNan) {
     EXPECT_EQ(fake_quant(kMax, 0x1p-126f, 0, -128, 127, rounding), 127 * 0x1p-126f);
     EXPECT_EQ(fake_quant(-kMax, 0x1p-126f, 0, -128, 127, rounding), -0x1p-119f);
     EXPECT_TRUE(std::isnan(fake_quant(std::nanf(""), 1, 0, -128, 127, rounding)));
-    const Affine<double> affine = make_affine<double>(0.5f, 3, -128, 127);
-    EXPECT_TRUE(std::isnan(FakeQuant::forward(std::nan(""), affine, rounding)));
-    EXPECT_EQ(FakeQuant::forward(1e300, affine, rounding), 62);
+    const UnitGrid<double> grid = make_unit_grid<double>(0.5f, 3, kInt8, rounding);
+    EXPECT_TRUE(std::isnan(FakeQuant::forward(std::nan(""), grid)));
+    EXPECT_EQ(FakeQuant::forward(1e300, grid), 62);
     for (const Mask mask : {Mask::rounded, Mask::paper}) {
-      EXPECT_FALSE(FakeQuant::passes(std::nan(""), affine, rounding, mask));
-      EXPECT_FALSE(FakeQuant::passes(1e300, affine, rounding, mask));
-      EXPECT_FALSE(FakeQuant::passes(static_cast<double>(-kInf), affine, rounding, mask));
+      EXPECT_FALSE(FakeQuant::passes(std::nan(""), grid, mask));
+      EXPECT_FALSE(FakeQuant::passes(1e300, grid, mask));
+      EXPECT_FALSE(FakeQuant::passes(static_cast<double>(-kInf), grid, mask));
     }
   }
 }
@@ -199,11 +199,11 @@ TEST(FakeQuant, SaturatesAndKeepsNan) {
 TEST(FakeQuant, AnInvalidScaleGivesNanAndNoGradient) {
   for (const float scale : {0.0f, -0.0f, -1.0f, kInf, -kInf, std::nanf("")}) {
     EXPECT_FALSE(is_valid_scale(scale));
-    const Affine<float> affine = make_affine<float>(scale, 0, -128, 127);
+    const UnitGrid<float> grid = make_unit_grid<float>(scale, 0, kInt8);
     for (const float x : {0.0f, 1.0f, -kInf}) {
-      EXPECT_TRUE(std::isnan(FakeQuant::forward(x, affine, Rounding::half_even))) << scale;
-      EXPECT_FALSE(FakeQuant::passes(x, affine, Rounding::half_even, Mask::rounded));
-      EXPECT_FALSE(FakeQuant::passes(x, affine, Rounding::half_even, Mask::paper));
+      EXPECT_TRUE(std::isnan(FakeQuant::forward(x, grid))) << scale;
+      EXPECT_FALSE(FakeQuant::passes(x, grid, Mask::rounded));
+      EXPECT_FALSE(FakeQuant::passes(x, grid, Mask::paper));
     }
   }
   for (const float scale : {0x1p-149f, 0x1p-126f, 1.0f, kMax}) EXPECT_TRUE(is_valid_scale(scale));
@@ -225,17 +225,17 @@ TEST(FakeQuant, EqualsTheReferenceOnHostileFloats) {
   for (const plain::Params& p : params)
     for (const Rounding rounding : kRoundings)
       for (const float x : plain::hostile_floats(p)) {
-        const Affine<float> affine =
-            make_affine<float>(p.scale, p.zero_point, p.quant_min, p.quant_max);
+        const UnitGrid<float> grid =
+            make_unit_grid<float>(p.scale, p.zero_point, {p.quant_min, p.quant_max}, rounding);
         for (const Mask mask : {Mask::rounded, Mask::paper}) {
           const plain::Mapped want = plain::fake_quant(x, p, rounding, mask);
-          const float have = FakeQuant::forward(x, affine, rounding);
+          const float have = FakeQuant::forward(x, grid);
           if (std::isnan(x)) {
             ASSERT_TRUE(std::isnan(have));
           } else {
             ASSERT_EQ(bits_of(have), bits_of(want.value + 0.0f)) << x << " scale " << p.scale;
           }
-          ASSERT_EQ(FakeQuant::passes(x, affine, rounding, mask), want.passes)
+          ASSERT_EQ(FakeQuant::passes(x, grid, mask), want.passes)
               << x << " scale " << p.scale << " mask " << static_cast<int>(mask);
         }
       }
@@ -262,13 +262,12 @@ TEST(FakeQuant, DoubleComputesInDouble) {
   std::mt19937_64 random(3);
   std::uniform_real_distribution<double> uniform(-20, 20);
   const float scale = 0.1f;
-  const Affine<double> affine = make_affine<double>(scale, 5, -128, 127);
+  const UnitGrid<double> grid = make_unit_grid<double>(scale, 5, kInt8);
   for (int i = 0; i < 20000; ++i) {
     const double x = uniform(random);
     const long double code = plain::half_even(static_cast<long double>(x) / scale) + 5;
     const long double clamped = code < -128 ? -128 : code > 127 ? 127 : code;
-    ASSERT_EQ(FakeQuant::forward(x, affine, Rounding::half_even),
-              static_cast<double>((clamped - 5) * scale));
+    ASSERT_EQ(FakeQuant::forward(x, grid), static_cast<double>((clamped - 5) * scale));
   }
   // In float32 these two are the same number.
   EXPECT_EQ(round_to_integer(2.5 + 1e-9, Rounding::half_even), 3);

@@ -6,11 +6,12 @@
 #include <limits>
 #include <vector>
 
-#include "core/affine.h"
 #include "core/half.h"
+#include "core/unit_grid.h"
 
-// Independent, slow versions of the formulas of core/affine.h and core/half.h, in long double: its
-// 64 bits hold every product here exactly, and quotients of floats round correctly when narrowed.
+// Independent, slow versions of the formulas of core/unit_grid.h and core/half.h, in long double:
+// its 64 bits hold every product here exactly, and quotients of floats round correctly when
+// narrowed.
 namespace plain {
 
 using torch_ext::core::Mask;
