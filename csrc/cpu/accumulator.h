@@ -23,8 +23,6 @@ class Accumulator {
   // The most values that add() takes.
   int64_t group() const { return layout_.octaves == 0 ? kLongGroup : kGroup; }
   void add(const float* x, int64_t n);
-  // Adds n finite values by their summary; only without a histogram.
-  void add_summary(int32_t min_key, int32_t max_key, int64_t zeros, int64_t n);
   // Adds the result to the channel; nothing may be added afterwards.
   void finish();
 
@@ -33,7 +31,6 @@ class Accumulator {
   void add_finite_of(const float* x, int64_t n);
   void set_top(int32_t top);
   void raise(int32_t top);
-  void increment(int64_t n);
   int64_t drain(int32_t octave, int64_t* counts);
 
   const AccumulateKernels& kernels_;
@@ -45,6 +42,7 @@ class Accumulator {
   int32_t top_ = 0;
   int32_t min_key_ = INT32_MAX, max_key_ = INT32_MIN;
   int64_t tally_[core::kTallyColumns] = {};
+  uint16_t index_[kGroup + kIndexPadding];  // written before it is read
 };
 
 }  // namespace torch_ext::cpu
