@@ -1,10 +1,12 @@
 #include <algorithm>
 #include <memory>
 #include <mutex>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/observe_channel.h"
 #include "cpu/observe_extrema.h"
+#include "cpu/observe_patterns.h"
 #include "cpu/parallel.h"
 
 namespace torch_ext::cpu {
@@ -16,6 +18,9 @@ using core::Walk;
 // kPerThread values.
 constexpr int64_t kDirect = 1 << 14;
 constexpr int64_t kPerThread = 1 << 15;
+// Values of a task from which on those of a 16-bit type are counted by their patterns. A float16
+// has more patterns in an octave, so there are more to add to the histogram.
+constexpr int64_t kManyBfloat16 = 1 << 16, kManyHalf = 1 << 18;
 // Channels that a task reads together where they are adjacent in memory: one cache line of float32.
 constexpr int64_t kTransposedChannels = 16;
 // Row stride of the staging of transposed channels. No power of two, which would map all rows to
@@ -70,6 +75,16 @@ Reading reading_of(const Walk& walk, int64_t channel_stride, const Statistic& in
 }
 
 template <class T>
+void observe_one(const Task& task, int64_t channel, int64_t begin, int64_t end) {
+  if constexpr (sizeof(T) == sizeof(uint16_t)) {
+    constexpr int64_t kMany = std::is_same_v<T, core::half> ? kManyHalf : kManyBfloat16;
+    if (task.into.layout.octaves != 0 && end - begin >= kMany)
+      return observe_patterns<T>(task, channel, begin, end);
+  }
+  observe_channel<T>(task, channel, begin, end);
+}
+
+template <class T>
 void observe_as(const TensorView& x, int32_t ch_axis, const Statistic& into) {
   const Walk walk = core::walk_of(x, ch_axis);
   const int64_t values = walk.values();
@@ -107,7 +122,7 @@ void observe_as(const TensorView& x, int32_t ch_axis, const Statistic& into) {
       const int64_t count = std::min(channels_per_task, into.channels - channel);
       switch (reading) {
         case Reading::channel:
-          observe_channel<T>(task, channel, begin, end);
+          observe_one<T>(task, channel, begin, end);
           break;
         case Reading::transposed:
           observe_transposed<T>(task, channel, count, begin, end);

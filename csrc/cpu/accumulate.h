@@ -64,9 +64,15 @@ struct AccumulateKernels {
   // As summarize; also writes the bins of the values inside the window, in order. Their number is
   // in_window.
   GroupSummary (*classify)(const float* x, int64_t n, core::Window window, uint16_t* index);
+  // The zeros, of either sign, among n values of a 16-bit type; and the others, in order, of which
+  // it returns the number. `out` may be x.
+  int64_t (*count_zeros)(const uint16_t* x, int64_t n);
+  int64_t (*drop_zeros)(const uint16_t* x, int64_t n, uint16_t* out);
   // One increment per index.
   void (*count)(const uint16_t* index, int64_t n, NarrowTables tables);
   void (*count_wide)(const uint16_t* index, int64_t n, int64_t* counts);
+  // Whether one of the first `bins` bins, a multiple of kDrained, is not empty.
+  bool (*any)(NarrowTables tables, int64_t bins);
   // Clears the counters of the first `bins` bins, a multiple of kDrained, adds them to `counts`
   // unless it is null, and returns their sum.
   int64_t (*drain)(NarrowTables tables, int64_t bins, int64_t* counts);

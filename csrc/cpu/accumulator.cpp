@@ -6,48 +6,50 @@
 
 namespace torch_ext::cpu {
 
-// Counters of one accumulator, kept in a pool between calls: the page faults of fresh memory take
-// longer than observing a small tensor. They are zero while a workspace is in the pool.
-struct Workspace {
-  explicit Workspace(int64_t size) : even(size), odd(size), carry(size) {}
+struct Counters::Memory {
+  explicit Memory(int64_t size) : even(size), odd(size), carry(size) {}
   std::vector<uint8_t> even, odd;
   std::vector<uint32_t> carry;
 };
 
-namespace {
-
-class Pool {
+// Kept between calls, because the page faults of fresh memory take longer than observing a small
+// tensor.
+class Counters::Pool {
  public:
-  std::unique_ptr<Workspace> take(int64_t size) {
+  static Pool& instance() {
+    static Pool pool;
+    return pool;
+  }
+  std::unique_ptr<Memory> take(int64_t size) {
     {
       std::lock_guard<std::mutex> lock(mutex_);
       for (auto& slot : free_) {
         if (static_cast<int64_t>(slot->even.size()) != size) continue;
-        std::unique_ptr<Workspace> workspace = std::move(slot);
+        std::unique_ptr<Memory> memory = std::move(slot);
         slot = std::move(free_.back());
         free_.pop_back();
-        return workspace;
+        return memory;
       }
     }
-    return std::make_unique<Workspace>(size);
+    return std::make_unique<Memory>(size);
   }
-  void give(std::unique_ptr<Workspace> workspace) {
+  void give(std::unique_ptr<Memory> memory) {
     std::lock_guard<std::mutex> lock(mutex_);
-    if (free_.size() < kKept) free_.push_back(std::move(workspace));
+    if (free_.size() < kKept) free_.push_back(std::move(memory));
   }
 
  private:
   static constexpr size_t kKept = 64;
   std::mutex mutex_;
-  std::vector<std::unique_ptr<Workspace>> free_;
+  std::vector<std::unique_ptr<Memory>> free_;
 };
 
-Pool& pool() {
-  static Pool instance;
-  return instance;
-}
+Counters::Counters(int64_t size) : memory_(Pool::instance().take(size)) {}
+Counters::~Counters() { Pool::instance().give(std::move(memory_)); }
 
-}  // namespace
+NarrowTables Counters::tables() const {
+  return {memory_->even.data(), memory_->odd.data(), memory_->carry.data()};
+}
 
 Accumulator::Accumulator(const AccumulateKernels& kernels, core::HistogramLayout layout,
                          core::ChannelStatistic target, bool direct)
@@ -56,15 +58,7 @@ Accumulator::Accumulator(const AccumulateKernels& kernels, core::HistogramLayout
   if (direct_)
     set_top(core::top_octave(target.extrema[0], target.extrema[1]));
   else
-    workspace_ = pool().take(layout_.size());
-}
-
-Accumulator::~Accumulator() {
-  if (workspace_) pool().give(std::move(workspace_));
-}
-
-NarrowTables Accumulator::tables() {
-  return {workspace_->even.data(), workspace_->odd.data(), workspace_->carry.data()};
+    counters_.emplace(layout_.size());
 }
 
 void Accumulator::set_top(int32_t top) {
@@ -76,7 +70,7 @@ void Accumulator::set_top(int32_t top) {
 // Adds these to `counts` unless it is null.
 int64_t Accumulator::drain(int32_t octave, int64_t* counts) {
   const int64_t width = int64_t{1} << layout_.mantissa_bits;
-  const NarrowTables t = tables();
+  const NarrowTables t = counters_->tables();
   int64_t total = 0;
   for (int sign = 0; sign < 2; ++sign) {
     const int64_t begin = sign * layout_.bins() + layout_.octave_begin(octave);
@@ -121,7 +115,7 @@ void Accumulator::add(const float* x, int64_t n) {
   if (direct_)
     kernels_.count_wide(index_, s.in_window, target_.counts);
   else
-    kernels_.count(index_, s.in_window, tables());
+    kernels_.count(index_, s.in_window, counters_->tables());
 }
 
 void Accumulator::add_finite_of(const float* x, int64_t n) {
