@@ -6,65 +6,59 @@
 
 namespace torch_ext::cpu {
 
-// Counters and staging of one accumulator, kept in a pool between calls: the page faults of fresh
-// memory take longer than observing a small tensor. Counters are zero while a workspace is in the
-// pool.
-struct Workspace {
-  explicit Workspace(int64_t size)
-      : even(size + kSpill), odd(size + kSpill), carry(size + kSpill), index(kGroup) {}
+struct Counters::Memory {
+  explicit Memory(int64_t size) : even(size), odd(size), carry(size) {}
   std::vector<uint8_t> even, odd;
-  std::vector<uint32_t> carry, index;
+  std::vector<uint32_t> carry;
 };
 
-namespace {
-
-class Pool {
+// Kept between calls, because the page faults of fresh memory take longer than observing a small
+// tensor.
+class Counters::Pool {
  public:
-  std::unique_ptr<Workspace> take(int64_t size) {
+  static Pool& instance() {
+    static Pool pool;
+    return pool;
+  }
+  std::unique_ptr<Memory> take(int64_t size) {
     {
       std::lock_guard<std::mutex> lock(mutex_);
       for (auto& slot : free_) {
-        if (static_cast<int64_t>(slot->even.size()) != size + kSpill) continue;
-        std::unique_ptr<Workspace> workspace = std::move(slot);
+        if (static_cast<int64_t>(slot->even.size()) != size) continue;
+        std::unique_ptr<Memory> memory = std::move(slot);
         slot = std::move(free_.back());
         free_.pop_back();
-        return workspace;
+        return memory;
       }
     }
-    return std::make_unique<Workspace>(size);
+    return std::make_unique<Memory>(size);
   }
-  void give(std::unique_ptr<Workspace> workspace) {
+  void give(std::unique_ptr<Memory> memory) {
     std::lock_guard<std::mutex> lock(mutex_);
-    if (free_.size() < kKept) free_.push_back(std::move(workspace));
+    if (free_.size() < kKept) free_.push_back(std::move(memory));
   }
 
  private:
   static constexpr size_t kKept = 64;
   std::mutex mutex_;
-  std::vector<std::unique_ptr<Workspace>> free_;
+  std::vector<std::unique_ptr<Memory>> free_;
 };
 
-Pool& pool() {
-  static Pool instance;
-  return instance;
-}
+Counters::Counters(int64_t size) : memory_(Pool::instance().take(size)) {}
+Counters::~Counters() { Pool::instance().give(std::move(memory_)); }
 
-}  // namespace
+NarrowTables Counters::tables() const {
+  return {memory_->even.data(), memory_->odd.data(), memory_->carry.data()};
+}
 
 Accumulator::Accumulator(const AccumulateKernels& kernels, core::HistogramLayout layout,
                          core::ChannelStatistic target, bool direct)
     : kernels_(kernels), layout_(layout), target_(target), direct_(direct) {
   if (layout_.octaves == 0) return;
-  workspace_ = pool().take(direct_ ? 0 : layout_.size());
-  if (direct_) set_top(core::top_octave(target.extrema[0], target.extrema[1]));
-}
-
-Accumulator::~Accumulator() {
-  if (workspace_) pool().give(std::move(workspace_));
-}
-
-NarrowTables Accumulator::tables() {
-  return {workspace_->even.data(), workspace_->odd.data(), workspace_->carry.data()};
+  if (direct_)
+    set_top(core::top_octave(target.extrema[0], target.extrema[1]));
+  else
+    counters_.emplace(layout_.size());
 }
 
 void Accumulator::set_top(int32_t top) {
@@ -76,18 +70,12 @@ void Accumulator::set_top(int32_t top) {
 // Adds these to `counts` unless it is null.
 int64_t Accumulator::drain(int32_t octave, int64_t* counts) {
   const int64_t width = int64_t{1} << layout_.mantissa_bits;
-  const NarrowTables t = tables();
+  const NarrowTables t = counters_->tables();
   int64_t total = 0;
   for (int sign = 0; sign < 2; ++sign) {
     const int64_t begin = sign * layout_.bins() + layout_.octave_begin(octave);
-    for (int64_t k = begin; k < begin + width; ++k) {
-      const int64_t value = int64_t{t.carry[k]} * 256 + t.even[k] + t.odd[k];
-      total += value;
-      if (counts != nullptr) counts[k] += value;
-    }
-    std::fill_n(t.even + begin, width, uint8_t{0});
-    std::fill_n(t.odd + begin, width, uint8_t{0});
-    std::fill_n(t.carry + begin, width, uint32_t{0});
+    total += kernels_.drain({t.even + begin, t.odd + begin, t.carry + begin}, width,
+                            counts == nullptr ? nullptr : counts + begin);
   }
   return total;
 }
@@ -103,44 +91,31 @@ void Accumulator::raise(int32_t top) {
   set_top(top);
 }
 
-void Accumulator::increment(int64_t n) {
-  const uint32_t* index = workspace_->index.data();
-  if (!direct_) {
-    kernels_.count(index, n, tables());
-    return;
-  }
-  const uint32_t size = static_cast<uint32_t>(layout_.size());
-  for (int64_t i = 0; i < n; ++i)
-    if (index[i] < size) ++target_.counts[index[i]];
-}
-
 void Accumulator::add(const float* x, int64_t n) {
   if (n == 0) return;
   const bool histogram = layout_.octaves != 0;
-  uint32_t* index = histogram ? workspace_->index.data() : nullptr;
   GroupSummary s =
-      histogram && top_ != 0 ? kernels_.classify(x, n, window_, index) : kernels_.summarize(x, n);
+      histogram && top_ != 0 ? kernels_.classify(x, n, window_, index_) : kernels_.summarize(x, n);
   if (!s.finite()) {
     for (int64_t i = 0; i < n; i += kGroup) add_finite_of(x + i, std::min<int64_t>(kGroup, n - i));
     return;
   }
-  add_summary(s.min_key, s.max_key, s.zeros, n);
+  min_key_ = std::min(min_key_, s.min_key);
+  max_key_ = std::max(max_key_, s.max_key);
+  tally_[core::kFinite] += n;
+  tally_[core::kZeros] += s.zeros;
   if (!histogram) return;
   const int32_t top =
       core::top_octave(core::float_of_key(s.min_key), core::float_of_key(s.max_key));
   if (top > top_) {
     raise(top);
-    s = kernels_.classify(x, n, window_, index);
+    s = kernels_.classify(x, n, window_, index_);
   }
   tally_[core::kTiny] += n - s.zeros - s.in_window;
-  if (s.in_window != 0) increment(n);
-}
-
-void Accumulator::add_summary(int32_t min_key, int32_t max_key, int64_t zeros, int64_t n) {
-  min_key_ = std::min(min_key_, min_key);
-  max_key_ = std::max(max_key_, max_key);
-  tally_[core::kFinite] += n;
-  tally_[core::kZeros] += zeros;
+  if (direct_)
+    kernels_.count_wide(index_, s.in_window, target_.counts);
+  else
+    kernels_.count(index_, s.in_window, counters_->tables());
 }
 
 void Accumulator::add_finite_of(const float* x, int64_t n) {
