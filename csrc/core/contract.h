@@ -30,7 +30,8 @@ concept ClosedRule =
     };
 
 // Search: candidates are prepared once per channel, their objectives are computed independently of
-// each other, and the smallest objective wins. kLanes is how many candidates, or levels of one, a
+// each other, and the smallest objective wins. An objective that is more than `bound` may be given
+// as infinite, as soon as that is certain. kLanes is how many candidates, or levels of one, a
 // loop may process side by side: 16 on the CPU, where that vectorises, 1 in a GPU thread. The
 // results have the same bits for any kLanes.
 template <class R>
@@ -42,7 +43,9 @@ concept SearchRule =
       { R::prepare(view, grid, options, words) } -> std::same_as<typename R::Search>;
       { search.count } -> std::convertible_to<int64_t>;
       { search.last_wins } -> std::convertible_to<bool>;
-      { R::template objectives<1>(search, int64_t{}, int64_t{}, out) } -> std::same_as<void>;
+      {
+        R::template objectives<1>(search, int64_t{}, int64_t{}, double{}, out)
+      } -> std::same_as<void>;
       { R::threshold(search, int64_t{}) } -> std::same_as<double>;
     };
 

@@ -21,11 +21,11 @@ struct SolveKernels {
   core::Range (*closed)(int32_t rule, const core::View& view, const core::Grid& grid,
                         const double* options, int64_t* words);
   // The steps of a search: prepare and return the number of candidates, compute the objectives of
-  // candidates [begin, end), return the threshold of the best.
+  // candidates [begin, end) (infinite where more than `bound`), return the threshold of the best.
   int64_t (*prepare)(int32_t rule, const core::View& view, const core::Grid& grid,
                      const double* options, int64_t* words, SearchStorage* search);
   void (*objectives)(int32_t rule, const SearchStorage& search, int64_t begin, int64_t end,
-                     double* out);
+                     double bound, double* out);
   double (*threshold)(int32_t rule, const core::View& view, const SearchStorage& search,
                       const double* objectives);
 

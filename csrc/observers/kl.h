@@ -208,7 +208,8 @@ struct Kl {
     return core::lattice_value(search.lattice.bottom, search.lattice.first + i);
   }
   template <int kLanes>
-  TE_HD static void objectives(const Search& search, int64_t begin, int64_t end, double* out) {
+  TE_HD static void objectives(const Search& search, int64_t begin, int64_t end, double,
+                               double* out) {
     if (search.is_reference) {
       KlReference::objectives<kLanes>(search.reference, begin, end, out + begin);
       return;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -114,7 +115,7 @@ Searched search(const torch_ext::cpu::SolveKernels& kernels, const torch_ext::co
   // In pieces, as threads do it.
   for (int64_t begin = 0; begin < count; begin += 37)
     kernels.objectives(rule, storage, begin, std::min<int64_t>(begin + 37, count),
-                       searched.objectives.data());
+                       std::numeric_limits<double>::infinity(), searched.objectives.data());
   searched.threshold = kernels.threshold(rule, view, storage, searched.objectives.data());
   return searched;
 }
