@@ -59,7 +59,7 @@ struct Aciq : core::NoOptions {
                                    : ClipStd::deviation(view, mu);
     const core::Range g = ClipStd::around(view, mu, gauss(bits) * sigma);
     const core::Range l = ClipStd::around(view, mu, laplace(bits) * mean_deviation(view, mu));
-    return Mse::relative_error<1>(view, grid, l) < Mse::relative_error<1>(view, grid, g) ? l : g;
+    return Mse::relative_error(view, grid, l) < Mse::relative_error(view, grid, g) ? l : g;
   }
 };
 static_assert(core::ClosedRule<Aciq> && core::ChecksOptions<Aciq>);

@@ -25,7 +25,7 @@ struct Mix : core::NoOptions {
     range[5] = {view.min, view.max};
     double error[kCandidates], least = __builtin_inf();
     for (int i = 0; i < kCandidates; ++i) {
-      error[i] = Mse::relative_error<1>(view, grid, range[i]);
+      error[i] = Mse::relative_error(view, grid, range[i]);
       least = error[i] < least ? error[i] : least;
     }
     // Among ties, as in a search, the smallest range.

@@ -25,6 +25,9 @@ struct Mse : core::NoOptions {
     int32_t levels;
     double scale;
 
+    // So many levels are faster one by one.
+    static constexpr int32_t kFew = kLanes == 1 ? 1 : 3;
+
     // The squared error of the values on the first levels, and the window bin that the next begins
     // at.
     struct Sum {
@@ -38,11 +41,16 @@ struct Mse : core::NoOptions {
       const int64_t begin = levels == 0 ? 0 : end_of(levels - 1);
       return core::squared_error(view, sign, begin, view.bins, levels * scale);
     }
+    // Squared error of the values beyond the last level.
+    TE_HD double beyond() const {
+      const double last = levels * scale;
+      return core::squared_error(view, sign, view.position(last), view.bins, last);
+    }
     // Adds up to kLanes levels from `first` on, without the last.
     TE_HD void add_levels(int32_t first, Sum& sum) const {
       const int32_t count = levels - first < kLanes ? levels - first : kLanes;
       if (count <= 0 || sum.begin >= view.bins) return;
-      if (kLanes > 1 && !view.is_wide()) return add_lanes(first, count, sum);
+      if (count > kFew && !view.is_wide()) return add_lanes(first, count, sum);
       for (int32_t level = first; level < first + count; ++level) {
         const int64_t end = end_of(level);
         sum.error += core::squared_error(view, sign, sum.begin, end, level * scale);
@@ -83,27 +91,40 @@ struct Mse : core::NoOptions {
     }
   };
 
-  // Squared error of quantizing with the qparams of a range, divided by the sum of squares of the
-  // values. May be infinite where it is more than `bound`. The bits are the same for any kLanes.
+  // The values of both signs on the levels of a range's qparams.
   template <int kLanes>
-  TE_HD static double relative_error(const core::View& view, const core::Grid& grid,
-                                     const core::Range& range, double bound = __builtin_inf()) {
-    if (!(view.squares > 0)) return 0;
-    const core::QParams q = core::qparams(range, grid);
-    const Side<kLanes> side[2] = {
-        {view, core::kNegative, q.zero_point - grid.quant_min, static_cast<double>(q.scale)},
-        {view, core::kPositive, grid.quant_max - q.zero_point, static_cast<double>(q.scale)}};
-    // What is cut off comes first: it rules out most thresholds that are too small.
-    const double clipped[2] = {side[0].clipped(), side[1].clipped()};
-    const double limit = bound * view.squares * kSure, cut = clipped[0] + clipped[1];
-    if (cut > limit) return __builtin_inf();
-    typename Side<kLanes>::Sum sum[2];
-    const int32_t most = side[0].levels > side[1].levels ? side[0].levels : side[1].levels;
-    for (int32_t first = 0; first < most; first += kLanes) {
-      for (int s = 0; s < 2; ++s) side[s].add_levels(first, sum[s]);
-      if (sum[0].error + sum[1].error + cut > limit) return __builtin_inf();
+  struct Sides {
+    Side<kLanes> side[2];
+    double clipped[2];
+
+    TE_HD Sides(const core::View& view, const core::Grid& grid, const core::Range& range)
+        : Sides(view, grid, core::qparams(range, grid)) {}
+    TE_HD Sides(const core::View& view, const core::Grid& grid, const core::QParams& q)
+        : side{{view, core::kNegative, q.zero_point - grid.quant_min, double{q.scale}},
+               {view, core::kPositive, grid.quant_max - q.zero_point, double{q.scale}}},
+          clipped{side[0].clipped(), side[1].clipped()} {}
+
+    TE_HD double cut() const { return clipped[0] + clipped[1]; }
+    TE_HD double beyond() const { return side[0].beyond() + side[1].beyond(); }
+    // The squared error; may be infinite where it is more than `limit`.
+    TE_HD double error(double limit) const {
+      if (cut() > limit) return __builtin_inf();
+      typename Side<kLanes>::Sum sum[2];
+      const int32_t most = side[0].levels > side[1].levels ? side[0].levels : side[1].levels;
+      for (int32_t first = 0; first < most; first += kLanes) {
+        for (int s = 0; s < 2; ++s) side[s].add_levels(first, sum[s]);
+        if (sum[0].error + sum[1].error + cut() > limit) return __builtin_inf();
+      }
+      return (sum[0].error + clipped[0]) + (sum[1].error + clipped[1]);
     }
-    return ((sum[0].error + clipped[0]) + (sum[1].error + clipped[1])) / view.squares;
+  };
+
+  // Squared error of quantizing with the qparams of a range, divided by the sum of squares of the
+  // values.
+  TE_HD static double relative_error(const core::View& view, const core::Grid& grid,
+                                     const core::Range& range) {
+    if (!(view.squares > 0)) return 0;
+    return Sides<1>(view, grid, range).error(__builtin_inf()) / view.squares;
   }
 
   struct Search {
@@ -127,14 +148,23 @@ struct Mse : core::NoOptions {
   TE_HD static double threshold(const Search& search, int64_t i) {
     return core::lattice_value(search.lattice.bottom, search.lattice.first + i);
   }
+  // The same bits for any kLanes.
   template <int kLanes>
   TE_HD static void objectives(const Search& search, int64_t begin, int64_t end, double bound,
                                double* out) {
-    for (int64_t i = begin; i < end; ++i) {
-      const core::Range range = core::range_of_threshold(search.view, threshold(search, i));
-      out[i] = relative_error<kLanes>(search.view, search.grid, range, bound);
-      const double tie = core::tie_bound(out[i]);
-      bound = tie < bound ? tie : bound;
+    const core::View& view = search.view;
+    const double limit = bound * view.squares * kSure;
+    for (int64_t i = end - 1; i >= begin; --i) {
+      if (!(view.squares > 0)) {
+        out[i] = 0;
+        continue;
+      }
+      const core::Range range = core::range_of_threshold(view, threshold(search, i));
+      const Sides<kLanes> sides(view, search.grid, range);
+      out[i] = sides.error(limit) / view.squares;
+      // With a smaller threshold at least as much is beyond the ends of a symmetric grid.
+      if (!search.grid.symmetric || !(sides.cut() > limit) || !(sides.beyond() > limit)) continue;
+      while (i > begin) out[--i] = __builtin_inf();
     }
   }
 };
