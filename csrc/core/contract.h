@@ -30,10 +30,10 @@ concept ClosedRule =
     };
 
 // Search: candidates are prepared once per channel, their objectives are computed independently of
-// each other, and the smallest objective wins. An objective that is more than `bound` may be given
-// as infinite, as soon as that is certain. kLanes is how many candidates, or levels of one, a
-// loop may process side by side: 16 on the CPU, where that vectorises, 1 in a GPU thread. The
-// results have the same bits for any kLanes.
+// each other, and the smallest objective wins. An objective that is certainly more than `bound`
+// may be given as infinite; `bounded` says whether that saves time. kLanes is how many candidates,
+// or levels of one, a loop may process side by side: 16 on the CPU, where that vectorises, 1 in a
+// GPU thread. The results have the same bits for any kLanes.
 template <class R>
 concept SearchRule =
     Rule<R> && requires(const View& view, const Grid& grid, const double* options, int64_t* words,
@@ -43,6 +43,7 @@ concept SearchRule =
       { R::prepare(view, grid, options, words) } -> std::same_as<typename R::Search>;
       { search.count } -> std::convertible_to<int64_t>;
       { search.last_wins } -> std::convertible_to<bool>;
+      { search.bounded } -> std::convertible_to<bool>;
       {
         R::template objectives<1>(search, int64_t{}, int64_t{}, double{}, out)
       } -> std::same_as<void>;

@@ -1,7 +1,6 @@
 #include "cpu/solve.h"
 
 #include <algorithm>
-#include <limits>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -55,16 +54,11 @@ class Channel {
     SearchStorage storage;
     const int64_t count = k.prepare(job_.rule, view, job_.grid, job_.options, words(), &storage);
     std::vector<double> objectives(count);
-    // What ties with the least of a few candidates bounds the winner.
-    constexpr int64_t kGrain = 16;
-    double bound = std::numeric_limits<double>::infinity();
-    for (int64_t i = count - 1; i >= 0; i -= kGrain) {
-      k.objectives(job_.rule, storage, i, i + 1, bound, objectives.data());
-      bound = std::min(bound, core::tie_bound(objectives[i]));
-    }
+    const double bound = k.bound(job_.rule, storage, objectives.data());
     const auto evaluate = [&](int64_t begin, int64_t end) {
       k.objectives(job_.rule, storage, begin, end, bound, objectives.data());
     };
+    constexpr int64_t kGrain = 16;
     if (parallel)
       parallel_for(0, count, kGrain, evaluate);
     else

@@ -133,6 +133,7 @@ struct Mse : core::NoOptions {
     core::Lattice lattice;
     int64_t count;
     static constexpr bool last_wins = false;
+    static constexpr bool bounded = true;
   };
   TE_HD static int64_t search_words(core::HistogramLayout, const core::Grid&, const double*) {
     return 0;
