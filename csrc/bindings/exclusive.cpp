@@ -1,7 +1,9 @@
 #include "bindings/exclusive.h"
 
+#include <pthread.h>
+
 #include <array>
-#include <cstdint>
+#include <mutex>
 
 namespace torch_ext::bindings {
 namespace {
@@ -9,26 +11,35 @@ namespace {
 constexpr size_t kMutexes = 64;
 constexpr size_t kAlignment = 64;  // of torch's allocations on the CPU; on CUDA it is 512
 
-std::mutex& mutex_of(const void* memory) {
-  static std::array<std::mutex, kMutexes> mutexes;
-  const size_t block = reinterpret_cast<uintptr_t>(memory) / kAlignment;
-  return mutexes[(block ^ block / kMutexes) % kMutexes];
+std::array<std::mutex, kMutexes> mutexes;
+
+// Always in ascending order, so threads do not wait for each other in a circle.
+void lock(uint64_t some) {
+  for (size_t i = 0; i < kMutexes; ++i)
+    if ((some >> i & 1) != 0) mutexes[i].lock();
+}
+void unlock(uint64_t some) {
+  for (size_t i = 0; i < kMutexes; ++i)
+    if ((some >> i & 1) != 0) mutexes[i].unlock();
+}
+
+// A child has only the thread that forked. A mutex held by another would stay locked forever, and
+// the tensors that it protects half updated.
+const int at_fork = pthread_atfork([] { lock(~uint64_t{0}); }, [] { unlock(~uint64_t{0}); },
+                                   [] { unlock(~uint64_t{0}); });
+
+uint64_t mutexes_of(at::TensorList tensors) {
+  uint64_t some = 0;
+  for (const at::Tensor& tensor : tensors) {
+    const size_t block = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) / kAlignment;
+    some |= uint64_t{1} << (block ^ block / kMutexes) % kMutexes;
+  }
+  return some;
 }
 
 }  // namespace
 
-Exclusive::Exclusive(const at::Tensor& updated) : first_(mutex_of(updated.const_data_ptr())) {}
-
-Exclusive::Exclusive(const at::Tensor& updated, const at::Tensor& read) {
-  std::mutex& first = mutex_of(updated.const_data_ptr());
-  std::mutex& second = mutex_of(read.const_data_ptr());
-  first_ = std::unique_lock(first, std::defer_lock);
-  if (&first == &second) {
-    first_.lock();
-    return;
-  }
-  second_ = std::unique_lock(second, std::defer_lock);
-  std::lock(first_, second_);
-}
+Exclusive::Exclusive(at::TensorList tensors) : held_(mutexes_of(tensors)) { lock(held_); }
+Exclusive::~Exclusive() { unlock(held_); }
 
 }  // namespace torch_ext::bindings

@@ -7,6 +7,7 @@
 
 #include "bindings/backend.h"
 #include "bindings/contracts.h"
+#include "bindings/exclusive.h"
 #include "bindings/rules.h"
 #include "rule_table.h"
 
@@ -27,6 +28,7 @@ at::Tensor solve(c10::string_view name, const at::Tensor& extrema, const at::Ten
   const core::SolveJob job{
       c.rule,  c.grid,  c.options, c.statistic, range.mutable_data_ptr<float>(), nullptr,
       nullptr, nullptr, 1};
+  const Exclusive exclusive(tally);  // another thread may observe meanwhile
   Backend("solve", extrema).solve({job});
   return range;
 }
@@ -53,6 +55,7 @@ std::tuple<Tensors, Tensors, Tensors> solve_many(
                     scale.back().mutable_data_ptr<float>(),
                     zero_point.back().mutable_data_ptr<int32_t>(), nullptr, 1});
   }
+  const Exclusive exclusive(tally);
   if (!jobs.empty()) Backend("solve_many", extrema[0]).solve(jobs);
   return {std::move(range), std::move(scale), std::move(zero_point)};
 }

@@ -30,9 +30,10 @@ concept ClosedRule =
     };
 
 // Search: candidates are prepared once per channel, their objectives are computed independently of
-// each other, and the smallest objective wins. kLanes is how many candidates, or levels of one, a
-// loop may process side by side: 16 on the CPU, where that vectorises, 1 in a GPU thread. The
-// results have the same bits for any kLanes.
+// each other, and the smallest objective wins. An objective that is certainly more than `bound`
+// may be given as infinite; `bounded` says whether that saves time. kLanes is how many candidates,
+// or levels of one, a loop may process side by side: 16 on the CPU, where that vectorises, 1 in a
+// GPU thread. The results have the same bits for any kLanes.
 template <class R>
 concept SearchRule =
     Rule<R> && requires(const View& view, const Grid& grid, const double* options, int64_t* words,
@@ -42,7 +43,10 @@ concept SearchRule =
       { R::prepare(view, grid, options, words) } -> std::same_as<typename R::Search>;
       { search.count } -> std::convertible_to<int64_t>;
       { search.last_wins } -> std::convertible_to<bool>;
-      { R::template objectives<1>(search, int64_t{}, int64_t{}, out) } -> std::same_as<void>;
+      { search.bounded } -> std::convertible_to<bool>;
+      {
+        R::template objectives<1>(search, int64_t{}, int64_t{}, double{}, out)
+      } -> std::same_as<void>;
       { R::threshold(search, int64_t{}) } -> std::same_as<double>;
     };
 

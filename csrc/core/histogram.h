@@ -106,6 +106,11 @@ TE_HD int32_t top_octave(float min, float max) {
   return static_cast<int32_t>((lo > hi ? lo : hi) >> kMantissa);
 }
 
+// Adds modulo 2^64: counts from elsewhere may be anything. solve() refuses what has wrapped.
+TE_HD void add_count(int64_t& to, int64_t count) {
+  to = static_cast<int64_t>(static_cast<uint64_t>(to) + static_cast<uint64_t>(count));
+}
+
 // Raises the window of one channel's counts from octave `top` to `new_top`: clears the octaves that
 // leave it and returns how many values they held. The caller adds these to tiny.
 TE_HD int64_t raise_window(int64_t* counts, HistogramLayout layout, int32_t top, int32_t new_top) {
@@ -117,7 +122,7 @@ TE_HD int64_t raise_window(int64_t* counts, HistogramLayout layout, int32_t top,
     for (int sign = 0; sign < 2; ++sign) {
       int64_t* bins = counts + sign * layout.bins() + layout.octave_begin(octave);
       for (int64_t k = 0; k < width; ++k) {
-        tiny += bins[k];
+        add_count(tiny, bins[k]);
         bins[k] = 0;
       }
     }
@@ -140,7 +145,7 @@ TE_HD void extend(ChannelStatistic into, HistogramLayout layout, float min, floa
   if (key_of(max) > key_of(into.extrema[1])) into.extrema[1] = positive_zero(max);
   if (layout.octaves == 0) return;
   const int32_t new_top = top_octave(into.extrema[0], into.extrema[1]);
-  into.tally[kTiny] += raise_window(into.counts, layout, old_top, new_top);
+  add_count(into.tally[kTiny], raise_window(into.counts, layout, old_top, new_top));
 }
 
 // Makes `into` the statistic of the values of both. All sums are integers, so the result is exact
@@ -148,7 +153,8 @@ TE_HD void extend(ChannelStatistic into, HistogramLayout layout, float min, floa
 TE_HD void merge_channel(ChannelStatistic into, HistogramLayout layout, const float* extrema,
                          const int64_t* tally, const int64_t* counts) {
   extend(into, layout, extrema[0], extrema[1]);
-  for (int column = 0; column < kTallyColumns; ++column) into.tally[column] += tally[column];
+  for (int column = 0; column < kTallyColumns; ++column)
+    add_count(into.tally[column], tally[column]);
   const int32_t other_top = top_octave(extrema[0], extrema[1]);
   if (layout.octaves == 0 || other_top == 0) return;
   const int32_t bottom = layout.bottom(top_octave(into.extrema[0], into.extrema[1]));
@@ -157,10 +163,7 @@ TE_HD void merge_channel(ChannelStatistic into, HistogramLayout layout, const fl
     for (int sign = 0; sign < 2; ++sign) {
       const int64_t begin = sign * layout.bins() + layout.octave_begin(octave);
       for (int64_t k = begin; k < begin + width; ++k) {
-        if (octave < bottom)
-          into.tally[kTiny] += counts[k];
-        else
-          into.counts[k] += counts[k];
+        add_count(octave < bottom ? into.tally[kTiny] : into.counts[k], counts[k]);
       }
     }
   }

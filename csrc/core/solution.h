@@ -9,29 +9,31 @@ namespace torch_ext::core {
 
 // A statistic may come from a file or from user code, so it is checked before anything is summed.
 
-// The most values of a channel. Sums of squares about any level (octave_error()) then fit 64 bits.
-constexpr int64_t kMostValues = int64_t{1} << 39;
-
-// Sums counts that may be anything. They are too many for a comparison each.
+// Sums up to 2^16 counts that may be anything. They are too many for a comparison each.
 struct CountSum {
-  static constexpr int64_t kImpossible = -(int64_t{1} << 56);
-  uint64_t total = 0, bits = 0;
+  static constexpr int64_t kImpossible = -1;
+  uint64_t total = 0;  // modulo 2^64
+  uint64_t bits = 0;   // the sign bit is set if any count was negative
+  uint64_t high = 0;   // of counts / 2^32, so it does not overflow
 
   TE_HD void add(int64_t count) {
-    total += static_cast<uint64_t>(count);
-    bits |= static_cast<uint64_t>(count);
+    const uint64_t n = static_cast<uint64_t>(count);
+    total += n;
+    bits |= n;
+    high += n >> 32;
   }
-  // kImpossible where a count was negative or more than 2^40. No sum of 64 values overflows.
+  // kImpossible where a count was negative or the sum does not fit 63 bits. What `high` leaves out
+  // is less than 2^16 times 2^32, so with high <= 2^31 `total` is the sum itself.
   TE_HD int64_t value() const {
-    return bits >> 40 != 0 ? kImpossible : static_cast<int64_t>(total);
+    const bool fits = high <= uint64_t{1} << 31 && (total | bits) >> 63 == 0;
+    return fits ? static_cast<int64_t>(total) : kImpossible;
   }
 };
 
 // Whether zeros, tiny and `counted` values of the window's bins make up the finite values.
 TE_HD bool are_the_values(const View& view, int64_t counted) {
-  return view.finite <= kMostValues && view.zeros >= 0 && view.zeros <= view.finite &&
-         view.tiny >= 0 && view.tiny <= view.finite &&
-         view.zeros + view.tiny + counted == view.finite;
+  return view.zeros >= 0 && view.zeros <= view.finite && view.tiny >= 0 &&
+         view.tiny <= view.finite - view.zeros && counted == view.finite - view.zeros - view.tiny;
 }
 
 // Whether the extrema are finite and in order.
@@ -39,6 +41,9 @@ TE_HD bool has_extrema(const ChannelStatistic& s) {
   return s.extrema[0] <= s.extrema[1] && s.extrema[0] - s.extrema[0] == 0 &&
          s.extrema[1] - s.extrema[1] == 0;
 }
+
+// Whether the tally is not that of merged statistics with more than 2^63 - 1 values, which wraps.
+TE_HD bool has_tally(const ChannelStatistic& s) { return s.tally[kFinite] >= 0; }
 
 // Stores channel c's range; where `moves`, the stored range moves part of the way to `solved`.
 // Returns the range stored.

@@ -30,7 +30,7 @@ class Channel {
   void solve(bool parallel) {
     const SolveKernels& k = kernels().solve;
     const core::ChannelStatistic s = job_.statistic.channel(channel_);
-    const bool has_values = rule_.needs == core::Needs::nothing || s.tally[core::kFinite] > 0;
+    const bool has_values = rule_.needs == core::Needs::nothing || s.tally[core::kFinite] != 0;
     if (job_.solved != nullptr && (!has_values || core::is_set(job_, channel_))) return;
     core::Range range{0, 0};
     if (has_values) {
@@ -54,38 +54,39 @@ class Channel {
     SearchStorage storage;
     const int64_t count = k.prepare(job_.rule, view, job_.grid, job_.options, words(), &storage);
     std::vector<double> objectives(count);
-    if (parallel) {
-      constexpr int64_t kGrain = 16;
-      parallel_for(0, count, kGrain, [&](int64_t begin, int64_t end) {
-        k.objectives(job_.rule, storage, begin, end, objectives.data());
-      });
-    } else {
-      k.objectives(job_.rule, storage, 0, count, objectives.data());
-    }
+    const double bound = k.bound(job_.rule, storage, objectives.data());
+    const auto evaluate = [&](int64_t begin, int64_t end) {
+      k.objectives(job_.rule, storage, begin, end, bound, objectives.data());
+    };
+    constexpr int64_t kGrain = 16;
+    if (parallel)
+      parallel_for(0, count, kGrain, evaluate);
+    else
+      evaluate(0, count);
     return core::range_of_threshold(view, k.threshold(job_.rule, view, storage, objectives.data()));
   }
 
   void check(const core::ChannelStatistic& s) const {
     if (rule_.needs == core::Needs::nothing) return;
+    if (!core::has_tally(s))
+      throw std::invalid_argument("expected tally to be of at most 2^63 - 1 finite values, got " +
+                                  std::to_string(s.tally[core::kFinite]) + in_channel());
     if (!core::has_extrema(s))
       throw std::invalid_argument("expected extrema to be finite and in order, got " +
                                   std::to_string(s.extrema[0]) + " and " +
                                   std::to_string(s.extrema[1]) + in_channel());
     if (rule_.needs < core::Needs::counts) return;
     const core::View frame =
-        core::frame_view(job_.statistic.layout, rule_.needs, s.extrema, s.tally, memory_);
+        core::frame_view(job_.statistic.layout, rule_.needs, s.extrema, s.tally, s.counts, memory_);
     const int64_t counted = counted_in(frame, s.counts);
     if (core::are_the_values(frame, counted)) return;
-    if (frame.finite > core::kMostValues)
-      throw std::invalid_argument("expected tally to be of at most 2^39 finite values, got " +
-                                  std::to_string(frame.finite) + in_channel());
-    throw std::invalid_argument("expected counts to be, with zeros and tiny, the " +
-                                std::to_string(frame.finite) + " finite values of tally, got " +
-                                (counted < 0 ? std::string("a negative count, or one past 2^40")
-                                             : std::to_string(counted) + ", " +
-                                                   std::to_string(frame.zeros) + " and " +
-                                                   std::to_string(frame.tiny)) +
-                                in_channel());
+    throw std::invalid_argument(
+        "expected counts to be, with zeros and tiny, the " + std::to_string(frame.finite) +
+        " finite values of tally, got " +
+        (counted < 0 ? std::string("a negative count, or more than 2^63 - 1")
+                     : std::to_string(counted) + ", " + std::to_string(frame.zeros) + " and " +
+                           std::to_string(frame.tiny)) +
+        in_channel());
   }
   static int64_t counted_in(const core::View& frame, const int64_t* counts) {
     const int32_t m = frame.layout.mantissa_bits;

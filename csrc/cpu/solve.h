@@ -20,12 +20,14 @@ struct SolveKernels {
   // The range by a closed or composite rule; `words` has work_words() words (rule_table.h).
   core::Range (*closed)(int32_t rule, const core::View& view, const core::Grid& grid,
                         const double* options, int64_t* words);
-  // The steps of a search: prepare and return the number of candidates, compute the objectives of
-  // candidates [begin, end), return the threshold of the best.
+  // The steps of a search: prepare and return the number of candidates, bound the objective of the
+  // winner (using `out` as memory), compute the objectives of candidates [begin, end), infinite
+  // where more than `bound`, return the threshold of the best.
   int64_t (*prepare)(int32_t rule, const core::View& view, const core::Grid& grid,
                      const double* options, int64_t* words, SearchStorage* search);
+  double (*bound)(int32_t rule, const SearchStorage& search, double* out);
   void (*objectives)(int32_t rule, const SearchStorage& search, int64_t begin, int64_t end,
-                     double* out);
+                     double bound, double* out);
   double (*threshold)(int32_t rule, const core::View& view, const SearchStorage& search,
                       const double* objectives);
 

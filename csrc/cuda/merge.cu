@@ -30,7 +30,8 @@ struct Merge {
       // Both loops give a bin's slot to the same thread, whatever octave it holds, so they need no
       // barrier in between.
       int64_t fallen = empty_below(to, core::top_octave(extrema[0], extrema[1]), bottom);
-      fallen += add_counts(to, other, core::top_octave(others[0], others[1]), bottom);
+      core::add_count(fallen,
+                      add_counts(to, other, core::top_octave(others[0], others[1]), bottom));
       if (fallen != 0) gpu::add(&tiny, fallen);
       gpu::sync();
     }
@@ -38,7 +39,8 @@ struct Merge {
     to.extrema[0] = lo;
     to.extrema[1] = hi;
     for (int column = 0; column < core::kTallyColumns; ++column)
-      to.tally[column] += other.tally[column] + (column == core::kTiny ? tiny : 0);
+      core::add_count(to.tally[column], other.tally[column]);
+    core::add_count(to.tally[core::kTiny], tiny);
   }
 
  private:
@@ -58,7 +60,7 @@ struct Merge {
     int64_t fallen = 0;
     each_bin(top, [&](int32_t octave, int64_t bin) {
       if (octave >= bottom) return;
-      fallen += to.counts[bin];
+      core::add_count(fallen, to.counts[bin]);
       to.counts[bin] = 0;
     });
     return fallen;
@@ -68,10 +70,7 @@ struct Merge {
                             int32_t top, int32_t bottom) const {
     int64_t fallen = 0;
     each_bin(top, [&](int32_t octave, int64_t bin) {
-      if (octave < bottom)
-        fallen += other.counts[bin];
-      else
-        to.counts[bin] += other.counts[bin];
+      core::add_count(octave < bottom ? fallen : to.counts[bin], other.counts[bin]);
     });
     return fallen;
   }

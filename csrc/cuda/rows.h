@@ -50,7 +50,7 @@ struct Row {
     return task.job.averaging_constant == 0 ? core::is_set(task.job, channel) : has_values();
   }
   TE_GPU bool has_values() const {
-    return task.needs == core::Needs::nothing || statistic().tally[core::kFinite] > 0;
+    return task.needs == core::Needs::nothing || statistic().tally[core::kFinite] != 0;
   }
 };
 TE_GPU void store(const Row& row, core::Range solved) {
@@ -82,8 +82,9 @@ TE_GPU void solve_extrema(const Row& row) {
   core::Range range{0, 0};
   if (task.needs == core::Needs::extrema) {
     const core::ChannelStatistic s = row.statistic();
-    if (!core::has_extrema(s)) return store(row, nan_range());
-    view = core::frame_view(task.job.statistic.layout, task.needs, s.extrema, s.tally, nullptr);
+    if (!core::has_extrema(s) || !core::has_tally(s)) return store(row, nan_range());
+    view = core::frame_view(task.job.statistic.layout, task.needs, s.extrema, s.tally, nullptr,
+                            nullptr);
   }
   with_rule(task.job.rule, [&]<class R>() {
     if constexpr (core::ClosedRule<R> && R::needs <= core::Needs::extrema)

@@ -108,7 +108,7 @@ struct Steps {
   TE_GPU core::View frame(int64_t begin, int64_t index, const Row& row) const {
     const core::ChannelStatistic s = row.statistic();
     return core::frame_view(row.task.job.statistic.layout, row.task.needs, s.extrema, s.tally,
-                            words(begin, index));
+                            s.counts, words(begin, index));
   }
   // The bins of an octave of the window, lowest first.
   TE_GPU static const int64_t* bins(const Row& row, const core::View& view, int sign,
@@ -136,11 +136,16 @@ struct Steps {
            k += gpu::kWarp)
         sum.add(from[k]);
     }
+    const int64_t total = warp_sum(sum).value();
+    if (gpu::thread() % gpu::kWarp == 0) state(begin, index).totals[sign][octave] = total;
+  }
+  TE_GPU static core::CountSum warp_sum(core::CountSum sum) {
     for (int lanes = 1; lanes < gpu::kWarp; lanes *= 2) {
       sum.total += gpu::shuffle_xor(sum.total, lanes);
       sum.bits |= gpu::shuffle_xor(sum.bits, lanes);
+      sum.high += gpu::shuffle_xor(sum.high, lanes);
     }
-    if (gpu::thread() % gpu::kWarp == 0) state(begin, index).totals[sign][octave] = sum.value();
+    return sum;
   }
   TE_GPU static int64_t warp_sum(int64_t value) {
     for (int lanes = 1; lanes < gpu::kWarp; lanes *= 2) value += gpu::shuffle_xor(value, lanes);
@@ -173,18 +178,20 @@ struct Steps {
     if (octave >= octaves) return;
     // Of a statistic that contradicts itself no sum is taken.
     const auto& totals = state(begin, index).totals;
-    if (!core::are_the_values(view, warp_sum(totals[0][lane] + totals[1][lane]))) return;
+    core::CountSum counted;
+    for (int sign = 0; sign < 2; ++sign) counted.add(totals[sign][lane]);
+    if (!core::are_the_values(view, warp_sum(counted).value())) return;
+    const bool moments = core::fills_moments(view, row.task.needs);
     const int64_t from = lane * share(view), width = int64_t{1} << m;
     const int64_t to = smaller(from + share(view), width);
     for (int sign = 0; sign < 2; ++sign) {
       const int64_t* const counts = bins(row, view, sign, octave);
       const int64_t lower =
           warp_sum(lane < octave ? state(begin, index).totals[sign][lane] : int64_t{0});
-      const core::Prefix own = core::prefix_of(counts, from, to);
+      const core::Prefix own = core::prefix_of(counts, from, to, moments);
       const core::Prefix before = {lower + warp_before(own.count), warp_before(own.first),
                                    warp_before(own.second)};
-      core::fill_octave(arrays, view.layout, row.task.needs, sign, octave, counts, from, to,
-                        before);
+      core::fill_octave(arrays, view.layout, moments, sign, octave, counts, from, to, before);
     }
     for (int64_t i = (octave << m) + from + 1; i <= (octave << m) + to; ++i)
       arrays.magnitude[i] = core::magnitude_below(view, arrays, i);
@@ -200,10 +207,10 @@ struct Steps {
     s.valid = false;
     if (store_if_empty(row)) return;
     s.view = frame(begin, index, row);
-    int64_t counted = 0;
+    core::CountSum counted;
     for (int sign = 0; sign < 2; ++sign)
-      for (int octave = 0; octave < 32; ++octave) counted += s.totals[sign][octave];
-    if (!core::has_extrema(row.statistic()) || !core::are_the_values(s.view, counted))
+      for (int octave = 0; octave < 32; ++octave) counted.add(s.totals[sign][octave]);
+    if (!core::has_extrema(row.statistic()) || !core::are_the_values(s.view, counted.value()))
       return store(row, nan_range());
     if (task.needs == core::Needs::moments) core::add_moments(s.view);
     s.valid = true;
@@ -227,7 +234,7 @@ struct Steps {
     with_rule(row_of(index).task.job.rule, [&]<class R>() {
       if constexpr (core::SearchRule<R>) {
         const auto search = *reinterpret_cast<const typename R::Search*>(s.search);
-        R::template objectives<1>(search, i, i + 1, objectives(begin, index));
+        R::template objectives<1>(search, i, i + 1, __builtin_inf(), objectives(begin, index));
       }
     });
   }
@@ -256,7 +263,7 @@ struct Steps {
       double* const objectives =
           reinterpret_cast<double*>(work + R::search_words(view.layout, grid, options));
       for (int64_t i = gpu::thread(); i < search.count; i += kSolveThreads)
-        R::template objectives<1>(search, i, i + 1, objectives);
+        R::template objectives<1>(search, i, i + 1, __builtin_inf(), objectives);
       gpu::sync();
       return threshold_of<R>(view, search,
                              block_argmin<kSolveThreads>(objectives, search.count, search.last_wins,

@@ -98,6 +98,22 @@ struct Kl {
     rows.term[last] = last_term;
   }
 
+  // A lower bound of the objective of candidate T. All levels but the last, and the last, are two
+  // bins of the same P and Q: putting bins together never raises a divergence. A level has at most
+  // kBinsPerLevel bins in use. The values in the last level are counted without rounding errors:
+  // its edges are multiples of 2^-13 of a bin's width, and a view that is not wide has less than
+  // 2^40 values. All other errors are relative ones far below kSlack.
+  static constexpr double kSlack = 1e-9;
+  TE_HD static double least_objective(const core::View& view, int levels, double t) {
+    const double values = static_cast<double>(core::nonzero(view)), kept = view.count_below(t);
+    const double last = kept - view.count_below(t / levels * (levels - 1));
+    const double lower = kept - last, upper = last + (values - kept);
+    if (!(last > 0 && lower > 0)) return -__builtin_inf();
+    const double divergence =
+        lower * core::log(kept / values) + upper * core::log(upper / values * (kept / last));
+    return (divergence - 0.5 * (kBinsPerLevel - 1) * levels) / values - kSlack;
+  }
+
   // The divergence of candidate T; infinite if there are outliers and the last level has no
   // occupied bin to take them.
   template <int kLevels>
@@ -133,6 +149,7 @@ struct Kl {
     bool is_reference;
     int64_t count;
     bool last_wins;
+    bool bounded;
   };
 
   // Number of bins of the linear histogram, which reaches to 2^(exponent of max|x| + 1). Its bins
@@ -189,6 +206,7 @@ struct Kl {
     search.view = view;
     search.levels = levels(view, grid);
     search.is_reference = variant != KlVariant::log_linear;
+    search.bounded = !search.is_reference && !view.is_wide();
     if (!search.is_reference) {
       search.lattice = core::make_lattice(view);
       search.count = search.lattice.count;
@@ -208,14 +226,19 @@ struct Kl {
     return core::lattice_value(search.lattice.bottom, search.lattice.first + i);
   }
   template <int kLanes>
-  TE_HD static void objectives(const Search& search, int64_t begin, int64_t end, double* out) {
+  TE_HD static void objectives(const Search& search, int64_t begin, int64_t end, double bound,
+                               double* out) {
     if (search.is_reference) {
       KlReference::objectives<kLanes>(search.reference, begin, end, out + begin);
       return;
     }
     constexpr int kLevels = kLanes == 1 ? 1 : kMaxLevels;
-    for (int64_t i = begin; i < end; ++i)
-      out[i] = log_linear<kLevels>(search.view, search.levels, threshold(search, i));
+    for (int64_t i = begin; i < end; ++i) {
+      const double t = threshold(search, i);
+      const bool hopeless =
+          bound < __builtin_inf() && least_objective(search.view, search.levels, t) > bound;
+      out[i] = hopeless ? __builtin_inf() : log_linear<kLevels>(search.view, search.levels, t);
+    }
   }
 };
 static_assert(core::SearchRule<Kl> && core::ChecksOptions<Kl>);

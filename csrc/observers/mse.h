@@ -12,29 +12,119 @@ struct Mse : core::NoOptions {
   static constexpr core::Needs needs = core::Needs::moments;
   static constexpr int max_bits = 8;
 
-  // Squared error of one sign's values on the levels 0, scale, 2 scale, .. `levels` scale.
-  TE_HD static double side_error(const core::View& view, core::Sign sign, int32_t levels,
-                                 double scale) {
-    double total = 0;
-    int64_t begin = 0;
-    for (int32_t r = 0; r < levels && begin < view.bins; ++r) {
-      const int64_t end = view.position((r + 0.5) * scale);
-      total += core::squared_error(view, sign, begin, end, r * scale);
-      begin = end;
+  // A sum of terms that are not negative, as computed, is at least this share of the same sum in
+  // another order, and of any part of it: a candidate has at most 2^11 terms, each off by at most
+  // 2^-46 of itself (octave_error() subtracts nothing that is larger than a few times its result).
+  static constexpr double kSure = 1 + 0x1p-30;
+
+  // One sign's values on the levels 0, scale, 2 scale, .. levels * scale.
+  template <int kLanes>
+  struct Side {
+    const core::View& view;
+    core::Sign sign;
+    int32_t levels;
+    double scale;
+
+    // So many levels are faster one by one.
+    static constexpr int32_t kFew = kLanes == 1 ? 1 : 3;
+
+    // The squared error of the values on the first levels, and the window bin that the next begins
+    // at.
+    struct Sum {
+      double error = 0;
+      int64_t begin = 0;
+    };
+
+    TE_HD int64_t end_of(int32_t level) const { return view.position((level + 0.5) * scale); }
+    // Squared error of the values on the last level, and beyond it.
+    TE_HD double clipped() const {
+      const int64_t begin = levels == 0 ? 0 : end_of(levels - 1);
+      return core::squared_error(view, sign, begin, view.bins, levels * scale);
     }
-    return total + core::squared_error(view, sign, begin, view.bins, levels * scale);
-  }
+    // Squared error of the values beyond the last level.
+    TE_HD double beyond() const {
+      const double last = levels * scale;
+      return core::squared_error(view, sign, view.position(last), view.bins, last);
+    }
+    // Adds up to kLanes levels from `first` on, without the last.
+    TE_HD void add_levels(int32_t first, Sum& sum) const {
+      const int32_t count = levels - first < kLanes ? levels - first : kLanes;
+      if (count <= 0 || sum.begin >= view.bins) return;
+      if (count > kFew && !view.is_wide()) return add_lanes(first, count, sum);
+      for (int32_t level = first; level < first + count; ++level) {
+        const int64_t end = end_of(level);
+        sum.error += core::squared_error(view, sign, sum.begin, end, level * scale);
+        sum.begin = end;
+      }
+    }
+
+   private:
+    // The same side by side. A level inside one octave takes the sums at both its ends, as
+    // core::squared_error() does; few span two.
+    TE_HD void add_lanes(int32_t first, int32_t count, Sum& sum) const {
+      const int32_t m = view.layout.mantissa_bits;
+      int64_t edge[kLanes + 1], below[kLanes + 1], s1[kLanes + 1], s2[kLanes + 1];
+      double error[kLanes];
+      edge[0] = sum.begin;
+      for (int i = 0; i < kLanes; ++i) edge[i + 1] = end_of(first + i);
+      for (int i = 0; i <= kLanes; ++i) {
+        const int64_t last = view.bins - 1, inside = edge[i] < last ? edge[i] : last;
+        const int64_t at = inside + (inside >> m);  // a row has one element more than bins
+        below[i] = view.below[sign][edge[i]];
+        s1[i] = view.first[sign][at];
+        s2[i] = view.second[sign][at];
+      }
+      for (int i = 0; i < kLanes; ++i) {
+        const int32_t exponent = view.bottom - core::kBias - m + static_cast<int32_t>(edge[i] >> m);
+        const double far = core::exp2_of(m + 2);
+        const double v = (first + i) * scale * core::exp2_of(-exponent);
+        const core::Prefix sums = {below[i + 1] - below[i], s1[i + 1] - s1[i], s2[i + 1] - s2[i]};
+        error[i] =
+            core::near_octave_error(sums, v < far ? v : far, m) * core::exp2_of(2 * exponent);
+      }
+      for (int i = 0; i < count; ++i) {
+        if (edge[i] >> m != edge[i + 1] >> m)
+          error[i] = core::squared_error(view, sign, edge[i], edge[i + 1], (first + i) * scale);
+        sum.error += error[i];
+      }
+      sum.begin = edge[count];
+    }
+  };
+
+  // The values of both signs on the levels of a range's qparams.
+  template <int kLanes>
+  struct Sides {
+    Side<kLanes> side[2];
+    double clipped[2];
+
+    TE_HD Sides(const core::View& view, const core::Grid& grid, const core::Range& range)
+        : Sides(view, grid, core::qparams(range, grid)) {}
+    TE_HD Sides(const core::View& view, const core::Grid& grid, const core::QParams& q)
+        : side{{view, core::kNegative, q.zero_point - grid.quant_min, double{q.scale}},
+               {view, core::kPositive, grid.quant_max - q.zero_point, double{q.scale}}},
+          clipped{side[0].clipped(), side[1].clipped()} {}
+
+    TE_HD double cut() const { return clipped[0] + clipped[1]; }
+    TE_HD double beyond() const { return side[0].beyond() + side[1].beyond(); }
+    // The squared error; may be infinite where it is more than `limit`.
+    TE_HD double error(double limit) const {
+      if (cut() > limit) return __builtin_inf();
+      typename Side<kLanes>::Sum sum[2];
+      const int32_t most = side[0].levels > side[1].levels ? side[0].levels : side[1].levels;
+      for (int32_t first = 0; first < most; first += kLanes) {
+        for (int s = 0; s < 2; ++s) side[s].add_levels(first, sum[s]);
+        if (sum[0].error + sum[1].error + cut() > limit) return __builtin_inf();
+      }
+      return (sum[0].error + clipped[0]) + (sum[1].error + clipped[1]);
+    }
+  };
 
   // Squared error of quantizing with the qparams of a range, divided by the sum of squares of the
   // values.
   TE_HD static double relative_error(const core::View& view, const core::Grid& grid,
                                      const core::Range& range) {
     if (!(view.squares > 0)) return 0;
-    const core::QParams q = core::qparams(range, grid);
-    const double scale = static_cast<double>(q.scale);
-    const double negative = side_error(view, core::kNegative, q.zero_point - grid.quant_min, scale);
-    return (negative + side_error(view, core::kPositive, grid.quant_max - q.zero_point, scale)) /
-           view.squares;
+    return Sides<1>(view, grid, range).error(__builtin_inf()) / view.squares;
   }
 
   struct Search {
@@ -43,6 +133,7 @@ struct Mse : core::NoOptions {
     core::Lattice lattice;
     int64_t count;
     static constexpr bool last_wins = false;
+    static constexpr bool bounded = true;
   };
   TE_HD static int64_t search_words(core::HistogramLayout, const core::Grid&, const double*) {
     return 0;
@@ -58,11 +149,24 @@ struct Mse : core::NoOptions {
   TE_HD static double threshold(const Search& search, int64_t i) {
     return core::lattice_value(search.lattice.bottom, search.lattice.first + i);
   }
-  template <int>
-  TE_HD static void objectives(const Search& search, int64_t begin, int64_t end, double* out) {
-    for (int64_t i = begin; i < end; ++i)
-      out[i] = relative_error(search.view, search.grid,
-                              core::range_of_threshold(search.view, threshold(search, i)));
+  // The same bits for any kLanes.
+  template <int kLanes>
+  TE_HD static void objectives(const Search& search, int64_t begin, int64_t end, double bound,
+                               double* out) {
+    const core::View& view = search.view;
+    const double limit = bound * view.squares * kSure;
+    for (int64_t i = end - 1; i >= begin; --i) {
+      if (!(view.squares > 0)) {
+        out[i] = 0;
+        continue;
+      }
+      const core::Range range = core::range_of_threshold(view, threshold(search, i));
+      const Sides<kLanes> sides(view, search.grid, range);
+      out[i] = sides.error(limit) / view.squares;
+      // With a smaller threshold at least as much is beyond the ends of a symmetric grid.
+      if (!search.grid.symmetric || !(sides.cut() > limit) || !(sides.beyond() > limit)) continue;
+      while (i > begin) out[--i] = __builtin_inf();
+    }
   }
 };
 static_assert(core::SearchRule<Mse>);

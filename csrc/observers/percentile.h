@@ -59,7 +59,7 @@ struct Percentile {
     if (grid.symmetric)
       return core::range_of_threshold(view, magnitude(view, rank(share, kWhole, view.finite)));
     const int64_t high = rank(kWhole + share, 2 * kWhole, view.finite);
-    const int64_t mirrored = view.finite + 1 - high;
+    const int64_t mirrored = view.finite - high + 1;
     const core::Range range = {value(view, mirrored < high ? mirrored : high), value(view, high)};
     if (range.lo == 0 && range.hi == 0) return {view.min, view.max};
     return range;

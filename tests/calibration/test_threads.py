@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -92,6 +94,70 @@ def test_statistics_merged_from_threads_are_complete() -> None:
     for part in parts:
         wanted.merge_(part)
     assert same(snapshot(total), snapshot(wanted))
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_ranges_are_read_while_others_observe(many: bool) -> None:
+    """A statistic that is read half updated contradicts itself, which raises."""
+    observer, batches = Observer("percentile"), torch.randn(4, 1 << 16)
+    observer(batches[0])
+    stop = threading.Event()
+
+    def observe(batch: Tensor) -> None:
+        while not stop.is_set():
+            observer(batch)
+
+    def read(_: Tensor) -> None:
+        parts = (observer.extrema, observer.tally, observer.counts)
+        try:
+            for _ in range(300):
+                if many:
+                    ops.solve_many(
+                        ["mse"] * 2, *([t] * 2 for t in parts), [-8] * 2, [7] * 2, [True] * 2
+                    )
+                else:
+                    ops.solve("mse", *parts, -8, 7, True)
+        finally:
+            stop.set()
+
+    run_in_threads(
+        lambda task: task[0](task[1]), [(observe, b) for b in batches] + [(read, batches)]
+    )
+
+
+FORKS = """
+import os, threading
+import torch
+from torch_ext import Observer
+
+torch.set_num_threads(1)
+observer, batch = Observer("percentile"), torch.randn(1 << 18)
+
+
+def observe():
+    while True:
+        observer(batch)
+
+
+for _ in range(3):
+    threading.Thread(target=observe, daemon=True).start()
+for _ in range(20):
+    child = os.fork()
+    if child == 0:
+        observer(batch)
+        finite, zeros, tiny = observer.tally[0, :3].tolist()
+        whole = finite % batch.numel() == 0 and finite == zeros + tiny + observer.counts.sum()
+        os._exit(0 if whole else 1)
+    if os.waitpid(child, 0)[1] != 0:
+        print("a child found a half updated statistic")
+        os._exit(1)
+os._exit(0)
+"""
+
+
+def test_a_child_observes_though_it_was_forked_while_others_did() -> None:
+    """Their mutex stays locked in the child, which has none of the threads that hold it."""
+    subprocess.run([sys.executable, "-c", FORKS], check=True, timeout=60)
 
 
 @pytest.mark.parametrize("make", [lambda: prepared(CONFIG), with_example], ids=["plain", "example"])

@@ -118,6 +118,41 @@ TEST(SearchMse, IsTheSameWithEveryInstructionSet) {
   expect_same_everywhere<observers::Mse>(54, {});
 }
 
+// Candidates that are given up could not have won: the others have their own objective, and the
+// threshold is the same.
+template <class R>
+void expect_only_losers_given_up(uint64_t seed) {
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  Random random(seed);
+  int64_t given_up = 0;
+  for (int trial = 0; trial < 300; ++trial) {
+    const Kind kind = kSearchable[trial % std::size(kSearchable)];
+    const HistogramLayout layout = pick(kLayouts, random);
+    const Grid grid = trial % 4 == 0 ? pick({kInt2, kTernary}, random) : pick(kGrids, random);
+    // 9000 values and more are one wide view in six.
+    const int64_t copies = trial % 6 == 0 ? int64_t{1} << 27 : 1;
+    const Built built(sample(kind, between(2, 9000, random), random), layout, R::needs, copies);
+    SCOPED_TRACE("trial " + std::to_string(trial));
+    for (const cpu::Kernels* const* set = cpu::runnable_kernels(); *set != nullptr; ++set) {
+      const Searched all = search<R>((*set)->solve, built.view, grid);
+      const Searched some = search<R>((*set)->solve, built.view, grid, defaults<R>(), true);
+      ASSERT_EQ(some.threshold, all.threshold) << (*set)->name;
+      double least = kInfinity;
+      for (const double objective : all.objectives) least = std::min(least, objective);
+      for (size_t i = 0; i < all.objectives.size(); ++i) {
+        if (some.objectives[i] == all.objectives[i]) continue;
+        ++given_up;
+        ASSERT_EQ(some.objectives[i], kInfinity) << i;
+        ASSERT_GT(all.objectives[i], core::tie_bound(least)) << i;
+      }
+    }
+  }
+  EXPECT_GT(given_up, 10000);
+}
+
+TEST(SearchKl, GivesUpOnlyLosers) { expect_only_losers_given_up<observers::Kl>(58); }
+TEST(SearchMse, GivesUpOnlyLosers) { expect_only_losers_given_up<observers::Mse>(59); }
+
 // With one channel the threads share its candidates; with many each channel is solved by one
 // thread.
 template <class R>

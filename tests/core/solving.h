@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -105,15 +106,18 @@ struct Searched {
 
 template <class R>
 Searched search(const torch_ext::cpu::SolveKernels& kernels, const torch_ext::core::View& view,
-                const Grid& grid, const std::vector<double>& options = defaults<R>()) {
+                const Grid& grid, const std::vector<double>& options = defaults<R>(),
+                bool bounded = false) {
   std::vector<int64_t> words(R::search_words(view.layout, grid, options.data()));
   torch_ext::cpu::SearchStorage storage;
   const int32_t rule = index_of<R>();
   const int64_t count = kernels.prepare(rule, view, grid, options.data(), words.data(), &storage);
   Searched searched{std::vector<double>(count), 0};
+  const double bound = bounded ? kernels.bound(rule, storage, searched.objectives.data())
+                               : std::numeric_limits<double>::infinity();
   // In pieces, as threads do it.
   for (int64_t begin = 0; begin < count; begin += 37)
-    kernels.objectives(rule, storage, begin, std::min<int64_t>(begin + 37, count),
+    kernels.objectives(rule, storage, begin, std::min<int64_t>(begin + 37, count), bound,
                        searched.objectives.data());
   searched.threshold = kernels.threshold(rule, view, storage, searched.objectives.data());
   return searched;

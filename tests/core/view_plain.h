@@ -51,14 +51,15 @@ struct Atoms {
   }
 };
 
-inline Atoms atoms_of(const Values& values, HistogramLayout layout) {
+// Each value is there `copies` times.
+inline Atoms atoms_of(const Values& values, HistogramLayout layout, int64_t copies = 1) {
   Atoms a;
   for (const float x : values) {
     if (!std::isfinite(x)) continue;
     a.min = a.finite == 0 ? x : std::min<Real>(a.min, x);
     a.max = a.finite == 0 ? x : std::max<Real>(a.max, x);
-    a.finite += 1;
-    a.zeros += x == 0 ? 1 : 0;
+    a.finite += copies;
+    a.zeros += x == 0 ? copies : 0;
   }
   a.nonzero = a.finite - a.zeros;
   const int top = a.nonzero == 0 ? -127 : std::ilogb(a.largest());
@@ -68,13 +69,13 @@ inline Atoms atoms_of(const Values& values, HistogramLayout layout) {
     if (!std::isfinite(x) || x == 0) continue;
     const Real magnitude = std::fabs(x);
     if (magnitude < a.floor) {
-      a.tiny += 1;
+      a.tiny += copies;
       continue;
     }
     const int last_bit = std::ilogb(magnitude) - layout.mantissa_bits;
     const Real edge = std::ldexp(std::floor(std::ldexp(magnitude, -last_bit)), last_bit);
-    a.side[x > 0 ? 1 : 0][edge] += 1;
-    both[edge] += 1;
+    a.side[x > 0 ? 1 : 0][edge] += copies;
+    both[edge] += copies;
   }
   a.before.push_back(a.tiny);
   for (const auto& [edge, count] : both) {
@@ -87,10 +88,13 @@ inline Atoms atoms_of(const Values& values, HistogramLayout layout) {
 
 // A view of these values, and the atoms it stands for.
 struct Built {
-  Built(const Values& values, HistogramLayout layout, torch_ext::core::Needs needs)
-      : atoms(atoms_of(values, layout)),
+  Built(const Values& values, HistogramLayout layout, torch_ext::core::Needs needs,
+        int64_t copies = 1)
+      : atoms(atoms_of(values, layout, copies)),
         state(statistic_plain::observe(values, layout)),
         words(torch_ext::core::view_words(layout, needs)) {
+    for (int64_t& count : state.counts) count *= copies;
+    for (int64_t& count : state.tally) count *= copies;
     const float extrema[2] = {state.min, state.max};
     view = torch_ext::core::build_view(layout, needs, extrema, state.tally.data(),
                                        state.counts.data(), words.data());

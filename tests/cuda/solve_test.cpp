@@ -222,6 +222,26 @@ TEST(Solve, RangesFollow) {
   }
 }
 
+// As many values as a tally holds, whose sums of squares take more than 64 bits.
+TEST(Solve, HugeCounts) {
+  Random random(48);
+  for (size_t rule = 0; rule < rules().size(); ++rule) {
+    if (rules()[rule].needs < Needs::counts) continue;
+    use_some_machine(random);
+    std::vector<Quantizer> quantizers;
+    const HistogramLayout layout = pick({HistogramLayout{6, 8}, HistogramLayout{5, 4}}, random);
+    quantizers.push_back(make(static_cast<int32_t>(rule), solving::kInt4, layout, 2, 500, random));
+    for (int64_t c = 0; c < 2; ++c) {
+      const core::ChannelStatistic s = quantizers[0].statistic.channel(c);
+      const int64_t copies = c == 0 ? 18'000'000'000'000'001 : (int64_t{1} << 31) + 5;
+      for (int column = 0; column < core::kTallyColumns; ++column) s.tally[column] *= copies;
+      for (int64_t i = 0; i < layout.size(); ++i) s.counts[i] *= copies;
+    }
+    expect_parity(quantizers);
+    if (HasFatalFailure()) return;
+  }
+}
+
 // A statistic that contradicts itself, for which the CPU raises, gives NaN.
 TEST(Solve, WrongStatisticsGiveNan) {
   Random random(46);
@@ -229,7 +249,7 @@ TEST(Solve, WrongStatisticsGiveNan) {
   for (const char* name : {"min_max", "percentile", "kl", "mix"}) {
     int32_t rule = 0;
     while (std::string(rules()[rule].name) != name) ++rule;
-    for (int wrong = 0; wrong < 7; ++wrong) {
+    for (int wrong = 0; wrong < 9; ++wrong) {
       std::vector<Quantizer> quantizers;
       quantizers.push_back(make(rule, solving::kInt8, {6, 8}, 1, 300, random));
       solving::observe({1.0f, 2.0f}, quantizers[0].statistic);
@@ -238,14 +258,17 @@ TEST(Solve, WrongStatisticsGiveNan) {
       if (wrong == 1) s.extrema[1] = INFINITY;
       if (wrong == 2) s.extrema[0] = NAN;
       if (wrong == 3) s.tally[core::kFinite] += 1;
-      if (wrong >= 3 && rules()[rule].needs < Needs::counts) continue;
-      if (wrong > 3) {
+      if (wrong == 8) s.tally[core::kFinite] = -2;  // it has wrapped
+      if (wrong >= 3 && wrong != 8 && rules()[rule].needs < Needs::counts) continue;
+      if (wrong > 3 && wrong != 8) {
         // Counts that would overflow: too many, some that cancel, one that is negative.
         int64_t* const filled =
             std::find_if(s.counts, s.counts + 8 * 64 * 2, [](int64_t n) { return n > 0; });
         if (wrong == 4) s.tally[core::kFinite] = INT64_MAX;
         if (wrong == 5) filled[0] += INT64_MAX - 1000, filled[1] -= INT64_MAX - 1000;
         if (wrong == 6) filled[0] = -filled[0];
+        // Three that wrap to the right sum, modulo 2^64.
+        if (wrong == 7) filled[2] += filled[0] + filled[1] + 2, filled[0] = filled[1] = INT64_MAX;
       }
       if (wrong == 0 && s.extrema[0] == s.extrema[1]) continue;
       solve_on_device(quantizers);
