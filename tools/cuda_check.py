@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from itertools import product
 from pathlib import Path
 
 import toolchain
@@ -111,13 +111,11 @@ def cmake_list(name: str) -> list[str]:
     return found[1].split()
 
 
-def command(nvcc: str) -> list[str]:
+def command(nvcc: str, architecture: str) -> list[str]:
     words = [nvcc, "-std=c++20", "-O3", "-Icsrc", "-Icsrc/cuda/device", "-Xptxas=-v", "-c"]
     words += [*cmake_list("TORCH_EXT_CUDA_FLAGS"), "-Xcompiler=-Werror", "-Werror=all-warnings"]
-    for name in toolchain.architectures() or ["90"]:
-        number = name.split("-")[0]
-        words.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-    return words
+    number = architecture.split("-")[0]
+    return [*words, f"-gencode=arch=compute_{number},code=sm_{number}"]
 
 
 def digest(path: str) -> str | None:
@@ -133,8 +131,9 @@ def dependencies(makefile: str) -> Iterator[str]:
             yield str(path.relative_to(ROOT))
 
 
-def compile_source(words: list[str], version: str, source: str) -> tuple[bool, str]:
+def compile_source(nvcc: str, version: str, source: str, architecture: str) -> tuple[bool, str]:
     """Whether it compiles, and the log; from the cache where all it depends on is the same."""
+    words = command(nvcc, architecture)
     note = (
         CACHE / f"{Path(source).stem}-{hashlib.sha256(repr(words).encode()).hexdigest()[:12]}.json"
     )
@@ -161,11 +160,12 @@ def check(nvcc: str) -> str:
     problems = [f"{p} is in the list of CMakeLists.txt or in the tree, not in both"
                 for p in sorted(set(listed) ^ set(present))]  # fmt: skip
     CACHE.mkdir(parents=True, exist_ok=True)
-    words, version = command(nvcc), toolchain.nvcc_release(nvcc)
+    version = toolchain.nvcc_release(nvcc)
+    pairs = list(product(present, toolchain.architectures() or ["90"]))
     with ThreadPoolExecutor(toolchain.jobs("JOBS")) as pool:
-        done = list(pool.map(partial(compile_source, words, version), present))
+        done = list(pool.map(lambda pair: compile_source(nvcc, version, *pair), pairs))
     rows: list[Row] = []
-    for source, (compiled, log) in zip(present, done, strict=True):
+    for (source, _), (compiled, log) in zip(pairs, done, strict=True):
         found = parse(log)
         rows += found
         if not compiled:

@@ -159,13 +159,13 @@ install_zoo() {
 
 # Compiles with CMake. pip only adds the package's metadata, after the first build.
 build() {
-    local chosen folder nvcc tool key tests=OFF targets=(torch_ext _C) stamp=.venv/.stamp-install
+    local chosen folder nvcc tool flags key tests=OFF targets=(torch_ext _C) stamp=.venv/.stamp-install
     local configured='^BUILD_TESTING:BOOL=ON'
     for tool in cmake ninja; do
         command -v "$tool" >/dev/null || pip_install "$tool"
     done
     chosen=$(.venv/bin/python tools/toolchain.py) || exit 2
-    { read -r folder && read -r nvcc; } <<<"$chosen"$'\n'
+    { read -r folder && read -r nvcc && read -r flags; } <<<"$chosen"
     # Once configured, the tests stay in the build tree; they are compiled for `make test` alone.
     if [[ $mode == test ]]; then
         tests=ON targets=(all)
@@ -182,7 +182,7 @@ build() {
     elif [[ $tests == ON ]] && ! grep -qs "$configured" "build/$folder/CMakeCache.txt"; then
         cmake -DBUILD_TESTING=ON "build/$folder" >/dev/null
     fi
-    cmake --build "build/$folder" --parallel "$jobs" --target "${targets[@]}"
+    NVCC_APPEND_FLAGS=$flags cmake --build "build/$folder" --parallel "$jobs" --target "${targets[@]}"
     if [[ ! -f $stamp ]]; then
         MAX_JOBS=$jobs pip_install --no-build-isolation --no-deps -e .
         printf '%s' "$key" >"$stamp"

@@ -1,7 +1,8 @@
 """What the native build is made for and with: the installed torch, nvcc, architectures.
 
-setup.py and the programs beside this one import it. tools/setup.sh runs it for the answer as two
-lines: the build folder's name, and nvcc's path, which is empty where the kernels are not built.
+setup.py and the programs beside this one import it. tools/setup.sh runs it for the answer as three
+lines: the build folder's name, nvcc's path, which is empty where the kernels are not built, and
+NVCC_APPEND_FLAGS for the build.
     python tools/toolchain.py [--values | --configure FOLDER | --build FOLDER]
     --values     only say whether the variables have sensible values
     --configure  have CMake write its files into that folder
@@ -159,9 +160,22 @@ def configure(build: Path, torch: Torch, nvcc: str | None, names: list[str]) -> 
     subprocess.check_call(command + shlex.split(os.environ.get("CMAKE_ARGS", "")))
 
 
+def nvcc_flags(jobs: int) -> str:
+    """nvcc compiles one file for all architectures one after the other, unless it is told.
+
+    In its environment and not among CMake's flags, where another number of jobs would mean another
+    build. All files are compiled at once where there are cores enough, each with so many threads;
+    a fourth of them keeps memory in bounds.
+    """
+    threads = max(min(jobs, 2), jobs // 4)
+    return f"{os.environ.get('NVCC_APPEND_FLAGS', '')} --threads {threads}".strip()
+
+
 def compile_into(package: Path, build: Path, jobs: int) -> None:
     cmake = tool("cmake") or "cmake"
-    subprocess.check_call([cmake, "--build", str(build), "--parallel", str(jobs)])
+    environment = {**os.environ, "NVCC_APPEND_FLAGS": nvcc_flags(jobs)}
+    command = [cmake, "--build", str(build), "--parallel", str(jobs)]
+    subprocess.check_call(command, env=environment)
     subprocess.check_call([cmake, "--install", str(build), "--prefix", str(package)])
 
 
@@ -178,7 +192,7 @@ def main(arguments: list[str]) -> None:
     if arguments[:1] == ["--build"]:
         compile_into(ROOT / "torch_ext", build, jobs("JOBS"))
     if not arguments:
-        print(folder_name(torch, nvcc), nvcc or "", sep="\n")
+        print(folder_name(torch, nvcc), nvcc or "", nvcc_flags(jobs("JOBS")), sep="\n")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "bindings/checks.h"
+#include "bindings/enqueue.h"
 #include "core/qparams.h"
 #include "cpu/driver.h"
 #include "cpu/map.h"
@@ -23,14 +24,9 @@ Backend::Backend(const char* op, const at::Tensor& on)
         c10::impl::VirtualGuardImpl(device_.type()).getStream(device_).native_handle());
 }
 
-template <class Enqueue>
-void Backend::on_stream(const Enqueue& enqueue) const {
-  try {
-    enqueue();
-  } catch (const std::exception& error) {
-    TORCH_CHECK(false, op_, ": expected the work on ", device_, " to be enqueued, got ",
-                error.what());
-  }
+template <class Work>
+void Backend::on_stream(const Work& work) const {
+  enqueue(op_, device_, work);
 }
 
 at::Tensor Backend::scratch(size_t bytes) const {

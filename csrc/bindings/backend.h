@@ -39,8 +39,8 @@ class Backend {
   void learned_tangent(core::DType dtype, const core::TangentJob& job) const;
 
  private:
-  template <class Enqueue>
-  void on_stream(const Enqueue& enqueue) const;
+  template <class Work>
+  void on_stream(const Work& work) const;
   at::Tensor scratch(size_t bytes) const;
 
   const char* const op_;

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "core/state.h"
-#include "cpu/kernels.h"
+#include "cpu/capability.h"
 #include "cuda/driver.h"
 #include "rule_table.h"
 
@@ -110,7 +110,7 @@ py::dict build_info() {
   info["version"] = TORCH_EXT_VERSION;
   info["torch"] = TORCH_EXT_TORCH_VERSION;
   info["cuda"] = cuda::available();
-  info["cpu_capability"] = cpu::kernels().name;
+  info["cpu_capability"] = cpu::name_of(cpu::chosen());
   return info;
 }
 

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "cpu/accumulate.h"
+#include "cpu/capability.h"
 #include "cpu/map.h"
 #include "cpu/map_reduce.h"
 #include "cpu/solve.h"
@@ -17,11 +18,10 @@ struct Kernels {
   SolveKernels solve;
 };
 
-// The best set that this processor can run, or the one that TORCH_EXT_CPU_CAPABILITY names. Chosen
-// once. Throws std::invalid_argument if the variable names a set that is unknown or cannot run.
+// Those of chosen(); throws as it does.
 const Kernels& kernels();
 
-// The sets that this processor can run, best last; null-terminated.
+// Those of runnable(), best last; null-terminated.
 const Kernels* const* runnable_kernels();
 
 namespace base {

@@ -13,7 +13,8 @@ struct CUstream_st;
 // The CUDA drivers, on raw pointers to memory of the current device and without torch. Every call
 // only enqueues work on `stream`; it does not allocate and does not wait, so it can be captured
 // into a CUDA graph. Results have the same bits as the CPU drivers'. CUDA errors are thrown as
-// std::runtime_error. A build without CUDA links unavailable.cpp instead.
+// std::runtime_error, one for want of memory as OutOfMemory (errors.h). A build without CUDA links
+// unavailable.cpp instead.
 namespace torch_ext::cuda {
 
 using core::SolveJob;

@@ -184,6 +184,24 @@ def test_no_memory_is_kept(device: torch.device):
     assert torch.cuda.memory_allocated(device) == before
 
 
+def test_want_of_memory_keeps_its_type(device: torch.device):
+    """For scratch memory as for outputs; the device works on afterwards."""
+    if device.type != "cuda":
+        pytest.skip("limits CUDA memory")
+    state = observed(sample("gauss", 2**17).reshape(512, -1).to(device), 0)
+    want = ops.solve("mse", *state, -128, 127, True)
+    synchronize(device)
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved(device) / total, device)
+    try:
+        with pytest.raises(torch.OutOfMemoryError, match=r"solve: expected the work on cuda:"):
+            ops.solve("mse", *state, -128, 127, True)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+    assert_same_bits(ops.solve("mse", *state, -128, 127, True), want)
+
+
 def repeated(state: State, times: int) -> State:
     """Of the same values so many times over."""
     return state._replace(tally=state.tally * times, counts=state.counts * times)

@@ -105,6 +105,15 @@ def test_module_links_no_torch() -> None:
     assert "c10" not in libraries
 
 
+def test_module_links_no_inner_loops() -> None:
+    """It only answers names; the loops for every instruction set would be a second copy of them."""
+    if shutil.which("nm") is None:
+        pytest.skip("needs binutils")
+    listing = subprocess.check_output(["nm", "-C", _C.__file__], text=True)
+    assert "torch_ext::cpu::chosen()" in listing or not listing.strip()  # stripped
+    assert not re.findall(r"torch_ext::cpu::(?:base|avx2|avx512)::.*", listing)
+
+
 def test_ops_run_on_torchs_own_threads() -> None:
     """The first parallel op of a process starts Torch's pool, and there is one OpenMP only."""
     program = """

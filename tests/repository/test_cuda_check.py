@@ -123,6 +123,16 @@ def test_only_what_changed_is_compiled_again(tree: Path, touched: str) -> None:
     assert (tree / "calls").read_text().count("call") == 2
 
 
+def test_each_architecture_is_compiled_by_itself(
+    tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that they are compiled at the same time, and one more does not repeat the others."""
+    for value, calls in ("80,90", 2), ("80,90,120", 3):
+        monkeypatch.setenv("CUDA_ARCH", value)
+        assert check(tree, only(CLEAN)) == f"cuda-check: {calls} kernels in 1 files, no spills"
+        assert (tree / "calls").read_text().count("call") == calls
+
+
 def test_without_nvcc(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(toolchain, "find_nvcc", lambda: None)
     for arguments, code in ([], 2), (["--if-nvcc"], 0):

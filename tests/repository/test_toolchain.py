@@ -65,3 +65,13 @@ def test_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
     assert toolchain.architectures() == []
     monkeypatch.setenv("CUDA_ARCH", "80-real,90a;120")
     assert toolchain.architectures() == ["80-real", "90a", "120"]
+
+
+@pytest.mark.parametrize(("jobs", "threads"), [(1, 1), (2, 2), (7, 2), (8, 2), (16, 4), (64, 16)])
+def test_architectures_are_compiled_at_the_same_time(
+    jobs: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NVCC_APPEND_FLAGS", raising=False)
+    assert toolchain.nvcc_flags(jobs) == f"--threads {threads}"
+    monkeypatch.setenv("NVCC_APPEND_FLAGS", "-lineinfo")
+    assert toolchain.nvcc_flags(jobs) == f"-lineinfo --threads {threads}"

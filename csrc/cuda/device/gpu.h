@@ -4,6 +4,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdint>
 #include <map>
 #include <mutex>
@@ -12,6 +13,7 @@
 #include <type_traits>
 
 #include "core/half.h"
+#include "cuda/errors.h"
 
 // The functions of CUDA that the kernels use, and the launch of a kernel. A kernel is a struct with
 // kThreads, the number of threads of a block, and operator(), which one thread runs. The tests have
@@ -75,7 +77,9 @@ inline void check(cudaError_t error, const char* what) {
   // Clears the error, which the next caller of cudaGetLastError() would take for its own. Errors of
   // a broken device are sticky and remain.
   cudaGetLastError();
-  throw std::runtime_error(std::string("CUDA: ") + what + ": " + cudaGetErrorString(error));
+  const std::string text = std::string("CUDA: ") + what + ": " + cudaGetErrorString(error);
+  if (error == cudaErrorMemoryAllocation) throw cuda::OutOfMemory(text);
+  throw std::runtime_error(text);
 }
 
 // f(arguments) as a call that is not inlined, for long code that runs rarely or that several
@@ -113,6 +117,25 @@ __global__ void __launch_bounds__(Kernel::kThreads, 1) run(const __grid_constant
   kernel();
 }
 
+// Lets a block of this kernel have all the shared memory that the current device gives to one: once
+// for each kernel and device, and always the same limit. A limit set for each launch could be
+// replaced by a smaller one of another host thread before the launch that needs it.
+template <class Kernel>
+void open_shared_memory() {
+  static std::atomic<uint64_t> opened{0};  // a bit for each of the first 64 devices
+  int index = 0;
+  check(cudaGetDevice(&index), "finding the current device");
+  const uint64_t bit = index < 64 ? uint64_t{1} << index : 0;
+  if ((opened.load(std::memory_order_acquire) & bit) != 0) return;
+  cudaFuncAttributes kernel{};
+  check(cudaFuncGetAttributes(&kernel, run<Kernel>), "reading a kernel's attributes");
+  const int64_t most = device().shared_memory - static_cast<int64_t>(kernel.sharedSizeBytes);
+  check(cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(most)),
+        "asking for shared memory");
+  opened.fetch_or(bit, std::memory_order_release);
+}
+
 // How many blocks of this kernel run at the same time on the current device.
 template <class Kernel>
 int64_t resident_blocks(size_t shared_memory) {
@@ -123,9 +146,7 @@ int64_t resident_blocks(size_t shared_memory) {
   const auto key = std::make_pair(on.index, shared_memory);
   const auto entry = known.find(key);
   if (entry != known.end()) return entry->second;
-  check(cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(shared_memory)),
-        "asking for shared memory");
+  open_shared_memory<Kernel>();
   int per_processor = 0;
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, run<Kernel>, Kernel::kThreads,
                                                       shared_memory),
@@ -149,10 +170,7 @@ template <class Kernel>
 void launch(const char* op, const Kernel& kernel, const Launch& how, Stream stream) {
   static_assert(std::is_trivially_copyable_v<Kernel> && sizeof(Kernel) <= 32764);
   if (how.blocks == 0) return;
-  if (how.shared_memory > 48 * 1024)
-    check(cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(how.shared_memory)),
-          op);
+  if (how.shared_memory > 48 * 1024) open_shared_memory<Kernel>();
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeCooperative;
   attribute.val.cooperative = 1;
