@@ -121,10 +121,11 @@ def main() -> int:
 
     import native
     import tables
-    from cases import fake_quant, insertion, observe, solve, training
+    from cases import fake_quant, insertion, observe, observe_sizes, solve, training
 
     cases = [
         *observe.CASES,
+        *observe_sizes.CASES,
         *fake_quant.CASES,
         *solve.CASES,
         *training.CASES,

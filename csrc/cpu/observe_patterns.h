@@ -19,7 +19,7 @@ class PatternSum {
   PatternSum(const AccumulateKernels& kernels, NarrowTables tables)
       : kernels_(kernels), tables_(tables) {
     for (int64_t slice = 0; slice < kSlices; ++slice)
-      occupied_[slice] = kernels_.any(at(slice * kSlice), kSlice);
+      occupied_[slice] = kernels_.any(tables_.from(slice * kSlice), kSlice);
   }
 
   // `zeros` more values were zero.
@@ -31,7 +31,7 @@ class PatternSum {
     for (int64_t first = 0; first < kPatterns; first += kSlice) {
       if (!occupied_[first / kSlice]) continue;
       int64_t counts[kSlice] = {};
-      const int64_t total = kernels_.drain(at(first), kSlice, counts);
+      const int64_t total = kernels_.drain(tables_.from(first), kSlice, counts);
       int64_t outside = 0;  // and zeros, infinity and NaN
       for (int64_t i = 0; i < kSlice; ++i) {
         const uint32_t bits = bits_of(first + i);
@@ -66,9 +66,6 @@ class PatternSum {
       tally[core::kFinite] += count;
       tally[abs == 0 ? core::kZeros : core::kTiny] += count;
     }
-  }
-  NarrowTables at(int64_t pattern) const {
-    return {tables_.even + pattern, tables_.odd + pattern, tables_.carry + pattern};
   }
   bool occurs(int64_t pattern) const {
     return (tables_.even[pattern] | tables_.odd[pattern]) != 0 || tables_.carry[pattern] != 0;
