@@ -33,9 +33,9 @@ struct GroupSummary {
 // and a carry that counts 256s for each bin. There are two tables, for even and odd positions, so
 // that equal neighbouring values do not wait for each other.
 struct NarrowTables {
-  uint8_t* even;    // [size]
-  uint8_t* odd;     // [size]
-  uint32_t* carry;  // [size]
+  uint8_t* even;     // [size]
+  uint8_t* odd;      // [size]
+  uint32_t* carry;   // [size]
   uint8_t* carried;  // [size / kDrained] whether one of these carries may not be zero
 
   NarrowTables from(int64_t bin) const {  // a multiple of kDrained

@@ -75,8 +75,7 @@ int64_t Accumulator::drain(int32_t octave, int64_t* counts) {
   int64_t total = 0;
   for (int sign = 0; sign < 2; ++sign) {
     const int64_t begin = sign * layout_.bins() + layout_.octave_begin(octave);
-    total += kernels_.drain(t.from(begin), width,
-                            counts == nullptr ? nullptr : counts + begin);
+    total += kernels_.drain(t.from(begin), width, counts == nullptr ? nullptr : counts + begin);
   }
   return total;
 }
