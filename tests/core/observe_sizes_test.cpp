@@ -96,6 +96,14 @@ TYPED_TEST(ObserveSizes, AnyNumberOfAdjacentChannels) {
   }
 }
 
+// Of many values, more rows are read as one; each thread has so many.
+TYPED_TEST(ObserveSizes, ManyValuesOfAdjacentChannels) {
+  for (const int64_t channels : {3, 257}) {
+    this->expect_counted({(5 << 17) / channels + 1, channels}, contiguous(2), 1, kExtremaOnly);
+    if (this->HasFatalFailure()) return;
+  }
+}
+
 // Straight into the statistic, by narrow tables, by the patterns of 16-bit types.
 TYPED_TEST(ObserveSizes, NumbersOfValuesAroundEachLimit) {
   for (const int64_t limit : {1 << 10, 1 << 14, 1 << 15, 1 << 16, 1 << 18}) {
