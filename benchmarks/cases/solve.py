@@ -158,7 +158,7 @@ def _model() -> tuple[Statistic, ...]:
 def _weight() -> Statistic:
     """A weight of 512 channels, of 4096 values each, at several scales."""
     statistic = Statistic(CHANNELS)
-    statistic.counts = torch.zeros(CHANNELS, 2, 16, 1 << 7, dtype=torch.int64)
+    statistic.counts = torch.zeros(CHANNELS, 2, 12, 1 << 7, dtype=torch.int64)
     x = distributions.gauss(CHANNELS * 4096).view(CHANNELS, 4096)
     scales = 0.1 + 3 * torch.rand(CHANNELS, 1, generator=torch.Generator().manual_seed(0))
     statistic.observing(x * scales, 0)()
