@@ -59,9 +59,8 @@ struct Mse : core::NoOptions {
     }
 
    private:
-    // The same side by side: with AVX-512 the compiler makes vectors of the arithmetic, eight lanes
-    // each, and loads the sums one by one. A level inside one octave takes the sums at both its
-    // ends, as core::squared_error() does; few span two.
+    // The same side by side. A level inside one octave takes the sums at both its ends, as
+    // core::squared_error() does; few span two.
     TE_HD void add_lanes(int32_t first, int32_t count, Sum& sum) const {
       const int32_t m = view.layout.mantissa_bits;
       int64_t edge[kLanes + 1], below[kLanes + 1], s1[kLanes + 1], s2[kLanes + 1];
