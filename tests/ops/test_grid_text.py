@@ -175,11 +175,11 @@ def test_lists_of_other_lengths_are_refused():
 
 def test_compiled_with_a_grid_that_varies():
     """The compiler traces the second value of an integer as a symbol; the text has its digits."""
-    x, s, z = torch.randn(50) * 9, torch.ones(1), torch.zeros(1, dtype=torch.int32)
+    x, range_ = torch.randn(50) * 9, torch.tensor([[-5.0, 9.0]])
 
     def quantized(x: Tensor, top: int, symmetric: bool) -> Tensor:
-        range_ = ops.min_max(x, -top, top, symmetric)
-        return ops.fake_quant(x, s, z, -top, top, rounding="half_away") + range_.sum()
+        qparams = ops.qparams(range_, -top, top, symmetric)
+        return ops.fake_quant(x, *qparams, -top, top, rounding="half_away")
 
     compiled = torch.compile(quantized, fullgraph=True, backend="aot_eager")
     for top, symmetric in itertools.product((3, 7, 5), (True, False)):
