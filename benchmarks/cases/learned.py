@@ -48,7 +48,7 @@ class Layout:
         return functools.partial(
             native._learned_fake_quant_backward,
             *(gradient.view(shape), x.view(shape), "lsq", scale, zero_point),
-            *(QUANT_MIN, QUANT_MAX, 1, False),
+            *(f"[{QUANT_MIN},{QUANT_MAX}]", 1, False),
         )
 
 

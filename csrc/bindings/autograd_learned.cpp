@@ -43,9 +43,9 @@ struct Derivative {
 // What is not wanted has no elements in the result.
 Derivative transposed(const at::Tensor& grad, const LearnedArguments& a, bool of_x = true,
                       bool of_parameters = true) {
-  auto [x, parameter, zero_point, mixed] = call_op<LearnedBackwardOp>(
-      grad, a.x, a.method, a.parameter, a.zero_point, a.quant_min, a.quant_max, a.ch_axis,
-      a.use_grad_scaling, a.batch_axis, of_x, of_parameters);
+  auto [x, parameter, zero_point, mixed] =
+      call_op<LearnedBackwardOp>(grad, a.x, a.method, a.parameter, a.zero_point, a.grid, a.ch_axis,
+                                 a.use_grad_scaling, a.batch_axis, of_x, of_parameters);
   return {x, parameter, zero_point, mixed};
 }
 at::Tensor mixed_of(const at::Tensor& grad, const LearnedArguments& a) {
@@ -53,10 +53,8 @@ at::Tensor mixed_of(const at::Tensor& grad, const LearnedArguments& a) {
 }
 
 at::Tensor applied(const Derivative& d, const LearnedArguments& a) {
-  return call_op<LearnedTangentOp>(optional_of(d.x), optional_of(d.parameter),
-                                   optional_of(d.zero_point), optional_of(d.mixed), a.x, a.method,
-                                   a.parameter, a.zero_point, a.quant_min, a.quant_max, a.ch_axis,
-                                   a.use_grad_scaling, a.batch_axis);
+  return call_learned<LearnedTangentOp>(a, optional_of(d.x), optional_of(d.parameter),
+                                        optional_of(d.zero_point), optional_of(d.mixed));
 }
 
 at::Tensor sum_of(const at::Tensor& a, const at::Tensor& b) {
@@ -83,8 +81,8 @@ class Primal {
       : x_(primal_of(a.x)),
         parameter_(primal_of(a.parameter)),
         zero_point_(optional_of(primal_of(defined_or_none(a.zero_point)))),
-        arguments{x_,          a.method,  parameter_,         zero_point_, a.quant_min,
-                  a.quant_max, a.ch_axis, a.use_grad_scaling, a.batch_axis} {}
+        arguments{x_,     a.method,  parameter_,         zero_point_,
+                  a.grid, a.ch_axis, a.use_grad_scaling, a.batch_axis} {}
 
  private:
   const at::Tensor x_, parameter_;
@@ -101,8 +99,7 @@ class Kept {
     tensors.insert(tensors.end(), {a.x, a.parameter, defined_or_none(a.zero_point)});
     context.save_for_backward(std::move(tensors));
     context.saved_data["method"] = std::string(a.method);
-    context.saved_data["quant_min"] = a.quant_min;
-    context.saved_data["quant_max"] = a.quant_max;
+    context.saved_data["grid"] = std::string(a.grid);
     context.saved_data["ch_axis"] = a.ch_axis;
     context.saved_data["use_grad_scaling"] = a.use_grad_scaling;
     context.saved_data["batch_axis"] = a.batch_axis;
@@ -114,8 +111,7 @@ class Kept {
                   context.saved_data["method"].toStringView(),
                   saved_[first + 1],
                   zero_point_,
-                  context.saved_data["quant_min"].toInt(),
-                  context.saved_data["quant_max"].toInt(),
+                  context.saved_data["grid"].toStringView(),
                   context.saved_data["ch_axis"].toInt(),
                   context.saved_data["use_grad_scaling"].toBool(),
                   context.saved_data["batch_axis"].toInt()} {}
@@ -163,13 +159,12 @@ at::Tensor learned_fake_quant(const LearnedArguments& a) {
   if (given.defined() && given.dim() != a.parameter.dim() && given.dim() + a.parameter.dim() == 1 &&
       given.sym_numel() == a.parameter.sym_numel()) {
     const Optional alike = at::reshape_symint(given, a.parameter.sym_sizes());
-    return call_op<LearnedOp>(a.x, a.method, a.parameter, alike, a.quant_min, a.quant_max,
-                              a.ch_axis, a.use_grad_scaling, a.batch_axis);
+    return call_op<LearnedOp>(a.x, a.method, a.parameter, alike, a.grid, a.ch_axis,
+                              a.use_grad_scaling, a.batch_axis);
   }
   const at::Tensor out = [&] {
     const at::AutoDispatchBelowAutograd below;
-    return call_op<LearnedOp>(a.x, a.method, a.parameter, a.zero_point, a.quant_min, a.quant_max,
-                              a.ch_axis, a.use_grad_scaling, a.batch_axis);
+    return call_learned<LearnedOp>(a);
   }();
   const at::Tensor zero_point = defined_or_none(a.zero_point);
   record<OfForward>({a.x, a.parameter, zero_point}, {out},
@@ -276,10 +271,8 @@ at::Tensor tangent(const LearnedTangentArguments& t) {
                          defined_or_none(t.zero_point_tangent), defined_or_none(t.mixed_tangent)};
   const at::Tensor out = [&] {
     const at::AutoDispatchBelowAutograd below;
-    return call_op<LearnedTangentOp>(t.x_tangent, t.parameter_tangent, t.zero_point_tangent,
-                                     t.mixed_tangent, a.x, a.method, a.parameter, a.zero_point,
-                                     a.quant_min, a.quant_max, a.ch_axis, a.use_grad_scaling,
-                                     a.batch_axis);
+    return call_learned<LearnedTangentOp>(a, t.x_tangent, t.parameter_tangent, t.zero_point_tangent,
+                                          t.mixed_tangent);
   }();
   const variable_list tangents{given.x, given.parameter, given.zero_point, given.mixed};
   const variable_list factors = factors_of(a.parameter, zero_point);

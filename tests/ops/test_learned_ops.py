@@ -165,7 +165,7 @@ def test_the_backward_computes_what_is_asked_for(axis: int, of_x: bool):
     x, grad = torch.randn(5, 6, 40), torch.randn(5, 6, 40)
     channels = 1 if axis < 0 else 6
     scale, zero_point = torch.full((channels,), 0.2), torch.zeros(channels)
-    arguments = (grad, x, "lsq", scale, zero_point, -8, 7, axis)
+    arguments = (grad, x, "lsq", scale, zero_point, "[-8,7]", axis)
     backward = torch.ops.torch_ext._learned_fake_quant_backward
     everything = backward(*arguments)
     some = backward(*arguments, of_x=of_x, of_parameters=not of_x)
