@@ -52,6 +52,9 @@ struct LearnedArguments {
 struct LearnedBackwardArguments {
   const at::Tensor& grad;
   LearnedArguments forward;
+  // Which gradients are wanted; the others come back without elements.
+  bool of_x;
+  bool of_parameters;
 };
 struct LearnedTangentArguments {
   const std::optional<at::Tensor>& x_tangent;
@@ -65,6 +68,13 @@ template <class Result, class... Leading>
 using LearnedSignature = Result(Leading..., const at::Tensor&, c10::string_view, const at::Tensor&,
                                 const std::optional<at::Tensor>&, c10::string_view, int64_t, bool,
                                 int64_t);
+// Base, with arguments after its own.
+template <class Base, class... Trailing>
+struct Extended;
+template <class Result, class... Types, class... Trailing>
+struct Extended<Result(Types...), Trailing...> {
+  using type = Result(Types..., Trailing...);
+};
 
 struct LearnedOp {
   static constexpr const char* name = "torch_ext::learned_fake_quant";
@@ -74,8 +84,8 @@ struct LearnedOp {
 struct LearnedBackwardOp {
   static constexpr const char* name = "torch_ext::_learned_fake_quant_backward";
   using Arguments = LearnedBackwardArguments;
-  using Signature = LearnedSignature<std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>,
-                                     const at::Tensor&>;
+  using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+  using Signature = Extended<LearnedSignature<Gradients, const at::Tensor&>, bool, bool>::type;
 };
 struct LearnedTangentOp {
   static constexpr const char* name = "torch_ext::_learned_fake_quant_tangent";

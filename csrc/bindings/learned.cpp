@@ -51,29 +51,32 @@ struct Gradients {
   at::Tensor dx, parameter, zero_point, mixed;
 };
 
-Gradients backward_of(const char* op, const Checked& l, const at::Tensor& grad,
-                      const at::Tensor& x) {
-  at::Tensor dx = empty_in(order_of(x), x);
-  const at::Tensor data = with_strides_of(dx, x), upstream = with_strides_of(dx, grad);
+Gradients backward_of(const char* op, const Checked& l, const LearnedBackwardArguments& a) {
+  const at::Tensor& x = a.forward.x;
+  // Without memory where it is not wanted.
+  at::Tensor dx = empty_in(order_of(x), a.of_x ? x : x.to(at::kMeta));
+  const at::Tensor data = with_strides_of(dx, x), upstream = with_strides_of(dx, a.grad);
   const auto per_channel = [&](bool used) {
+    if (!a.of_parameters) return at::empty({0}, l.parameter.options());
     return used ? at::empty(l.parameter.sizes(), l.parameter.options())
                 : at::zeros(l.parameter.sizes(), l.parameter.options());
   };
-  Gradients gradients{dx, per_channel(true), per_channel(l.learns_zero_point),
-                      per_channel(l.learns_zero_point)};
+  Gradients gradients{a.of_x ? dx : at::empty({0}, x.options()), per_channel(true),
+                      per_channel(l.learns_zero_point), per_channel(l.learns_zero_point)};
+  const bool learns_zero_point = a.of_parameters && l.learns_zero_point;
   const core::LearnedJob job{
       l.method,
       data.const_data_ptr(),
       upstream.const_data_ptr(),
-      gradients.dx.mutable_data_ptr(),
+      a.of_x ? dx.mutable_data_ptr() : nullptr,
       channel_layout(dx, l.ch_axis),
       l.parameter.const_data_ptr<float>(),
       l.zero_points(),
       l.codes,
       l.elements,
-      gradients.parameter.mutable_data_ptr<float>(),
-      l.learns_zero_point ? gradients.zero_point.mutable_data_ptr<float>() : nullptr,
-      l.learns_zero_point ? gradients.mixed.mutable_data_ptr<float>() : nullptr};
+      a.of_parameters ? gradients.parameter.mutable_data_ptr<float>() : nullptr,
+      learns_zero_point ? gradients.zero_point.mutable_data_ptr<float>() : nullptr,
+      learns_zero_point ? gradients.mixed.mutable_data_ptr<float>() : nullptr};
   Backend(op, x).learned_backward(l.dtype, job);
   return gradients;
 }
@@ -126,7 +129,7 @@ at::Tensor learned_fake_quant(const LearnedArguments& a) {
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
     const LearnedBackwardArguments& a) {
   const LearnedContract contract = check_learned(a);
-  Gradients g = backward_of(contract.row.name, prepared(contract, a.forward), a.grad, a.forward.x);
+  Gradients g = backward_of(contract.row.name, prepared(contract, a.forward), a);
   return {std::move(g.dx), std::move(g.parameter), std::move(g.zero_point), std::move(g.mixed)};
 }
 

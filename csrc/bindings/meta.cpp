@@ -44,8 +44,12 @@ at::Tensor learned_fake_quant(const LearnedArguments& a) {
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> learned_fake_quant_backward(
     const LearnedBackwardArguments& a) {
   check_learned(a);
+  const auto wanted = [](bool is, const at::Tensor& t) {
+    return is ? like(t) : at::empty({0}, t.options());
+  };
   const at::Tensor& parameter = a.forward.parameter;
-  return {like(a.forward.x), like(parameter), like(parameter), like(parameter)};
+  return {wanted(a.of_x, a.forward.x), wanted(a.of_parameters, parameter),
+          wanted(a.of_parameters, parameter), wanted(a.of_parameters, parameter)};
 }
 
 at::Tensor learned_fake_quant_tangent(const LearnedTangentArguments& a) {

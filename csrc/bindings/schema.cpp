@@ -55,15 +55,15 @@ TORCH_LIBRARY(torch_ext, m) {
 
   const std::string learned =
       "Tensor x, str method, Tensor parameter, Tensor? zero_point, str grid, int ch_axis=-1, "
-      " bool use_grad_scaling=True, int batch_axis=-1) -> ";
-  m.def(("learned_fake_quant(" + learned + "Tensor").c_str(), tags);
-  m.def(
-      ("_learned_fake_quant_backward(Tensor grad, " + learned + "(Tensor, Tensor, Tensor, Tensor)")
-          .c_str(),
-      tags);
+      "bool use_grad_scaling=True, int batch_axis=-1";
+  m.def(("learned_fake_quant(" + learned + ") -> Tensor").c_str(), tags);
+  m.def(("_learned_fake_quant_backward(Tensor grad, " + learned +
+         ", bool of_x=True, bool of_parameters=True) -> (Tensor, Tensor, Tensor, Tensor)")
+            .c_str(),
+        tags);
   m.def(("_learned_fake_quant_tangent(Tensor? x_tangent, Tensor? parameter_tangent, "
          "Tensor? zero_point_tangent, Tensor? mixed_tangent, " +
-         learned + "Tensor")
+         learned + ") -> Tensor")
             .c_str(),
         tags);
   for (const torch_ext::FakeQuantRow& method : torch_ext::fake_quants())
