@@ -2,8 +2,10 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <new>
 #include <random>
 #include <string>
 #include <vector>
@@ -93,6 +95,20 @@ int count_of_sets() {
 
 bool bit(const std::vector<uint8_t>& mask, int64_t i) { return mask[i / 8] >> (i % 8) & 1; }
 
+// Memory that begins with a cache line, as torch's does: it can be written past the caches.
+template <typename T>
+struct Lines {
+  using value_type = T;
+  Lines() = default;
+  template <typename U>
+  explicit Lines(const Lines<U>&) {}
+  T* allocate(size_t n) {
+    return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t{64}));
+  }
+  void deallocate(T* memory, size_t) { ::operator delete(memory, std::align_val_t{64}); }
+  bool operator==(const Lines&) const { return true; }
+};
+
 // The output of a forward, with guard elements behind it.
 template <typename T>
 struct Output {
@@ -107,7 +123,7 @@ struct Output {
       if (mask[i] != kGuard) return false;
     return n % 8 == 0 || mask[n / 8] >> (n % 8) == 0;
   }
-  std::vector<T> out;
+  std::vector<T, Lines<T>> out;
   std::vector<uint8_t> mask;
 };
 
@@ -145,13 +161,20 @@ void expect_reference(const std::vector<T>& x, const Output<T>& y, const Channel
   ASSERT_TRUE(y.guards_hold(layout.numel())) << where;
 }
 
-// Every kind of row: shorter and longer than the staging limit, across mask bytes and blocks, with
-// periods shorter and longer than a block.
+// Every kind of row: around the widths of registers (2 to 16 elements) and of groups (8 and 16),
+// across mask bytes and blocks, with fewer and more channels than a register and than a tile (1024)
+// hold.
 const ChannelLayout kLayouts[] = {
-    {1, 1, 1},   {1, 1, 7},   {1, 1, 8},    {1, 1, 1023}, {1, 1, 1024}, {1, 1, 1025}, {1, 1, 5000},
-    {3, 1, 700}, {1, 3, 1},   {900, 3, 1},  {700, 8, 1},  {3, 1024, 1}, {2, 1025, 1}, {2, 2500, 1},
-    {800, 3, 2}, {50, 16, 9}, {1, 300, 9},  {7, 20, 49},  {2, 70, 49},  {1, 100, 63}, {3, 5, 64},
-    {2, 9, 65},  {2, 8, 196}, {2, 3, 1025}, {1, 5, 1024}, {11, 1, 1},   {1, 4096, 1}, {1, 1025, 2}};
+    {1, 1, 1},    {1, 1, 7},    {1, 1, 8},    {1, 1, 1023}, {1, 1, 1024},  {1, 1, 1025},
+    {1, 1, 5000}, {3, 1, 700},  {1, 3, 1},    {900, 3, 1},  {700, 8, 1},   {3, 1024, 1},
+    {2, 1025, 1}, {2, 2500, 1}, {800, 3, 2},  {50, 16, 9},  {1, 300, 9},   {7, 20, 49},
+    {2, 70, 49},  {1, 100, 63}, {3, 5, 64},   {2, 9, 65},   {2, 8, 196},   {2, 3, 1025},
+    {1, 5, 1024}, {11, 1, 1},   {1, 4096, 1}, {1, 1025, 2}, {90, 2, 1},    {70, 4, 1},
+    {70, 7, 1},   {70, 15, 1},  {9, 16, 1},   {9, 17, 1},   {9, 32, 1},    {9, 33, 1},
+    {3, 50, 2},   {3, 50, 3},   {3, 50, 4},   {3, 50, 5},   {3, 50, 7},    {3, 50, 8},
+    {3, 50, 15},  {3, 50, 16},  {3, 50, 17},  {3, 50, 31},  {3, 50, 32},   {3, 50, 33},
+    {2, 1023, 3}, {2, 1024, 3}, {2, 1025, 3}, {1, 1039, 5}, {1, 1041, 17}, {1, 2100, 9},
+    {5, 1025, 1}};
 
 TYPED_TEST(MapTyped, EveryInstructionSetEqualsTheReferenceForEveryLayout) {
   using T = TypeParam;
@@ -186,8 +209,10 @@ TYPED_TEST(MapTyped, EveryInstructionSetEqualsTheReferenceForEveryLayout) {
 TYPED_TEST(MapTyped, ResultsDoNotDependOnTheNumberOfThreads) {
   using T = TypeParam;
   const int64_t threads = cpu::test_threads();
-  const ChannelLayout layouts[] = {
-      {1, 1, 200001}, {9, 31, 700}, {40, 100, 49}, {70000, 3, 1}, {100, 2000, 1}};
+  const ChannelLayout layouts[] = {{1, 1, 200001}, {9, 31, 700},  {40, 100, 49}, {70000, 3, 1},
+                                   {100, 2000, 1}, {33, 1024, 3}, {33, 1025, 3}, {4, 9000, 3},
+                                   {3, 9000, 3},   {1, 9001, 9},  {4, 1, 30000}, {3, 40000, 1},
+                                   {4, 40000, 1}};
   for (const ChannelLayout& layout : layouts) {
     const int64_t n = layout.numel();
     const std::vector<T> x = values<T>(n);
@@ -213,6 +238,87 @@ TYPED_TEST(MapTyped, ResultsDoNotDependOnTheNumberOfThreads) {
     expect_reference(x, single, layout, q, Rounding::half_even, Mask::rounded, "threads");
     if (testing::Test::HasFatalFailure()) return;
   }
+}
+
+// As threads do it: pieces that begin anywhere in a row. x and out begin anywhere too.
+TYPED_TEST(MapTyped, PiecesAndUnalignedDataGiveTheSame) {
+  using T = TypeParam;
+  constexpr int64_t kShift = 1;
+  for (const ChannelLayout& layout :
+       {ChannelLayout{1, 1, 5000}, {3, 7, 241}, {2, 1500, 3}, {5, 1030, 1}, {700, 9, 1}}) {
+    const int64_t n = layout.numel();
+    const std::vector<T> x = values<T>(n);
+    std::vector<T> moved(n + kShift);
+    std::copy(x.begin(), x.end(), moved.begin() + kShift);
+    const QParamsOf q = qparams_of(layout.channels);
+    for (auto set = cpu::runnable_kernels(); *set != nullptr; ++set) {
+      Output<T> shifted(n + kShift), y(n);
+      const MapTask task{moved.data() + kShift,
+                         shifted.out.data() + kShift,
+                         y.mask.data(),
+                         layout,
+                         q.scale.data(),
+                         q.zero_point.data(),
+                         -128,
+                         127,
+                         Rounding::half_even,
+                         Mask::rounded,
+                         kFakeQuant,
+                         false};
+      for (int64_t at = 0; at < n; at += cpu::kMapBlock)
+        (*set)->map.forward[static_cast<int>(kDType<T>)](task, at,
+                                                         std::min(at + cpu::kMapBlock, n));
+      std::copy_n(shifted.out.begin() + kShift, n, y.out.begin());
+      expect_reference(x, y, layout, q, Rounding::half_even, Mask::rounded, (*set)->name);
+      if (testing::Test::HasFatalFailure()) return;
+      const T* const before = shifted.out.data();
+      const uint8_t* const guard = reinterpret_cast<const uint8_t*>(before);
+      for (size_t i = 0; i < kShift * sizeof(T); ++i) ASSERT_EQ(guard[i], kGuard);
+      const uint8_t* const after = reinterpret_cast<const uint8_t*>(before + kShift + n);
+      for (size_t i = 0; i < 32; ++i) ASSERT_EQ(after[i], kGuard);
+    }
+  }
+}
+
+// From 16 MiB on outputs are written past the caches, if they begin with a cache line.
+TYPED_TEST(MapTyped, LargeOutputsEqualTheFormula) {
+  using T = TypeParam;
+  using C = core::compute_t<T>;
+  const int64_t large = (16 << 20) / sizeof(T);
+  const std::vector<T> some = values<T>(4999);
+  std::vector<T> x;
+  for (int64_t i = 0; i < large + 1; ++i) x.push_back(some[i % some.size()]);
+  const float scale = 0.03f;
+  const int32_t zero_point = 5;
+  const auto grid = core::make_unit_grid<C>(scale, zero_point, {-128, 127});
+  std::vector<T> want;
+  for (const T& v : some)
+    want.push_back(core::narrow<T>(core::dequantize(core::quantize(core::widen(v), grid), grid)));
+  for (const int64_t n : {large - 1, large, large + 1})
+    for (const int64_t shift : {0, 1}) {
+      Output<T> y(n + shift);
+      T* const out = y.out.data() + shift;
+      cpu::fake_quant_forward(kDType<T>, {x.data(),
+                                          out,
+                                          y.mask.data(),
+                                          {1, 1, n},
+                                          &scale,
+                                          &zero_point,
+                                          -128,
+                                          127,
+                                          Rounding::half_even,
+                                          Mask::rounded});
+      int64_t wrong = 0, wrong_bits = 0;
+      for (int64_t i = 0; i < n; ++i) {
+        const int64_t at = i % static_cast<int64_t>(some.size());
+        const bool both_nan = std::isnan(value_of(out[i])) && std::isnan(value_of(want[at]));
+        wrong += !both_nan && std::memcmp(&out[i], &want[at], sizeof(T)) != 0;
+        wrong_bits +=
+            bit(y.mask, i) != core::is_in_mask(core::widen(some[at]), grid, Mask::rounded);
+      }
+      EXPECT_EQ(wrong, 0) << n << " " << shift;
+      EXPECT_EQ(wrong_bits, 0) << n << " " << shift;
+    }
 }
 
 // Gradients are copied bit by bit, NaN and infinity too; elsewhere it is +0.
