@@ -121,11 +121,12 @@ def main() -> int:
 
     import native
     import tables
-    from cases import fake_quant, insertion, observe, solve, training
+    from cases import fake_quant, insertion, observe, solve, steps, training
 
     cases = [
         *observe.CASES,
         *fake_quant.CASES,
+        *steps.CASES,
         *solve.CASES,
         *training.CASES,
         *insertion.CASES,

@@ -2,164 +2,24 @@
 
 #include <gtest/gtest.h>
 
-#include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <new>
 #include <random>
 #include <string>
 #include <vector>
 
-#include "core/half.h"
 #include "cpu/kernels.h"
+#include "map_values.h"
 #include "parallel_threads.h"
 #include "unit_grid_plain.h"
 
 namespace {
 
-using namespace torch_ext;
-using core::bfloat16;
-using core::ChannelLayout;
-using core::DType;
-using core::half;
-using core::Mask;
-using core::Rounding;
-using cpu::MapTask;
-
-constexpr Rounding kRoundings[] = {Rounding::half_even, Rounding::half_away,
-                                   Rounding::floor_half_up};
-constexpr Mask kMasks[] = {Mask::rounded, Mask::paper};
-constexpr int32_t kFakeQuant = -1;  // no learned parameter
-constexpr uint8_t kGuard = 0xa5;
-
-template <typename T>
-constexpr DType kDType = DType::f32;
-template <>
-constexpr DType kDType<double> = DType::f64;
-template <>
-constexpr DType kDType<half> = DType::f16;
-template <>
-constexpr DType kDType<bfloat16> = DType::bf16;
-
-struct QParamsOf {
-  std::vector<float> scale;
-  std::vector<int32_t> zero_point;
-};
-
-// Different for every channel.
-QParamsOf qparams_of(int64_t channels) {
-  QParamsOf q;
-  for (int64_t c = 0; c < channels; ++c) {
-    q.scale.push_back(0.01f + 0.003f * static_cast<float>(c % 101));
-    q.zero_point.push_back(static_cast<int32_t>(c * 7 % 41) - 20);
-  }
-  return q;
-}
-
-// Values on both sides of the grid's ends, some on ties, some not finite.
-template <typename T>
-std::vector<T> values(int64_t n) {
-  std::mt19937 random(static_cast<unsigned>(n) + 1);
-  std::uniform_real_distribution<float> uniform(-6, 6);
-  std::vector<T> x;
-  for (int64_t i = 0; i < n; ++i) {
-    float v = uniform(random);
-    if (i % 17 == 3) v = std::ldexp(std::round(v * 8), -4);
-    if (i % 61 == 5) v = i % 2 == 0 ? INFINITY : -INFINITY;
-    if (i % 67 == 6) v = NAN;
-    if (i % 71 == 8) v = -0.0f;
-    if constexpr (std::is_same_v<T, half>)
-      x.push_back({plain::encode(v, plain::kHalf)});
-    else if constexpr (std::is_same_v<T, bfloat16>)
-      x.push_back({plain::encode(v, plain::kBfloat16)});
-    else
-      x.push_back(static_cast<T>(v));
-  }
-  return x;
-}
-
-float value_of(float x) { return x; }
-float value_of(double x) { return static_cast<float>(x); }
-float value_of(half x) { return static_cast<float>(plain::decode(x.bits, plain::kHalf)); }
-float value_of(bfloat16 x) { return static_cast<float>(plain::decode(x.bits, plain::kBfloat16)); }
-
-bool same(float have, float want) { return std::memcmp(&have, &want, sizeof want) == 0; }
-bool same(half have, float want) { return have.bits == plain::encode(want, plain::kHalf); }
-bool same(bfloat16 have, float want) { return have.bits == plain::encode(want, plain::kBfloat16); }
-
-int count_of_sets() {
-  int count = 0;
-  while (cpu::runnable_kernels()[count] != nullptr) ++count;
-  return count;
-}
-
-bool bit(const std::vector<uint8_t>& mask, int64_t i) { return mask[i / 8] >> (i % 8) & 1; }
-
-// Memory that begins with a cache line, as torch's does: it can be written past the caches.
-template <typename T>
-struct Lines {
-  using value_type = T;
-  Lines() = default;
-  template <typename U>
-  explicit Lines(const Lines<U>&) {}
-  T* allocate(size_t n) {
-    return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t{64}));
-  }
-  void deallocate(T* memory, size_t) { ::operator delete(memory, std::align_val_t{64}); }
-  bool operator==(const Lines&) const { return true; }
-};
-
-// The output of a forward, with guard elements behind it.
-template <typename T>
-struct Output {
-  explicit Output(int64_t n) : out(n + 64), mask((n + 7) / 8 + 64, kGuard) {
-    std::memset(static_cast<void*>(out.data()), kGuard, out.size() * sizeof(T));
-  }
-  bool guards_hold(int64_t n) const {
-    const uint8_t* bytes = reinterpret_cast<const uint8_t*>(out.data());
-    for (size_t i = n * sizeof(T); i < out.size() * sizeof(T); ++i)
-      if (bytes[i] != kGuard) return false;
-    for (size_t i = (n + 7) / 8; i < mask.size(); ++i)
-      if (mask[i] != kGuard) return false;
-    return n % 8 == 0 || mask[n / 8] >> (n % 8) == 0;
-  }
-  std::vector<T, Lines<T>> out;
-  std::vector<uint8_t> mask;
-};
+using namespace mapped;
 
 template <typename T>
 class MapTyped : public testing::Test {};
-using Types = testing::Types<float, double, half, bfloat16>;
 TYPED_TEST_SUITE(MapTyped, Types);
-
-template <typename T>
-void expect_reference(const std::vector<T>& x, const Output<T>& y, const ChannelLayout& layout,
-                      const QParamsOf& q, Rounding rounding, Mask mask, const std::string& where) {
-  for (int64_t i = 0; i < layout.numel(); ++i) {
-    const int64_t c = i / layout.inner % layout.channels;
-    const plain::Params p{q.scale[c], q.zero_point[c], -128, 127};
-    const std::string at = where + " element " + std::to_string(i);
-    if constexpr (std::is_same_v<T, double>) {
-      const auto grid = core::make_unit_grid<double>(p.scale, p.zero_point, {-128, 127}, rounding);
-      const double want = core::dequantize(core::quantize(x[i], grid), grid);
-      if (std::isnan(x[i])) {
-        ASSERT_TRUE(std::isnan(y.out[i])) << at;
-      } else {
-        ASSERT_EQ(y.out[i], want) << at;
-      }
-      ASSERT_EQ(bit(y.mask, i), core::is_in_mask(x[i], grid, mask)) << at;
-    } else {
-      const plain::Mapped want = plain::fake_quant(value_of(x[i]), p, rounding, mask);
-      if (std::isnan(want.value)) {
-        ASSERT_TRUE(std::isnan(value_of(y.out[i]))) << at;
-      } else {
-        ASSERT_TRUE(same(y.out[i], want.value + 0.0f)) << at << " " << value_of(x[i]);
-      }
-      ASSERT_EQ(bit(y.mask, i), want.passes) << at << " " << value_of(x[i]);
-    }
-  }
-  ASSERT_TRUE(y.guards_hold(layout.numel())) << where;
-}
 
 // Every kind of row: around the widths of registers (2 to 16 elements) and of groups (8 and 16),
 // across mask bytes and blocks, with fewer and more channels than a register and than a tile (1024)
@@ -238,87 +98,6 @@ TYPED_TEST(MapTyped, ResultsDoNotDependOnTheNumberOfThreads) {
     expect_reference(x, single, layout, q, Rounding::half_even, Mask::rounded, "threads");
     if (testing::Test::HasFatalFailure()) return;
   }
-}
-
-// As threads do it: pieces that begin anywhere in a row. x and out begin anywhere too.
-TYPED_TEST(MapTyped, PiecesAndUnalignedDataGiveTheSame) {
-  using T = TypeParam;
-  constexpr int64_t kShift = 1;
-  for (const ChannelLayout& layout :
-       {ChannelLayout{1, 1, 5000}, {3, 7, 241}, {2, 1500, 3}, {5, 1030, 1}, {700, 9, 1}}) {
-    const int64_t n = layout.numel();
-    const std::vector<T> x = values<T>(n);
-    std::vector<T> moved(n + kShift);
-    std::copy(x.begin(), x.end(), moved.begin() + kShift);
-    const QParamsOf q = qparams_of(layout.channels);
-    for (auto set = cpu::runnable_kernels(); *set != nullptr; ++set) {
-      Output<T> shifted(n + kShift), y(n);
-      const MapTask task{moved.data() + kShift,
-                         shifted.out.data() + kShift,
-                         y.mask.data(),
-                         layout,
-                         q.scale.data(),
-                         q.zero_point.data(),
-                         -128,
-                         127,
-                         Rounding::half_even,
-                         Mask::rounded,
-                         kFakeQuant,
-                         false};
-      for (int64_t at = 0; at < n; at += cpu::kMapBlock)
-        (*set)->map.forward[static_cast<int>(kDType<T>)](task, at,
-                                                         std::min(at + cpu::kMapBlock, n));
-      std::copy_n(shifted.out.begin() + kShift, n, y.out.begin());
-      expect_reference(x, y, layout, q, Rounding::half_even, Mask::rounded, (*set)->name);
-      if (testing::Test::HasFatalFailure()) return;
-      const T* const before = shifted.out.data();
-      const uint8_t* const guard = reinterpret_cast<const uint8_t*>(before);
-      for (size_t i = 0; i < kShift * sizeof(T); ++i) ASSERT_EQ(guard[i], kGuard);
-      const uint8_t* const after = reinterpret_cast<const uint8_t*>(before + kShift + n);
-      for (size_t i = 0; i < 32; ++i) ASSERT_EQ(after[i], kGuard);
-    }
-  }
-}
-
-// From 16 MiB on outputs are written past the caches, if they begin with a cache line.
-TYPED_TEST(MapTyped, LargeOutputsEqualTheFormula) {
-  using T = TypeParam;
-  using C = core::compute_t<T>;
-  const int64_t large = (16 << 20) / sizeof(T);
-  const std::vector<T> some = values<T>(4999);
-  std::vector<T> x;
-  for (int64_t i = 0; i < large + 1; ++i) x.push_back(some[i % some.size()]);
-  const float scale = 0.03f;
-  const int32_t zero_point = 5;
-  const auto grid = core::make_unit_grid<C>(scale, zero_point, {-128, 127});
-  std::vector<T> want;
-  for (const T& v : some)
-    want.push_back(core::narrow<T>(core::dequantize(core::quantize(core::widen(v), grid), grid)));
-  for (const int64_t n : {large - 1, large, large + 1})
-    for (const int64_t shift : {0, 1}) {
-      Output<T> y(n + shift);
-      T* const out = y.out.data() + shift;
-      cpu::fake_quant_forward(kDType<T>, {x.data(),
-                                          out,
-                                          y.mask.data(),
-                                          {1, 1, n},
-                                          &scale,
-                                          &zero_point,
-                                          -128,
-                                          127,
-                                          Rounding::half_even,
-                                          Mask::rounded});
-      int64_t wrong = 0, wrong_bits = 0;
-      for (int64_t i = 0; i < n; ++i) {
-        const int64_t at = i % static_cast<int64_t>(some.size());
-        const bool both_nan = std::isnan(value_of(out[i])) && std::isnan(value_of(want[at]));
-        wrong += !both_nan && std::memcmp(&out[i], &want[at], sizeof(T)) != 0;
-        wrong_bits +=
-            bit(y.mask, i) != core::is_in_mask(core::widen(some[at]), grid, Mask::rounded);
-      }
-      EXPECT_EQ(wrong, 0) << n << " " << shift;
-      EXPECT_EQ(wrong_bits, 0) << n << " " << shift;
-    }
 }
 
 // Gradients are copied bit by bit, NaN and infinity too; elsewhere it is +0.
