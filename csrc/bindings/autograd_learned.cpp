@@ -38,17 +38,13 @@ struct Derivative {
 };
 
 Derivative transposed(const at::Tensor& grad, const LearnedArguments& a) {
-  auto [x, parameter, zero_point, mixed] =
-      call_op<LearnedBackwardOp>(grad, a.x, a.method, a.parameter, a.zero_point, a.quant_min,
-                                 a.quant_max, a.ch_axis, a.use_grad_scaling, a.batch_axis);
+  auto [x, parameter, zero_point, mixed] = call_learned<LearnedBackwardOp>(a, grad);
   return {x, parameter, zero_point, mixed};
 }
 
 at::Tensor applied(const Derivative& d, const LearnedArguments& a) {
-  return call_op<LearnedTangentOp>(optional_of(d.x), optional_of(d.parameter),
-                                   optional_of(d.zero_point), optional_of(d.mixed), a.x, a.method,
-                                   a.parameter, a.zero_point, a.quant_min, a.quant_max, a.ch_axis,
-                                   a.use_grad_scaling, a.batch_axis);
+  return call_learned<LearnedTangentOp>(a, optional_of(d.x), optional_of(d.parameter),
+                                        optional_of(d.zero_point), optional_of(d.mixed));
 }
 
 at::Tensor sum_of(const at::Tensor& a, const at::Tensor& b) {
@@ -75,8 +71,8 @@ class Primal {
       : x_(primal_of(a.x)),
         parameter_(primal_of(a.parameter)),
         zero_point_(optional_of(primal_of(defined_or_none(a.zero_point)))),
-        arguments{x_,          a.method,  parameter_,         zero_point_, a.quant_min,
-                  a.quant_max, a.ch_axis, a.use_grad_scaling, a.batch_axis} {}
+        arguments{x_,     a.method,  parameter_,         zero_point_,
+                  a.grid, a.ch_axis, a.use_grad_scaling, a.batch_axis} {}
 
  private:
   const at::Tensor x_, parameter_;
@@ -93,8 +89,7 @@ class Kept {
     tensors.insert(tensors.end(), {a.x, a.parameter, defined_or_none(a.zero_point)});
     context.save_for_backward(std::move(tensors));
     context.saved_data["method"] = std::string(a.method);
-    context.saved_data["quant_min"] = a.quant_min;
-    context.saved_data["quant_max"] = a.quant_max;
+    context.saved_data["grid"] = std::string(a.grid);
     context.saved_data["ch_axis"] = a.ch_axis;
     context.saved_data["use_grad_scaling"] = a.use_grad_scaling;
     context.saved_data["batch_axis"] = a.batch_axis;
@@ -106,8 +101,7 @@ class Kept {
                   context.saved_data["method"].toStringView(),
                   saved_[first + 1],
                   zero_point_,
-                  context.saved_data["quant_min"].toInt(),
-                  context.saved_data["quant_max"].toInt(),
+                  context.saved_data["grid"].toStringView(),
                   context.saved_data["ch_axis"].toInt(),
                   context.saved_data["use_grad_scaling"].toBool(),
                   context.saved_data["batch_axis"].toInt()} {}
@@ -150,8 +144,7 @@ struct OfForward {
 at::Tensor learned_fake_quant(const LearnedArguments& a) {
   const at::Tensor out = [&] {
     const at::AutoDispatchBelowAutograd below;
-    return call_op<LearnedOp>(a.x, a.method, a.parameter, a.zero_point, a.quant_min, a.quant_max,
-                              a.ch_axis, a.use_grad_scaling, a.batch_axis);
+    return call_learned<LearnedOp>(a);
   }();
   const at::Tensor zero_point = defined_or_none(a.zero_point);
   record<OfForward>({a.x, a.parameter, zero_point}, {out},
@@ -245,10 +238,8 @@ at::Tensor tangent(const LearnedTangentArguments& t) {
                          defined_or_none(t.zero_point_tangent), defined_or_none(t.mixed_tangent)};
   const at::Tensor out = [&] {
     const at::AutoDispatchBelowAutograd below;
-    return call_op<LearnedTangentOp>(t.x_tangent, t.parameter_tangent, t.zero_point_tangent,
-                                     t.mixed_tangent, a.x, a.method, a.parameter, a.zero_point,
-                                     a.quant_min, a.quant_max, a.ch_axis, a.use_grad_scaling,
-                                     a.batch_axis);
+    return call_learned<LearnedTangentOp>(a, t.x_tangent, t.parameter_tangent, t.zero_point_tangent,
+                                          t.mixed_tangent);
   }();
   const variable_list tangents{given.x, given.parameter, given.zero_point, given.mixed};
   const variable_list factors = factors_of(a.parameter, zero_point);

@@ -21,7 +21,8 @@ struct Checked {
   core::DType dtype;
   at::Tensor parameter, zero_point;  // zero point int32, undefined: all 0
   bool learns_zero_point;
-  int64_t ch_axis, quant_min, quant_max;
+  int64_t ch_axis;
+  core::Codes codes;
   double elements;  // per parameter, for its gradient scale; 0: no scaling
 
   const int32_t* zero_points() const {
@@ -38,8 +39,7 @@ at::Tensor forward_of(const char* op, const Checked& l, const at::Tensor& x) {
                          channel_layout(out, l.ch_axis),
                          l.parameter.const_data_ptr<float>(),
                          l.zero_points(),
-                         static_cast<int32_t>(l.quant_min),
-                         static_cast<int32_t>(l.quant_max),
+                         l.codes,
                          core::Rounding::half_even,
                          core::Mask::rounded,
                          l.method};
@@ -69,8 +69,7 @@ Gradients backward_of(const char* op, const Checked& l, const at::Tensor& grad,
       channel_layout(dx, l.ch_axis),
       l.parameter.const_data_ptr<float>(),
       l.zero_points(),
-      static_cast<int32_t>(l.quant_min),
-      static_cast<int32_t>(l.quant_max),
+      l.codes,
       l.elements,
       gradients.parameter.mutable_data_ptr<float>(),
       l.learns_zero_point ? gradients.zero_point.mutable_data_ptr<float>() : nullptr,
@@ -94,8 +93,7 @@ at::Tensor tangent_of(const char* op, const Checked& l, const LearnedTangentArgu
                              channel_layout(out, l.ch_axis),
                              l.parameter.const_data_ptr<float>(),
                              l.zero_points(),
-                             static_cast<int32_t>(l.quant_min),
-                             static_cast<int32_t>(l.quant_max),
+                             l.codes,
                              l.elements,
                              values(t.parameter_tangent),
                              values(t.zero_point_tangent),
@@ -105,24 +103,19 @@ at::Tensor tangent_of(const char* op, const Checked& l, const LearnedTangentArgu
 }
 
 Checked prepared(const LearnedContract& contract, const LearnedArguments& a) {
+  const core::Codes& codes = contract.codes;
   // A learned zero point is used as the engines will use it: rounded, and on the grid.
-  const at::Tensor whole = contract.learns_zero_point
-                               ? a.zero_point->round().clamp_(a.quant_min, a.quant_max).to(at::kInt)
-                               : a.zero_point.value_or(at::Tensor());
+  const at::Tensor whole =
+      contract.learns_zero_point
+          ? a.zero_point->round().clamp_(codes.quant_min, codes.quant_max).to(at::kInt)
+          : a.zero_point.value_or(at::Tensor());
   double elements = 0;
   if (a.use_grad_scaling && a.x.numel() > 0) {
     elements = static_cast<double>(a.x.numel() / a.parameter.numel());
     if (a.batch_axis >= 0 && a.x.dim() > 0) elements /= static_cast<double>(a.x.size(a.batch_axis));
   }
-  return {contract.row.learned,
-          contract.dtype,
-          a.parameter,
-          whole,
-          contract.learns_zero_point,
-          a.ch_axis,
-          a.quant_min,
-          a.quant_max,
-          elements};
+  return {contract.row.learned,       contract.dtype, a.parameter, whole,
+          contract.learns_zero_point, a.ch_axis,      codes,       elements};
 }
 
 at::Tensor learned_fake_quant(const LearnedArguments& a) {
@@ -158,7 +151,7 @@ void by_name(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const at::Tensor x = (next++)->toTensor(), parameter = (next++)->toTensor();
   std::optional<at::Tensor> zero_point;
   if (row.per_channel) zero_point = (next++)->toTensor();
-  const int64_t quant_min = (next++)->toInt(), quant_max = (next++)->toInt();
+  const c10::string_view grid = (next++)->toStringView();
   int64_t ch_axis = -1, batch_axis = -1;
   bool use_grad_scaling = true;
   if (row.per_channel) {
@@ -166,9 +159,8 @@ void by_name(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     use_grad_scaling = (next++)->toBool();
     batch_axis = (next++)->toInt();
   }
-  torch::jit::push(
-      *stack, call_op<LearnedOp>(x, c10::string_view(row.name), parameter, zero_point, quant_min,
-                                 quant_max, ch_axis, use_grad_scaling, batch_axis));
+  torch::jit::push(*stack, call_learned<LearnedOp>({x, row.name, parameter, zero_point, grid,
+                                                    ch_axis, use_grad_scaling, batch_axis}));
 }
 
 }  // namespace

@@ -9,6 +9,7 @@
 
 #include "arrays.h"
 #include "machines.h"
+#include "mutations.h"
 #include "parallel_threads.h"
 #include "registry.h"
 
@@ -187,6 +188,27 @@ TYPED_TEST(Learned, BackwardIsThePapersAndHasTheSameBitsEverywhere) {
     }
   }
   cpu::test_threads() = 2;
+}
+
+using FloatRun = Run<float>;  // Run is a name of testing::Test too
+
+TEST(LearnedBackward, BarriersAreNeeded) {
+  Random random(63);
+  gpu::emulation::machine() = machines::kMachines[0];
+  for (const ChannelLayout& layout : {ChannelLayout{1, 1, 20011}, ChannelLayout{70, 33, 1}}) {
+    const Given<float> given(kLsq, layout, -16, random);
+    FloatRun want(layout.numel(), layout.channels);
+    cpu::learned_backward(core::DType::f32, given.job(want));
+    // With one channel the thread that has the last sum stores it.
+    const size_t spare = layout.channels == 1 ? 1 : 0;
+    mutations::expect_barriers_are_needed(spare, [&] {
+      FloatRun have(layout.numel(), layout.channels);
+      const LearnedJob job = given.job(have);
+      machines::Scratch scratch(cuda::learned_backward_scratch(job));
+      cuda::learned_backward(core::DType::f32, job, scratch.data(), nullptr);
+      return have == want;
+    });
+  }
 }
 
 TYPED_TEST(Learned, TheTangentIsThePapersDerivativeAndHasTheSameBitsEverywhere) {
