@@ -106,13 +106,15 @@ void Backend::fake_quant_forward(core::DType dtype, const core::FakeQuantJob& jo
 
 bool Backend::follows_on_chip(int32_t rule, core::DType dtype,
                               const core::FakeQuantJob& map) const {
+  if (!is_cuda()) return cpu::follows_on_chip(rule, dtype, map);
   bool follows = false;
-  if (is_cuda()) on_stream([&] { follows = cuda::follows_on_chip(rule, dtype, map); });
+  on_stream([&] { follows = cuda::follows_on_chip(rule, dtype, map); });
   return follows;
 }
 
 void Backend::follow_on_chip(const core::SolveJob& job, core::DType dtype,
                              const core::FakeQuantJob& map) const {
+  if (!is_cuda()) return cpu::follow_on_chip(job, dtype, map);
   on_stream([&] { cuda::follow_on_chip(job, dtype, map, stream_); });
 }
 

@@ -29,7 +29,7 @@ class Backend {
                     observers::KlVariant variant, at::Tensor& index, at::Tensor& threshold) const;
   void fake_quant_forward(core::DType dtype, const core::FakeQuantJob& job) const;
   // Whether follow_on_chip() can run: it moves the range and quantizes the data in one pass over
-  // memory.
+  // memory. On the CPU job.statistic has to be initialised.
   bool follows_on_chip(int32_t rule, core::DType dtype, const core::FakeQuantJob& map) const;
   void follow_on_chip(const core::SolveJob& job, core::DType dtype,
                       const core::FakeQuantJob& map) const;

@@ -27,7 +27,11 @@ struct Follow {
   Transient statistic() const { return {a.x, channels, needs_of(contract.rule), contract.layout}; }
   // Solves the rule from the batch's statistic and moves range, scale and zero point in place.
   core::SolveJob job(const Transient& statistic) const;
-  // Observes the batch and solves, unless the range is to stay as it is.
+  // Whether the range is known to stay as it is.
+  bool stays(const Backend& backend) const {
+    return recomputing() || (frozen() && !backend.is_cuda() && *solved_flag() != 0);
+  }
+  // Observes the batch and solves, unless the range stays.
   void run(const Backend& backend) const;
   // With averaging_constant 0 the range stays what the first batch made it that was not all zero.
   bool frozen() const { return a.averaging_constant == 0; }
@@ -51,7 +55,7 @@ core::SolveJob Follow::job(const Transient& statistic) const {
 }
 
 void Follow::run(const Backend& backend) const {
-  if (recomputing() || (frozen() && !backend.is_cuda() && *solved_flag() != 0)) return;
+  if (stays(backend)) return;
   const Transient batch = statistic();
   if (needs_of(contract.rule) != core::Needs::nothing)
     backend.observe(view_of(a.x, contract.dtype), a.ch_axis, batch.statistic(),
@@ -88,7 +92,8 @@ std::tuple<at::Tensor, at::Tensor> quantized(const FollowArguments& a, at::IntAr
                                follow.contract.mask};
   const Exclusive exclusive(a.range);
   const Backend backend(op, a.x);
-  if (!recomputing() && backend.follows_on_chip(follow.contract.rule, follow.contract.dtype, map)) {
+  if (!follow.stays(backend) &&
+      backend.follows_on_chip(follow.contract.rule, follow.contract.dtype, map)) {
     const Transient batch = follow.statistic();
     backend.follow_on_chip(follow.job(batch), follow.contract.dtype, map);
   } else {

@@ -23,6 +23,14 @@ void merge(const Statistic& into, const Statistic& from);
 // (core/solution.h).
 void solve(const SolveJob* jobs, int64_t count);
 
+// Observe, solve(job) and fake_quant_forward(map) in one pass over memory, a few channels at a
+// time. follows_on_chip() tells whether that is possible and pays: the rule reads extrema, each
+// channel is one row of map.x, rows fit in a core's cache, and there are enough of them for all
+// threads. job.statistic has to be initialised; job.solved and map.scale and zero_point, those of
+// the job, are not null.
+bool follows_on_chip(int32_t rule, core::DType dtype, const core::FakeQuantJob& map);
+void follow_on_chip(const SolveJob& job, core::DType dtype, const core::FakeQuantJob& map);
+
 // The kl thresholds of linear histograms counts [rows, bins] with bins of width bin_width [rows]:
 // index [rows], the bins kept, and threshold [rows].
 void kl_threshold(const int64_t* counts, const double* bin_width, int64_t rows, int64_t bins,

@@ -21,10 +21,6 @@ void for_each_block(int64_t numel, const Body& body) {
   });
 }
 
-int64_t size_of(core::DType dtype) {
-  return dtype == core::DType::f64 ? 8 : dtype == core::DType::f32 ? 4 : 2;
-}
-
 // Memory for the grids of so many channels.
 std::unique_ptr<char[]> grid_memory(core::DType dtype, int64_t channels) {
   const int64_t size = dtype == core::DType::f64 ? sizeof(double) : sizeof(float);
@@ -38,14 +34,22 @@ constexpr int64_t kManyRows = 4;
 // past the caches: its lines need not be read first. For smaller outputs plain stores are faster.
 constexpr int64_t kStreamBytes = 16 << 20;
 
+}  // namespace
+
+int64_t size_of(core::DType dtype) {
+  return dtype == core::DType::f64 ? 8 : dtype == core::DType::f32 ? 4 : 2;
+}
+
 bool streams(core::DType dtype, int64_t numel, const void* out) {
   return numel * size_of(dtype) >= kStreamBytes && reinterpret_cast<uintptr_t>(out) % 64 == 0;
 }
 
-}  // namespace
-
 void fake_quant_forward(core::DType dtype, const core::FakeQuantJob& job) {
-  MapTask task{job, streams(dtype, job.layout.numel(), job.out)};
+  fake_quant_part(dtype, job, streams(dtype, job.layout.numel(), job.out));
+}
+
+void fake_quant_part(core::DType dtype, const core::FakeQuantJob& job, bool stream) {
+  MapTask task{job, stream};
   const MapKernels& k = kernels().map;
   const MapKernels::Forward forward = k.forward[static_cast<int>(dtype)];
   const int64_t channels = job.layout.channels;

@@ -45,6 +45,16 @@ struct MapKernels {
 // do so before.
 void fake_quant_forward(core::DType dtype, const core::FakeQuantJob& job);
 
+// The same for whole rows of a larger job: `stream`, whether to write past the caches, is decided
+// for that one. The part's output then begins and ends at multiples of 64 bytes.
+void fake_quant_part(core::DType dtype, const core::FakeQuantJob& job, bool stream);
+
+// Whether so many values are written to `out` past the caches.
+bool streams(core::DType dtype, int64_t numel, const void* out);
+
+// Bytes of a value.
+int64_t size_of(core::DType dtype);
+
 // dx = grad where the bit is set, else 0.
 void fake_quant_backward(core::DType dtype, const void* grad, const uint8_t* mask, void* dx,
                          int64_t numel);

@@ -207,8 +207,9 @@ def follow_fake_quant(
 ) -> Tensor:
     """Runs :func:`follow_`, then :func:`fake_quant` of ``x`` with the updated scale.
 
-    Gives the same numbers as the two calls. On a GPU it reads ``x`` only once if a channel's values
-    fit into on-chip memory. Differentiable in ``x`` (straight-through).
+    Gives the same numbers as the two calls. It reads ``x`` only once if each channel's values lie
+    together and fit into a core's cache or a GPU's on-chip memory, and the rule reads only extrema.
+    Differentiable in ``x`` (straight-through).
 
     Arguments, result and errors are those of the two functions.
     """
