@@ -114,8 +114,8 @@ struct Half : Pact {
   static constexpr double start = 8;
   TE_HD static float effective(float width) { return Pact::effective(width / 2); }
   template <typename T>
-  TE_HD static core::Affine<T> affine(float width, int32_t zero_point, int32_t low, int32_t high) {
-    return Pact::affine<T>(width / 2, zero_point, low, high);
+  TE_HD static core::UnitGrid<T> unit_grid(float width, int32_t n, const core::Codes& codes) {
+    return Pact::unit_grid<T>(width / 2, n, codes);
   }
 };
 static_assert(core::LearnedFakeQuant<Half>);
@@ -222,7 +222,7 @@ assert torch_ext.__file__.startswith({scratch!r}), torch_ext.__file__
 assert torch_ext.fake_quants()[-1] == "half"
 x = torch.tensor([-9.0, -1.0, 0.5, 9.0], requires_grad=True)
 width = torch.tensor([8.0], requires_grad=True)
-out = torch.ops.torch_ext.half(x, width, -127, 127)
+out = torch.ops.torch_ext.half(x, width, "[-127,127]")
 out.sum().backward()
 assert torch.equal(out, torch_ext.ops.pact(x, torch.tensor([4.0]), -127, 127))
 assert x.grad.tolist() == [0, 1, 1, 0] and width.grad.tolist() == [0]
