@@ -21,7 +21,7 @@ from torch_ext.export.common.entries import (
 )
 from torch_ext.export.common.onnx_metadata import METADATA_KEY
 from torch_ext.export.common.packages import onnx_packages
-from torch_ext.export.common.trace import TracedInput, symbols, trace
+from torch_ext.export.common.trace import TracedInput, simplify, symbols, trace, translations
 from torch_ext.export.onnx_profiles import (
     PROFILES,
     Profile,
@@ -110,7 +110,7 @@ def onnx(
     with symbols({name: entry.quantizer for name, entry in chosen.items()}) as seen:
         program = trace(who, model, example_inputs, dynamic_batch)
     refuse(who, _untraced(chosen, seen), "torch.export has to trace every quantizer in float32")
-    proto = _translate(who, program, opset)
+    proto = _translate(who, packages, program, opset)
     rewriter = Rewriter(packages, proto, chosen, grids, prepared.weights, seen, quantized_weights)
     tensors = rewriter.quantize() if quantizes else rewriter.remove()
     used = tuple(name for name in chosen if name in tensors)
@@ -147,10 +147,11 @@ def _untraced(chosen: Mapping[str, Entry], seen: Mapping[str, TracedInput]) -> d
     return problems
 
 
-def _translate(who: str, program: Any, opset: int) -> Any:
+def _translate(who: str, packages: Any, program: Any, opset: int) -> Any:
     """The ModelProto that torch.onnx makes; raises ValueError if it cannot."""
     names = [f"output_{i}" for i in range(len(program.graph_signature.user_outputs))]
     try:
+        simplify(program)
         # torch.onnx prints its progress.
         with contextlib.redirect_stdout(io.StringIO()):
             exported = torch.onnx.export(
@@ -159,6 +160,7 @@ def _translate(who: str, program: Any, opset: int) -> Any:
                 opset_version=opset,
                 output_names=["output"] if len(names) == 1 else names,
                 verbose=False,
+                custom_translation_table=translations(packages),
             )
         assert exported is not None
         return exported.model_proto

@@ -19,6 +19,15 @@ from torch_ext.utils.arguments import bound_arguments
 from torch_ext.utils.modes import eval_mode
 
 SYMBOL = ("torch_ext", "FakeQuant")  # domain and name of the ONNX operator for a quantizer
+
+# The operator that a quantizer traces as. It costs a fifth of torch.onnx.ops.symbolic, which
+# computes in Python what its result looks like, several times for each quantizer.
+_LIBRARY = torch.library.Library("torch_ext_export", "DEF")
+_LIBRARY.define("quantizer(Tensor x, str name) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_LIBRARY.impl("quantizer", lambda x, name: torch.empty_like(x), "Meta")
+_QUANTIZER = torch.ops.torch_ext_export.quantizer.default
+_HARDTANH = (torch.ops.aten.hardtanh.default, torch.ops.aten.hardtanh_.default)
+
 BATCH = "batch"  # name of the dynamic first axis
 
 
@@ -42,14 +51,52 @@ def symbols(quantizers: Mapping[str, FakeQuantize]) -> Iterator[dict[str, Traced
     def symbol(name: str, x: Tensor) -> Tensor:
         seen[name].dtypes.add(x.dtype)
         seen[name].rank = x.dim()
-        return torch.onnx.ops.symbolic(
-            "::".join(SYMBOL), (x,), {"quantizer": name}, dtype=x.dtype, shape=x.shape, version=1
-        )
+        traced: Tensor = _QUANTIZER(x, name)
+        return traced
 
     with ExitStack() as stack:
         for name, quantizer in quantizers.items():
             stack.enter_context(quantizer.replaced(functools.partial(symbol, name)))
         yield seen
+
+
+def translations(packages: Any) -> dict[Any, Any]:
+    """How torch.onnx translates the operator that is defined here; `packages` is onnx."""
+    import onnxscript
+
+    defs = packages.defs
+    formal, types = defs.OpSchema.FormalParameter, ("float", "float16", "bfloat16", "double")
+    domain, kind = SYMBOL
+    schema = defs.OpSchema(
+        kind,
+        domain,
+        1,
+        inputs=[formal("x", "T")],
+        outputs=[formal("y", "T")],
+        type_constraints=[("T", [f"tensor({name})" for name in types], "")],
+        attributes=[defs.OpSchema.Attribute("quantizer", defs.OpSchema.AttrType.STRING, "")],
+    )
+    symbol = onnxscript.values.Op(onnxscript.values.Opset(domain, 1), kind, schema)
+
+    def quantizer(x: Any, name: str) -> Any:
+        return symbol(x, quantizer=name)
+
+    return {_QUANTIZER: quantizer}
+
+
+def simplify(program: ExportedProgram) -> None:
+    """Replaces hardtanh, which is ReLU6, by clamp, in place.
+
+    torch.onnx would take hardtanh apart in Python, with symbolic sizes: half a second for each.
+    """
+    for node in program.graph.nodes:
+        if node.target in _HARDTANH:
+            x, low, high = (*node.args, *(-1.0, 1.0)[len(node.args) - 1 :])
+            written = node.target is _HARDTANH[1]
+            if not node.kwargs and not (written and (len(x.users) > 1 or x.op == "placeholder")):
+                node.target = torch.ops.aten.clamp.default
+                node.args = (x, low, high)
+    program.graph_module.recompile()
 
 
 def trace(who: str, model: nn.Module, example_inputs: Any, dynamic_batch: bool) -> ExportedProgram:
