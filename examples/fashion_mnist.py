@@ -93,8 +93,8 @@ def run(data: Dataset, sizes: Sizes, output: Path) -> None:
 def calibrate_int8(float_model: nn.Module, data: Dataset, sizes: Sizes) -> nn.Module:
     """One pass over the calibration images; from here on no rule needs data again.
 
-    The grids are those that onnxruntime computes with in integers on CPUs, and OpenVINO and Inductor
-    too; resolve(model, backend=...) changes them afterwards.
+    The grids are those that onnxruntime computes with in integers on CPUs, and so do OpenVINO and
+    Inductor; resolve(model, backend=...) changes them afterwards.
     """
     model = prepare(float_model, data, backend=BACKEND, activation_observer="percentile")
     calibrate(model, data, sizes.calibration)

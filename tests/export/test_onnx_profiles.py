@@ -106,7 +106,9 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
 def test_refused_by_name_with_the_way_out(case: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     make, message = REFUSED[case]
-    with pytest.raises(ValueError, match="export.onnx: expected onnxruntime to compute") as caught:
+    with pytest.raises(
+        ValueError, match=r"export\.onnx: expected onnxruntime to compute"
+    ) as caught:
         export.onnx(make(), pictures(), tmp_path / "net.onnx", profile="onnxruntime")
     assert re.search(message, str(caught.value)), caught.value
     assert not list(tmp_path.iterdir())
@@ -146,7 +148,7 @@ def test_openvino_takes_8_bits(tmp_path: Path) -> None:
         nn.Conv2d(3, 4, 3), backend=None, activation_qkwargs={"dtype": "int16"},
         weight_qkwargs={"qscheme": "per_channel_affine"},
     )  # fmt: skip
-    with pytest.raises(ValueError, match='resolve.model, backend="openvino"') as caught:
+    with pytest.raises(ValueError, match=r'resolve\(model, backend="openvino"') as caught:
         export.onnx(wide, pictures(), path, profile="openvino")
     assert "input_quantizers.input: its type is int16, not int8 or uint8" in str(caught.value)
     assert "0.parametrizations.weight.0: it quantizes a weight, and its zero" in str(caught.value)

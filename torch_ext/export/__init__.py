@@ -8,6 +8,7 @@ file, and which were left out and why.
 
 from torch_ext.export.common.entries import ExportReport
 from torch_ext.export.common.onnx_metadata import read_onnx_metadata
+from torch_ext.export.integer_layers import EngineLayer, onnxruntime_layers
 from torch_ext.export.json_file import Calibration, QuantizerRecord, json, read_json
 from torch_ext.export.ncnn import NcnnTable, ncnn_table, ncnn_table_of, read_ncnn_table
 from torch_ext.export.onnx_file import onnx
@@ -18,6 +19,7 @@ from torch_ext.export.tvm import TvmScale, TvmScales, read_tvm_scales, tvm_scale
 
 __all__ = [
     "Calibration",
+    "EngineLayer",
     "ExportReport",
     "NcnnTable",
     "QuantizerRecord",
@@ -29,6 +31,7 @@ __all__ = [
     "ncnn_table",
     "ncnn_table_of",
     "onnx",
+    "onnxruntime_layers",
     "read_json",
     "read_ncnn_table",
     "read_onnx_metadata",
