@@ -4,7 +4,7 @@
 
 Each net is calibrated once, on the grids of ``backend="onnxruntime"``; ``resolve`` puts it on those
 of TensorRT for the second row. Speed is that of one image on one thread: least times of rounds in
-which float and INT8 take turns. torchvision's and timm's nets have random weights, and norms that
+which float and INT8 take turns. "CPU s" is what the export took. torchvision's and timm's nets have random weights, and norms that
 saw 64 random images; efficientnet_lite1 is trained (the extra ``trained``).
 """
 
@@ -84,9 +84,7 @@ def session(path: Path) -> Callable[[Tensor], Tensor]:
 def main() -> None:
     torch.set_num_threads(1)
     wanted = sys.argv[1:] or list(NETS)
-    print(
-        "| net, grids | layers in integers | times as fast | KiB | export, s of processor time | same class |"
-    )
+    print("| net, grids | layers in integers | times as fast | KiB | CPU s | same class |")
     print("|---|---|---|---|---|---|")
     for name in wanted:
         torch.manual_seed(0)

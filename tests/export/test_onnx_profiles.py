@@ -106,9 +106,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
 def test_refused_by_name_with_the_way_out(case: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     make, message = REFUSED[case]
-    with pytest.raises(
-        ValueError, match=r"export\.onnx: expected onnxruntime to compute"
-    ) as caught:
+    with pytest.raises(ValueError, match=r"export\.onnx: expected onnxruntime") as caught:
         export.onnx(make(), pictures(), tmp_path / "net.onnx", profile="onnxruntime")
     assert re.search(message, str(caught.value)), caught.value
     assert not list(tmp_path.iterdir())
