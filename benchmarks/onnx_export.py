@@ -4,8 +4,9 @@
 
 Each net is calibrated once, on the grids of ``backend="onnxruntime"``; ``resolve`` puts it on those
 of TensorRT for the second row. Speed is that of one image on one thread: least times of rounds in
-which float and INT8 take turns. "CPU s" is what the export took. torchvision's and timm's nets have random weights, and norms that
-saw 64 random images; efficientnet_lite1 is trained (the extra ``trained``).
+which float and INT8 take turns. "CPU s" is what the export took. torchvision's and timm's nets have
+random weights, and norms that saw 64 random images; efficientnet_lite1 is trained (the extra
+``trained``).
 """
 
 from __future__ import annotations

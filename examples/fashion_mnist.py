@@ -118,7 +118,8 @@ def rule_options(calibrated: nn.Module) -> dict[str, dict[str, Any]]:
     torch_ext.resolve(calibrated, activation_observer="min_max")
     largest = max(float(q.scale) for _, q in replay.activation_quantizers(calibrated))
     options: dict[str, dict[str, Any]] = {name: {} for name in torch_ext.observers()}
-    options["fixed_scale"] = {"scale": largest}  # nothing saturates anywhere in the net
+    # Nothing saturates anywhere in the net, whichever sign it has.
+    options["fixed_scale"] = {"scale": 2 * largest, "zero_point": 128}
     options["clip"] = {"xmin": -6.0, "xmax": 6.0}
     return options
 
