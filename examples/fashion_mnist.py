@@ -116,10 +116,11 @@ def calibrate(model: nn.Module, data: Dataset, count: int) -> None:
 def rule_options(calibrated: nn.Module) -> dict[str, dict[str, Any]]:
     """Options of the two rules that are told their range; every other rule keeps its defaults."""
     torch_ext.resolve(calibrated, activation_observer="min_max")
-    largest = max(float(q.scale) for _, q in replay.activation_quantizers(calibrated))
+    quantizers = [quantizer for _, quantizer in replay.activation_quantizers(calibrated)]
+    largest = max(float(quantizer.range.abs().max()) for quantizer in quantizers)
     options: dict[str, dict[str, Any]] = {name: {} for name in torch_ext.observers()}
     # Nothing saturates anywhere in the net, whichever sign it has.
-    options["fixed_scale"] = {"scale": 2 * largest, "zero_point": 128}
+    options["fixed_scale"] = {"scale": largest / 127, "zero_point": 128}
     options["clip"] = {"xmin": -6.0, "xmax": 6.0}
     return options
 
