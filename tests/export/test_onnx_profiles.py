@@ -169,3 +169,25 @@ def test_absurd_scales_are_warned_of(call: str, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", QuantizationWarning)
         getattr(export, call)(net, *arguments)
+
+
+class WrittenTo(nn.Module):
+    """ReLU6 in place on a view of what is read afterwards, then on a result of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 9
+        nn.functional.relu6(y.flatten(1), inplace=True)
+        return self.conv(y) + nn.functional.relu6(self.conv(x), inplace=True)
+
+
+def test_activations_in_place(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    net = calibrated(WrittenTo())
+    path = tmp_path / "net.onnx"
+    export.onnx(net, pictures(), path)
+    (have,) = run(path, pictures())
+    torch.testing.assert_close(have, net(pictures()).detach(), rtol=0, atol=1e-4)
