@@ -157,15 +157,21 @@ class _Graph:
         """Why onnxruntime's optimiser left a layer in float."""
         if node.op_type not in _FUSABLE:
             return f"onnxruntime has no integer kernel for {node.op_type}"
-        for i, name in enumerate(node.input[:2]):
-            if problem := self._input_problem(name, "input" if i == 0 else "second input"):
-                return problem
+        if problem := self.operand_problem(node):
+            return problem
         if node.op_type.endswith("Conv"):
             if problem := self._output_problem(node):
                 return problem
         elif len(node.input) > 2 and node.input[2] and self._dequantizer(node.input[2]) is None:
             return f"its bias {node.input[2]} is in float, not int32 on the grid of its sums"
         return f"none of onnxruntime's kernels takes its grids: {self._grids(node)}"
+
+    def operand_problem(self, node: Any) -> str:
+        """What keeps a layer's operands from being integers of 8 bits; empty if nothing does."""
+        for i, name in enumerate(node.input[:2]):
+            if problem := self._input_problem(name, "input" if i == 0 else "second input"):
+                return problem
+        return ""
 
     def _dequantizer(self, name: str) -> Any:
         node = self.producers.get(name)
@@ -285,3 +291,20 @@ def _title(node: Any) -> str:
 
 def _titles(nodes: list[Any]) -> str:
     return ", ".join(_title(node) for node in nodes[:3]) or "nothing"
+
+
+def file_layers(packages: Any, proto: Any) -> dict[str, tuple[str, str]]:
+    """The layers of a ModelProto that was not optimised, by node, in order.
+
+    Returns:
+        By the node's name: the module whose weight it reads, or the node's name; and what keeps its
+        operands from being integers, or an empty text.
+    """
+    graph = _Graph(packages, proto)
+    owners = dict(_weights(graph))
+    found = {}
+    for node in graph.nodes:
+        if node.op_type in _FLOAT | _INTEGER:
+            problem = graph.operand_problem(node) if node.op_type in _FLOAT else ""
+            found[node.name] = owners.get(node.name, node.name), problem
+    return found

@@ -1,4 +1,4 @@
-"""Compares every quantized tensor of a model with an engine's, in steps of the quantizer's scale."""
+"""Compares every quantized tensor of a model with an engine's, in steps of its quantizer."""
 
 from __future__ import annotations
 
@@ -101,8 +101,7 @@ class EngineComparison:
         chosen = self.ways[0] if way is None else way
         if chosen not in self.ways:
             raise ValueError(
-                f"EngineComparison.first: expected way to be one of {self.ways}, got "
-                f"{bounded(way)}"
+                f"EngineComparison.first: expected way to be one of {self.ways}, got {bounded(way)}"
             )
         return next((row for row in self.rows if row.differs(chosen, steps)), None)
 

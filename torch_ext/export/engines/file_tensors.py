@@ -47,9 +47,7 @@ def file_tensors(
             continue
         before = producers.get(node.input[0])
         source = node.input[0] if before is None else before.input[0]
-        found[name].append(
-            FileTensor(name, source, node.input[0], node.output[0], node.input[1])
-        )
+        found[name].append(FileTensor(name, source, node.input[0], node.output[0], node.input[1]))
     if missing := [name for name, calls in found.items() if not calls]:
         raise FileError(path, f"{missing[0]}: its QuantizeLinear and DequantizeLinear are missing")
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,19 @@ import torch
 from torch_ext.export.common.sessions import advice_for
 from torch_ext.export.engines.file_tensors import FileTensor
 from torch_ext.export.engines.tensor_runs import EngineRun
+from torch_ext.export.integer_layers import Layer, file_layers
 
 # OpenVINO computes in bfloat16 where the CPU can; VALIDATION computes in float32.
 _FLOAT = {"INFERENCE_PRECISION_HINT": "f32"}
+# What OpenVINO calls layers in its runtime model.
+_LAYERS = frozenset(
+    {
+        *("Convolution", "GroupConvolution", "Deconvolution", "FullyConnected", "MatMul"),
+        *("ScaledDotProductAttention", "RNNSeq", "RNNCell", "LSTMSequence", "LSTMCell"),
+        *("GRUSequence", "GRUCell"),
+    }
+)
+_INTEGERS = ("i8", "u8", "i4", "u4")
 
 
 def openvino_package(who: str) -> Any:
@@ -25,9 +35,7 @@ def openvino_package(who: str) -> Any:
     return openvino
 
 
-def openvino_compiled(
-    who: str, model: Path | bytes, label: object, threads: int = 1, precision: str = "f32"
-) -> Any:
+def openvino_compiled(who: str, model: Path | bytes, label: object, threads: int = 1) -> Any:
     """A model compiled for the CPU, in float32 where it does not compute in integers.
 
     Raises:
@@ -80,3 +88,44 @@ def _infer(compiled: Any, feeds: Any) -> list[Any]:
     request = compiled.create_infer_request()
     results = request.infer(dict(feeds))
     return [torch.from_numpy(results[port].copy()) for port in compiled.outputs]
+
+
+def openvino_layers(compiled: Any, packages: Any, proto: Any) -> list[Layer]:
+    """The layers of a compiled model as its runtime model has them; `proto` is the file."""
+    known = file_layers(packages, proto)
+    # An operation that makes an output of the model is called by the output's name.
+    made = {node.output[0]: node.name for node in proto.graph.node if node.name in known}
+    found = []
+    for operation in compiled.get_runtime_model().get_ordered_ops():
+        about = operation.get_rt_info()
+        kind = _text(about, "layerType")
+        if kind not in _LAYERS:
+            continue
+        sources = _text(about, "originalLayersNames").split(",")
+        sources = [made.get(source, source) for source in sources]
+        node = _node(known, sources) or operation.get_friendly_name()
+        name, problem = known.get(node, (node, ""))
+        precision = _text(about, "runtimePrecision")
+        integer = precision in _INTEGERS
+        reason = "" if integer else problem or f"OpenVINO chose {precision} for it"
+        found.append(Layer(name, node, kind, integer, reason))
+    return found
+
+
+def _text(about: Any, key: str) -> str:
+    if key not in about:
+        return ""
+    return str(getattr(about[key], "value", about[key]))
+
+
+def _node(known: Mapping[str, Any], sources: Sequence[str]) -> str:
+    """The file's layer among the names of what an operation was made of; empty if there is none."""
+    for source in sources:
+        if source in known:
+            return source
+    for source in sources:
+        while source:
+            source = source.rpartition("/")[0]
+            if source in known:
+                return source
+    return ""

@@ -28,7 +28,10 @@ _RESULT_GRIDS = {
     "QLinearLeakyRelu": 3, "QLinearSigmoid": 3, "QLinearSoftmax": 3, "QLinearReduceMean": 3,
 }  # fmt: skip
 _CARRIERS = frozenset(
-    "MaxPool Reshape Flatten Transpose Squeeze Unsqueeze Identity Slice Gather Expand".split()
+    {
+        *("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze"),
+        *("Identity", "Slice", "Gather", "Expand"),
+    }
 )
 
 
@@ -89,7 +92,9 @@ def run_as_written(
 ) -> EngineRun:
     """Runs the file in onnxruntime without graph optimisations: each node by itself."""
     copy = type(proto).FromString(proto.SerializeToString())
-    return _run(who, path, packages, copy, {one.dequantized: one.dequantized for one in tensors}, feeds)
+    return _run(
+        who, path, packages, copy, {one.dequantized: one.dequantized for one in tensors}, feeds
+    )
 
 
 def run_optimised(
@@ -164,7 +169,8 @@ def _candidates(
         if first is not None and len(node.input) >= first + 2:
             axes = [a.i for a in node.attribute if a.name == "axis"]
             axis = axes[0] if axes and node.op_type == "QuantizeLinear" else None
-            grids[node.output[0]] = _Integers(node.output[0], *node.input[first : first + 2], axis)
+            scale, zero_point = node.input[first : first + 2]
+            grids[node.output[0]] = _Integers(node.output[0], scale, zero_point, axis)
         elif node.op_type in _CARRIERS and node.input[0] in grids:
             source = grids[node.input[0]]
             if source.axis is None:
@@ -175,7 +181,8 @@ def _candidates(
             and len(node.input) == 3
         ):
             axes = [a.i for a in node.attribute if a.name == "axis"]
-            grids[node.input[0]] = _Integers(*node.input[:3], axes[0] if axes else None)
+            name, scale, zero_point = node.input
+            grids[name] = _Integers(name, scale, zero_point, axes[0] if axes else None)
     by_scale: dict[str, list[_Integers]] = {}
     for place in grids.values():
         by_scale.setdefault(place.scale, []).append(place)
@@ -195,7 +202,7 @@ def _candidates(
 def _run(
     who: str, path: Path, packages: Any, proto: Any, shown: Mapping[str, str], feeds: Any
 ) -> EngineRun:
-    """Runs a ModelProto, which it changes: `shown` are tensors to make outputs, by result's name."""
+    """Runs a ModelProto, which it changes; `shown`: tensors to make outputs, by name of the result."""
     listed = [output.name for output in proto.graph.output]
     own = len(listed)
     constants = {tensor.name for tensor in proto.graph.initializer}
@@ -204,7 +211,9 @@ def _run(
     for key, name in shown.items():
         if name in constants:
             copy = f"{name}{_SEEN}"
-            proto.graph.node.append(packages.helper.make_node("Identity", [name], [copy], name=copy))
+            proto.graph.node.append(
+                packages.helper.make_node("Identity", [name], [copy], name=copy)
+            )
             name = copy
         if name not in listed:
             proto.graph.output.add(name=name)
