@@ -202,7 +202,7 @@ def _candidates(
 def _run(
     who: str, path: Path, packages: Any, proto: Any, shown: Mapping[str, str], feeds: Any
 ) -> EngineRun:
-    """Runs a ModelProto, which it changes; `shown`: tensors to make outputs, by name of the result."""
+    """Runs a ModelProto, which it changes; `shown`: tensors to make outputs, by a key of each."""
     listed = [output.name for output in proto.graph.output]
     own = len(listed)
     constants = {tensor.name for tensor in proto.graph.initializer}
