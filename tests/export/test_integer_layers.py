@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import torch_ext
 from torch_ext import FileError, export, get_default_qconfig, prepare_qat
-from torch_ext.export.integer_layers import Layer, onnxruntime_layers
+from torch_ext.export.integer_layers import EngineLayer, onnxruntime_layers
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -39,7 +39,7 @@ def net(between: nn.Module | None = None) -> nn.Module:
 
 def layers(
     model: nn.Module, path: Path, activation: Any = None, weight: Any = None, **keys: Any
-) -> dict[str, Layer]:
+) -> dict[str, EngineLayer]:
     model.qconfig = get_default_qconfig(activation_qkwargs=activation, weight_qkwargs=weight)
     quantized = prepare_qat(model, example_inputs=images()[:1])
     torch_ext.calibrate(quantized, [images()], progress=False)
@@ -93,7 +93,8 @@ def test_reasons(case: str, tmp_path: Path) -> None:
     make, activation, weight, name, want = CASES[case]
     layer = layers(make(), tmp_path / "net.onnx", activation, weight)[name]
     assert not layer.integer
-    assert layer.reason and str(layer).startswith(f"{name}: float ({layer.op}), as ")
+    assert layer.reason
+    assert str(layer).startswith(f"{name}: float ({layer.op}), as ")
     assert re.search(want, layer.reason), layer.reason
 
 

@@ -14,27 +14,27 @@ from torch_ext.export.common.packages import load_onnx, onnxruntime_package
 from torch_ext.files.storage import PathLike
 
 # Operators that multiply and add up, by what they are called in an optimised graph.
-_INTEGER = frozenset(
-    "QLinearConv ConvInteger QLinearMatMul MatMulInteger QGemm MatMulIntegerToFloat "
-    "DynamicQuantizeMatMul QAttention DynamicQuantizeLSTM".split()
-)
-_FLOAT = frozenset(
-    "Conv FusedConv NhwcFusedConv ConvTranspose ConvTransposeWithDynamicPads Gemm FusedGemm "
-    "MatMul FusedMatMul TransposeMatMul GemmFloat8 MatMulNBits Einsum Attention "
-    "MultiHeadAttention LSTM GRU RNN".split()
-)
-# Those of them that have an integer kernel, if their surroundings allow it.
-_FUSABLE = frozenset("Conv FusedConv NhwcFusedConv Gemm FusedGemm MatMul FusedMatMul".split())
-_ACTIVATIONS = frozenset({"Relu", "Clip"})
+_INTEGER = (
+    "QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger", "QGemm",
+    "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QAttention", "DynamicQuantizeLSTM",
+)  # fmt: skip
+# Those in float that have an integer kernel, if their surroundings allow it; and the others.
+_FUSABLE = ("Conv", "FusedConv", "NhwcFusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul")
+_FLOAT = (
+    *_FUSABLE, "ConvTranspose", "ConvTransposeWithDynamicPads", "TransposeMatMul", "GemmFloat8",
+    "MatMulNBits", "Einsum", "Attention", "MultiHeadAttention", "LSTM", "GRU", "RNN",
+)  # fmt: skip
+_ACTIVATIONS = ("Relu", "Clip")
 # Operators that only move values; the optimiser carries QuantizeLinear across them.
-_CARRIERS = frozenset(
-    "Reshape Flatten Transpose Squeeze Unsqueeze MaxPool Identity Slice Split Gather Expand".split()
-)
+_CARRIERS = (
+    "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "MaxPool", "Identity", "Slice",
+    "Split", "Gather", "Expand",
+)  # fmt: skip
 _BYTES = ("int8", "uint8")
 
 
 @dataclass(frozen=True)
-class Layer:
+class EngineLayer:
     """A layer that multiplies and adds up, and how an engine computes it."""
 
     #: The module that has its weight, such as ``layer1.0.conv1``; without a weight, its node.
@@ -54,7 +54,7 @@ class Layer:
         return f"{self.name}: float ({self.op}), as {self.reason}"
 
 
-def onnxruntime_layers(path: PathLike) -> list[Layer]:
+def onnxruntime_layers(path: PathLike) -> list[EngineLayer]:
     """The layers of an ONNX file, as onnxruntime computes them on the CPU.
 
     Loads the file in onnxruntime and reads the graph that its optimiser (level "extended") makes.
@@ -77,11 +77,11 @@ def onnxruntime_layers(path: PathLike) -> list[Layer]:
     graph = _Graph(packages, optimised)
     found = []
     for node in graph.nodes:
-        if node.op_type in _INTEGER | _FLOAT:
+        if node.op_type in _INTEGER + _FLOAT:
             integer = node.op_type in _INTEGER
             reason = "" if integer else graph.reason(node)
             name = weights.get(node.name, node.name)
-            found.append(Layer(name, node.name, node.op_type, integer, reason))
+            found.append(EngineLayer(name, node.name, node.op_type, integer, reason))
     return found
 
 
@@ -112,7 +112,7 @@ def _optimised(who: str, packages: Any, path: Path) -> Any:
 def _weights(graph: _Graph) -> Iterator[tuple[str, str]]:
     """Yields the name of each node that reads a weight, with the module that has the weight."""
     for node in graph.nodes:
-        if node.op_type in _FLOAT | _INTEGER:
+        if node.op_type in _FLOAT + _INTEGER:
             for name in node.input:
                 owner, dot, _ = graph.constant_behind(name).rpartition(".weight")
                 if dot:
