@@ -15,7 +15,7 @@ from torch_ext.export.engines.comparison import (
     TensorDifference,
     compare_with_engine,
 )
-from torch_ext.export.integer_layers import Layer
+from torch_ext.export.integer_layers import EngineLayer
 from torch_ext.export.json_file import Calibration, QuantizerRecord, json, read_json
 from torch_ext.export.ncnn import NcnnTable, ncnn_table, ncnn_table_of, read_ncnn_table
 from torch_ext.export.onnx_file import onnx
@@ -28,9 +28,9 @@ __all__ = [
     "Calibration",
     "EngineCheck",
     "EngineComparison",
+    "EngineLayer",
     "ExportCheck",
     "ExportReport",
-    "Layer",
     "NcnnTable",
     "OutputDifference",
     "QuantizerRecord",

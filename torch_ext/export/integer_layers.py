@@ -157,8 +157,9 @@ class _Graph:
         """Why onnxruntime's optimiser left a layer in float."""
         if node.op_type not in _FUSABLE:
             return f"onnxruntime has no integer kernel for {node.op_type}"
-        if problem := self.operand_problem(node):
-            return problem
+        for i, name in enumerate(node.input[:2]):
+            if problem := self._input_problem(name, "input" if i == 0 else "second input"):
+                return problem
         if node.op_type.endswith("Conv"):
             if problem := self._output_problem(node):
                 return problem
@@ -304,7 +305,7 @@ def file_layers(packages: Any, proto: Any) -> dict[str, tuple[str, str]]:
     owners = dict(_weights(graph))
     found = {}
     for node in graph.nodes:
-        if node.op_type in _FLOAT | _INTEGER:
+        if node.op_type in _FLOAT + _INTEGER:
             problem = graph.operand_problem(node) if node.op_type in _FLOAT else ""
             found[node.name] = owners.get(node.name, node.name), problem
     return found

@@ -15,7 +15,7 @@ from torch_ext.export.common.sessions import onnxruntime_session
 from torch_ext.export.engines.float_twin import float_twin
 from torch_ext.export.engines.openvino_runs import openvino_compiled, openvino_layers
 from torch_ext.export.engines.timing import Shapes, random_inputs, side_by_side
-from torch_ext.export.integer_layers import Layer, onnxruntime_layers
+from torch_ext.export.integer_layers import EngineLayer, onnxruntime_layers
 from torch_ext.files.storage import PathLike
 from torch_ext.utils.arguments import bounded, parse_integer
 from torch_ext.utils.text import shown, text_table
@@ -36,7 +36,7 @@ class EngineCheck:
     #: The version of its package.
     version: str
     #: Convolutions, matrix products, attention and recurrent layers, in the engine's order.
-    layers: tuple[Layer, ...]
+    layers: tuple[EngineLayer, ...]
     #: Milliseconds of a run; None if it was not timed.
     int8_ms: float | None
     #: The same for the file without its quantizers; None if it was not timed.
@@ -45,12 +45,12 @@ class EngineCheck:
     problem: str
 
     @property
-    def integer(self) -> tuple[Layer, ...]:
+    def integer(self) -> tuple[EngineLayer, ...]:
         """The layers that it computes in integers."""
         return tuple(layer for layer in self.layers if layer.integer)
 
     @property
-    def floating(self) -> tuple[Layer, ...]:
+    def floating(self) -> tuple[EngineLayer, ...]:
         """The layers that it computes in float."""
         return tuple(layer for layer in self.layers if not layer.integer)
 

@@ -11,7 +11,7 @@ import torch
 from torch_ext.export.common.sessions import advice_for
 from torch_ext.export.engines.file_tensors import FileTensor
 from torch_ext.export.engines.tensor_runs import EngineRun
-from torch_ext.export.integer_layers import Layer, file_layers
+from torch_ext.export.integer_layers import EngineLayer, file_layers
 
 # OpenVINO computes in bfloat16 where the CPU can; VALIDATION computes in float32.
 _FLOAT = {"INFERENCE_PRECISION_HINT": "f32"}
@@ -90,7 +90,7 @@ def _infer(compiled: Any, feeds: Any) -> list[Any]:
     return [torch.from_numpy(results[port].copy()) for port in compiled.outputs]
 
 
-def openvino_layers(compiled: Any, packages: Any, proto: Any) -> list[Layer]:
+def openvino_layers(compiled: Any, packages: Any, proto: Any) -> list[EngineLayer]:
     """The layers of a compiled model as its runtime model has them; `proto` is the file."""
     known = file_layers(packages, proto)
     # An operation that makes an output of the model is called by the output's name.
@@ -108,7 +108,7 @@ def openvino_layers(compiled: Any, packages: Any, proto: Any) -> list[Layer]:
         precision = _text(about, "runtimePrecision")
         integer = precision in _INTEGERS
         reason = "" if integer else problem or f"OpenVINO chose {precision} for it"
-        found.append(Layer(name, node, kind, integer, reason))
+        found.append(EngineLayer(name, node, kind, integer, reason))
     return found
 
 
