@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch_ext.export.common.packages import load_onnx, onnxruntime_package
 from torch_ext.files.storage import PathLike
@@ -32,6 +32,24 @@ _CARRIERS = (
 )  # fmt: skip
 _BYTES = ("int8", "uint8")
 
+# Ways out.
+_FOLD = "fuse(model, example_inputs=...) folds norms, before prepare_qat"
+_GRIDS = 'take the grids of backend="onnxruntime": get_default_qconfig or resolve gives them'
+_FLOAT_LAYER = 'leave the layer in float: set_fake_quantize(model, "float", pattern=[...])'
+_PRODUCER = f"give what makes it a qconfig; or {_FLOAT_LAYER}"
+_ENGINE = f"OpenVINO has kernels for it; or {_FLOAT_LAYER}"
+_OUTPUT = f"output_qconfig of prepare_qat quantizes it; or {_FLOAT_LAYER}"
+_BETWEEN = (
+    "a torch_ext.QuantStub between the two quantizes it; OpenVINO needs none; or " + _FLOAT_LAYER
+)
+
+
+class Problem(NamedTuple):
+    """Why a layer is in float, and the way out."""
+
+    reason: str
+    advice: str
+
 
 @dataclass(frozen=True)
 class EngineLayer:
@@ -46,7 +64,11 @@ class EngineLayer:
     #: Whether the engine computes it in integers.
     integer: bool
     #: Why it does not; empty if it does.
-    reason: str
+    reason: str = ""
+    #: The way out; empty if it does.
+    advice: str = ""
+    #: Whether the file has its weight quantized (without a weight, all that it reads).
+    quantized: bool = True
 
     def __str__(self) -> str:
         if self.integer:
@@ -72,16 +94,18 @@ def onnxruntime_layers(path: PathLike) -> list[EngineLayer]:
     """
     who = "export.onnxruntime_layers"
     packages, proto = load_onnx(who, path, weights=False)
-    optimised = _optimised(who, packages, Path(path))
-    weights = dict(_weights(_Graph(packages, proto)))
-    graph = _Graph(packages, optimised)
+    given = _Graph(packages, proto)
+    weights, quantized = dict(_weights(given)), set(_quantized(given))
+    graph = _Graph(packages, _optimised(who, packages, Path(path)))
     found = []
     for node in graph.nodes:
-        if node.op_type in _INTEGER + _FLOAT:
-            integer = node.op_type in _INTEGER
-            reason = "" if integer else graph.reason(node)
-            name = weights.get(node.name, node.name)
-            found.append(EngineLayer(name, node.name, node.op_type, integer, reason))
+        name = weights.get(node.name, node.name)
+        if node.op_type in _INTEGER:
+            found.append(EngineLayer(name, node.name, node.op_type, True))
+        elif node.op_type in _FLOAT:
+            problem = graph.problem(node)
+            meant = node.name in quantized
+            found.append(EngineLayer(name, node.name, node.op_type, False, *problem, meant))
     return found
 
 
@@ -119,6 +143,16 @@ def _weights(graph: _Graph) -> Iterator[tuple[str, str]]:
                     yield node.name, owner
 
 
+def _quantized(graph: _Graph) -> Iterator[str]:
+    """Yields the names of nodes with a quantized weight, or without a weight, all quantized."""
+    for node in graph.nodes:
+        if node.op_type in _FLOAT:
+            operands = list(node.input[:2])
+            constant = [name for name in operands if graph.constant_behind(name)]
+            if all(graph.dequantizer(name) is not None for name in constant or operands):
+                yield node.name
+
+
 class _Graph:
     """A graph with its bodies of loops and branches: who makes and who reads each tensor."""
 
@@ -153,95 +187,106 @@ class _Graph:
             name = node.input[0]
         return name
 
-    def reason(self, node: Any) -> str:
+    def problem(self, node: Any) -> Problem:
         """Why onnxruntime's optimiser left a layer in float."""
         if node.op_type not in _FUSABLE:
-            return f"onnxruntime has no integer kernel for {node.op_type}"
-        for i, name in enumerate(node.input[:2]):
-            if problem := self._input_problem(name, "input" if i == 0 else "second input"):
-                return problem
+            return Problem(f"onnxruntime has no integer kernel for {node.op_type}", _ENGINE)
+        if problem := self.operand_problem(node):
+            return problem
         if node.op_type.endswith("Conv"):
             if problem := self._output_problem(node):
                 return problem
-        elif len(node.input) > 2 and node.input[2] and self._dequantizer(node.input[2]) is None:
-            return f"its bias {node.input[2]} is in float, not int32 on the grid of its sums"
-        return f"none of onnxruntime's kernels takes its grids: {self._grids(node)}"
+        elif len(node.input) > 2 and node.input[2] and self.dequantizer(node.input[2]) is None:
+            return Problem(
+                f"its bias {node.input[2]} is in float",
+                'profile="onnxruntime" of export.onnx stores it as int32',
+            )
+        return Problem(
+            f"none of onnxruntime's kernels takes its grids: {self._grids(node)}", _GRIDS
+        )
 
-    def operand_problem(self, node: Any) -> str:
-        """What keeps a layer's operands from being integers of 8 bits; empty if nothing does."""
+    def operand_problem(self, node: Any) -> Problem | None:
+        """What keeps a layer's operands from being integers of 8 bits."""
         for i, name in enumerate(node.input[:2]):
             if problem := self._input_problem(name, "input" if i == 0 else "second input"):
                 return problem
-        return ""
+        return None
 
-    def _dequantizer(self, name: str) -> Any:
+    def dequantizer(self, name: str) -> Any:
+        """The DequantizeLinear that a tensor is the result of; None if it is of another."""
         node = self.producers.get(name)
+        while node is not None and node.op_type in _CARRIERS:
+            node = self.producers.get(node.input[0])
         return node if node is not None and node.op_type == "DequantizeLinear" else None
 
-    def _input_problem(self, name: str, which: str) -> str:
-        """What keeps an operand from being integers of 8 bits; empty if nothing does."""
-        pair = self._dequantizer(name)
+    def _input_problem(self, name: str, which: str) -> Problem | None:
+        """What keeps an operand from being integers of 8 bits."""
+        pair = self.dequantizer(name)
         if pair is None:
             if name in self.constants or self.constant_behind(name):
-                return f"its weight {name} is not quantized"
+                return Problem(f"its weight {name} is not quantized", _PRODUCER)
             source = self.producers.get(name)
             if source is None:
-                return f"its {which} {name} is not quantized"
+                return Problem(f"its {which} {name} is not quantized", _PRODUCER)
             if source.op_type == "BatchNormalization":
-                return f"it reads {_title(source)}, a norm that is not folded"
-            return f"its {which} is not quantized: it is the result of {_title(source)}"
+                return Problem(f"it reads {_title(source)}, a norm that is not folded", _FOLD)
+            reason = f"its {which} is not quantized: it is the result of {_title(source)}"
+            return Problem(reason, _PRODUCER)
         kind = self._type(pair)
         if kind not in _BYTES:
-            return f"{_quantizer(pair)} has {kind}, and integer kernels take 8 bits"
+            reason = f"{_quantizer(pair)} has {kind}, and integer kernels take 8 bits"
+            return Problem(reason, _GRIDS)
         scale = self.constants.get(pair.input[1])
         if scale is not None and math.prod(scale.dims) > 1 and not self.constant_behind(name):
-            return f"{_quantizer(pair)} quantizes its {which} per channel"
-        return ""
+            return Problem(f"{_quantizer(pair)} quantizes its {which} per channel", _GRIDS)
+        return None
 
-    def _output_problem(self, node: Any) -> str:
-        """What stands between a convolution and the quantizer of its result; empty if nothing."""
+    def _output_problem(self, node: Any) -> Problem | None:
+        """What stands between a convolution and the quantizer of its result."""
         name = node.output[0]
         activation = _activation(node)
         if activation and activation not in _ACTIVATIONS:
-            return f"a {activation} reads its result in float"
+            return Problem(f"a {activation} reads its result in float", _BETWEEN)
         while True:
             readers = self.readers.get(name, [])
             if name in self.outputs:
-                return "its result is an output of the model, in float"
+                return Problem("its result is an output of the model, in float", _OUTPUT)
             if len(readers) != 1:
                 others = [r for r in readers if r.op_type != "QuantizeLinear"]
-                return f"its result is read in float, by {_titles(others or readers)}"
+                titles = ", ".join(_title(reader) for reader in (others or readers)[:3])
+                return Problem(f"its result is read in float, by {titles or 'nothing'}", _BETWEEN)
             reader = readers[0]
             if reader.op_type == "QuantizeLinear":
-                break
+                return self._grid_problem(node, reader, activation)
             if reader.op_type == "BatchNormalization":
-                return f"{_title(reader)} reads its result, a norm that is not folded"
+                reason = f"{_title(reader)} reads its result, a norm that is not folded"
+                return Problem(reason, _FOLD)
             if reader.op_type in _ACTIVATIONS and not activation:
                 activation = reader.op_type
             elif reader.op_type not in _CARRIERS:
-                return f"its result is read in float, by {_title(reader)}"
+                return Problem(f"its result is read in float, by {_title(reader)}", _BETWEEN)
             name = reader.output[0]
-        return self._grid_problem(node, reader, activation)
 
-    def _grid_problem(self, node: Any, quantizer: Any, activation: str) -> str:
+    def _grid_problem(self, node: Any, quantizer: Any, activation: str) -> Problem | None:
         """What keeps a convolution apart from QuantizeLinear of its result."""
         kind, least, zero_point = self._levels(quantizer)
         name = _quantizer(quantizer)
+        reason = ""
         if kind not in _BYTES:
-            return f"{name} has {kind}, and integer kernels take 8 bits"
-        if activation and zero_point != least:
-            return (
-                f"a {activation} stands before {name}, whose grid has negative values: the grid "
-                "has to begin at 0, as uint8 affine does, to take its place"
+            reason = f"{name} has {kind}, and integer kernels take 8 bits"
+        elif activation and zero_point != least:
+            reason = (
+                f"a {activation} stands before {name}, whose grid has negative values: only a grid "
+                "that begins at 0, as uint8 affine does, takes its place"
             )
-        if activation:
-            return f"a {activation} stands before {name}, whose grid reaches past its limit"
-        if (given := self._type(self._dequantizer(node.input[0]))) != kind:
-            return (
+        elif activation:
+            reason = f"a {activation} stands before {name}, whose grid reaches past its limit"
+        elif (given := self._type(self.dequantizer(node.input[0]))) != kind:
+            reason = (
                 f"onnxruntime makes its input {given} and its result ({name}) {kind}, and no "
                 "kernel takes both; uint8 it keeps as it is"
             )
-        return ""
+        return Problem(reason, _GRIDS) if reason else None
 
     def _type(self, pair: Any) -> str:
         """The type of the integers of QuantizeLinear or DequantizeLinear, such as ``int8``."""
@@ -263,7 +308,7 @@ class _Graph:
         return kind, least, zero_point
 
     def _grids(self, node: Any) -> str:
-        pairs = [(f"input {i}", self._dequantizer(name)) for i, name in enumerate(node.input)]
+        pairs = [(f"input {i}", self.dequantizer(name)) for i, name in enumerate(node.input)]
         pairs += [
             ("result", reader)
             for reader in self.readers.get(node.output[0], [])
@@ -290,22 +335,20 @@ def _title(node: Any) -> str:
     return f"{node.op_type} {node.name or node.output[0]}"
 
 
-def _titles(nodes: list[Any]) -> str:
-    return ", ".join(_title(node) for node in nodes[:3]) or "nothing"
-
-
-def file_layers(packages: Any, proto: Any) -> dict[str, tuple[str, str]]:
-    """The layers of a ModelProto that was not optimised, by node, in order.
+def file_layers(packages: Any, proto: Any) -> dict[str, tuple[str, Problem | None]]:
+    """The layers of a ModelProto that was not optimised.
 
     Returns:
-        By the node's name: the module whose weight it reads, or the node's name; and what keeps its
-        operands from being integers, or an empty text.
+        By the node's name, in order: the module whose weight it reads, or the node's name; and what
+        keeps its operands from being integers.
     """
     graph = _Graph(packages, proto)
     owners = dict(_weights(graph))
-    found = {}
-    for node in graph.nodes:
-        if node.op_type in _FLOAT + _INTEGER:
-            problem = graph.operand_problem(node) if node.op_type in _FLOAT else ""
-            found[node.name] = owners.get(node.name, node.name), problem
-    return found
+    return {
+        node.name: (
+            owners.get(node.name, node.name),
+            graph.operand_problem(node) if node.op_type in _FLOAT else None,
+        )
+        for node in graph.nodes
+        if node.op_type in _FLOAT + _INTEGER
+    }

@@ -84,10 +84,13 @@ class EngineCheck:
     def table(self) -> tuple[tuple[str, ...], list[list[str]]]:
         """The header and the rows of a table of the layers, as text."""
         rows = [
-            [layer.name, layer.op, "integer" if layer.integer else "float", layer.reason]
+            [
+                *(layer.name, layer.op, "integer" if layer.integer else "float"),
+                *(layer.reason, layer.advice),
+            ]
             for layer in self.layers
         ]
-        return ("layer", "operator", "runs in", "because"), rows
+        return ("layer", "operator", "runs in", "because", "way out"), rows
 
 
 @dataclass(frozen=True)

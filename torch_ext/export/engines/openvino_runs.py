@@ -104,11 +104,11 @@ def openvino_layers(compiled: Any, packages: Any, proto: Any) -> list[EngineLaye
         sources = _text(about, "originalLayersNames").split(",")
         sources = [made.get(source, source) for source in sources]
         node = _node(known, sources) or operation.get_friendly_name()
-        name, problem = known.get(node, (node, ""))
+        name, problem = known.get(node, (node, None))
         precision = _text(about, "runtimePrecision")
         integer = precision in _INTEGERS
-        reason = "" if integer else problem or f"OpenVINO chose {precision} for it"
-        found.append(EngineLayer(name, node, kind, integer, reason))
+        why = ("", "") if integer else problem or (f"OpenVINO chose {precision} for it", "")
+        found.append(EngineLayer(name, node, kind, integer, *why))
     return found
 
 
