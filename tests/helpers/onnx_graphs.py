@@ -1,4 +1,4 @@
-"""Quantized ONNX graphs made by hand, with layers of which it is known what engines make of them."""
+"""Quantized ONNX graphs made by hand, of which it is known what engines make of them."""
 
 from __future__ import annotations
 

@@ -116,7 +116,10 @@ def run_optimised(
         target = Path(folder) / "optimised.onnx"
         onnxruntime_session(who, path, path, level="ORT_ENABLE_EXTENDED", save=target)
         optimised = packages.load(str(target))
-    candidates = _candidates(optimised, tensors)
+    moved = {
+        node.output[0] for node in proto.graph.node if node.op_type in _CARRIERS and node.output
+    }
+    candidates = _candidates(optimised, tensors, moved)
     shown = {}
     for places in candidates.values():
         for place in places:
@@ -130,16 +133,12 @@ def run_optimised(
                 optimised.graph.node.append(node)
                 shown[seen] = seen
     seen_tensors = _run(who, path, packages, optimised, shown, feeds).tensors
-    moved = {
-        node.output[0] for node in proto.graph.node if node.op_type in _CARRIERS and node.output
-    }
     found = {}
     for one in (one for calls in tensors.values() for one in calls):
         values = [seen_tensors[f"{p.name}{_SEEN}"] for p in candidates.get(one.dequantized, ())]
         fitting = [v for v in values if v.shape == written.tensors[one.dequantized].shape]
         if fitting:
-            # The optimiser moves QuantizeLinear up and DequantizeLinear down across carriers.
-            found[one.dequantized] = fitting[-1 if one.source in moved else 0]
+            found[one.dequantized] = fitting[0]
     plain = onnxruntime_session(who, path, path)
     outputs = [torch.from_numpy(y) for y in plain.run(None, feeds)]
     return EngineRun(found, outputs)
@@ -155,22 +154,28 @@ class _Integers(NamedTuple):
 
 
 def _candidates(
-    optimised: Any, tensors: Mapping[str, Sequence[FileTensor]]
+    optimised: Any, tensors: Mapping[str, Sequence[FileTensor]], moved: set[str]
 ) -> dict[str, list[_Integers]]:
-    """By dequantized tensor of the file: what an optimised graph may have in its place.
+    """By dequantized tensor of the file: what an optimised graph may have in its place, best first.
 
-    Its integers have the same scale, but may have another name (int8 that became uint8), and there
-    are several where the optimiser moved a pair across an operator that keeps the grid.
+    That has its name; or the same DequantizeLinear reads it, where int8 became uint8; or it has the
+    same scale, where the optimiser moved a pair across an operator that keeps the grid. `moved` are
+    the results of such operators in the file. Only a tensor of the right shape is the one.
     """
     grids: dict[str, _Integers] = {}
-    constants = {tensor.name for tensor in optimised.graph.initializer}
+    constants = {tensor.name: tensor for tensor in optimised.graph.initializer}
+
+    def axis_of(node: Any, scale: str) -> int | None:
+        per_tensor = scale not in constants or not constants[scale].dims
+        return None if per_tensor else next((a.i for a in node.attribute if a.name == "axis"), 1)
+
     for node in optimised.graph.node:
         first = _RESULT_GRIDS.get(node.op_type)
         if first is not None and len(node.input) >= first + 2:
-            axes = [a.i for a in node.attribute if a.name == "axis"]
-            axis = axes[0] if axes and node.op_type == "QuantizeLinear" else None
+            name = node.output[0]
             scale, zero_point = node.input[first : first + 2]
-            grids[node.output[0]] = _Integers(node.output[0], scale, zero_point, axis)
+            axis = axis_of(node, scale) if node.op_type == "QuantizeLinear" else None
+            grids[name] = _Integers(name, scale, zero_point, axis)
         elif node.op_type in _CARRIERS and node.input[0] in grids:
             source = grids[node.input[0]]
             if source.axis is None:
@@ -180,22 +185,28 @@ def _candidates(
             and node.input[0] in constants
             and len(node.input) == 3
         ):
-            axes = [a.i for a in node.attribute if a.name == "axis"]
             name, scale, zero_point = node.input
-            grids[name] = _Integers(name, scale, zero_point, axes[0] if axes else None)
+            grids[name] = _Integers(name, scale, zero_point, axis_of(node, scale))
+    readers = {
+        node.output[0]: node.input[0]
+        for node in optimised.graph.node
+        if node.op_type == "DequantizeLinear"
+    }
     by_scale: dict[str, list[_Integers]] = {}
     for place in grids.values():
         by_scale.setdefault(place.scale, []).append(place)
     found = {}
     for calls in tensors.values():
-        places = by_scale.get(calls[0].scale, [])
+        others = by_scale.get(calls[0].scale, [])
         for i, one in enumerate(calls):
+            names = (one.quantized, readers.get(one.dequantized, ""))
+            places = [grids[name] for name in names if name in grids]
             if len(calls) == 1:
-                found[one.dequantized] = places
-            elif one.quantized in grids:
-                found[one.dequantized] = [grids[one.quantized]]
-            elif len(places) == len(calls):
-                found[one.dequantized] = [places[i]]
+                # QuantizeLinear moves up and DequantizeLinear down across carriers.
+                places += others[::-1] if one.source in moved else others
+            elif len(others) == len(calls):
+                places.append(others[i])
+            found[one.dequantized] = places
     return found
 
 
