@@ -2,7 +2,7 @@
 # Brings a checkout to the point where one target of the Makefile can run: system packages, .venv,
 # PyTorch, Python packages, native build. What is done already is not done again, and what another
 # target has brought stays.
-#   tools/setup.sh build | example | bench | docs | lint | test | trained | zoo
+#   tools/setup.sh build | example | bench | docs | lint | test | trained | engines | zoo
 # Variables (see the Makefile): TORCH CUDA CUDA_ARCH PYTHON DATA JOBS. CMAKE_ARGS goes to the configuration.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -126,6 +126,7 @@ install_packages() {
     lint) extras+=(lint) ;;
     test) extras+=(test docs) ;; # one test builds the guide
     trained) extras+=(trained) ;;
+    engines) extras+=(trained export pt2e engines) ;;
     zoo) extras+=(test) ;;
     esac
     [[ $mode != example || $still_missing != *dataset-fashion-mnist* ]] || extras+=(digits)
@@ -196,9 +197,9 @@ python=${PYTHON:-python3}
 jobs=${JOBS:-$(nproc)}
 mode=${1-}
 case $mode in
-build | example | bench | docs | lint | test | trained | zoo) ;;
+build | example | bench | docs | lint | test | trained | engines | zoo) ;;
 *)
-    die "expected setup.sh's mode to be build, example, bench, docs, lint, test, trained or zoo," \
+    die "expected setup.sh's mode to be build, example, bench, docs, lint, test, trained, engines or zoo," \
         "got \"$mode\""
     ;;
 esac

@@ -43,6 +43,7 @@ INSIDE: dict[str, set[str]] = {
     },
     "prepare.batch_norms": {"prepare.insertion", "prepare.module_classes"},
     "export.common": set(),
+    "export.engines": {"export.common", "export.integer_layers"},
     "export.tensorrt": {"export.common", "export.onnx_qdq"},
     "analysis.report": {"analysis.rule_choices", "analysis.svg"},
 }

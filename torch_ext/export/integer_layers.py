@@ -191,9 +191,8 @@ class _Graph:
         """Why onnxruntime's optimiser left a layer in float."""
         if node.op_type not in _FUSABLE:
             return Problem(f"onnxruntime has no integer kernel for {node.op_type}", _ENGINE)
-        for i, name in enumerate(node.input[:2]):
-            if problem := self._input_problem(name, "input" if i == 0 else "second input"):
-                return problem
+        if problem := self.operand_problem(node):
+            return problem
         if node.op_type.endswith("Conv"):
             if problem := self._output_problem(node):
                 return problem
@@ -205,6 +204,13 @@ class _Graph:
         return Problem(
             f"none of onnxruntime's kernels takes its grids: {self._grids(node)}", _GRIDS
         )
+
+    def operand_problem(self, node: Any) -> Problem | None:
+        """What keeps a layer's operands from being integers of 8 bits."""
+        for i, name in enumerate(node.input[:2]):
+            if problem := self._input_problem(name, "input" if i == 0 else "second input"):
+                return problem
+        return None
 
     def dequantizer(self, name: str) -> Any:
         """The DequantizeLinear that a tensor is the result of; None if it is of another."""
@@ -327,3 +333,22 @@ def _activation(node: Any) -> str:
 
 def _title(node: Any) -> str:
     return f"{node.op_type} {node.name or node.output[0]}"
+
+
+def file_layers(packages: Any, proto: Any) -> dict[str, tuple[str, Problem | None]]:
+    """The layers of a ModelProto that was not optimised.
+
+    Returns:
+        By the node's name, in order: the module whose weight it reads, or the node's name; and what
+        keeps its operands from being integers.
+    """
+    graph = _Graph(packages, proto)
+    owners = dict(_weights(graph))
+    return {
+        node.name: (
+            owners.get(node.name, node.name),
+            graph.operand_problem(node) if node.op_type in _FLOAT else None,
+        )
+        for node in graph.nodes
+        if node.op_type in _FLOAT + _INTEGER
+    }
