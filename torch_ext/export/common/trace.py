@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,25 +30,31 @@ class TracedInput:
     rank: int = 0
 
 
-@contextmanager
-def symbols(quantizers: Mapping[str, FakeQuantize]) -> Iterator[dict[str, TracedInput]]:
-    """Context manager in which each quantizer traces as one node of the ONNX operator `SYMBOL`.
+def onnx_symbol(name: str, x: Tensor) -> Tensor:
+    """Traces as one node of the ONNX operator `SYMBOL`, whose only attribute is the name."""
+    return torch.onnx.ops.symbolic(
+        "::".join(SYMBOL), (x,), {"quantizer": name}, dtype=x.dtype, shape=x.shape, version=1
+    )
 
-    The node's only attribute is the quantizer's name. Yields by name what each was traced with,
-    filled in by the tracing.
+
+@contextmanager
+def symbols(
+    quantizers: Mapping[str, FakeQuantize], symbol: Callable[[str, Tensor], Tensor] = onnx_symbol
+) -> Iterator[dict[str, TracedInput]]:
+    """Context manager in which each quantizer traces as what `symbol` makes of its name and input.
+
+    Yields by name what each was traced with, filled in by the tracing.
     """
     seen = {name: TracedInput() for name in quantizers}
 
-    def symbol(name: str, x: Tensor) -> Tensor:
+    def noted(name: str, x: Tensor) -> Tensor:
         seen[name].dtypes.add(x.dtype)
         seen[name].rank = x.dim()
-        return torch.onnx.ops.symbolic(
-            "::".join(SYMBOL), (x,), {"quantizer": name}, dtype=x.dtype, shape=x.shape, version=1
-        )
+        return symbol(name, x)
 
     with ExitStack() as stack:
         for name, quantizer in quantizers.items():
-            stack.enter_context(quantizer.replaced(functools.partial(symbol, name)))
+            stack.enter_context(quantizer.replaced(functools.partial(noted, name)))
         yield seen
 
 

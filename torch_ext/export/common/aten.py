@@ -1,0 +1,43 @@
+"""ATen's names of the operations in an exported program."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from torch_ext.utils.operations import KEEP_VALUES
+
+# ATen's own names of operations in KEEP_VALUES: torch.export records getitem of a tensor as slice,
+# index or select, dropout2d as feature_dropout, x.T as numpy_T, nearest interpolation by its kind.
+_ATEN_NAMES = (
+    "alias", "feature_dropout", "index", "mT", "numpy_T", "slice", "split_with_sizes",
+    "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",
+)  # fmt: skip
+_MOVES_VALUES = frozenset((*KEEP_VALUES, *_ATEN_NAMES))
+
+
+def operation(node: object) -> str:
+    """``conv2d`` for aten::conv2d in any overload or in place; empty for other operators."""
+    if not isinstance(node, fx.Node):
+        return ""
+    if node.target is operator.getitem:  # an entry of what chunk or split returns
+        return "getitem"
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return ""
+    namespace, _, name = node.target._schema.name.partition("::")
+    return name.removesuffix("_") if namespace == "aten" else ""
+
+
+def moves_values(node: object) -> bool:
+    """Whether values of the node's first argument that are on a grid are on it afterwards."""
+    return operation(node) in _MOVES_VALUES and not _pads_with_a_number(node)
+
+
+def _pads_with_a_number(node: object) -> bool:
+    """Whether a node is ``pad`` with a constant other than 0, which may not be on the grid."""
+    if not isinstance(node, fx.Node) or operation(node) != "pad":
+        return False
+    value = node.args[3] if len(node.args) > 3 else node.kwargs.get("value")
+    return value not in (None, 0)

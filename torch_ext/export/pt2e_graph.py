@@ -1,0 +1,304 @@
+"""Replaces the quantizers of an exported program by quantize and dequantize nodes of PT2E."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
+
+from torch_ext.export.common.aten import moves_values, operation
+from torch_ext.export.common.entries import Entry
+from torch_ext.export.pt2e_engines import Engine, float_reason
+from torch_ext.quantizers.fake_quantize import FakeQuantize
+from torch_ext.quantizers.find import AnyWeightSource
+
+_LIBRARY = torch.library.Library("torch_ext_export", "DEF")
+_LIBRARY.define("quantizer(Tensor x, str name) -> Tensor")
+_LIBRARY.impl("quantizer", lambda x, name: torch.empty_like(x), "CompositeExplicitAutograd")
+
+
+def symbol(name: str, x: Tensor) -> Tensor:
+    """Traces as one node for a call of a quantizer, which has its name."""
+    made: Tensor = torch.ops.torch_ext_export.quantizer(x, name)
+    return made
+
+
+def decomposed() -> Any:
+    """The operators ``quantized_decomposed``, which torch defines in a module of its own."""
+    importlib.import_module("torch.ao.quantization.fx._decomposed")
+    return torch.ops.quantized_decomposed
+
+
+class QuantizedProgram:
+    """Rewrites one program in place; call `place`, `float_layers` and `finish`, in that order.
+
+    `chosen` has the quantizers by name, `sources` what weight quantizers read.
+    """
+
+    def __init__(
+        self,
+        program: ExportedProgram,
+        chosen: Mapping[str, Entry],
+        sources: Mapping[FakeQuantize, AnyWeightSource],
+        engine: Engine,
+    ) -> None:
+        self.program = program
+        self.graph = program.graph
+        self.chosen = chosen
+        self.sources = sources
+        self.engine = engine
+        self.ops = decomposed()
+        self.quantizers: dict[fx.Node, Entry] = {}
+        self.weights: dict[fx.Node, Entry] = {}
+        for node in self.graph.nodes:
+            if node.target is torch.ops.torch_ext_export.quantizer.default:
+                entry = chosen[node.args[1]]
+                is_weight = entry.quantizer in sources
+                (self.weights if is_weight else self.quantizers)[node] = entry
+        self.in_float: dict[tuple[fx.Node, fx.Node], str] = {}  # weight and reader -> why
+        self.stored: dict[str, tuple[fx.Node, Tensor]] = {}  # new buffers: placeholder and value
+        values = [node.meta["val"] for node in self.graph.nodes if "val" in node.meta]
+        self.fake_mode = torch._guards.detect_fake_mode(values)
+
+    def place(self) -> None:
+        """Quantizes before and behind operations that only move values, so that these are in
+        integers too, and what reads them reads quantized values directly."""
+        for node in list(self.graph.nodes):
+            if moves_values(node) and self._is_float(node.args[0]):
+                before = node.args[0]
+                if before not in self.quantizers and (entry := self._read_as(node)):
+                    node.replace_input_with(before, self._add(entry, before, node))
+        for node in list(self.graph.nodes):
+            if moves_values(node) and self._is_float(node) and (entry := self._on_grid(node)):
+                readers = list(node.users)
+                if all(reader.op == "output" or self._same(reader, entry) for reader in readers):
+                    continue
+                made = self._add(entry, node, node.next)
+                for reader in readers:
+                    reader.replace_input_with(node, made)
+        self._merge()
+
+    def _is_float(self, node: object) -> bool:
+        value = node.meta.get("val") if isinstance(node, fx.Node) else None
+        return isinstance(value, Tensor) and value.dtype == torch.float32
+
+    def _same(self, node: fx.Node, entry: Entry) -> bool:
+        """Whether a node quantizes on the entry's grid."""
+        other = self.quantizers.get(node)
+        return other is not None and _grid(other) == _grid(entry)
+
+    def _read_as(self, node: fx.Node) -> Entry | None:
+        """The grid on which everything that reads a node quantizes it; None if there is none."""
+        entries = [
+            self.quantizers.get(reader) or (self._read_as(reader) if moves_values(reader) else None)
+            for reader in node.users
+        ]
+        first = entries[0] if entries else None
+        if first is None or any(e is None or _grid(e) != _grid(first) for e in entries):
+            return None
+        return first
+
+    def _on_grid(self, node: fx.Node) -> Entry | None:
+        """The grid that a node's values are on, as those that it moves are."""
+        before = node.args[0]
+        while isinstance(before, fx.Node) and not self._is_float(before) and moves_values(before):
+            before = before.args[0]  # what chunk and split return is no tensor
+        return self.quantizers.get(before) if isinstance(before, fx.Node) else None
+
+    def _add(self, entry: Entry, x: fx.Node, before: fx.Node) -> fx.Node:
+        with self.graph.inserting_before(before):
+            node = self.graph.call_function(
+                torch.ops.torch_ext_export.quantizer.default, (x, entry.name)
+            )
+        node.meta = dict(x.meta)
+        self.quantizers[node] = entry
+        return node
+
+    def _merge(self) -> None:
+        """Keeps one of the quantizers of a value on a grid, unless what reads one writes to it."""
+        kept: dict[tuple[fx.Node, Any], fx.Node] = {}
+        for node in [node for node in self.graph.nodes if node in self.quantizers]:
+            entry, x = self.quantizers[node], node.args[0]
+            if self._same(x, entry):
+                earlier = x  # it is on that grid already
+            else:
+                earlier = kept.setdefault((x, _grid(entry)), node)
+            if earlier is not node and not _written(node) and not _written(earlier):
+                node.replace_all_uses_with(earlier)
+                self.graph.erase_node(node)
+                del self.quantizers[node]
+
+    def float_layers(self) -> dict[str, str]:
+        """Names of the modules with a quantized weight that the engine computes in float, with the
+        reason."""
+        found = {}
+        for weight, entry in self.weights.items():
+            for reader in weight.users:
+                if why := float_reason(reader, self.engine, self.quantizers, weight):
+                    self.in_float[weight, reader] = why
+                    found[self.sources[entry.quantizer].owner] = why
+        return found
+
+    def finish(self) -> ExportedProgram:
+        """The program with quantize and dequantize nodes, and integers in place of weights."""
+        for node, entry in self.weights.items():
+            for reader in list(node.users):
+                reader.replace_input_with(node, self._weight(node, entry, reader))
+            self.graph.erase_node(node)
+        for node, entry in self.quantizers.items():
+            self._activation(node, entry)
+        self.graph.eliminate_dead_code()
+        return self._program()
+
+    def _activation(self, node: fx.Node, entry: Entry) -> None:
+        """Quantizes once, and dequantizes for each reader, as engines match the two together."""
+        params = entry.params
+        grid = (float(entry.scale), int(entry.zero_point), params.quant_min, params.quant_max)
+        arguments = (*grid, self.engine.dtype)
+        with self.graph.inserting_before(node):
+            q = self._call(self.ops.quantize_per_tensor.default, (node.args[0], *arguments), node)
+        readers = [None] if _written(node) else list(node.users)
+        for reader in readers:
+            with self.graph.inserting_before(reader or node):
+                x = self._call(self.ops.dequantize_per_tensor.default, (q, *arguments), node)
+            if reader is None:
+                node.replace_all_uses_with(x)
+            else:
+                reader.replace_input_with(node, x)
+        self.graph.erase_node(node)
+
+    def _weight(self, node: fx.Node, entry: Entry, reader: fx.Node) -> fx.Node:
+        """What a reader of a weight's quantizer reads in its place."""
+        source, params = self.sources[entry.quantizer], entry.params
+        label = f"{source.owner}.{source.parameter}".strip(".")
+        if self.engine.quantized_output and (node, reader) in self.in_float:
+            # XNNPACK refuses a program with a dequantized weight that no layer of integers reads.
+            return self._store(f"{label}_dequantized", lambda: self._values(entry, source))
+        w = self._store(label, lambda: self._levels(entry, source))
+        kind, rank = operation(reader), node.meta["val"].dim()
+        axis = params.ch_axis
+        if axis < 0 and (node, reader) not in self.in_float:
+            axis = 1 if kind.startswith("conv_transpose") else 0  # they look for weights per channel
+        limits = (params.quant_min, params.quant_max, torch.int8)
+        if axis < 0:
+            call, arguments = self.ops.dequantize_per_tensor.default, (float(entry.scale), 0)
+        else:
+            channels = node.meta["val"].shape[axis]
+            device = source.read().device
+            scale = self._store(
+                f"{label}_scale", lambda: entry.scale.expand(channels).clone().to(device)
+            )
+            zero = self._store(
+                f"{label}_zero_point",
+                lambda: torch.zeros(channels, dtype=torch.int64, device=device),
+            )
+            call, arguments = self.ops.dequantize_per_channel.default, (scale, zero, axis % rank)
+        with self.graph.inserting_before(reader):
+            return self._call(call, (w, *arguments, *limits), node)
+
+    def _values(self, entry: Entry, source: AnyWeightSource) -> Tensor:
+        with torch.no_grad():
+            values: Tensor = entry.quantizer(source.read())
+        return values.detach().clone()
+
+    def _levels(self, entry: Entry, source: AnyWeightSource) -> Tensor:
+        """A weight's levels, from its fake-quantized values, level times scale."""
+        values = self._values(entry, source)
+        shape = [1] * values.dim()
+        if entry.params.ch_axis >= 0:
+            shape[entry.params.ch_axis] = -1
+        levels = (values.double() / entry.scale.double().to(values.device).view(shape)).round()
+        return levels.to(torch.int8)
+
+    def _store(self, name: str, make: Callable[[], Tensor]) -> fx.Node:
+        """The placeholder of a new buffer; `make` is called at the first request of the name."""
+        while name in self.program.state_dict:
+            name += "_quantized"
+        if name not in self.stored:
+            value = make()
+            first = next(node for node in self.graph.nodes if not self._is_parameter(node))
+            with self.graph.inserting_before(first):
+                node = self.graph.placeholder(f"b_{name.replace('.', '_')}")
+            node.meta["val"] = self.fake_mode.from_tensor(value, static_shapes=True)
+            self.stored[name] = node, value
+        return self.stored[name][0]
+
+    def _is_parameter(self, node: fx.Node) -> bool:
+        return node.name in self.program.graph_signature.inputs_to_parameters or any(
+            node is stored for stored, _ in self.stored.values()
+        )
+
+    def _call(self, target: Any, args: tuple[Any, ...], like: fx.Node) -> fx.Node:
+        node = self.graph.call_function(target, args)
+        node.meta = {key: value for key, value in like.meta.items() if key != "val"}
+        with self.fake_mode:
+            node.meta["val"] = target(*fx.map_arg(args, lambda arg: arg.meta["val"]))
+        return node
+
+    def _program(self) -> ExportedProgram:
+        """The program of the rewritten graph, without the parameters that nothing reads now."""
+        before, signature = self.program, self.program.graph_signature
+        specs = {spec.arg.name: spec for spec in signature.input_specs}
+        for name, (node, _) in self.stored.items():
+            specs[node.name] = InputSpec(
+                InputKind.BUFFER, TensorArgument(node.name), name, persistent=True
+            )
+        kept, state = [], {}
+        for node in [node for node in self.graph.nodes if node.op == "placeholder"]:
+            spec = specs[node.name]
+            is_state = spec.kind in (InputKind.PARAMETER, InputKind.BUFFER)
+            if is_state and not node.users:
+                self.graph.erase_node(node)
+                continue
+            kept.append(spec)
+            if is_state and spec.target in self.stored:
+                state[spec.target] = self.stored[spec.target][1]
+            elif is_state and spec.target in before.state_dict:
+                state[spec.target] = _copied(before.state_dict[spec.target])
+        outputs = [
+            dataclasses.replace(spec, arg=TensorArgument(value.name))
+            if isinstance(spec.arg, TensorArgument) and isinstance(value, fx.Node)
+            else spec
+            for spec, value in zip(
+                signature.output_specs, self.graph.output_node().args[0], strict=True
+            )
+        ]
+        return ExportedProgram(
+            root=before.graph_module,
+            graph=self.graph,
+            graph_signature=dataclasses.replace(
+                signature, input_specs=kept, output_specs=outputs
+            ),
+            state_dict=state,
+            range_constraints=before.range_constraints,
+            module_call_graph=before.module_call_graph,
+            example_inputs=before.example_inputs,
+            constants=before.constants,
+            verifiers=before.verifiers,
+        )
+
+
+def _grid(entry: Entry) -> tuple[float, int]:
+    """What tells the grids of activations apart, where all are of the engine's type."""
+    return float(entry.scale), int(entry.zero_point)
+
+
+def _written(node: fx.Node) -> bool:
+    """Whether something that reads a node writes to it."""
+    return any(
+        isinstance(reader.target, torch._ops.OpOverload) and reader.target._schema.is_mutable
+        for reader in node.users
+    )
+
+
+def _copied(value: Tensor) -> Tensor:
+    """A copy of a parameter or buffer, so that the program stays when the model changes."""
+    made = value.detach().clone()
+    is_parameter = isinstance(value, torch.nn.Parameter)
+    return torch.nn.Parameter(made, requires_grad=False) if is_parameter else made
