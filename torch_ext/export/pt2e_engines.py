@@ -94,7 +94,9 @@ def float_reason(
 
 def _groups(layer: fx.Node) -> int:
     args = layer.args
-    given = args[_TRANSPOSED_GROUPS] if len(args) > _TRANSPOSED_GROUPS else layer.kwargs.get("groups")
+    given = (
+        args[_TRANSPOSED_GROUPS] if len(args) > _TRANSPOSED_GROUPS else layer.kwargs.get("groups")
+    )
     return given if isinstance(given, int) else 1
 
 

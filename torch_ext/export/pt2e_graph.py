@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,13 +12,13 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
-from torch_ext.export.common.aten import moves_values, operation
+from torch_ext.export.common.aten import moved_by, operation
 from torch_ext.export.common.entries import Entry
 from torch_ext.export.pt2e_engines import Engine, float_reason
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import AnyWeightSource
 
-_LIBRARY = torch.library.Library("torch_ext_export", "DEF")
+_LIBRARY: Any = torch.library.Library("torch_ext_export", "DEF")  # type: ignore[no-untyped-call]
 _LIBRARY.define("quantizer(Tensor x, str name) -> Tensor")
 _LIBRARY.impl("quantizer", lambda x, name: torch.empty_like(x), "CompositeExplicitAutograd")
 
@@ -64,24 +64,26 @@ class QuantizedProgram:
         self.in_float: dict[tuple[fx.Node, fx.Node], str] = {}  # weight and reader -> why
         self.stored: dict[str, tuple[fx.Node, Tensor]] = {}  # new buffers: placeholder and value
         values = [node.meta["val"] for node in self.graph.nodes if "val" in node.meta]
-        self.fake_mode = torch._guards.detect_fake_mode(values)
+        self.fake_mode: Any = torch._guards.detect_fake_mode(values)
 
     def place(self) -> None:
         """Quantizes before and behind operations that only move values, so that these are in
         integers too, and what reads them reads quantized values directly."""
         for node in list(self.graph.nodes):
-            if moves_values(node) and self._is_float(node.args[0]):
-                before = node.args[0]
-                if before not in self.quantizers and (entry := self._read_as(node)):
+            for before in moved_by(node):
+                if before in self.quantizers or not self._is_float(before):
+                    continue
+                if entry := self._read_as(node):
                     node.replace_input_with(before, self._add(entry, before, node))
         for node in list(self.graph.nodes):
-            if moves_values(node) and self._is_float(node) and (entry := self._on_grid(node)):
-                readers = list(node.users)
-                if all(reader.op == "output" or self._same(reader, entry) for reader in readers):
-                    continue
-                made = self._add(entry, node, node.next)
-                for reader in readers:
-                    reader.replace_input_with(node, made)
+            if not self._is_float(node) or (entry := self._on_grid(node)) is None:
+                continue
+            readers = list(node.users)
+            if all(reader.op == "output" or self._same(reader, entry) for reader in readers):
+                continue
+            made = self._add(entry, node, node.next)
+            for reader in readers:
+                reader.replace_input_with(node, made)
         self._merge()
 
     def _is_float(self, node: object) -> bool:
@@ -95,25 +97,23 @@ class QuantizedProgram:
 
     def _read_as(self, node: fx.Node) -> Entry | None:
         """The grid on which everything that reads a node quantizes it; None if there is none."""
-        entries = [
-            self.quantizers.get(reader) or (self._read_as(reader) if moves_values(reader) else None)
+        return _common(
+            self.quantizers.get(reader) or (self._read_as(reader) if moved_by(reader) else None)
             for reader in node.users
-        ]
-        first = entries[0] if entries else None
-        if first is None or any(e is None or _grid(e) != _grid(first) for e in entries):
-            return None
-        return first
+        )
 
     def _on_grid(self, node: fx.Node) -> Entry | None:
-        """The grid that a node's values are on, as those that it moves are."""
-        before = node.args[0]
-        while isinstance(before, fx.Node) and not self._is_float(before) and moves_values(before):
-            before = before.args[0]  # what chunk and split return is no tensor
-        return self.quantizers.get(before) if isinstance(before, fx.Node) else None
+        """The grid that all values of a node are on, as those that it moves are."""
+        return _common(
+            # What chunk and split return is no tensor; what is moved out of it is.
+            self.quantizers.get(before)
+            or (None if self._is_float(before) else self._on_grid(before))
+            for before in moved_by(node)
+        )
 
     def _add(self, entry: Entry, x: fx.Node, before: fx.Node) -> fx.Node:
         with self.graph.inserting_before(before):
-            node = self.graph.call_function(
+            node: fx.Node = self.graph.call_function(
                 torch.ops.torch_ext_export.quantizer.default, (x, entry.name)
             )
         node.meta = dict(x.meta)
@@ -125,10 +125,8 @@ class QuantizedProgram:
         kept: dict[tuple[fx.Node, Any], fx.Node] = {}
         for node in [node for node in self.graph.nodes if node in self.quantizers]:
             entry, x = self.quantizers[node], node.args[0]
-            if self._same(x, entry):
-                earlier = x  # it is on that grid already
-            else:
-                earlier = kept.setdefault((x, _grid(entry)), node)
+            # What quantizes a value that is on that grid already gives the same value.
+            earlier = x if self._same(x, entry) else kept.setdefault((x, _grid(entry)), node)
             if earlier is not node and not _written(node) and not _written(earlier):
                 node.replace_all_uses_with(earlier)
                 self.graph.erase_node(node)
@@ -184,7 +182,10 @@ class QuantizedProgram:
         kind, rank = operation(reader), node.meta["val"].dim()
         axis = params.ch_axis
         if axis < 0 and (node, reader) not in self.in_float:
-            axis = 1 if kind.startswith("conv_transpose") else 0  # they look for weights per channel
+            axis = (
+                1 if kind.startswith("conv_transpose") else 0
+            )  # they look for weights per channel
+        arguments: tuple[Any, ...]
         limits = (params.quant_min, params.quant_max, torch.int8)
         if axis < 0:
             call, arguments = self.ops.dequantize_per_tensor.default, (float(entry.scale), 0)
@@ -235,7 +236,7 @@ class QuantizedProgram:
         )
 
     def _call(self, target: Any, args: tuple[Any, ...], like: fx.Node) -> fx.Node:
-        node = self.graph.call_function(target, args)
+        node: fx.Node = self.graph.call_function(target, args)
         node.meta = {key: value for key, value in like.meta.items() if key != "val"}
         with self.fake_mode:
             node.meta["val"] = target(*fx.map_arg(args, lambda arg: arg.meta["val"]))
@@ -272,9 +273,7 @@ class QuantizedProgram:
         return ExportedProgram(
             root=before.graph_module,
             graph=self.graph,
-            graph_signature=dataclasses.replace(
-                signature, input_specs=kept, output_specs=outputs
-            ),
+            graph_signature=dataclasses.replace(signature, input_specs=kept, output_specs=outputs),
             state_dict=state,
             range_constraints=before.range_constraints,
             module_call_graph=before.module_call_graph,
@@ -282,6 +281,14 @@ class QuantizedProgram:
             constants=before.constants,
             verifiers=before.verifiers,
         )
+
+
+def _common(entries: Iterable[Entry | None]) -> Entry | None:
+    """The first entry if all have its grid; None otherwise."""
+    found = list(entries)
+    first = found[0] if found else None
+    same = first and all(entry is not None and _grid(entry) == _grid(first) for entry in found)
+    return first if same else None
 
 
 def _grid(entry: Entry) -> tuple[float, int]:

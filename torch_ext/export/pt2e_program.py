@@ -80,9 +80,7 @@ def pt2e(
     rewriter.place()
     if in_float := rewriter.float_layers():
         layers = ", ".join(f"{label_of(name)} ({why})" for name, why in in_float.items())
-        warn_user(
-            f"{who}: {engine.name} computes these in float: {layers}", QuantizationWarning
-        )
+        warn_user(f"{who}: {engine.name} computes these in float: {layers}", QuantizationWarning)
     return rewriter.finish()
 
 

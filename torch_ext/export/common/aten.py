@@ -16,6 +16,7 @@ _ATEN_NAMES = (
     "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",
 )  # fmt: skip
 _MOVES_VALUES = frozenset((*KEEP_VALUES, *_ATEN_NAMES))
+_JOINS = ("cat", "concat", "concatenate", "stack", "hstack", "vstack")
 
 
 def operation(node: object) -> str:
@@ -33,6 +34,16 @@ def operation(node: object) -> str:
 def moves_values(node: object) -> bool:
     """Whether values of the node's first argument that are on a grid are on it afterwards."""
     return operation(node) in _MOVES_VALUES and not _pads_with_a_number(node)
+
+
+def moved_by(node: object) -> list[fx.Node]:
+    """The nodes whose values, and no others, are those of a node; empty if it computes new ones."""
+    if not isinstance(node, fx.Node):
+        return []
+    if operation(node) in _JOINS:
+        joined = node.args[0]
+        return list(joined) if isinstance(joined, (list, tuple)) else []  # type: ignore[arg-type]
+    return [node.args[0]] if moves_values(node) and isinstance(node.args[0], fx.Node) else []
 
 
 def _pads_with_a_number(node: object) -> bool:
