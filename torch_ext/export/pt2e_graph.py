@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
-from torch_ext.export.common.aten import moved_by, operation
+from torch_ext.export.common.aten import drop_copies, moved_by, operation
 from torch_ext.export.common.entries import Entry
 from torch_ext.export.pt2e_engines import Engine, float_reason
 from torch_ext.quantizers.fake_quantize import FakeQuantize
@@ -69,6 +69,7 @@ class QuantizedProgram:
     def place(self) -> None:
         """Quantizes before and behind operations that only move values, so that these are in
         integers too, and what reads them reads quantized values directly."""
+        drop_copies(self.graph)
         for node in list(self.graph.nodes):
             for before in moved_by(node):
                 if before in self.quantizers or not self._is_float(before):
