@@ -14,6 +14,7 @@ from torch_ext.quantizers.grid import dtype_name
 
 Backend = Literal["x86", "xnnpack"]
 BACKENDS = get_args(Backend)
+OUTPUT_IN_FLOAT = "its output is not quantized"  # a reason of `float_reason`
 
 #: ATen's names of the layers that have a weight.
 LAYERS = (
@@ -88,7 +89,7 @@ def float_reason(
     if not isinstance(layer.args[0], fx.Node) or layer.args[0] not in quantizers:
         return "its input is not quantized"
     if engine.quantized_output and not _output_quantized(layer, quantizers):
-        return "its output is not quantized"
+        return OUTPUT_IN_FLOAT
     return ""
 
 

@@ -11,7 +11,14 @@ from torch.export import ExportedProgram
 
 from torch_ext.export.common.entries import TO_FLOAT, Entry, entries, refuse
 from torch_ext.export.common.trace import TracedInput, symbols, trace
-from torch_ext.export.pt2e_engines import BACKENDS, ENGINES, Backend, grid_problem
+from torch_ext.export.pt2e_engines import (
+    BACKENDS,
+    ENGINES,
+    OUTPUT_IN_FLOAT,
+    Backend,
+    Engine,
+    grid_problem,
+)
 from torch_ext.export.pt2e_graph import QuantizedProgram, symbol
 from torch_ext.quantizers.find import PreparedModel
 from torch_ext.quantizers.transition import QuantizationWarning
@@ -79,9 +86,17 @@ def pt2e(
     rewriter = QuantizedProgram(program, chosen, prepared.weights, engine)
     rewriter.place()
     if in_float := rewriter.float_layers():
-        layers = ", ".join(f"{label_of(name)} ({why})" for name, why in in_float.items())
-        warn_user(f"{who}: {engine.name} computes these in float: {layers}", QuantizationWarning)
+        _warn(who, engine, in_float)
     return rewriter.finish()
+
+
+def _warn(who: str, engine: Engine, in_float: Mapping[str, str]) -> None:
+    layers = ", ".join(f"{label_of(name)} ({why})" for name, why in in_float.items())
+    advice = "prepare_qat(output_qconfig=...), or a QuantStub behind the layer, quantizes an output"
+    advice = f"; {advice}" if OUTPUT_IN_FLOAT in in_float.values() else ""
+    warn_user(
+        f"{who}: {engine.name} computes these in float: {layers}{advice}", QuantizationWarning
+    )
 
 
 def _untraced(chosen: Mapping[str, Entry], seen: Mapping[str, TracedInput]) -> dict[str, str]:
