@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -18,15 +20,25 @@ from torch_ext.export.pt2e_engines import Engine, float_reason
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import AnyWeightSource
 
-_LIBRARY: Any = torch.library.Library("torch_ext_export", "DEF")  # type: ignore[no-untyped-call]
+_LIBRARY: Any = torch.library.Library("torch_ext_pt2e", "DEF")  # type: ignore[no-untyped-call]
 _LIBRARY.define("quantizer(Tensor x, str name) -> Tensor")
 _LIBRARY.impl("quantizer", lambda x, name: torch.empty_like(x), "CompositeExplicitAutograd")
+_QUANTIZER = torch.ops.torch_ext_pt2e.quantizer.default
 
 
-def symbol(name: str, x: Tensor) -> Tensor:
-    """Traces as one node for a call of a quantizer, which has its name."""
-    made: Tensor = torch.ops.torch_ext_export.quantizer(x, name)
-    return made
+@contextmanager
+def symbols(quantizers: Mapping[str, FakeQuantize]) -> Iterator[None]:
+    """Context manager in which each call of a quantizer traces as one node that has its name."""
+    with ExitStack() as stack:
+        for name, quantizer in quantizers.items():
+            stack.enter_context(quantizer.replaced(functools.partial(_QUANTIZER, name=name)))
+        yield
+
+
+def calls(graph: fx.Graph) -> list[tuple[str, fx.Node]]:
+    """The nodes of quantizers in a graph, with their names."""
+    nodes = [node for node in graph.nodes if node.target is _QUANTIZER]
+    return [(node.kwargs.get("name") or node.args[1], node) for node in nodes]
 
 
 def decomposed() -> Any:
@@ -56,11 +68,9 @@ class QuantizedProgram:
         self.ops = decomposed()
         self.quantizers: dict[fx.Node, Entry] = {}
         self.weights: dict[fx.Node, Entry] = {}
-        for node in self.graph.nodes:
-            if node.target is torch.ops.torch_ext_export.quantizer.default:
-                entry = chosen[node.args[1]]
-                is_weight = entry.quantizer in sources
-                (self.weights if is_weight else self.quantizers)[node] = entry
+        for name, node in calls(self.graph):
+            entry = chosen[name]
+            (self.weights if entry.quantizer in sources else self.quantizers)[node] = entry
         self.in_float: dict[tuple[fx.Node, fx.Node], str] = {}  # weight and reader -> why
         self.stored: dict[str, tuple[fx.Node, Tensor]] = {}  # new buffers: placeholder and value
         values = [node.meta["val"] for node in self.graph.nodes if "val" in node.meta]
@@ -114,9 +124,7 @@ class QuantizedProgram:
 
     def _add(self, entry: Entry, x: fx.Node, before: fx.Node) -> fx.Node:
         with self.graph.inserting_before(before):
-            node: fx.Node = self.graph.call_function(
-                torch.ops.torch_ext_export.quantizer.default, (x, entry.name)
-            )
+            node: fx.Node = self.graph.call_function(_QUANTIZER, (x, entry.name))
         node.meta = dict(x.meta)
         self.quantizers[node] = entry
         return node

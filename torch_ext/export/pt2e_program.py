@@ -10,7 +10,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from torch_ext.export.common.entries import TO_FLOAT, Entry, entries, refuse
-from torch_ext.export.common.trace import TracedInput, symbols, trace
+from torch_ext.export.common.trace import trace
 from torch_ext.export.pt2e_engines import (
     BACKENDS,
     ENGINES,
@@ -19,7 +19,7 @@ from torch_ext.export.pt2e_engines import (
     Engine,
     grid_problem,
 )
-from torch_ext.export.pt2e_graph import QuantizedProgram, symbol
+from torch_ext.export.pt2e_graph import QuantizedProgram, calls, symbols
 from torch_ext.quantizers.find import PreparedModel
 from torch_ext.quantizers.transition import QuantizationWarning
 from torch_ext.utils.arguments import bounded, parse_flag
@@ -79,10 +79,10 @@ def pt2e(
         and not bool(source.read().isfinite().all())
     }
     refuse(who, not_finite, "weights have to be finite")
-    with symbols({name: entry.quantizer for name, entry in chosen.items()}, symbol) as seen:
-        program = trace(who, model, example_inputs, dynamic_batch)
-    refuse(who, _untraced(chosen, seen), "torch.export has to trace every quantizer in float32")
-    refuse(who, _inside_others(program, chosen), "only the outermost graph is rewritten")
+    with symbols({name: entry.quantizer for name, entry in chosen.items()}):
+        program = trace(who, model, example_inputs, dynamic_batch, keywords=True)
+    refuse(who, _inside_others(program), "only the outermost graph is rewritten")
+    refuse(who, _untraced(program, chosen), "torch.export has to trace every quantizer in float32")
     rewriter = QuantizedProgram(program, chosen, prepared.weights, engine)
     rewriter.place()
     if in_float := rewriter.float_layers():
@@ -99,24 +99,23 @@ def _warn(who: str, engine: Engine, in_float: Mapping[str, str]) -> None:
     )
 
 
-def _untraced(chosen: Mapping[str, Entry], seen: Mapping[str, TracedInput]) -> dict[str, str]:
+def _untraced(program: ExportedProgram, chosen: Mapping[str, Entry]) -> dict[str, str]:
     """Quantizers of other types than float32, and those that were not traced."""
-    problems = {}
-    for name in chosen:
-        if others := seen[name].dtypes - {torch.float32}:
-            kind = str(others.pop()).removeprefix("torch.")
-            problems[name] = f"it quantizes {kind}; model.float() makes it float32"
-        elif not seen[name].dtypes:
-            problems[name] = "the forward does not call it with these example_inputs"
-    return problems
+    problems = dict.fromkeys(chosen, "the forward does not call it with these example_inputs")
+    others = {}
+    for name, node in calls(program.graph):
+        problems.pop(name, None)
+        if (dtype := node.meta["val"].dtype) != torch.float32:
+            kind = str(dtype).removeprefix("torch.")
+            others[name] = f"it quantizes {kind}; model.float() makes it float32"
+    return others | problems
 
 
-def _inside_others(program: ExportedProgram, chosen: Mapping[str, Entry]) -> dict[str, str]:
+def _inside_others(program: ExportedProgram) -> dict[str, str]:
     """Quantizers in the graphs of branches and loops."""
     return {
-        str(node.args[1]): "it is called inside torch.cond, autocast or the like"
+        called: "it is called inside torch.cond, autocast or the like"
         for name, module in program.graph_module.named_modules()
         if name and isinstance(module, fx.GraphModule)
-        for node in module.graph.nodes
-        if node.target is torch.ops.torch_ext_export.quantizer.default
+        for called, _ in calls(module.graph)
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,38 +30,39 @@ class TracedInput:
     rank: int = 0
 
 
-def onnx_symbol(name: str, x: Tensor) -> Tensor:
-    """Traces as one node of the ONNX operator `SYMBOL`, whose only attribute is the name."""
-    return torch.onnx.ops.symbolic(
-        "::".join(SYMBOL), (x,), {"quantizer": name}, dtype=x.dtype, shape=x.shape, version=1
-    )
-
-
 @contextmanager
-def symbols(
-    quantizers: Mapping[str, FakeQuantize], symbol: Callable[[str, Tensor], Tensor] = onnx_symbol
-) -> Iterator[dict[str, TracedInput]]:
-    """Context manager in which each quantizer traces as what `symbol` makes of its name and input.
+def symbols(quantizers: Mapping[str, FakeQuantize]) -> Iterator[dict[str, TracedInput]]:
+    """Context manager in which each quantizer traces as one node of the ONNX operator `SYMBOL`.
 
-    Yields by name what each was traced with, filled in by the tracing.
+    The node's only attribute is the quantizer's name. Yields by name what each was traced with,
+    filled in by the tracing.
     """
     seen = {name: TracedInput() for name in quantizers}
 
-    def noted(name: str, x: Tensor) -> Tensor:
+    def symbol(name: str, x: Tensor) -> Tensor:
         seen[name].dtypes.add(x.dtype)
         seen[name].rank = x.dim()
-        return symbol(name, x)
+        return torch.onnx.ops.symbolic(
+            "::".join(SYMBOL), (x,), {"quantizer": name}, dtype=x.dtype, shape=x.shape, version=1
+        )
 
     with ExitStack() as stack:
         for name, quantizer in quantizers.items():
-            stack.enter_context(quantizer.replaced(functools.partial(noted, name)))
+            stack.enter_context(quantizer.replaced(functools.partial(symbol, name)))
         yield seen
 
 
-def trace(who: str, model: nn.Module, example_inputs: Any, dynamic_batch: bool) -> ExportedProgram:
+def trace(
+    who: str,
+    model: nn.Module,
+    example_inputs: Any,
+    dynamic_batch: bool,
+    keywords: bool = False,
+) -> ExportedProgram:
     """Traces the forward by torch.export in eval mode, without gradients.
 
     The model stays as it was. With `dynamic_batch` the size of the inputs' first axis is left open.
+    With `keywords` the program takes what a mapping has as keyword arguments.
     Raises ValueError with torch.export's reason if it cannot trace the model.
     """
     root = unwrap(model)
@@ -69,9 +70,12 @@ def trace(who: str, model: nn.Module, example_inputs: Any, dynamic_batch: bool) 
     shapes = _dynamic_shapes(who, given) if dynamic_batch else None
     bound = inspect.signature(root.forward).bind_partial()
     bound.arguments.update(given)
+    args, kwargs = bound.args, bound.kwargs
+    if keywords and isinstance(example_inputs, Mapping):
+        args, kwargs = (), dict(example_inputs)
     try:
         with eval_mode(root), torch.no_grad():
-            return torch.export.export(root, bound.args, bound.kwargs, dynamic_shapes=shapes)
+            return torch.export.export(root, args, kwargs, dynamic_shapes=shapes)
     except Exception as error:  # torch.export runs the user's forward, which may raise anything
         advice = "; dynamic_batch=False keeps the example's batch" if dynamic_batch else ""
         raise ValueError(
