@@ -21,6 +21,7 @@ from pt2e_programs import (
     config,
     images,
     name_of,
+    read_by,
     ready,
     residual,
     run,
@@ -125,7 +126,8 @@ def test_layers_and_operations_that_move_values_stand_between_pairs(backend: str
         if kind not in ("conv2d", "linear", "max_pool2d", "flatten", "add"):
             continue
         found.append(kind)
-        assert name_of(node.args[0]) == "dequantize_per_tensor", node
+        read = read_by(node)
+        assert name_of(read) == "dequantize_per_tensor", node
         if kind in ("conv2d", "linear"):
             assert name_of(node.args[1]) == "dequantize_per_channel"
         (reader,) = node.users
@@ -133,7 +135,7 @@ def test_layers_and_operations_that_move_values_stand_between_pairs(backend: str
             (reader,) = reader.users
         assert name_of(reader) == "quantize_per_tensor", node
         if kind in ("max_pool2d", "flatten"):
-            assert reader.args[1:] == node.args[0].args[1:]
+            assert reader.args[1:] == read.args[1:]
     assert sorted(found) == ["add", "conv2d", "conv2d", "conv2d", "flatten", "linear", "linear",
                              "max_pool2d", "max_pool2d"]  # fmt: skip
 
@@ -169,7 +171,7 @@ def test_chains_and_parts_of_values(backend: str) -> None:
     for kind in ("chunk", "pad", "permute", "reshape", "transpose"):
         assert calls(program, kind)
         for node in calls(program, kind):
-            assert name_of(node.args[0]) == "dequantize_per_tensor"
+            assert name_of(read_by(node)) == "dequantize_per_tensor"
 
 
 def test_values_off_the_grid_get_no_pair() -> None:

@@ -105,3 +105,9 @@ def run(program: ExportedProgram, *inputs: Tensor) -> Tensor:
 def steps_apart(left: Tensor, right: Tensor, scale: Tensor) -> Tensor:
     """By how many steps of a scale two results differ, in float64."""
     return ((left.double() - right.double()) / scale.double()).abs()
+
+
+def read_by(node: fx.Node) -> Any:
+    """What a node reads first, before the copy that Inductor's memory format may need."""
+    read = node.args[0]
+    return read.args[0] if name_of(read) == "clone" else read

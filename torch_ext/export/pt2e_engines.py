@@ -37,10 +37,13 @@ class Engine:
     weight_least: int  # a weight is int8, from this value on
     layers: tuple[str, ...]  # ATen's names of those that it runs in integers
     quantized_output: bool  # whether it does so only if the result is quantized too
+    channels_last: bool  # whether its convolutions change the memory format
 
 
 ENGINES = {
-    "x86": Engine("Inductor", torch.uint8, 0, 255, -128, ("linear", "conv1d", "conv2d"), False),
+    "x86": Engine(
+        "Inductor", torch.uint8, 0, 255, -128, ("linear", "conv1d", "conv2d"), False, True
+    ),
     "xnnpack": Engine(
         "XNNPACK",
         torch.int8,
@@ -49,6 +52,7 @@ ENGINES = {
         -127,
         ("linear", "conv1d", "conv2d", "conv_transpose2d"),
         True,
+        False,
     ),
 }
 

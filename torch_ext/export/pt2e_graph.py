@@ -23,6 +23,7 @@ from torch_ext.quantizers.find import AnyWeightSource
 _LIBRARY: Any = torch.library.Library("torch_ext_pt2e", "DEF")  # type: ignore[no-untyped-call]
 _LIBRARY.define("quantizer(Tensor x, str name) -> Tensor")
 _LIBRARY.impl("quantizer", lambda x, name: torch.empty_like(x), "CompositeExplicitAutograd")
+_RESHAPES = ("flatten", "reshape", "unflatten", "view")
 _QUANTIZER = torch.ops.torch_ext_pt2e.quantizer.default
 
 
@@ -160,6 +161,8 @@ class QuantizedProgram:
             self.graph.erase_node(node)
         for node, entry in self.quantizers.items():
             self._activation(node, entry)
+        if self.engine.channels_last:
+            self._lay_out()
         self.graph.eliminate_dead_code()
         return self._program()
 
@@ -179,6 +182,21 @@ class QuantizedProgram:
             else:
                 reader.replace_input_with(node, x)
         self.graph.erase_node(node)
+
+    def _lay_out(self) -> None:
+        """Copies what convolutions compute before its axes are joined.
+
+        In Inductor it is in the memory format channels_last, and torchao's lowering makes a view
+        of it, for which the axes would have to lie as they were traced.
+        """
+        clone, keys = torch.ops.aten.clone.default, {"memory_format": torch.contiguous_format}
+        for node in list(self.graph.nodes):
+            if operation(node) not in _RESHAPES or not _of_convolution(x := node.args[0]):
+                continue
+            with self.graph.inserting_before(node):
+                made = self.graph.call_function(clone, (x,), keys)
+            made.meta = dict(x.meta)
+            node.replace_input_with(x, made)
 
     def _weight(self, node: fx.Node, entry: Entry, reader: fx.Node) -> fx.Node:
         """What a reader of a weight's quantizer reads in its place."""
@@ -298,6 +316,27 @@ def _common(entries: Iterable[Entry | None]) -> Entry | None:
     first = found[0] if found else None
     same = first and all(entry is not None and _grid(entry) == _grid(first) for entry in found)
     return first if same else None
+
+
+def _of_convolution(node: Any) -> bool:
+    """Whether a value of more than one position has its memory format from a convolution."""
+    rank, waiting, seen = _rank(node), [node], set()
+    if rank < 3 or all(size == 1 for size in node.meta["val"].shape[2:]):
+        return False
+    while waiting:
+        node = waiting.pop()
+        if node in seen or _rank(node) != rank or operation(node) == "linear":
+            continue
+        if operation(node).startswith("conv"):
+            return True
+        seen.add(node)
+        waiting += node.all_input_nodes
+    return False
+
+
+def _rank(node: Any) -> int:
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return value.dim() if isinstance(value, Tensor) else 0
 
 
 def _grid(entry: Entry) -> tuple[float, int]:
