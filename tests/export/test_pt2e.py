@@ -174,6 +174,21 @@ def test_chains_and_parts_of_values(backend: str) -> None:
             assert name_of(read_by(node)) == "dequantize_per_tensor"
 
 
+def test_inductor_gets_linear_layers_of_matrices() -> None:
+    """torchao's lowering leaves some of those with more axes in float."""
+    x = torch.randn(4, 6, 16)
+    net = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = ready(net, config("x86"), x)
+    for dynamic in (False, True):
+        program = export.pt2e(model, x, dynamic_batch=dynamic)
+        layers = calls(program, "linear")
+        assert [node.meta["val"].dim() for node in layers] == [2, 2, 2, 2]
+        for node in layers:
+            assert name_of(node.args[0]) == "dequantize_per_tensor"
+        with torch.no_grad():
+            torch.testing.assert_close(run(program, x), model(x), rtol=0, atol=1e-5)
+
+
 def test_values_off_the_grid_get_no_pair() -> None:
     """Padding with 1 is not on the grid, and a value that is read in float stays in float."""
 

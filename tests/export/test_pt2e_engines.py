@@ -68,3 +68,14 @@ def test_inductor_calls_integer_kernels(made: str) -> None:
     assert sum(count for name, count in kernels.items() if "conv" in name) == 3, kernels
     assert sum(count for name, count in kernels.items() if "linear" in name) == 2, kernels
     check_against_validation(run, model, images(BATCH))
+
+
+def test_inductor_calls_integer_kernels_for_a_transformer_layer() -> None:
+    x = torch.randn(BATCH, 6, 16)
+    model = ready(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), config("x86"), x)
+    run, kernels = inductor(export.pt2e(model, x), x)
+    assert kernels == {"qlinear_pointwise": 4, "float": 0}
+    with torch.no_grad():
+        apart = steps_apart(run(x), model(x), named_quantizers(model)["output_quantizers.0"].scale)
+    assert apart.max() < 1.01
+    assert (apart > 0.01).double().mean() < 0.05

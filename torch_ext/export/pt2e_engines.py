@@ -37,7 +37,7 @@ class Engine:
     weight_least: int  # a weight is int8, from this value on
     layers: tuple[str, ...]  # ATen's names of those that it runs in integers
     quantized_output: bool  # whether it does so only if the result is quantized too
-    channels_last: bool  # whether its convolutions change the memory format
+    torchao: bool  # whether torchao lowers programs to it, which takes some shapes only
 
 
 ENGINES = {

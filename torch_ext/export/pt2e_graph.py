@@ -81,6 +81,8 @@ class QuantizedProgram:
         """Quantizes before and behind operations that only move values, so that these are in
         integers too, and what reads them reads quantized values directly."""
         drop_copies(self.graph)
+        if self.engine.torchao:
+            self._flatten_linears()
         for node in list(self.graph.nodes):
             for before in moved_by(node):
                 if before in self.quantizers or not self._is_float(before):
@@ -97,6 +99,26 @@ class QuantizedProgram:
             for reader in readers:
                 reader.replace_input_with(node, made)
         self._merge()
+
+    def _flatten_linears(self) -> None:
+        """Gives linear layers matrices: of what has more axes, torchao finds only some."""
+        reshape = torch.ops.aten.reshape.default
+        for node in list(self.graph.nodes):
+            if operation(node) != "linear" or node.args[1] not in self.weights:
+                continue
+            x, made = node.args[0], node.meta["val"]
+            sizes = [size if isinstance(size, int) else -1 for size in made.shape]
+            if made.dim() < 3 or sizes.count(-1) > 1:
+                continue
+            with self.graph.inserting_before(node):
+                matrix = self._call(reshape, (x, [-1, x.meta["val"].shape[-1]]), x)
+            node.replace_input_with(x, matrix)
+            with self.graph.inserting_after(node):
+                back = self.graph.call_function(reshape, (node, sizes))
+            back.meta = dict(node.meta)
+            node.replace_all_uses_with(back, delete_user_cb=lambda user, own=back: user is not own)
+            with self.fake_mode:
+                node.meta["val"] = made.flatten(0, -2)
 
     def _is_float(self, node: object) -> bool:
         value = node.meta.get("val") if isinstance(node, fx.Node) else None
@@ -161,7 +183,7 @@ class QuantizedProgram:
             self.graph.erase_node(node)
         for node, entry in self.quantizers.items():
             self._activation(node, entry)
-        if self.engine.channels_last:
+        if self.engine.torchao:
             self._lay_out()
         self.graph.eliminate_dead_code()
         return self._program()
