@@ -74,6 +74,9 @@ class QuantizedProgram:
             (self.weights if entry.quantizer in sources else self.quantizers)[node] = entry
         self.in_float: dict[tuple[fx.Node, fx.Node], str] = {}  # weight and reader -> why
         self.stored: dict[str, tuple[fx.Node, Tensor]] = {}  # new buffers: placeholder and value
+        parameters = program.graph_signature.inputs_to_parameters
+        # New buffers go before it, behind the parameters and those before them.
+        self.behind_parameters = next(n for n in self.graph.nodes if n.name not in parameters)
         values = [node.meta["val"] for node in self.graph.nodes if "val" in node.meta]
         self.fake_mode: Any = torch._guards.detect_fake_mode(values)
 
@@ -272,17 +275,11 @@ class QuantizedProgram:
             name += "_quantized"
         if name not in self.stored:
             value = make()
-            first = next(node for node in self.graph.nodes if not self._is_parameter(node))
-            with self.graph.inserting_before(first):
+            with self.graph.inserting_before(self.behind_parameters):
                 node = self.graph.placeholder(f"b_{name.replace('.', '_')}")
             node.meta["val"] = self.fake_mode.from_tensor(value, static_shapes=True)
             self.stored[name] = node, value
         return self.stored[name][0]
-
-    def _is_parameter(self, node: fx.Node) -> bool:
-        return node.name in self.program.graph_signature.inputs_to_parameters or any(
-            node is stored for stored, _ in self.stored.values()
-        )
 
     def _call(self, target: Any, args: tuple[Any, ...], like: fx.Node) -> fx.Node:
         node: fx.Node = self.graph.call_function(target, args)
