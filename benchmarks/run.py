@@ -121,11 +121,23 @@ def main() -> int:
 
     import native
     import tables
-    from cases import fake_quant, insertion, observe, solve, training
+    from cases import (
+        fake_quant,
+        insertion,
+        learned,
+        observe,
+        observe_sizes,
+        solve,
+        steps,
+        training,
+    )
 
     cases = [
         *observe.CASES,
+        *observe_sizes.CASES,
         *fake_quant.CASES,
+        *steps.CASES,
+        *learned.CASES,
         *solve.CASES,
         *training.CASES,
         *insertion.CASES,

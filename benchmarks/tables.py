@@ -133,6 +133,8 @@ def size_name(size: int) -> str:
 def _time(seconds: float) -> str:
     if seconds >= 1:
         return f"{seconds:.3g} s"
+    if seconds < 1e-7:
+        return f"{seconds * 1e9:.3g} ns"
     return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"
 
 

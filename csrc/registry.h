@@ -103,16 +103,17 @@ TE_HD double scaled_gradient(const Job& job, int64_t channel, double sum) {
 
 // Stores the gradients of a channel's parameters, given the sums of its elements' terms.
 TE_HD void store_gradients(const core::LearnedJob& job, int64_t channel, double parameter,
-                           double zero_point) {
+                           double clipped) {
   LearnedFakeQuants::for_each([&]<class F>(int32_t index) {
     if (index != job.method) return;
-    job.d_parameter[channel] = static_cast<float>(scaled_gradient<F>(job, channel, parameter));
-    if (job.d_zero_point != nullptr) job.d_zero_point[channel] = static_cast<float>(zero_point);
-    if (job.d_mixed != nullptr) {
-      const double step = static_cast<double>(F::effective(job.parameter[channel]));
-      job.d_mixed[channel] =
-          static_cast<float>(scaled_gradient<F>(job, channel, zero_point / step));
-    }
+    const float own = job.parameter[channel];
+    job.d_parameter[channel] =
+        static_cast<float>(scaled_gradient<F>(job, channel, parameter / F::unit(own)));
+    if (job.d_zero_point != nullptr)
+      job.d_zero_point[channel] =
+          static_cast<float>(0.0 - static_cast<double>(F::effective(own)) * clipped);
+    if (job.d_mixed != nullptr)
+      job.d_mixed[channel] = static_cast<float>(scaled_gradient<F>(job, channel, 0.0 - clipped));
   });
 }
 
@@ -121,24 +122,25 @@ template <class F, typename C>
 struct ChannelTangent {
   core::UnitGrid<C> grid;
   C effective;
-  double inverse, parameter, zero_point;
+  double parameter, clipped;  // the tangents of the sums that store_gradients() takes
 
   TE_HD ChannelTangent(const core::TangentJob& job, int64_t c)
       : grid(F::template unit_grid<C>(job.parameter[c], core::zero_point_of(job, c), job.codes)),
-        effective(static_cast<C>(F::effective(job.parameter[c]))),
-        inverse(1.0 / static_cast<double>(grid.scale)) {
+        effective(static_cast<C>(F::effective(job.parameter[c]))) {
     const auto at = [c](const float* t) { return t == nullptr ? 0.0 : static_cast<double>(t[c]); };
-    parameter = scaled_gradient<F>(job, c, at(job.parameter_tangent));
-    zero_point = at(job.zero_point_tangent) +
-                 scaled_gradient<F>(job, c, at(job.mixed_tangent)) / static_cast<double>(effective);
+    parameter = scaled_gradient<F>(job, c, at(job.parameter_tangent)) / F::unit(job.parameter[c]);
+    clipped = -(at(job.zero_point_tangent) * static_cast<double>(effective) +
+                scaled_gradient<F>(job, c, at(job.mixed_tangent)));
   }
+  TE_HD ChannelTangent(const core::UnitGrid<C>& grid, C effective, double parameter, double clipped)
+      : grid(grid), effective(effective), parameter(parameter), clipped(clipped) {}
 
   // The tangent of the output at x, given that of x.
   TE_HD C of(C x, C x_tangent) const {
-    const core::Terms<C> unit = F::backward(x, C{1}, grid, effective, inverse);
-    const core::Terms<C> own = F::backward(x, x_tangent, grid, effective, inverse);
-    return static_cast<C>(static_cast<double>(own.dx) + parameter * unit.parameter +
-                          zero_point * unit.zero_point);
+    const core::Terms<C> unit = F::backward(x, C{1}, grid, effective);
+    const C own = unit.dx != C{0} ? x_tangent : C{};
+    return static_cast<C>(static_cast<double>(own) + parameter * unit.parameter +
+                          clipped * unit.clipped);
   }
 };
 

@@ -14,6 +14,7 @@ from torch_ext import ops
 
 ROW = 4096
 QUANT_MIN, QUANT_MAX = -128, 127
+GRID = f"[{QUANT_MIN},{QUANT_MAX}]"
 SCALE = 0.02  # clips 1 % of Gaussian values
 
 FORWARD = goals((MI, 1, 10, 20), (16 * MI, 1, 8, 16), (16 * MI, 2, 5, 10))
@@ -53,7 +54,7 @@ class Setup:
         return functools.partial(ops.fake_quant, *arguments)
 
     def ours_with_mask(self) -> Pair:
-        arguments = (self.x, self.scale, self.zero_point, *self.grid, self.axis)
+        arguments = (self.x, self.scale, self.zero_point, GRID, self.axis)
         return functools.partial(native._fake_quant_forward, *arguments)
 
     def torch_with_mask(self) -> Pair:
@@ -191,7 +192,7 @@ def learned_backward(method: str, size: int) -> Job:
         parameter, own_zero_point = s.scale * (QUANT_MAX - QUANT_MIN) / 2, None
     ours = functools.partial(
         native._learned_fake_quant_backward,
-        *(gradient, s.x, method, parameter, own_zero_point, *s.grid, -1, False),
+        *(gradient, s.x, method, parameter, own_zero_point, GRID, -1, False),
     )
 
     def check() -> None:

@@ -17,9 +17,11 @@ KI64 = 64 << 10
 PEER_BINS = 2048
 MANTISSA_BITS, OCTAVES = 10, 16
 
-MIN_MAX = goals((MI, 1, 2.5, 3.5), (16 * MI, 1, 1.25, 1.5), (16 * MI, 2, 1.05, 1.2))
-READ = goals((16 * MI, 1, 0.80, 0.95), (16 * MI, 2, 0.80, 0.95))
-ROWS = goals((MI, 1, 20, 45), (16 * MI, 1, 12, 24))
+MIN_MAX = goals((16 * MI, 1, 1.25, 1.5), (16 * MI, 2, 1.05, 1.2))
+# Torch's aminmax of 1 Mi values takes less than twice as long as reading them, and that of rows 7
+# (16 Mi) to 16 times (1 Mi), so what is aimed for there is a share of the ceiling, not a ratio.
+READ = goals((MI, 1, 0.80, 0.95), (16 * MI, 1, 0.80, 0.95), (16 * MI, 2, 0.80, 0.95))
+READ_ROWS = goals((MI, 1, 0.80, 0.95), (16 * MI, 1, 0.80, 0.95))
 HISTOGRAM = goals((MI, 1, 4, 8), (16 * MI, 1, 4, 8))
 
 
@@ -81,14 +83,14 @@ def rows(length: int, size: int) -> Job:
     x = distributions.gauss(size // length * length).view(-1, length)
     statistic = Statistic(len(x))
     run = statistic.observing(x, 0)
-    aminmax = Peer("torch.aminmax(dim=1)", functools.partial(torch.aminmax, x, dim=1), ROWS)
+    aminmax = Peer("torch.aminmax(dim=1)", functools.partial(torch.aminmax, x, dim=1))
     composed = Peer(
         "amin(1), amax(1)",
         lambda: (torch.amin(x, 1), torch.amax(x, 1)),
         goals((16 * MI, 1, 1.7, 2.2)) if length == 4096 else NONE,
     )
     check = _check_rows(run, statistic, x, 1)
-    return Job(run, (aminmax,), composed, Ceiling("read", x), check)
+    return Job(run, (aminmax,), composed, Ceiling("read", x, READ_ROWS), check)
 
 
 def rows_module(length: int, size: int) -> Job:
@@ -97,7 +99,7 @@ def rows_module(length: int, size: int) -> Job:
         "min_max", qscheme=torch.per_channel_symmetric, ch_axis=0, channel_len=len(x)
     )
     theirs = ao_observer("PerChannelMinMaxObserver", ch_axis=0)
-    peer = Peer("ao PerChannelMinMaxObserver", functools.partial(theirs, x), ROWS)
+    peer = Peer("ao PerChannelMinMaxObserver", functools.partial(theirs, x))
     return Job(functools.partial(ours, x), (peer,), ceiling=Ceiling("read", x))
 
 

@@ -20,6 +20,7 @@ from torch_ext.ops.registry import encode_options
 
 PERCENTILE = 99.99
 QUANTIZERS = 100
+CHANNELS = 512
 SAMPLES = MI  # values behind each linear histogram
 
 PERCENTILE_GOALS = goals((16 * MI, 1, 12, 25))
@@ -153,6 +154,24 @@ def _model() -> tuple[Statistic, ...]:
     return tuple(found)
 
 
+@functools.cache
+def _weight() -> Statistic:
+    """A weight of 512 channels, of 4096 values each, at several scales."""
+    statistic = Statistic(CHANNELS)
+    statistic.counts = torch.zeros(CHANNELS, 2, 12, 1 << 7, dtype=torch.int64)
+    x = distributions.gauss(CHANNELS * 4096).view(CHANNELS, 4096)
+    scales = 0.1 + 3 * torch.rand(CHANNELS, 1, generator=torch.Generator().manual_seed(0))
+    statistic.observing(x * scales, 0)()
+    return statistic
+
+
+def weight(rule: str, _: int) -> Job:
+    """Time per channel."""
+    s = _weight()
+    ours = functools.partial(ops.solve, rule, s.extrema, s.tally, s.counts, -128, 127, True)
+    return Job(ours, items=CHANNELS)
+
+
 def whole_model(rule: str, variant: str | None, _: int) -> Job:
     """Ranges, scales and zero points of 100 quantizers by one call; time per quantizer."""
     statistics = _model()
@@ -200,5 +219,9 @@ CASES = (
     ),
     Case("kl/onnxruntime 2048 bins 128 levels", kl_onnxruntime, sized=False, threads=(1,)),
     Case("solve/mse of one quantizer", mse, sized=False),
+    *(
+        Case(f"solve/{CHANNELS} channels {rule}", functools.partial(weight, rule), sized=False)
+        for rule in ("percentile", "kl", "mse", "aciq", "mix")
+    ),
     *_whole_models(),
 )

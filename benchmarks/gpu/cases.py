@@ -22,6 +22,7 @@ SMALL, MIDDLE, LARGE = MI, 64 * MI, LARGEST
 ROW = 4096
 ROUNDED_OUT = 16  # values at the upper end that a bin's index in float32 may lose
 QUANT_MIN, QUANT_MAX = -128, 127
+GRID = f"[{QUANT_MIN},{QUANT_MAX}] symmetric"
 SCALE = 0.02  # clips 1 % of Gaussian values
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 NAMES = {F32: "float32", F16: "float16", BF16: "bfloat16"}
@@ -130,10 +131,8 @@ class Setup:
         return x.view(-1, ROW) if self.axis >= 0 else x
 
     def ours(self, x: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
-        grid = (QUANT_MIN, QUANT_MAX, self.axis)
-        return functools.partial(
-            native._fake_quant_forward, self.shaped(x), self.scale, self.zero_point, *grid
-        )
+        arguments = (self.shaped(x), self.scale, self.zero_point, GRID, self.axis)
+        return functools.partial(native._fake_quant_forward, *arguments)
 
     def torch(self, x: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
         if self.axis >= 0:
@@ -211,7 +210,7 @@ def step(device: torch.device, per_channel: bool, size: int) -> Job:
         def run() -> tuple[Tensor, Tensor]:
             follows = (bounds, s.scale, s.zero_point, solved, 0.01, "min_max")
             return native._follow_fake_quant_forward(  # type: ignore[no-any-return]
-                x, *follows, QUANT_MIN, QUANT_MAX, True, ch_axis=s.axis
+                x, *follows, GRID, ch_axis=s.axis
             )
 
         return run

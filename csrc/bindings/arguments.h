@@ -5,7 +5,9 @@
 #include <torch/library.h>
 
 #include <optional>
+#include <string>
 #include <tuple>
+#include <vector>
 
 // The ops with long argument lists. A list is written here as a struct, which the kernels take, and
 // as a function type, from which the dispatcher infers the schema of a kernel. The order is that of
@@ -16,17 +18,15 @@ struct FakeQuantArguments {
   const at::Tensor& x;
   const at::Tensor& scale;
   const at::Tensor& zero_point;
-  int64_t quant_min;
-  int64_t quant_max;
+  c10::string_view grid;  // as everywhere, a text (grid_text.h)
   int64_t ch_axis;
   c10::string_view mask;
-  c10::string_view rounding;
   // Of _fake_quant_forward: the axes in the order of memory (layout.h) that out and mask have.
   at::IntArrayRef order = {};
 };
 template <class Result, class... Order>
-using FakeQuantSignature = Result(const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t,
-                                  int64_t, int64_t, c10::string_view, c10::string_view, Order...);
+using FakeQuantSignature = Result(const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                  c10::string_view, int64_t, c10::string_view, Order...);
 
 struct FakeQuantOp {
   static constexpr const char* name = "torch_ext::fake_quant";
@@ -44,8 +44,7 @@ struct LearnedArguments {
   c10::string_view method;
   const at::Tensor& parameter;
   const std::optional<at::Tensor>& zero_point;
-  int64_t quant_min;
-  int64_t quant_max;
+  c10::string_view grid;
   int64_t ch_axis;
   bool use_grad_scaling;
   int64_t batch_axis;
@@ -53,6 +52,9 @@ struct LearnedArguments {
 struct LearnedBackwardArguments {
   const at::Tensor& grad;
   LearnedArguments forward;
+  // Which gradients are wanted; the others come back without elements.
+  bool of_x;
+  bool of_parameters;
 };
 struct LearnedTangentArguments {
   const std::optional<at::Tensor>& x_tangent;
@@ -64,8 +66,15 @@ struct LearnedTangentArguments {
 // Leading: the types of the arguments in front of x.
 template <class Result, class... Leading>
 using LearnedSignature = Result(Leading..., const at::Tensor&, c10::string_view, const at::Tensor&,
-                                const std::optional<at::Tensor>&, int64_t, int64_t, int64_t, bool,
+                                const std::optional<at::Tensor>&, c10::string_view, int64_t, bool,
                                 int64_t);
+// Base, with arguments after its own.
+template <class Base, class... Trailing>
+struct Extended;
+template <class Result, class... Types, class... Trailing>
+struct Extended<Result(Types...), Trailing...> {
+  using type = Result(Types..., Trailing...);
+};
 
 struct LearnedOp {
   static constexpr const char* name = "torch_ext::learned_fake_quant";
@@ -75,8 +84,8 @@ struct LearnedOp {
 struct LearnedBackwardOp {
   static constexpr const char* name = "torch_ext::_learned_fake_quant_backward";
   using Arguments = LearnedBackwardArguments;
-  using Signature = LearnedSignature<std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>,
-                                     const at::Tensor&>;
+  using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+  using Signature = Extended<LearnedSignature<Gradients, const at::Tensor&>, bool, bool>::type;
 };
 struct LearnedTangentOp {
   static constexpr const char* name = "torch_ext::_learned_fake_quant_tangent";
@@ -93,18 +102,13 @@ struct FollowArguments {
   const at::Tensor& solved;
   double averaging_constant;
   c10::string_view rule;
-  int64_t quant_min;
-  int64_t quant_max;
-  bool symmetric;
-  c10::string_view scale_rule;
-  bool power_of_two;
+  c10::string_view grid;
   at::ArrayRef<double> options;
   int64_t ch_axis;
   int64_t mantissa_bits;
   int64_t octaves;
   // Of the ops that also quantize:
-  c10::string_view mask = {};
-  c10::string_view rounding = {};
+  c10::string_view mask = "rounded";
   bool with_mask = false;
   at::IntArrayRef order = {};  // as in FakeQuantArguments
 };
@@ -112,8 +116,8 @@ struct FollowArguments {
 template <class Result, class... Quantize>
 using FollowSignature = Result(const at::Tensor&, const at::Tensor&, const at::Tensor&,
                                const at::Tensor&, const at::Tensor&, double, c10::string_view,
-                               int64_t, int64_t, bool, c10::string_view, bool, at::ArrayRef<double>,
-                               int64_t, int64_t, int64_t, Quantize...);
+                               c10::string_view, at::ArrayRef<double>, int64_t, int64_t, int64_t,
+                               Quantize...);
 
 struct FollowOp {
   static constexpr const char* name = "torch_ext::follow_";
@@ -123,13 +127,47 @@ struct FollowOp {
 struct FollowFakeQuantOp {
   static constexpr const char* name = "torch_ext::follow_fake_quant";
   using Arguments = FollowArguments;
-  using Signature = FollowSignature<at::Tensor, c10::string_view, c10::string_view>;
+  using Signature = FollowSignature<at::Tensor, c10::string_view>;
 };
 struct FollowForwardOp {
   static constexpr const char* name = "torch_ext::_follow_fake_quant_forward";
   using Arguments = FollowArguments;
-  using Signature = FollowSignature<std::tuple<at::Tensor, at::Tensor>, c10::string_view,
-                                    c10::string_view, bool, at::IntArrayRef>;
+  using Signature =
+      FollowSignature<std::tuple<at::Tensor, at::Tensor>, c10::string_view, bool, at::IntArrayRef>;
+};
+
+struct SolveArguments {
+  c10::string_view rule;
+  const at::Tensor& extrema;
+  const at::Tensor& tally;
+  const at::Tensor& counts;
+  c10::string_view grid;
+  at::ArrayRef<double> options;
+};
+struct SolveOp {
+  static constexpr const char* name = "torch_ext::solve";
+  using Arguments = SolveArguments;
+  using Signature = at::Tensor(c10::string_view, const at::Tensor&, const at::Tensor&,
+                               const at::Tensor&, c10::string_view, at::ArrayRef<double>);
+};
+
+struct SolveManyArguments {
+  const std::vector<std::string>& rules;
+  at::TensorList extrema;
+  at::TensorList tally;
+  at::TensorList counts;
+  const std::vector<std::string>& grids;
+  at::ArrayRef<double> options;  // of all rules, one after the other
+};
+struct SolveManyOp {
+  static constexpr const char* name = "torch_ext::solve_many";
+  using Arguments = SolveManyArguments;
+  using Tensors = std::vector<at::Tensor>;
+  using Signature = std::tuple<Tensors, Tensors, Tensors>(const std::vector<std::string>&,
+                                                          at::TensorList, at::TensorList,
+                                                          at::TensorList,
+                                                          const std::vector<std::string>&,
+                                                          at::ArrayRef<double>);
 };
 
 // A function of the op's signature that calls `body` with the op's struct of arguments.
@@ -153,6 +191,13 @@ auto call_op(const Arguments&... arguments) {
                                  .findSchemaOrThrow(Op::name, "")
                                  .template typed<typename Op::Signature>();
   return handle.call(arguments...);
+}
+
+// The same of a learned fake-quant. Leading: the arguments in front of x.
+template <class Op, class... Leading>
+auto call_learned(const LearnedArguments& a, const Leading&... leading) {
+  return call_op<Op>(leading..., a.x, a.method, a.parameter, a.zero_point, a.grid, a.ch_axis,
+                     a.use_grad_scaling, a.batch_axis);
 }
 
 }  // namespace torch_ext::bindings

@@ -1,7 +1,10 @@
 #include <ATen/ops/add.h>
 #include <ATen/ops/mul.h>
+#include <ATen/ops/reshape.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
+
+#include <algorithm>
 
 #include "bindings/arguments.h"
 #include "bindings/autograd.h"
@@ -37,18 +40,21 @@ struct Derivative {
   }
 };
 
-Derivative transposed(const at::Tensor& grad, const LearnedArguments& a) {
+// What is not wanted has no elements in the result.
+Derivative transposed(const at::Tensor& grad, const LearnedArguments& a, bool of_x = true,
+                      bool of_parameters = true) {
   auto [x, parameter, zero_point, mixed] =
-      call_op<LearnedBackwardOp>(grad, a.x, a.method, a.parameter, a.zero_point, a.quant_min,
-                                 a.quant_max, a.ch_axis, a.use_grad_scaling, a.batch_axis);
+      call_op<LearnedBackwardOp>(grad, a.x, a.method, a.parameter, a.zero_point, a.grid, a.ch_axis,
+                                 a.use_grad_scaling, a.batch_axis, of_x, of_parameters);
   return {x, parameter, zero_point, mixed};
+}
+at::Tensor mixed_of(const at::Tensor& grad, const LearnedArguments& a) {
+  return transposed(grad, a, /*of_x=*/false).mixed;
 }
 
 at::Tensor applied(const Derivative& d, const LearnedArguments& a) {
-  return call_op<LearnedTangentOp>(optional_of(d.x), optional_of(d.parameter),
-                                   optional_of(d.zero_point), optional_of(d.mixed), a.x, a.method,
-                                   a.parameter, a.zero_point, a.quant_min, a.quant_max, a.ch_axis,
-                                   a.use_grad_scaling, a.batch_axis);
+  return call_learned<LearnedTangentOp>(a, optional_of(d.x), optional_of(d.parameter),
+                                        optional_of(d.zero_point), optional_of(d.mixed));
 }
 
 at::Tensor sum_of(const at::Tensor& a, const at::Tensor& b) {
@@ -75,8 +81,8 @@ class Primal {
       : x_(primal_of(a.x)),
         parameter_(primal_of(a.parameter)),
         zero_point_(optional_of(primal_of(defined_or_none(a.zero_point)))),
-        arguments{x_,          a.method,  parameter_,         zero_point_, a.quant_min,
-                  a.quant_max, a.ch_axis, a.use_grad_scaling, a.batch_axis} {}
+        arguments{x_,     a.method,  parameter_,         zero_point_,
+                  a.grid, a.ch_axis, a.use_grad_scaling, a.batch_axis} {}
 
  private:
   const at::Tensor x_, parameter_;
@@ -93,8 +99,7 @@ class Kept {
     tensors.insert(tensors.end(), {a.x, a.parameter, defined_or_none(a.zero_point)});
     context.save_for_backward(std::move(tensors));
     context.saved_data["method"] = std::string(a.method);
-    context.saved_data["quant_min"] = a.quant_min;
-    context.saved_data["quant_max"] = a.quant_max;
+    context.saved_data["grid"] = std::string(a.grid);
     context.saved_data["ch_axis"] = a.ch_axis;
     context.saved_data["use_grad_scaling"] = a.use_grad_scaling;
     context.saved_data["batch_axis"] = a.batch_axis;
@@ -106,8 +111,7 @@ class Kept {
                   context.saved_data["method"].toStringView(),
                   saved_[first + 1],
                   zero_point_,
-                  context.saved_data["quant_min"].toInt(),
-                  context.saved_data["quant_max"].toInt(),
+                  context.saved_data["grid"].toStringView(),
                   context.saved_data["ch_axis"].toInt(),
                   context.saved_data["use_grad_scaling"].toBool(),
                   context.saved_data["batch_axis"].toInt()} {}
@@ -139,19 +143,28 @@ struct OfForward {
     if (!grads[0].defined()) return gradients;
     const Kept kept(*context, 0);
     const std::vector<bool> needs = needs_of(*context, {kept[0], kept[1], kept[2]});
-    const Derivative d = transposed(grads[0], kept.arguments);
+    const bool of_zero_point = needs[2] && is_learned(kept[2]);
+    if (!needs[0] && !needs[1] && !of_zero_point) return gradients;
+    const Derivative d = transposed(grads[0], kept.arguments, needs[0], needs[1] || of_zero_point);
     if (needs[0]) gradients[0] = d.x;
     if (needs[1]) gradients[1] = d.parameter;
-    if (needs[2] && is_learned(kept[2])) gradients[2] = d.zero_point;
+    if (of_zero_point) gradients[2] = d.zero_point;
     return gradients;
   }
 };
 
 at::Tensor learned_fake_quant(const LearnedArguments& a) {
+  const at::Tensor given = defined_or_none(a.zero_point);
+  // A single value has shape [] or [1]; below, all that belongs to the channels has one shape.
+  if (given.defined() && given.dim() != a.parameter.dim() && given.dim() + a.parameter.dim() == 1 &&
+      given.sym_numel() == a.parameter.sym_numel()) {
+    const Optional alike = at::reshape_symint(given, a.parameter.sym_sizes());
+    return call_op<LearnedOp>(a.x, a.method, a.parameter, alike, a.grid, a.ch_axis,
+                              a.use_grad_scaling, a.batch_axis);
+  }
   const at::Tensor out = [&] {
     const at::AutoDispatchBelowAutograd below;
-    return call_op<LearnedOp>(a.x, a.method, a.parameter, a.zero_point, a.quant_min, a.quant_max,
-                              a.ch_axis, a.use_grad_scaling, a.batch_axis);
+    return call_learned<LearnedOp>(a);
   }();
   const at::Tensor zero_point = defined_or_none(a.zero_point);
   record<OfForward>({a.x, a.parameter, zero_point}, {out},
@@ -173,12 +186,16 @@ struct OfBackward {
     const at::Tensor &grad = kept[0], &parameter = kept[2], &zero_point = kept[3];
     const variable_list factors = factors_of(parameter, zero_point);
     const std::vector<bool> needs = needs_of(*context, {grad, factors[0], factors[1]});
-    const Derivative up{ups[0], ups[1], is_learned(zero_point) ? ups[2] : at::Tensor(),
-                        is_learned(zero_point) ? ups[3] : at::Tensor()};
+    const bool of_x = context->saved_data["of_x"].toBool(),
+               of_parameters = context->saved_data["of_parameters"].toBool();
+    const auto where = [](bool used, const at::Tensor& t) { return used ? t : at::Tensor(); };
+    const bool of_zero_point = of_parameters && is_learned(zero_point);
+    const Derivative up{where(of_x, ups[0]), where(of_parameters, ups[1]),
+                        where(of_zero_point, ups[2]), where(of_zero_point, ups[3])};
     variable_list gradients(3);  // of grad, parameter, zero_point
     if (needs[0] && up.any()) gradients[0] = applied(up, kept.arguments);
     if (needs[1] || needs[2]) {
-      const at::Tensor mixed = transposed(grad, kept.arguments).mixed;
+      const at::Tensor mixed = mixed_of(grad, kept.arguments);
       if (needs[1]) gradients[1] = product_or_zeros(up.zero_point, mixed);
       if (needs[2]) gradients[2] = product_or_zeros(up.parameter, mixed);
     }
@@ -189,23 +206,30 @@ struct OfBackward {
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
     const LearnedBackwardArguments& b) {
   const LearnedArguments& a = b.forward;
+  const auto of = [&](const at::Tensor& grad, const LearnedArguments& arguments) {
+    return transposed(grad, arguments, b.of_x, b.of_parameters);
+  };
   const Derivative d = [&] {
     const at::AutoDispatchBelowAutograd below;
-    return transposed(b.grad, a);
+    return of(b.grad, a);
   }();
   const at::Tensor zero_point = defined_or_none(a.zero_point);
   const variable_list factors = factors_of(a.parameter, zero_point);
   record<OfBackward>({b.grad, factors[0], factors[1]}, {d.x, d.parameter, d.zero_point, d.mixed},
-                     [&](AutogradContext& context) { Kept::keep(context, {b.grad}, a); });
+                     [&](AutogradContext& context) {
+                       Kept::keep(context, {b.grad}, a);
+                       context.saved_data["of_x"] = b.of_x;
+                       context.saved_data["of_parameters"] = b.of_parameters;
+                     });
   const at::Tensor of_grad = tangent_of(b.grad), of_parameter = tangent_of(a.parameter),
                    of_zero_point = is_learned(zero_point) ? tangent_of(zero_point) : at::Tensor();
   const bool scales = is_learned(zero_point) && (of_parameter.defined() || of_zero_point.defined());
   if (!of_grad.defined() && !scales) return {d.x, d.parameter, d.zero_point, d.mixed};
   const Primal primal(a);
   Derivative tangents;
-  if (of_grad.defined()) tangents = transposed(of_grad, primal.arguments);
-  if (scales) {
-    const at::Tensor mixed = transposed(primal_of(b.grad), primal.arguments).mixed;
+  if (of_grad.defined()) tangents = of(of_grad, primal.arguments);
+  if (scales && b.of_parameters) {
+    const at::Tensor mixed = mixed_of(primal_of(b.grad), primal.arguments);
     tangents.parameter = sum_of(tangents.parameter, product_of(of_zero_point, mixed));
     tangents.zero_point = sum_of(tangents.zero_point, product_of(of_parameter, mixed));
   }
@@ -227,7 +251,9 @@ struct OfTangent {
     const variable_list factors = factors_of(kept[5], kept[6]);
     const std::vector<bool> needs =
         needs_of(*context, {kept[0], kept[1], kept[2], kept[3], factors[0], factors[1]});
-    const Derivative d = transposed(ups[0], kept.arguments);
+    const bool of_parameters =
+        std::any_of(needs.begin() + 1, needs.end(), [](bool need) { return need; });
+    const Derivative d = transposed(ups[0], kept.arguments, needs[0], of_parameters);
     if (needs[0]) gradients[0] = d.x;
     if (needs[1]) gradients[1] = d.parameter;
     if (needs[2]) gradients[2] = d.zero_point;
@@ -245,10 +271,8 @@ at::Tensor tangent(const LearnedTangentArguments& t) {
                          defined_or_none(t.zero_point_tangent), defined_or_none(t.mixed_tangent)};
   const at::Tensor out = [&] {
     const at::AutoDispatchBelowAutograd below;
-    return call_op<LearnedTangentOp>(t.x_tangent, t.parameter_tangent, t.zero_point_tangent,
-                                     t.mixed_tangent, a.x, a.method, a.parameter, a.zero_point,
-                                     a.quant_min, a.quant_max, a.ch_axis, a.use_grad_scaling,
-                                     a.batch_axis);
+    return call_learned<LearnedTangentOp>(a, t.x_tangent, t.parameter_tangent, t.zero_point_tangent,
+                                          t.mixed_tangent);
   }();
   const variable_list tangents{given.x, given.parameter, given.zero_point, given.mixed};
   const variable_list factors = factors_of(a.parameter, zero_point);

@@ -15,6 +15,11 @@ void check_same_device(const char* op, const std::string& argument, const at::Te
   expect(t.device() == device, op, argument.c_str(), device, t.device());
 }
 
+template <class T>
+T* values_of(const at::Tensor& t, Access access) {
+  return access == Access::write ? t.mutable_data_ptr<T>() : const_cast<T*>(t.const_data_ptr<T>());
+}
+
 }  // namespace
 
 void check_device(const char* op, const char* argument, const at::Tensor& t) {
@@ -68,8 +73,8 @@ core::HistogramLayout check_layout(const char* op, int64_t mantissa_bits, int64_
   return {static_cast<int32_t>(mantissa_bits), static_cast<int32_t>(octaves)};
 }
 
-core::Statistic check_statistic(const char* op, const at::Tensor& extrema, const at::Tensor& tally,
-                                const at::Tensor& counts,
+core::Statistic check_statistic(const char* op, Access access, const at::Tensor& extrema,
+                                const at::Tensor& tally, const at::Tensor& counts,
                                 const std::optional<c10::SymInt>& channels, const char* prefix) {
   const auto name = [&](const char* part) { return std::string(prefix) + part; };
   const auto check = [&](const at::Tensor& t, const char* part, at::ScalarType type) {
@@ -109,8 +114,8 @@ core::Statistic check_statistic(const char* op, const at::Tensor& extrema, const
   const core::HistogramLayout layout{static_cast<int32_t>(mantissa_bits),
                                      static_cast<int32_t>(octaves)};
   if (extrema.is_meta()) return {nullptr, nullptr, nullptr, 0, layout};
-  return {extrema.mutable_data_ptr<float>(), tally.mutable_data_ptr<int64_t>(),
-          has_none ? nullptr : counts.mutable_data_ptr<int64_t>(), rows.expect_int(), layout};
+  return {values_of<float>(extrema, access), values_of<int64_t>(tally, access),
+          has_none ? nullptr : values_of<int64_t>(counts, access), rows.expect_int(), layout};
 }
 
 void check_range(const char* op, const at::Tensor& range,
@@ -124,20 +129,6 @@ void check_range(const char* op, const at::Tensor& range,
            channels ? c10::str("of shape [", *channels, ", 2]") : std::string("of shape [C, 2]"),
            range.sym_sizes());
   expect(range.is_contiguous(), op, "range", "contiguous", "strides ", range.sym_strides());
-}
-
-core::Grid check_grid(const char* op, int64_t quant_min, int64_t quant_max, bool symmetric,
-                      std::string_view scale_rule, bool power_of_two) {
-  expect(quant_min >= -32768 && quant_min <= 0, op, "quant_min", "between -32768 and 0", quant_min);
-  expect(quant_max >= 0 && quant_max <= 65535, op, "quant_max", "between 0 and 65535", quant_max);
-  expect(quant_min < quant_max, op, "quant_max", "more than quant_min", quant_max);
-  expect(quant_max - quant_min <= 65535, op, "quant_max", "at most quant_min + 65535", quant_max);
-  expect(scale_rule == "grid" || scale_rule == "tvm", op, "scale_rule", "one of grid, tvm",
-         scale_rule);
-  const bool tvm = scale_rule == "tvm";
-  expect(!tvm || symmetric, op, "scale_rule", "grid on an affine grid", scale_rule);
-  return {static_cast<int32_t>(quant_min), static_cast<int32_t>(quant_max), symmetric,
-          tvm ? core::ScaleRule::tvm : core::ScaleRule::grid, power_of_two};
 }
 
 void check_per_channel(const char* op, const char* argument, const at::Tensor& t,
@@ -157,20 +148,6 @@ void check_like(const char* op, const char* argument, const at::Tensor& t, const
   for (int64_t d = 0; same && d < x.dim(); ++d) same = holds(t.sym_size(d).sym_eq(x.sym_size(d)));
   expect(same, op, argument, x.sym_sizes(), t.sym_sizes());
   expect(t.scalar_type() == x.scalar_type(), op, argument, x.scalar_type(), t.scalar_type());
-}
-
-core::Mask parse_mask(const char* op, std::string_view name) {
-  if (name == "rounded") return core::Mask::rounded;
-  expect(name == "paper", op, "mask", "one of rounded, paper", name);
-  return core::Mask::paper;
-}
-
-core::Rounding parse_rounding(const char* op, std::string_view name) {
-  if (name == "half_even") return core::Rounding::half_even;
-  if (name == "half_away") return core::Rounding::half_away;
-  expect(name == "floor_half_up", op, "rounding", "one of half_even, half_away, floor_half_up",
-         name);
-  return core::Rounding::floor_half_up;
 }
 
 const FakeQuantRow& check_method(std::string_view name) {

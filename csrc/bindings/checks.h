@@ -48,9 +48,11 @@ void check_order(const char* op, at::IntArrayRef order, const at::Tensor& x);
 
 // The statistic in these tensors: extrema float32 [C, 2], tally int64 [C, 5], counts int64 [C, 2,
 // octaves, 2^mantissa_bits] or [C, 2, 0, 0]. C has to be `channels`, where given. `prefix` goes
-// before the tensors' names in errors. On the meta device only the layout is returned.
-core::Statistic check_statistic(const char* op, const at::Tensor& extrema, const at::Tensor& tally,
-                                const at::Tensor& counts,
+// before the tensors' names in errors. On the meta device only the layout is returned. Tensors that
+// are only read may be lazy clones, which stay without memory of their own.
+enum class Access { read, write };
+core::Statistic check_statistic(const char* op, Access access, const at::Tensor& extrema,
+                                const at::Tensor& tally, const at::Tensor& counts,
                                 const std::optional<c10::SymInt>& channels,
                                 const char* prefix = "");
 
@@ -60,19 +62,12 @@ void check_range(const char* op, const at::Tensor& range,
 
 core::HistogramLayout check_layout(const char* op, int64_t mantissa_bits, int64_t octaves);
 
-// Needs quant_min <= 0 <= quant_max and at most 16 bits; scale rule tvm needs a symmetric grid.
-core::Grid check_grid(const char* op, int64_t quant_min, int64_t quant_max, bool symmetric,
-                      std::string_view scale_rule, bool power_of_two);
-
 // A contiguous tensor of this type and device, of shape [channels] ([] too for one channel).
 void check_per_channel(const char* op, const char* argument, const at::Tensor& t,
                        at::ScalarType type, const c10::SymInt& channels, const at::Device& device);
 
 // A tensor of x's shape, type and device.
 void check_like(const char* op, const char* argument, const at::Tensor& t, const at::Tensor& x);
-
-core::Mask parse_mask(const char* op, std::string_view name);
-core::Rounding parse_rounding(const char* op, std::string_view name);
 
 // Index of a rule in the registry. Raises for an unknown name, listing the known ones.
 int32_t check_rule(const char* op, std::string_view name);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "bindings/grid_text.h"
 #include "cpu/subnormals.h"
 
 namespace torch_ext::bindings {
@@ -13,7 +14,7 @@ namespace {
 
 // The CPU raises for values that no quantizer can have. On CUDA reading them would wait for the
 // device, so there the output becomes NaN instead.
-void check_qparam_values(const char* op, const FakeQuantArguments& a) {
+void check_qparam_values(const char* op, const FakeQuantArguments& a, const core::Codes& codes) {
   if (!a.scale.is_cpu()) return;
   const cpu::KeepSubnormals keep;
   const float* const scales = a.scale.const_data_ptr<float>();
@@ -21,9 +22,15 @@ void check_qparam_values(const char* op, const FakeQuantArguments& a) {
   for (int64_t c = 0; c < a.scale.numel(); ++c) {
     expect(core::is_valid_scale(scales[c]), op, "scale", "positive and finite", scales[c],
            " in channel ", c);
-    expect(zero_points[c] >= a.quant_min && zero_points[c] <= a.quant_max, op, "zero_point",
+    expect(zero_points[c] >= codes.quant_min && zero_points[c] <= codes.quant_max, op, "zero_point",
            "between quant_min and quant_max", zero_points[c], " in channel ", c);
   }
+}
+
+core::Mask parse_mask(const char* op, std::string_view name) {
+  if (name == "rounded") return core::Mask::rounded;
+  expect(name == "paper", op, "mask", "one of rounded, paper", name);
+  return core::Mask::paper;
 }
 
 // On CUDA reading the values would wait for the device: there the output becomes NaN instead.
@@ -41,13 +48,11 @@ FakeQuantContract check_fake_quant(const char* op, const FakeQuantArguments& a) 
   const c10::SymInt channels = check_axis(op, a.x, a.ch_axis);
   check_per_channel(op, "scale", a.scale, at::kFloat, channels, a.x.device());
   check_per_channel(op, "zero_point", a.zero_point, at::kInt, channels, a.x.device());
-  expect(a.quant_min >= -32768 && a.quant_min <= 65535, op, "quant_min", "between -32768 and 65535",
-         a.quant_min);
-  expect(a.quant_max > a.quant_min && a.quant_max <= 65535, op, "quant_max",
-         "more than quant_min and at most 65535", a.quant_max);
+  const QuantizingGrid grid = check_quantizing_grid({op, text(a.grid)});
   check_order(op, a.order, a.x);
-  check_qparam_values(op, a);
-  return {dtype, parse_mask(op, text(a.mask)), parse_rounding(op, text(a.rounding))};
+  const core::Mask mask = parse_mask(op, text(a.mask));
+  check_qparam_values(op, a, grid.codes);
+  return {dtype, grid.codes, grid.rounding, mask};
 }
 
 core::DType check_fake_quant_backward(const at::Tensor& grad, const at::Tensor& mask,
@@ -75,17 +80,14 @@ LearnedContract check_learned(const LearnedArguments& a) {
   if (a.zero_point)
     check_per_channel(op, "zero_point", *a.zero_point, learned ? at::kFloat : at::kInt, channels,
                       a.x.device());
-  expect(a.quant_min >= -32768 && a.quant_min <= 0, op, "quant_min", "between -32768 and 0",
-         a.quant_min);
-  expect(a.quant_max >= 1 && a.quant_max <= 65535, op, "quant_max", "between 1 and 65535",
-         a.quant_max);
+  const core::Codes codes = check_learned_grid({op, text(a.grid)});
   expect(a.batch_axis >= -1 && a.batch_axis < std::max<int64_t>(a.x.dim(), 1), op, "batch_axis",
          "-1 or an axis of x", a.batch_axis);
   expect(a.batch_axis < 0 || a.batch_axis != a.ch_axis, op, "batch_axis",
          "another axis than ch_axis", a.batch_axis);
   check_finite(op, row.parameter, a.parameter);
   if (learned) check_finite(op, "zero_point", *a.zero_point);
-  return {row, dtype, learned};
+  return {row, dtype, codes, learned};
 }
 
 LearnedContract check_learned(const LearnedBackwardArguments& a) {
@@ -124,8 +126,10 @@ FollowContract check_follow(const char* op, const FollowArguments& a) {
   expect(a.averaging_constant >= 0 && a.averaging_constant <= 1, op, "averaging_constant",
          "between 0 and 1", a.averaging_constant);
   contract.rule = check_rule(op, text(a.rule));
-  contract.grid =
-      check_grid(op, a.quant_min, a.quant_max, a.symmetric, text(a.scale_rule), a.power_of_two);
+  const SolvingGrid grid = check_solving_grid({op, text(a.grid)});
+  contract.grid = grid.grid;
+  contract.rounding = grid.rounding;
+  contract.mask = parse_mask(op, text(a.mask));
   contract.layout = check_layout(op, a.mantissa_bits, a.octaves);
   check_rule_use(op, contract.rule, contract.grid, contract.layout, a.options.data(),
                  static_cast<int64_t>(a.options.size()));
@@ -137,7 +141,7 @@ Observed check_observe(const at::Tensor& x, const at::Tensor& extrema, const at:
   constexpr const char* op = "observe_";
   const core::DType dtype = check_data(op, "x", x);
   const c10::SymInt channels = check_axis(op, x, ch_axis);
-  const core::Statistic into = check_statistic(op, extrema, tally, counts, channels);
+  const core::Statistic into = check_statistic(op, Access::write, extrema, tally, counts, channels);
   expect(extrema.device() == x.device(), op, "extrema", x.device(), extrema.device());
   return {dtype, into};
 }
@@ -146,9 +150,10 @@ Merged check_merge(const at::Tensor& extrema, const at::Tensor& tally, const at:
                    const at::Tensor& other_extrema, const at::Tensor& other_tally,
                    const at::Tensor& other_counts) {
   constexpr const char* op = "merge_";
-  const core::Statistic into = check_statistic(op, extrema, tally, counts, std::nullopt);
-  const core::Statistic from =
-      check_statistic(op, other_extrema, other_tally, other_counts, extrema.sym_size(0), "other_");
+  const core::Statistic into =
+      check_statistic(op, Access::write, extrema, tally, counts, std::nullopt);
+  const core::Statistic from = check_statistic(op, Access::read, other_extrema, other_tally,
+                                               other_counts, extrema.sym_size(0), "other_");
   expect(other_extrema.device() == extrema.device(), op, "other_extrema", extrema.device(),
          other_extrema.device());
   expect(from.layout.octaves == into.layout.octaves &&
@@ -157,66 +162,54 @@ Merged check_merge(const at::Tensor& extrema, const at::Tensor& tally, const at:
   return {into, from};
 }
 
-SolveContract check_solve(c10::string_view rule_name, const at::Tensor& extrema,
-                          const at::Tensor& tally, const at::Tensor& counts, int64_t quant_min,
-                          int64_t quant_max, bool symmetric, c10::string_view scale_rule,
-                          bool power_of_two, at::ArrayRef<double> options) {
+SolveContract check_solve(const SolveArguments& a) {
   constexpr const char* op = "solve";
-  const int32_t rule = check_rule(op, text(rule_name));
-  const core::Statistic statistic = check_statistic(op, extrema, tally, counts, std::nullopt);
-  const core::Grid grid =
-      check_grid(op, quant_min, quant_max, symmetric, text(scale_rule), power_of_two);
-  check_rule_use(op, rule, grid, statistic.layout, options.data(),
-                 static_cast<int64_t>(options.size()));
-  return {rule, grid, statistic, options.data()};
+  const int32_t rule = check_rule(op, text(a.rule));
+  const core::Statistic statistic =
+      check_statistic(op, Access::read, a.extrema, a.tally, a.counts, std::nullopt);
+  const core::Grid grid = check_solving_grid({op, text(a.grid)}).grid;
+  check_rule_use(op, rule, grid, statistic.layout, a.options.data(),
+                 static_cast<int64_t>(a.options.size()));
+  return {rule, grid, statistic, a.options.data()};
 }
 
-std::vector<SolveContract> check_solve_many(
-    const std::vector<std::string>& rules, at::TensorList extrema, at::TensorList tally,
-    at::TensorList counts, at::IntArrayRef quant_min, at::IntArrayRef quant_max,
-    const c10::List<bool>& symmetric, const std::vector<std::string>& scale_rule,
-    const c10::List<bool>& power_of_two, at::ArrayRef<double> options) {
+std::vector<SolveContract> check_solve_many(const SolveManyArguments& a) {
   constexpr const char* op = "solve_many";
-  const size_t n = rules.size();
+  const size_t n = a.rules.size();
   const auto expect_length = [&](const char* argument, size_t length) {
     if (length != n) expect(false, op, argument, "a list of " + std::to_string(n), length);
   };
-  expect_length("extrema", extrema.size());
-  expect_length("tally", tally.size());
-  expect_length("counts", counts.size());
-  expect_length("quant_min", quant_min.size());
-  expect_length("quant_max", quant_max.size());
-  expect_length("symmetric", symmetric.size());
-  expect_length("scale_rule", scale_rule.size());
-  expect_length("power_of_two", power_of_two.size());
+  expect_length("extrema", a.extrema.size());
+  expect_length("tally", a.tally.size());
+  expect_length("counts", a.counts.size());
+  expect_length("grids", a.grids.size());
   std::vector<SolveContract> contracts;
   size_t used = 0;
   for (size_t i = 0; i < n; ++i) {
-    const int32_t rule = check_rule(op, rules[i]);
+    const int32_t rule = check_rule(op, a.rules[i]);
     const core::Statistic statistic =
-        check_statistic(op, extrema[i], tally[i], counts[i], std::nullopt);
-    expect(extrema[i].device() == extrema[0].device(), op, "extrema", extrema[0].device(),
-           extrema[i].device());
-    const core::Grid grid = check_grid(op, quant_min[i], quant_max[i], symmetric.get(i),
-                                       scale_rule[i], power_of_two.get(i));
+        check_statistic(op, Access::read, a.extrema[i], a.tally[i], a.counts[i], std::nullopt);
+    expect(a.extrema[i].device() == a.extrema[0].device(), op, "extrema", a.extrema[0].device(),
+           a.extrema[i].device());
+    const core::Grid grid = check_solving_grid({op, a.grids[i], static_cast<int64_t>(i)}).grid;
     const size_t own = static_cast<size_t>(option_count_of(rule));
-    if (options.size() < used + own)
-      expect(false, op, "options", std::to_string(used + own) + " values or more", options.size());
-    check_rule_use(op, rule, grid, statistic.layout, options.data() + used,
+    if (a.options.size() < used + own)
+      expect(false, op, "options", std::to_string(used + own) + " values or more",
+             a.options.size());
+    check_rule_use(op, rule, grid, statistic.layout, a.options.data() + used,
                    static_cast<int64_t>(own));
-    contracts.push_back({rule, grid, statistic, options.data() + used});
+    contracts.push_back({rule, grid, statistic, a.options.data() + used});
     used += own;
   }
-  if (used != options.size())
-    expect(false, op, "options", std::to_string(used) + " values", options.size());
+  if (used != a.options.size())
+    expect(false, op, "options", std::to_string(used) + " values", a.options.size());
   return contracts;
 }
 
-core::Grid check_qparams(const at::Tensor& range, int64_t quant_min, int64_t quant_max,
-                         bool symmetric, c10::string_view scale_rule, bool power_of_two) {
+core::Grid check_qparams(const at::Tensor& range, c10::string_view grid) {
   constexpr const char* op = "qparams";
   check_range(op, range, std::nullopt, range.device());
-  return check_grid(op, quant_min, quant_max, symmetric, text(scale_rule), power_of_two);
+  return check_solving_grid({op, text(grid)}).grid;
 }
 
 // ---- rules of one tensor
@@ -270,7 +263,7 @@ observers::KlVariant check_kl_threshold(const at::Tensor& counts, const at::Tens
 OneShot check_one_shot(const c10::OperatorHandle& handle, const torch::jit::Stack& stack) {
   const std::string name = handle.schema().name().substr(sizeof("torch_ext::") - 1);
   const char* const op = name.c_str();
-  constexpr size_t kFixed = 5;
+  constexpr size_t kFixed = 3;
   const size_t count = handle.schema().arguments().size();
   const auto argument = [&](size_t i) -> const c10::IValue& {
     return torch::jit::peek(stack, i, count);
@@ -279,9 +272,8 @@ OneShot check_one_shot(const c10::OperatorHandle& handle, const torch::jit::Stac
   call.rule = check_rule(op, name);
   call.x = argument(0).toTensor();
   check_data(op, "x", call.x);
-  call.grid =
-      check_grid(op, argument(1).toInt(), argument(2).toInt(), argument(3).toBool(), "grid", false);
-  call.ch_axis = argument(4).toInt();
+  call.grid = check_solving_grid({op, argument(1).toStringRef()}).grid;
+  call.ch_axis = argument(2).toInt();
   call.channels = check_axis(op, call.x, call.ch_axis);
   for (const core::Option& option : rules()[call.rule].options)
     call.options.push_back(option_value(op, option, argument(kFixed + call.options.size())));

@@ -1,9 +1,7 @@
 #pragma once
 
-#include <ATen/core/List.h>
 #include <ATen/core/stack.h>
 
-#include <string>
 #include <vector>
 
 #include "bindings/arguments.h"
@@ -18,8 +16,9 @@ namespace torch_ext::bindings {
 
 struct FakeQuantContract {
   core::DType dtype;
-  core::Mask mask;
+  core::Codes codes;
   core::Rounding rounding;
+  core::Mask mask;
 };
 FakeQuantContract check_fake_quant(const char* op, const FakeQuantArguments& a);
 core::DType check_fake_quant_backward(const at::Tensor& grad, const at::Tensor& mask,
@@ -28,6 +27,7 @@ core::DType check_fake_quant_backward(const at::Tensor& grad, const at::Tensor& 
 struct LearnedContract {
   const FakeQuantRow& row;
   core::DType dtype;
+  core::Codes codes;
   bool learns_zero_point;
 };
 LearnedContract check_learned(const LearnedArguments& a);
@@ -40,6 +40,9 @@ struct FollowContract {
   int32_t rule;
   core::Grid grid;
   core::HistogramLayout layout;
+  // Of the ops that also quantize:
+  core::Rounding rounding;
+  core::Mask mask;
 };
 FollowContract check_follow(const char* op, const FollowArguments& a);
 
@@ -63,19 +66,11 @@ struct SolveContract {
   core::Statistic statistic;
   const double* options;
 };
-SolveContract check_solve(c10::string_view rule, const at::Tensor& extrema, const at::Tensor& tally,
-                          const at::Tensor& counts, int64_t quant_min, int64_t quant_max,
-                          bool symmetric, c10::string_view scale_rule, bool power_of_two,
-                          at::ArrayRef<double> options);
+SolveContract check_solve(const SolveArguments& a);
 // One for each quantizer.
-std::vector<SolveContract> check_solve_many(
-    const std::vector<std::string>& rules, at::TensorList extrema, at::TensorList tally,
-    at::TensorList counts, at::IntArrayRef quant_min, at::IntArrayRef quant_max,
-    const c10::List<bool>& symmetric, const std::vector<std::string>& scale_rule,
-    const c10::List<bool>& power_of_two, at::ArrayRef<double> options);
+std::vector<SolveContract> check_solve_many(const SolveManyArguments& a);
 
-core::Grid check_qparams(const at::Tensor& range, int64_t quant_min, int64_t quant_max,
-                         bool symmetric, c10::string_view scale_rule, bool power_of_two);
+core::Grid check_qparams(const at::Tensor& range, c10::string_view grid);
 
 observers::KlVariant check_kl_threshold(const at::Tensor& counts, const at::Tensor& bin_width,
                                         int64_t levels, c10::string_view variant);

@@ -26,8 +26,7 @@ at::Tensor run(const FakeQuantArguments& a, at::IntArrayRef order, at::Tensor* b
                                channel_layout(out, a.ch_axis),
                                a.scale.const_data_ptr<float>(),
                                a.zero_point.const_data_ptr<int32_t>(),
-                               static_cast<int32_t>(a.quant_min),
-                               static_cast<int32_t>(a.quant_max),
+                               contract.codes,
                                contract.rounding,
                                contract.mask};
   Backend(op, a.x).fake_quant_forward(contract.dtype, job);

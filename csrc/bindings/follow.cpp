@@ -75,16 +75,17 @@ std::tuple<at::Tensor, at::Tensor> quantized(const FollowArguments& a, at::IntAr
   const at::Tensor data = with_strides_of(out, a.x);
   at::Tensor bits =
       at::empty({a.with_mask ? (a.x.numel() + 7) / 8 : 0}, a.x.options().dtype(at::kByte));
+  // The job below writes to scale and zero point. A lazy clone gets memory of its own when a
+  // pointer to write through is asked for, so the one to read through must not be older.
   const core::FakeQuantJob map{data.const_data_ptr(),
                                out.mutable_data_ptr(),
                                a.with_mask ? bits.mutable_data_ptr<uint8_t>() : nullptr,
                                channel_layout(out, a.ch_axis),
-                               a.scale.const_data_ptr<float>(),
-                               a.zero_point.const_data_ptr<int32_t>(),
-                               static_cast<int32_t>(a.quant_min),
-                               static_cast<int32_t>(a.quant_max),
-                               parse_rounding(op, text(a.rounding)),
-                               parse_mask(op, text(a.mask))};
+                               a.scale.mutable_data_ptr<float>(),
+                               a.zero_point.mutable_data_ptr<int32_t>(),
+                               follow.contract.grid,
+                               follow.contract.rounding,
+                               follow.contract.mask};
   const Exclusive exclusive(a.range);
   const Backend backend(op, a.x);
   if (!recomputing() && backend.follows_on_chip(follow.contract.rule, follow.contract.dtype, map)) {

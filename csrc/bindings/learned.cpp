@@ -21,7 +21,8 @@ struct Checked {
   core::DType dtype;
   at::Tensor parameter, zero_point;  // zero point int32, undefined: all 0
   bool learns_zero_point;
-  int64_t ch_axis, quant_min, quant_max;
+  int64_t ch_axis;
+  core::Codes codes;
   double elements;  // per parameter, for its gradient scale; 0: no scaling
 
   const int32_t* zero_points() const {
@@ -38,8 +39,7 @@ at::Tensor forward_of(const char* op, const Checked& l, const at::Tensor& x) {
                          channel_layout(out, l.ch_axis),
                          l.parameter.const_data_ptr<float>(),
                          l.zero_points(),
-                         static_cast<int32_t>(l.quant_min),
-                         static_cast<int32_t>(l.quant_max),
+                         l.codes,
                          core::Rounding::half_even,
                          core::Mask::rounded,
                          l.method};
@@ -51,30 +51,32 @@ struct Gradients {
   at::Tensor dx, parameter, zero_point, mixed;
 };
 
-Gradients backward_of(const char* op, const Checked& l, const at::Tensor& grad,
-                      const at::Tensor& x) {
-  at::Tensor dx = empty_in(order_of(x), x);
-  const at::Tensor data = with_strides_of(dx, x), upstream = with_strides_of(dx, grad);
+Gradients backward_of(const char* op, const Checked& l, const LearnedBackwardArguments& a) {
+  const at::Tensor& x = a.forward.x;
+  // Without memory where it is not wanted.
+  at::Tensor dx = empty_in(order_of(x), a.of_x ? x : x.to(at::kMeta));
+  const at::Tensor data = with_strides_of(dx, x), upstream = with_strides_of(dx, a.grad);
   const auto per_channel = [&](bool used) {
+    if (!a.of_parameters) return at::empty({0}, l.parameter.options());
     return used ? at::empty(l.parameter.sizes(), l.parameter.options())
                 : at::zeros(l.parameter.sizes(), l.parameter.options());
   };
-  Gradients gradients{dx, per_channel(true), per_channel(l.learns_zero_point),
-                      per_channel(l.learns_zero_point)};
+  Gradients gradients{a.of_x ? dx : at::empty({0}, x.options()), per_channel(true),
+                      per_channel(l.learns_zero_point), per_channel(l.learns_zero_point)};
+  const bool learns_zero_point = a.of_parameters && l.learns_zero_point;
   const core::LearnedJob job{
       l.method,
       data.const_data_ptr(),
       upstream.const_data_ptr(),
-      gradients.dx.mutable_data_ptr(),
+      a.of_x ? dx.mutable_data_ptr() : nullptr,
       channel_layout(dx, l.ch_axis),
       l.parameter.const_data_ptr<float>(),
       l.zero_points(),
-      static_cast<int32_t>(l.quant_min),
-      static_cast<int32_t>(l.quant_max),
+      l.codes,
       l.elements,
-      gradients.parameter.mutable_data_ptr<float>(),
-      l.learns_zero_point ? gradients.zero_point.mutable_data_ptr<float>() : nullptr,
-      l.learns_zero_point ? gradients.mixed.mutable_data_ptr<float>() : nullptr};
+      a.of_parameters ? gradients.parameter.mutable_data_ptr<float>() : nullptr,
+      learns_zero_point ? gradients.zero_point.mutable_data_ptr<float>() : nullptr,
+      learns_zero_point ? gradients.mixed.mutable_data_ptr<float>() : nullptr};
   Backend(op, x).learned_backward(l.dtype, job);
   return gradients;
 }
@@ -94,8 +96,7 @@ at::Tensor tangent_of(const char* op, const Checked& l, const LearnedTangentArgu
                              channel_layout(out, l.ch_axis),
                              l.parameter.const_data_ptr<float>(),
                              l.zero_points(),
-                             static_cast<int32_t>(l.quant_min),
-                             static_cast<int32_t>(l.quant_max),
+                             l.codes,
                              l.elements,
                              values(t.parameter_tangent),
                              values(t.zero_point_tangent),
@@ -105,24 +106,19 @@ at::Tensor tangent_of(const char* op, const Checked& l, const LearnedTangentArgu
 }
 
 Checked prepared(const LearnedContract& contract, const LearnedArguments& a) {
+  const core::Codes& codes = contract.codes;
   // A learned zero point is used as the engines will use it: rounded, and on the grid.
-  const at::Tensor whole = contract.learns_zero_point
-                               ? a.zero_point->round().clamp_(a.quant_min, a.quant_max).to(at::kInt)
-                               : a.zero_point.value_or(at::Tensor());
+  const at::Tensor whole =
+      contract.learns_zero_point
+          ? a.zero_point->round().clamp_(codes.quant_min, codes.quant_max).to(at::kInt)
+          : a.zero_point.value_or(at::Tensor());
   double elements = 0;
   if (a.use_grad_scaling && a.x.numel() > 0) {
     elements = static_cast<double>(a.x.numel() / a.parameter.numel());
     if (a.batch_axis >= 0 && a.x.dim() > 0) elements /= static_cast<double>(a.x.size(a.batch_axis));
   }
-  return {contract.row.learned,
-          contract.dtype,
-          a.parameter,
-          whole,
-          contract.learns_zero_point,
-          a.ch_axis,
-          a.quant_min,
-          a.quant_max,
-          elements};
+  return {contract.row.learned,       contract.dtype, a.parameter, whole,
+          contract.learns_zero_point, a.ch_axis,      codes,       elements};
 }
 
 at::Tensor learned_fake_quant(const LearnedArguments& a) {
@@ -133,7 +129,7 @@ at::Tensor learned_fake_quant(const LearnedArguments& a) {
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
     const LearnedBackwardArguments& a) {
   const LearnedContract contract = check_learned(a);
-  Gradients g = backward_of(contract.row.name, prepared(contract, a.forward), a.grad, a.forward.x);
+  Gradients g = backward_of(contract.row.name, prepared(contract, a.forward), a);
   return {std::move(g.dx), std::move(g.parameter), std::move(g.zero_point), std::move(g.mixed)};
 }
 
@@ -158,7 +154,7 @@ void by_name(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const at::Tensor x = (next++)->toTensor(), parameter = (next++)->toTensor();
   std::optional<at::Tensor> zero_point;
   if (row.per_channel) zero_point = (next++)->toTensor();
-  const int64_t quant_min = (next++)->toInt(), quant_max = (next++)->toInt();
+  const c10::string_view grid = (next++)->toStringView();
   int64_t ch_axis = -1, batch_axis = -1;
   bool use_grad_scaling = true;
   if (row.per_channel) {
@@ -166,9 +162,8 @@ void by_name(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     use_grad_scaling = (next++)->toBool();
     batch_axis = (next++)->toInt();
   }
-  torch::jit::push(
-      *stack, call_op<LearnedOp>(x, c10::string_view(row.name), parameter, zero_point, quant_min,
-                                 quant_max, ch_axis, use_grad_scaling, batch_axis));
+  torch::jit::push(*stack, call_learned<LearnedOp>({x, row.name, parameter, zero_point, grid,
+                                                    ch_axis, use_grad_scaling, batch_axis}));
 }
 
 }  // namespace

@@ -44,8 +44,12 @@ at::Tensor learned_fake_quant(const LearnedArguments& a) {
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> learned_fake_quant_backward(
     const LearnedBackwardArguments& a) {
   check_learned(a);
+  const auto wanted = [](bool is, const at::Tensor& t) {
+    return is ? like(t) : at::empty({0}, t.options());
+  };
   const at::Tensor& parameter = a.forward.parameter;
-  return {like(a.forward.x), like(parameter), like(parameter), like(parameter)};
+  return {wanted(a.of_x, a.forward.x), wanted(a.of_parameters, parameter),
+          wanted(a.of_parameters, parameter), wanted(a.of_parameters, parameter)};
 }
 
 at::Tensor learned_fake_quant_tangent(const LearnedTangentArguments& a) {
@@ -66,20 +70,13 @@ void merge_(const at::Tensor& extrema, const at::Tensor& tally, const at::Tensor
 
 void follow_(const FollowArguments& a) { check_follow("follow_", a); }
 
-void check_follow_fake_quant(const FollowArguments& a) {
-  constexpr const char* op = "follow_fake_quant";
-  check_follow(op, a);
-  parse_mask(op, text(a.mask));
-  parse_rounding(op, text(a.rounding));
-}
-
 at::Tensor follow_fake_quant(const FollowArguments& a) {
-  check_follow_fake_quant(a);
+  check_follow("follow_fake_quant", a);
   return like(a.x);
 }
 
 std::tuple<at::Tensor, at::Tensor> follow_forward(const FollowArguments& a) {
-  check_follow_fake_quant(a);
+  check_follow("follow_fake_quant", a);
   return {empty_in(a.order, a.x), mask_of(a.x, a.with_mask)};
 }
 
@@ -87,12 +84,9 @@ at::Tensor range_of(const at::Tensor& extrema) {
   return at::empty_symint({extrema.sym_size(0), 2}, extrema.options().dtype(at::kFloat));
 }
 
-at::Tensor solve(Text rule, const at::Tensor& extrema, const at::Tensor& tally,
-                 const at::Tensor& counts, int64_t quant_min, int64_t quant_max, bool symmetric,
-                 Text scale_rule, bool power_of_two, at::ArrayRef<double> options) {
-  check_solve(rule, extrema, tally, counts, quant_min, quant_max, symmetric, scale_rule,
-              power_of_two, options);
-  return range_of(extrema);
+at::Tensor solve(const SolveArguments& a) {
+  check_solve(a);
+  return range_of(a.extrema);
 }
 
 std::tuple<at::Tensor, at::Tensor> qparams_of(const at::Tensor& range) {
@@ -100,17 +94,12 @@ std::tuple<at::Tensor, at::Tensor> qparams_of(const at::Tensor& range) {
           at::empty_symint({range.sym_size(0)}, range.options().dtype(at::kInt))};
 }
 
-using Tensors = std::vector<at::Tensor>;
+using Tensors = SolveManyOp::Tensors;
 
-std::tuple<Tensors, Tensors, Tensors> solve_many(
-    const std::vector<std::string>& rules, at::TensorList extrema, at::TensorList tally,
-    at::TensorList counts, at::IntArrayRef quant_min, at::IntArrayRef quant_max,
-    const c10::List<bool>& symmetric, const std::vector<std::string>& scale_rule,
-    const c10::List<bool>& power_of_two, at::ArrayRef<double> options) {
-  check_solve_many(rules, extrema, tally, counts, quant_min, quant_max, symmetric, scale_rule,
-                   power_of_two, options);
+std::tuple<Tensors, Tensors, Tensors> solve_many(const SolveManyArguments& a) {
+  check_solve_many(a);
   Tensors range, scale, zero_point;
-  for (const at::Tensor& t : extrema) {
+  for (const at::Tensor& t : a.extrema) {
     range.push_back(range_of(t));
     auto [s, z] = qparams_of(range.back());
     scale.push_back(s);
@@ -119,10 +108,8 @@ std::tuple<Tensors, Tensors, Tensors> solve_many(
   return {range, scale, zero_point};
 }
 
-std::tuple<at::Tensor, at::Tensor> qparams(const at::Tensor& range, int64_t quant_min,
-                                           int64_t quant_max, bool symmetric, Text scale_rule,
-                                           bool power_of_two) {
-  check_qparams(range, quant_min, quant_max, symmetric, scale_rule, power_of_two);
+std::tuple<at::Tensor, at::Tensor> qparams(const at::Tensor& range, Text grid) {
+  check_qparams(range, grid);
   return qparams_of(range);
 }
 
@@ -153,8 +140,8 @@ TORCH_LIBRARY_IMPL(torch_ext, Meta, m) {
   impl<FollowOp, follow_>(m);
   impl<FollowFakeQuantOp, follow_fake_quant>(m);
   impl<FollowForwardOp, follow_forward>(m);
-  m.impl("solve", TORCH_FN(solve));
-  m.impl("solve_many", TORCH_FN(solve_many));
+  impl<SolveOp, solve>(m);
+  impl<SolveManyOp, solve_many>(m);
   m.impl("qparams", TORCH_FN(qparams));
   m.impl("kl_threshold", TORCH_FN(kl_threshold));
   for (const RuleRow& rule : rules())

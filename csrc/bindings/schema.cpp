@@ -5,14 +5,13 @@
 #include "rule_table.h"
 
 // The schemas of all ops. A rule's options are a float[] in the order of its option table; the
-// Python package torch_ext.ops turns option names into that list.
+// Python package torch_ext.ops turns option names into that list. A grid is a text (grid_text.h).
 namespace {
 
 // The one-shot op of a rule: one tensor in, its range [C, 2] out, with the rule's options by name.
 std::string one_shot_schema(const torch_ext::RuleRow& rule) {
-  std::string schema = std::string(rule.name) +
-                       "(Tensor x, int quant_min=-128, int quant_max=127, bool symmetric=True, "
-                       "int ch_axis=-1";
+  std::string schema =
+      std::string(rule.name) + "(Tensor x, str grid=\"[-128,127] symmetric\", int ch_axis=-1";
   for (const torch_ext::core::Option& option : rule.options) {
     schema += option.choices != nullptr ? ", str " : ", float ";
     schema += option.name;
@@ -30,7 +29,7 @@ std::string one_shot_schema(const torch_ext::RuleRow& rule) {
 std::string method_schema(const torch_ext::FakeQuantRow& method) {
   const bool per_channel = method.per_channel;
   return std::string(method.name) + "(Tensor x, Tensor " + method.parameter +
-         (per_channel ? ", Tensor zero_point" : "") + ", int quant_min, int quant_max" +
+         (per_channel ? ", Tensor zero_point" : "") + ", str grid" +
          (per_channel ? ", int ch_axis=-1, bool use_grad_scaling=True, int batch_axis=-1" : "") +
          ") -> Tensor";
 }
@@ -45,27 +44,26 @@ TORCH_LIBRARY(torch_ext, m) {
   const std::vector<at::Tag> any_layout = {at::Tag::pt2_compliant_tag, at::Tag::flexible_layout};
 
   m.def(
-      "fake_quant(Tensor x, Tensor scale, Tensor zero_point, int quant_min, int quant_max, "
-      "int ch_axis=-1, str mask=\"rounded\", str rounding=\"half_even\") -> Tensor",
+      "fake_quant(Tensor x, Tensor scale, Tensor zero_point, str grid, int ch_axis=-1, "
+      "str mask=\"rounded\") -> Tensor",
       tags);
   m.def(
-      "_fake_quant_forward(Tensor x, Tensor scale, Tensor zero_point, int quant_min, int "
-      "quant_max, int ch_axis=-1, str mask=\"rounded\", str rounding=\"half_even\", "
-      "int[] order=[]) -> (Tensor, Tensor)",
+      "_fake_quant_forward(Tensor x, Tensor scale, Tensor zero_point, str grid, int ch_axis=-1, "
+      "str mask=\"rounded\", int[] order=[]) -> (Tensor, Tensor)",
       tags);
   m.def("_fake_quant_backward(Tensor grad, Tensor mask, int[] order=[]) -> Tensor", tags);
 
   const std::string learned =
-      "Tensor x, str method, Tensor parameter, Tensor? zero_point, int quant_min, int quant_max, "
-      "int ch_axis=-1, bool use_grad_scaling=True, int batch_axis=-1) -> ";
-  m.def(("learned_fake_quant(" + learned + "Tensor").c_str(), tags);
-  m.def(
-      ("_learned_fake_quant_backward(Tensor grad, " + learned + "(Tensor, Tensor, Tensor, Tensor)")
-          .c_str(),
-      tags);
+      "Tensor x, str method, Tensor parameter, Tensor? zero_point, str grid, int ch_axis=-1, "
+      "bool use_grad_scaling=True, int batch_axis=-1";
+  m.def(("learned_fake_quant(" + learned + ") -> Tensor").c_str(), tags);
+  m.def(("_learned_fake_quant_backward(Tensor grad, " + learned +
+         ", bool of_x=True, bool of_parameters=True) -> (Tensor, Tensor, Tensor, Tensor)")
+            .c_str(),
+        tags);
   m.def(("_learned_fake_quant_tangent(Tensor? x_tangent, Tensor? parameter_tangent, "
          "Tensor? zero_point_tangent, Tensor? mixed_tangent, " +
-         learned + "Tensor")
+         learned + ") -> Tensor")
             .c_str(),
         tags);
   for (const torch_ext::FakeQuantRow& method : torch_ext::fake_quants())
@@ -80,29 +78,22 @@ TORCH_LIBRARY(torch_ext, m) {
       "Tensor other_tally, Tensor other_counts) -> ()",
       tags);
   m.def(
-      "solve(str rule, Tensor extrema, Tensor tally, Tensor counts, int quant_min, int quant_max, "
-      "bool symmetric, str scale_rule=\"grid\", bool power_of_two=False, float[] options=[]) -> "
+      "solve(str rule, Tensor extrema, Tensor tally, Tensor counts, str grid, float[] options=[]) "
+      "-> "
       "Tensor",
       tags);
   m.def(
-      "solve_many(str[] rules, Tensor[] extrema, Tensor[] tally, Tensor[] counts, int[] quant_min, "
-      "int[] quant_max, bool[] symmetric, str[] scale_rule, bool[] power_of_two, float[] options) "
-      "-> "
-      "(Tensor[] range, Tensor[] scale, Tensor[] zero_point)",
+      "solve_many(str[] rules, Tensor[] extrema, Tensor[] tally, Tensor[] counts, str[] grids, "
+      "float[] options) -> (Tensor[] range, Tensor[] scale, Tensor[] zero_point)",
       tags);
-  m.def(
-      "qparams(Tensor range, int quant_min, int quant_max, bool symmetric, str "
-      "scale_rule=\"grid\", "
-      "bool power_of_two=False) -> (Tensor scale, Tensor zero_point)",
-      tags);
-  // `follow`: how a range is moved towards those of the batches. `quantize`: how x is quantized
-  // with it.
+  m.def("qparams(Tensor range, str grid) -> (Tensor scale, Tensor zero_point)", tags);
+  // `follow`: how a range is moved towards those of the batches. `quantize`: what else the ops take
+  // that also quantize x.
   const std::string follow =
       "(Tensor x, Tensor(a!) range, Tensor(b!) scale, Tensor(c!) zero_point, Tensor(d!) solved, "
-      "float averaging_constant, str rule, int quant_min, int quant_max, bool symmetric, "
-      "str scale_rule=\"grid\", bool power_of_two=False, float[] options=[], int ch_axis=-1, "
+      "float averaging_constant, str rule, str grid, float[] options=[], int ch_axis=-1, "
       "int mantissa_bits=10, int octaves=16";
-  const std::string quantize = ", str mask=\"rounded\", str rounding=\"half_even\"";
+  const std::string quantize = ", str mask=\"rounded\"";
   m.def(("follow_" + follow + ") -> ()").c_str(), any_layout);
   m.def(("follow_fake_quant" + follow + quantize + ") -> Tensor").c_str(), tags);
   m.def(("_follow_fake_quant_forward" + follow + quantize +

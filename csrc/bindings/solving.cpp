@@ -5,6 +5,7 @@
 
 #include <tuple>
 
+#include "bindings/arguments.h"
 #include "bindings/backend.h"
 #include "bindings/contracts.h"
 #include "bindings/exclusive.h"
@@ -19,52 +20,40 @@ const char* rule_name(int32_t rule) { return rules()[rule].name; }
 
 namespace {
 
-at::Tensor solve(c10::string_view name, const at::Tensor& extrema, const at::Tensor& tally,
-                 const at::Tensor& counts, int64_t quant_min, int64_t quant_max, bool symmetric,
-                 c10::string_view scale_rule, bool power_of_two, at::ArrayRef<double> options) {
-  const SolveContract c = check_solve(name, extrema, tally, counts, quant_min, quant_max, symmetric,
-                                      scale_rule, power_of_two, options);
-  at::Tensor range = at::empty({c.statistic.channels, 2}, extrema.options());
+at::Tensor solve(const SolveArguments& a) {
+  const SolveContract c = check_solve(a);
+  at::Tensor range = at::empty({c.statistic.channels, 2}, a.extrema.options());
   const core::SolveJob job{
       c.rule,  c.grid,  c.options, c.statistic, range.mutable_data_ptr<float>(), nullptr,
       nullptr, nullptr, 1};
-  const Exclusive exclusive(tally);  // another thread may observe meanwhile
-  Backend("solve", extrema).solve({job});
+  const Exclusive exclusive(a.tally);  // another thread may observe meanwhile
+  Backend("solve", a.extrema).solve({job});
   return range;
 }
 
-using Tensors = std::vector<at::Tensor>;
+using Tensors = SolveManyOp::Tensors;
 
-std::tuple<Tensors, Tensors, Tensors> solve_many(
-    const std::vector<std::string>& rules, at::TensorList extrema, at::TensorList tally,
-    at::TensorList counts, at::IntArrayRef quant_min, at::IntArrayRef quant_max,
-    const c10::List<bool>& symmetric, const std::vector<std::string>& scale_rule,
-    const c10::List<bool>& power_of_two, at::ArrayRef<double> options) {
-  const std::vector<SolveContract> contracts =
-      check_solve_many(rules, extrema, tally, counts, quant_min, quant_max, symmetric, scale_rule,
-                       power_of_two, options);
+std::tuple<Tensors, Tensors, Tensors> solve_many(const SolveManyArguments& a) {
+  const std::vector<SolveContract> contracts = check_solve_many(a);
   Tensors range, scale, zero_point;
   std::vector<core::SolveJob> jobs;
   for (size_t i = 0; i < contracts.size(); ++i) {
     const SolveContract& c = contracts[i];
     const int64_t channels = c.statistic.channels;
-    range.push_back(at::empty({channels, 2}, extrema[i].options()));
-    scale.push_back(at::empty({channels}, extrema[i].options()));
-    zero_point.push_back(at::empty({channels}, extrema[i].options().dtype(at::kInt)));
+    range.push_back(at::empty({channels, 2}, a.extrema[i].options()));
+    scale.push_back(at::empty({channels}, a.extrema[i].options()));
+    zero_point.push_back(at::empty({channels}, a.extrema[i].options().dtype(at::kInt)));
     jobs.push_back({c.rule, c.grid, c.options, c.statistic, range.back().mutable_data_ptr<float>(),
                     scale.back().mutable_data_ptr<float>(),
                     zero_point.back().mutable_data_ptr<int32_t>(), nullptr, 1});
   }
-  const Exclusive exclusive(tally);
-  if (!jobs.empty()) Backend("solve_many", extrema[0]).solve(jobs);
+  const Exclusive exclusive(a.tally);
+  if (!jobs.empty()) Backend("solve_many", a.extrema[0]).solve(jobs);
   return {std::move(range), std::move(scale), std::move(zero_point)};
 }
 
-std::tuple<at::Tensor, at::Tensor> qparams(const at::Tensor& range, int64_t quant_min,
-                                           int64_t quant_max, bool symmetric,
-                                           c10::string_view scale_rule, bool power_of_two) {
-  const core::Grid grid =
-      check_qparams(range, quant_min, quant_max, symmetric, scale_rule, power_of_two);
+std::tuple<at::Tensor, at::Tensor> qparams(const at::Tensor& range, c10::string_view grid_text) {
+  const core::Grid grid = check_qparams(range, grid_text);
   const int64_t channels = range.size(0);
   at::Tensor scale = at::empty({channels}, range.options());
   at::Tensor zero_point = at::empty({channels}, range.options().dtype(at::kInt));
@@ -81,8 +70,8 @@ void one_shot(const c10::OperatorHandle& handle, torch::jit::Stack* stack) {
 }
 
 void register_ops(torch::Library& m) {
-  m.impl("solve", TORCH_FN(solve));
-  m.impl("solve_many", TORCH_FN(solve_many));
+  impl<SolveOp, solve>(m);
+  impl<SolveManyOp, solve_many>(m);
   m.impl("qparams", TORCH_FN(qparams));
   for (const RuleRow& rule : rules())
     m.impl(rule.name, torch::CppFunction::makeFromBoxedFunction<&one_shot>());

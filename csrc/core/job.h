@@ -71,23 +71,24 @@ struct FakeQuantJob {
   Codes codes;
   Rounding rounding;
   Mask mask_kind;
-  // Index in LearnedFakeQuants of the method whose learned parameter is in `scale`; -1: it is the
-  // scale.
+  // Index in LearnedFakeQuants of the method whose learned parameter is in `scale`, which has no
+  // mask and rounds half to even; -1: it is the scale.
   int32_t learned = -1;
 };
 
-// Backward of a learned fake-quant on contiguous data; dx must not overlap x or grad.
+// Backward of a learned fake-quant on contiguous data; dx must not overlap x or grad. Gradients
+// that are null are not computed; d_zero_point and d_mixed need d_parameter.
 struct LearnedJob {
   int32_t method;  // index in LearnedFakeQuants
   const void* x;
   const void* grad;
-  void* dx;
+  void* dx;  // or null
   ChannelLayout layout;
   const float* parameter;     // [channels]
   const int32_t* zero_point;  // [channels], or null: all 0
   Codes codes;
   double elements;      // per parameter, for its gradient scale; 0: no scaling
-  float* d_parameter;   // [channels]
+  float* d_parameter;   // [channels] or null
   float* d_zero_point;  // [channels] or null
   // [channels] or null: the gradient of the zero point divided by the scale, with the factor of the
   // parameter's gradient. The derivative of either gradient with regard to the other's input.

@@ -16,7 +16,7 @@ using core::Walk;
 
 // Below kDirect values, a task counts straight into the statistic. A thread gets at least
 // kPerThread values.
-constexpr int64_t kDirect = 1 << 14;
+constexpr int64_t kDirect = 1 << 16;
 constexpr int64_t kPerThread = 1 << 15;
 // Values of a task from which on those of a 16-bit type are counted by their patterns. A float16
 // has more patterns in an octave, so there are more to add to the histogram.

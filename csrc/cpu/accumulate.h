@@ -33,9 +33,14 @@ struct GroupSummary {
 // and a carry that counts 256s for each bin. There are two tables, for even and odd positions, so
 // that equal neighbouring values do not wait for each other.
 struct NarrowTables {
-  uint8_t* even;    // [size]
-  uint8_t* odd;     // [size]
-  uint32_t* carry;  // [size]
+  uint8_t* even;     // [size]
+  uint8_t* odd;      // [size]
+  uint32_t* carry;   // [size]
+  uint8_t* carried;  // [size / kDrained] whether one of these carries may not be zero
+
+  NarrowTables from(int64_t bin) const {  // a multiple of kDrained
+    return {even + bin, odd + bin, carry + bin, carried + bin / kDrained};
+  }
 };
 
 // Extrema and zeros of several channels.
@@ -49,6 +54,9 @@ struct ChannelSummaries {
 struct AccumulateKernels {
   // Extrema and zeros of n values.
   GroupSummary (*summarize)(const float* x, int64_t n);
+  // n <= kGroup.
+  GroupSummary (*summarize_f16)(const core::half* x, int64_t n);
+  GroupSummary (*summarize_bf16)(const core::bfloat16* x, int64_t n);
   // Folds rows of n values, one value per channel, into the channels' summaries.
   void (*summarize_rows)(const float* x, int64_t rows, int64_t stride, int64_t n,
                          ChannelSummaries into);

@@ -7,8 +7,8 @@
 namespace torch_ext::cpu {
 
 struct Counters::Memory {
-  explicit Memory(int64_t size) : even(size), odd(size), carry(size) {}
-  std::vector<uint8_t> even, odd;
+  explicit Memory(int64_t size) : even(size), odd(size), carried(size / kDrained), carry(size) {}
+  std::vector<uint8_t> even, odd, carried;
   std::vector<uint32_t> carry;
 };
 
@@ -48,7 +48,8 @@ Counters::Counters(int64_t size) : memory_(Pool::instance().take(size)) {}
 Counters::~Counters() { Pool::instance().give(std::move(memory_)); }
 
 NarrowTables Counters::tables() const {
-  return {memory_->even.data(), memory_->odd.data(), memory_->carry.data()};
+  return {memory_->even.data(), memory_->odd.data(), memory_->carry.data(),
+          memory_->carried.data()};
 }
 
 Accumulator::Accumulator(const AccumulateKernels& kernels, core::HistogramLayout layout,
@@ -74,8 +75,7 @@ int64_t Accumulator::drain(int32_t octave, int64_t* counts) {
   int64_t total = 0;
   for (int sign = 0; sign < 2; ++sign) {
     const int64_t begin = sign * layout_.bins() + layout_.octave_begin(octave);
-    total += kernels_.drain({t.even + begin, t.odd + begin, t.carry + begin}, width,
-                            counts == nullptr ? nullptr : counts + begin);
+    total += kernels_.drain(t.from(begin), width, counts == nullptr ? nullptr : counts + begin);
   }
   return total;
 }
@@ -100,10 +100,7 @@ void Accumulator::add(const float* x, int64_t n) {
     for (int64_t i = 0; i < n; i += kGroup) add_finite_of(x + i, std::min<int64_t>(kGroup, n - i));
     return;
   }
-  min_key_ = std::min(min_key_, s.min_key);
-  max_key_ = std::max(max_key_, s.max_key);
-  tally_[core::kFinite] += n;
-  tally_[core::kZeros] += s.zeros;
+  add(s, n);
   if (!histogram) return;
   const int32_t top =
       core::top_octave(core::float_of_key(s.min_key), core::float_of_key(s.max_key));
@@ -116,6 +113,13 @@ void Accumulator::add(const float* x, int64_t n) {
     kernels_.count_wide(index_, s.in_window, target_.counts);
   else
     kernels_.count(index_, s.in_window, counters_->tables());
+}
+
+void Accumulator::add(const GroupSummary& s, int64_t n) {
+  min_key_ = std::min(min_key_, s.min_key);
+  max_key_ = std::max(max_key_, s.max_key);
+  tally_[core::kFinite] += n;
+  tally_[core::kZeros] += s.zeros;
 }
 
 void Accumulator::add_finite_of(const float* x, int64_t n) {

@@ -37,6 +37,9 @@ class Accumulator {
   // The most values that add() takes.
   int64_t group() const { return layout_.octaves == 0 ? kLongGroup : kGroup; }
   void add(const float* x, int64_t n);
+  bool extrema_only() const { return layout_.octaves == 0; }
+  // Adds n finite values by their summary, where extrema_only().
+  void add(const GroupSummary& s, int64_t n);
   // Adds the result to the channel; nothing may be added afterwards.
   void finish();
 

@@ -1,6 +1,7 @@
 #include "cpu/map.h"
 
 #include <algorithm>
+#include <memory>
 
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
@@ -20,20 +21,42 @@ void for_each_block(int64_t numel, const Body& body) {
   });
 }
 
+int64_t size_of(core::DType dtype) {
+  return dtype == core::DType::f64 ? 8 : dtype == core::DType::f32 ? 4 : 2;
+}
+
+// Memory for the grids of so many channels.
+std::unique_ptr<char[]> grid_memory(core::DType dtype, int64_t channels) {
+  const int64_t size = dtype == core::DType::f64 ? sizeof(double) : sizeof(float);
+  return std::unique_ptr<char[]>(new char[4 * (channels + kGridPadding) * size]);
+}
+
+// Fewer rows of a channel are staged each time anew.
+constexpr int64_t kManyRows = 4;
+
 // From this size on the output does not stay in a cache until it is read again, so it is written
 // past the caches: its lines need not be read first. For smaller outputs plain stores are faster.
 constexpr int64_t kStreamBytes = 16 << 20;
 
 bool streams(core::DType dtype, int64_t numel, const void* out) {
-  const int64_t size = dtype == core::DType::f64 ? 8 : dtype == core::DType::f32 ? 4 : 2;
-  return numel * size >= kStreamBytes && reinterpret_cast<uintptr_t>(out) % 16 == 0;
+  return numel * size_of(dtype) >= kStreamBytes && reinterpret_cast<uintptr_t>(out) % 64 == 0;
 }
 
 }  // namespace
 
 void fake_quant_forward(core::DType dtype, const core::FakeQuantJob& job) {
-  const MapTask task{job, streams(dtype, job.layout.numel(), job.out)};
-  const MapKernels::Forward forward = kernels().map.forward[static_cast<int>(dtype)];
+  MapTask task{job, streams(dtype, job.layout.numel(), job.out)};
+  const MapKernels& k = kernels().map;
+  const MapKernels::Forward forward = k.forward[static_cast<int>(dtype)];
+  const int64_t channels = job.layout.channels;
+  std::unique_ptr<char[]> grids;
+  if (channels > kGridTile && job.layout.outer >= kManyRows) {
+    grids = grid_memory(dtype, channels);
+    parallel_for(0, channels + kGridPadding, kGrain * kMapBlock, [&](int64_t first, int64_t last) {
+      k.stage[static_cast<int>(dtype)](job, first, last - first, 0, channels, grids.get());
+    });
+    task.grids = grids.get();
+  }
   for_each_block(job.layout.numel(),
                  [&](int64_t begin, int64_t end) { forward(task, begin, end); });
 }

@@ -9,20 +9,33 @@
 namespace torch_ext::cpu {
 
 // Threads get elements in blocks of this size. A multiple of 8, so that no two threads write to one
-// byte of the mask; small enough that a block's flags and staged qparams stay in the first-level
-// cache.
+// byte of the mask, and of 64 bytes, so that they can be written past the caches.
 constexpr int64_t kMapBlock = 1024;
+
+// The grids of so many channels are staged by each thread; those of more, once for all threads, if
+// every channel has several rows.
+constexpr int64_t kGridTile = 1024;
+// Channels, the first ones again, that follow the last one in a table of grids.
+constexpr int64_t kGridPadding = 16;
 
 struct MapTask : core::FakeQuantJob {
   bool stream;  // write past the caches
+  // The grids of all channels, or null: arrays of scale, lo, hi and zero point, of
+  // channels + kGridPadding values of the computing type each.
+  const void* grids = nullptr;
 };
 
 // Inner loops, compiled once per instruction set; indexed by DType.
 struct MapKernels {
+  // Writes the grids of channels [first, first + count) into a table of `channels` of them that
+  // begins with channel `begin`. Channels are counted on after the last one.
+  using Stage = void (*)(const core::FakeQuantJob& job, int64_t first, int64_t count, int64_t begin,
+                         int64_t channels, void* grids);
   // Writes out and mask of elements [begin, end) of x; begin is a multiple of kMapBlock.
   using Forward = void (*)(const MapTask& task, int64_t begin, int64_t end);
   using Backward = void (*)(const void* grad, const uint8_t* mask, void* dx, int64_t begin,
                             int64_t end, bool stream);
+  Stage stage[core::kDTypeCount];
   Forward forward[core::kDTypeCount];
   Backward backward[core::kDTypeCount];
 };

@@ -56,8 +56,15 @@ inline void widen(const AccumulateKernels& k, const core::bfloat16* x, int64_t n
   k.widen_bf16(x, n, out);
 }
 
-// Passes one channel's values to an accumulator in groups; contiguous float32 values are not
-// copied.
+inline GroupSummary summarize(const AccumulateKernels& k, const core::half* x, int64_t n) {
+  return k.summarize_f16(x, n);
+}
+inline GroupSummary summarize(const AccumulateKernels& k, const core::bfloat16* x, int64_t n) {
+  return k.summarize_bf16(x, n);
+}
+
+// Passes one channel's values to an accumulator in groups. Contiguous float32 values are not
+// copied, nor are those of 16-bit types where only extrema are kept.
 template <class T>
 class Feeder {
  public:
@@ -75,6 +82,17 @@ class Feeder {
         }
       }
       const int64_t piece = std::min<int64_t>(n, kGroup - filled_);
+      if constexpr (sizeof(T) == 2) {
+        if (stride == 1 && filled_ == 0 && into_.extrema_only()) {
+          const GroupSummary s = summarize(kernels_, x, piece);
+          if (s.finite()) {
+            into_.add(s, piece);
+            x += piece;
+            n -= piece;
+            continue;
+          }
+        }
+      }
       if (stride == 1) {
         widen(kernels_, x, piece, staging_ + filled_);
       } else {

@@ -124,10 +124,10 @@ void observe_adjacent(const Task& task, int64_t channel, int64_t count, int64_t 
   const AccumulateKernels& k = kernels().accumulate;
   const int64_t stride = task.walk.dims[0].stride;
   // Rows of few channels with no gap between them are read several at a time, as if each had
-  // channels of its own.
-  constexpr int64_t kWideRow = 256;
-  const int64_t repeat =
-      stride == count && count < kWideRow ? std::max<int64_t>(1, kWideRow / count) : 1;
+  // channels of its own. Joining these in the end has to be worth while.
+  constexpr int64_t kManyValues = 1 << 17;
+  const int64_t wide_row = (end - begin) * count < kManyValues ? 256 : kBlockChannels;
+  const int64_t repeat = stride == count ? std::max<int64_t>(1, wide_row / count) : 1;
   const int64_t wide = repeat * count;
   ExtremaBlock block(wide);
   const auto read = [&](const T* x, int64_t rows, int64_t row_stride, int64_t n) {

@@ -19,7 +19,7 @@ class PatternSum {
   PatternSum(const AccumulateKernels& kernels, NarrowTables tables)
       : kernels_(kernels), tables_(tables) {
     for (int64_t slice = 0; slice < kSlices; ++slice)
-      occupied_[slice] = kernels_.any(at(slice * kSlice), kSlice);
+      occupied_[slice] = kernels_.any(tables_.from(slice * kSlice), kSlice);
   }
 
   // `zeros` more values were zero.
@@ -31,10 +31,14 @@ class PatternSum {
     for (int64_t first = 0; first < kPatterns; first += kSlice) {
       if (!occupied_[first / kSlice]) continue;
       int64_t counts[kSlice] = {};
-      const int64_t total = kernels_.drain(at(first), kSlice, counts);
+      const int64_t total = kernels_.drain(tables_.from(first), kSlice, counts);
+      T patterns[kSlice];
+      float values[kSlice];
+      for (int64_t i = 0; i < kSlice; ++i) patterns[i] = T{static_cast<uint16_t>(first + i)};
+      widen(kernels_, patterns, kSlice, values);
       int64_t outside = 0;  // and zeros, infinity and NaN
       for (int64_t i = 0; i < kSlice; ++i) {
-        const uint32_t bits = bits_of(first + i);
+        const uint32_t bits = core::bits_of(values[i]);
         const bool inside = window.relative(bits) < window.width;
         if (inside)
           into.counts[window.index(bits)] += counts[i];
@@ -44,7 +48,7 @@ class PatternSum {
       tally[core::kFinite] += total - outside;
       if (outside == 0) continue;
       for (int64_t i = 0; i < kSlice; ++i)
-        add_outside(bits_of(first + i), counts[i], window, tally);
+        add_outside(core::bits_of(values[i]), counts[i], window, tally);
     }
     for (int column = 0; column < core::kTallyColumns; ++column)
       into.tally[column] += tally[column];
@@ -55,9 +59,6 @@ class PatternSum {
   static constexpr int64_t kMagnitudes = kPatterns / 2;  // patterns of one sign
   static constexpr int64_t kMostFinite = std::is_same_v<T, core::half> ? 0x7bff : 0x7f7f;
 
-  static uint32_t bits_of(int64_t pattern) {
-    return core::bits_of(core::widen(T{static_cast<uint16_t>(pattern)}));
-  }
   static void add_outside(uint32_t bits, int64_t count, core::Window window, int64_t* tally) {
     const uint32_t abs = bits & core::kAbsBits;
     if (abs >= core::kInfBits) {
@@ -66,9 +67,6 @@ class PatternSum {
       tally[core::kFinite] += count;
       tally[abs == 0 ? core::kZeros : core::kTiny] += count;
     }
-  }
-  NarrowTables at(int64_t pattern) const {
-    return {tables_.even + pattern, tables_.odd + pattern, tables_.carry + pattern};
   }
   bool occurs(int64_t pattern) const {
     return (tables_.even[pattern] | tables_.odd[pattern]) != 0 || tables_.carry[pattern] != 0;
@@ -97,7 +95,9 @@ class PatternSum {
     if (least < 0 && most < 0) return;
     if (least < 0) least = zeros != 0 ? 0 : first(0);
     if (most < 0) most = first(kMagnitudes);
-    const auto value = [](int64_t pattern) { return core::float_of(bits_of(pattern)); };
+    const auto value = [](int64_t pattern) {
+      return core::widen(T{static_cast<uint16_t>(pattern)});
+    };
     core::extend(into, layout, value(least), value(most));
   }
 

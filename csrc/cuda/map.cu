@@ -10,8 +10,12 @@ namespace {
 
 using core::FakeQuantJob;
 
-// Iterates over the scale and zero point of consecutive elements of [outer, channels, inner].
-template <class C>
+struct NotLearned {};
+
+// Iterates over the grids of consecutive elements of [outer, channels, inner]. Method: whose
+// parameter is in job.scale. It is a parameter of the kernel because Pact's float64 code would take
+// registers of every kernel.
+template <class C, class Method>
 class Channels {
  public:
   TE_GPU Channels(const FakeQuantJob& job, int64_t first) : job_(job) {
@@ -33,14 +37,21 @@ class Channels {
   }
 
  private:
-  TE_GPU void load() { grid_ = unit_grid_of<C>(job_, channel_); }
+  TE_GPU void load() {
+    const float own = job_.scale[channel_];
+    const int32_t zero_point = core::zero_point_of(job_, channel_);
+    if constexpr (std::is_same_v<Method, NotLearned>)
+      grid_ = core::make_unit_grid<C>(own, zero_point, job_.codes, job_.rounding);
+    else
+      grid_ = Method::template unit_grid<C>(own, zero_point, job_.codes);
+  }
   const FakeQuantJob& job_;
   int64_t left_;
   int64_t channel_ = 0;
   core::UnitGrid<C> grid_;
 };
 
-template <class T, bool kDefault>
+template <class T, bool kDefault, class Method>
 struct Forward {
   static constexpr int kThreads = 256;
   using C = core::compute_t<T>;
@@ -54,7 +65,7 @@ struct Forward {
     if (first >= numel) return;
     const T* const x = static_cast<const T*>(job.x) + first;
     T* const out = static_cast<T*>(job.out) + first;
-    Channels<C> channels(job, first);
+    Channels<C, Method> channels(job, first);
     uint32_t bits = 0;
     if (aligned && numel - first >= kGroup) {
       Group<T> in, result{};
@@ -114,11 +125,17 @@ void launch_over(const char* op, const Kernel& kernel, int64_t numel, Stream str
 
 void fake_quant_forward(core::DType dtype, const FakeQuantJob& job, Stream stream) {
   const bool aligned = is_aligned(job.x) && is_aligned(job.out);
+  const int64_t numel = job.layout.numel();
   with_type(dtype, [&]<class T>() {
+    LearnedFakeQuants::for_each_on_host([&]<class F>(int32_t index) {
+      if (index == job.learned)
+        launch_over(F::name, Forward<T, true, F>{job, aligned}, numel, stream);
+    });
+    if (job.learned >= 0) return;
     if (is_default(job))
-      launch_over("fake_quant", Forward<T, true>{job, aligned}, job.layout.numel(), stream);
+      launch_over("fake_quant", Forward<T, true, NotLearned>{job, aligned}, numel, stream);
     else
-      launch_over("fake_quant", Forward<T, false>{job, aligned}, job.layout.numel(), stream);
+      launch_over("fake_quant", Forward<T, false, NotLearned>{job, aligned}, numel, stream);
   });
 }
 

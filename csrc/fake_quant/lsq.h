@@ -30,24 +30,22 @@ struct Lsq {
     return core::make_unit_grid<T>(effective(s), zero_point, codes);
   }
 
-  // The terms of one element. `inverse` is 1 / scale in float64, so that the small difference
-  // round(v) - v keeps its bits.
+  // Terms are in units of x: round(v) - v is round(v) * s - x, which is exact.
+  TE_HD static double unit(float s) { return static_cast<double>(effective(s)); }
+
   template <typename T>
-  TE_HD static core::Terms<T> backward(T x, T grad, const core::UnitGrid<T>& grid, T,
-                                       double inverse) {
+  TE_HD static core::Terms<T> backward(T x, T grad, const core::UnitGrid<T>& grid, T) {
     const T v = x / grid.scale;
     const T code = v + grid.zero_point;
     const T quant_min = grid.lo + grid.zero_point, quant_max = grid.hi + grid.zero_point;
     const bool below = code <= quant_min, above = code >= quant_max;
     const bool inside = (code > quant_min) & (code < quant_max);
-    const double rounding =
-        static_cast<double>(core::round_half_even(v)) - static_cast<double>(x) * inverse;
-    const double clipped = below   ? static_cast<double>(grid.lo)
-                           : above ? static_cast<double>(grid.hi)
-                                   : 0.0;
+    const T rounding = core::rounding_error(core::round_half_even(v), grid.scale, x);
+    const T end = below ? grid.lo : above ? grid.hi : T{};
+    const double step = inside ? static_cast<double>(rounding)
+                               : static_cast<double>(end) * static_cast<double>(grid.scale);
     const double wide = static_cast<double>(grad);
-    return {inside ? grad : T{}, wide * (inside ? rounding : clipped),
-            below | above ? -wide * static_cast<double>(grid.scale) : 0.0};
+    return {inside ? grad : T{}, wide * step, below | above ? wide : 0.0};
   }
 
   // 1 / sqrt(N quant_max), for N elements per scale (section 2.2 of the paper).

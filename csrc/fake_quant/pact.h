@@ -32,10 +32,11 @@ struct Pact {
     return core::make_unit_grid<T>(core::qparams(range, grid).scale, 0, codes);
   }
 
+  TE_HD static double unit(float) { return 1; }
+
   // The terms of one element; `level` is the effective alpha.
   template <typename T>
-  TE_HD static core::Terms<T> backward(T x, T grad, const core::UnitGrid<T>& grid, T level,
-                                       double) {
+  TE_HD static core::Terms<T> backward(T x, T grad, const core::UnitGrid<T>& grid, T level) {
     const bool two_sided = grid.lo < 0;
     const bool above = x >= level, below = two_sided ? x <= -level : x < 0;
     const bool inside = two_sided ? (x < level) & (x > -level) : (x < level) & (x >= 0);

@@ -27,24 +27,22 @@ c10::TypedOperatorHandle<Signature> find_op(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").template typed<Signature>();
 }
 
+// A grid is a text: "[-128,127] symmetric", "[0,255] affine".
 using Text = std::string_view;
 using ObserveOp = void(const Tensor& x, const Tensor& extrema, const Tensor& tally,
                        const Tensor& counts, int64_t ch_axis);
 using FakeQuantOp = Tensor(const Tensor& x, const Tensor& scale, const Tensor& zero_point,
-                           int64_t quant_min, int64_t quant_max, int64_t ch_axis, Text mask,
-                           Text rounding);
+                           Text grid, int64_t ch_axis, Text mask);
 using FollowOp = Tensor(const Tensor& x, const Tensor& range, const Tensor& scale,
                         const Tensor& zero_point, const Tensor& solved, double averaging_constant,
-                        Text rule, int64_t quant_min, int64_t quant_max, bool symmetric,
-                        Text scale_rule, bool power_of_two, at::ArrayRef<double> options,
-                        int64_t ch_axis, int64_t mantissa_bits, int64_t octaves, Text mask,
-                        Text rounding);
+                        Text rule, Text grid, at::ArrayRef<double> options, int64_t ch_axis,
+                        int64_t mantissa_bits, int64_t octaves, Text mask);
 using Tensors = std::vector<Tensor>;
-using SolveOp = std::tuple<Tensors, Tensors, Tensors>(
-    const std::vector<std::string>& rules, at::TensorList extrema, at::TensorList tally,
-    at::TensorList counts, at::IntArrayRef quant_min, at::IntArrayRef quant_max,
-    const c10::List<bool>& symmetric, const std::vector<std::string>& scale_rule,
-    const c10::List<bool>& power_of_two, at::ArrayRef<double> options);
+using SolveOp = std::tuple<Tensors, Tensors, Tensors>(const std::vector<std::string>& rules,
+                                                      at::TensorList extrema, at::TensorList tally,
+                                                      at::TensorList counts,
+                                                      const std::vector<std::string>& grids,
+                                                      at::ArrayRef<double> options);
 
 // ---- states ------------------------------------------------------------------------------------
 // A state is a row of the library's own table, which says what a quantizer does in it.
@@ -97,6 +95,8 @@ class QuantizerImpl : public torch::nn::Module {
   explicit QuantizerImpl(QuantizerOptions wanted = {}) : options(std::move(wanted)) {
     const RuleFacts facts = find_rule(options.rule);
     if (options.rule_options.empty()) options.rule_options = facts.defaults;
+    grid = "[" + std::to_string(options.quant_min) + "," + std::to_string(options.quant_max) +
+           (options.symmetric ? "] symmetric" : "] affine");
     layout = options.ch_axis < 0 ? torch_ext::core::kPerTensor : torch_ext::core::kPerChannel;
     const bool histogram = facts.needs >= torch_ext::core::Needs::counts;
     const int64_t c = options.channels;
@@ -122,13 +122,11 @@ class QuantizerImpl : public torch::nn::Module {
     if (state_->follow) {
       static const auto follow = find_op<FollowOp>("torch_ext::follow_fake_quant");
       return follow.call(x, range, scale, zero_point, solved, options.averaging_constant,
-                         options.rule, options.quant_min, options.quant_max, options.symmetric,
-                         "grid", false, options.rule_options, options.ch_axis, layout.mantissa_bits,
-                         layout.octaves, "rounded", "half_even");
+                         options.rule, grid, options.rule_options, options.ch_axis,
+                         layout.mantissa_bits, layout.octaves, "rounded");
     }
     static const auto fake_quant = find_op<FakeQuantOp>("torch_ext::fake_quant");
-    return fake_quant.call(x, scale, zero_point, options.quant_min, options.quant_max,
-                           options.ch_axis, "rounded", "half_even");
+    return fake_quant.call(x, scale, zero_point, grid, options.ch_axis, "rounded");
   }
 
   State state() const { return state_; }
@@ -142,6 +140,7 @@ class QuantizerImpl : public torch::nn::Module {
   }
 
   QuantizerOptions options;
+  std::string grid;  // of options, as the ops take it
   torch_ext::core::HistogramLayout layout;
   Tensor extrema, tally, counts;            // the statistic
   Tensor range, scale, zero_point, solved;  // solved: whether there is a range
@@ -160,28 +159,20 @@ struct Solutions {
 // Solves the statistics of all quantizers in one call; changes nothing.
 inline Solutions solve(std::vector<QuantizerImpl*> quantizers) {
   if (quantizers.empty()) return {};  // an op without a tensor has no device
-  std::vector<std::string> rules;
+  std::vector<std::string> rules, grids;
   Tensors extrema, tally, counts;
-  std::vector<int64_t> quant_min, quant_max;
-  c10::List<bool> symmetric, power_of_two;
   std::vector<double> options;
   for (const QuantizerImpl* q : quantizers) {
     rules.push_back(q->options.rule);
     extrema.push_back(q->extrema);
     tally.push_back(q->tally);
     counts.push_back(q->counts);
-    quant_min.push_back(q->options.quant_min);
-    quant_max.push_back(q->options.quant_max);
-    symmetric.push_back(q->options.symmetric);
-    power_of_two.push_back(false);
+    grids.push_back(q->grid);
     options.insert(options.end(), q->options.rule_options.begin(), q->options.rule_options.end());
   }
-  const std::vector<std::string> scale_rule(rules.size(), "grid");
   Solutions found{std::move(quantizers), {}, {}, {}};
   std::tie(found.range, found.scale, found.zero_point) =
-      find_op<SolveOp>("torch_ext::solve_many")
-          .call(rules, extrema, tally, counts, quant_min, quant_max, symmetric, scale_rule,
-                power_of_two, options);
+      find_op<SolveOp>("torch_ext::solve_many").call(rules, extrema, tally, counts, grids, options);
   return found;
 }
 

@@ -8,150 +8,33 @@
 #include <string>
 #include <vector>
 
-#include "core/half.h"
 #include "cpu/kernels.h"
+#include "map_values.h"
 #include "parallel_threads.h"
 #include "unit_grid_plain.h"
 
 namespace {
 
-using namespace torch_ext;
-using core::bfloat16;
-using core::ChannelLayout;
-using core::DType;
-using core::half;
-using core::Mask;
-using core::Rounding;
-using cpu::MapTask;
-
-constexpr Rounding kRoundings[] = {Rounding::half_even, Rounding::half_away,
-                                   Rounding::floor_half_up};
-constexpr Mask kMasks[] = {Mask::rounded, Mask::paper};
-constexpr int32_t kFakeQuant = -1;  // no learned parameter
-constexpr uint8_t kGuard = 0xa5;
-
-template <typename T>
-constexpr DType kDType = DType::f32;
-template <>
-constexpr DType kDType<double> = DType::f64;
-template <>
-constexpr DType kDType<half> = DType::f16;
-template <>
-constexpr DType kDType<bfloat16> = DType::bf16;
-
-struct QParamsOf {
-  std::vector<float> scale;
-  std::vector<int32_t> zero_point;
-};
-
-// Different for every channel.
-QParamsOf qparams_of(int64_t channels) {
-  QParamsOf q;
-  for (int64_t c = 0; c < channels; ++c) {
-    q.scale.push_back(0.01f + 0.003f * static_cast<float>(c % 101));
-    q.zero_point.push_back(static_cast<int32_t>(c * 7 % 41) - 20);
-  }
-  return q;
-}
-
-// Values on both sides of the grid's ends, some on ties, some not finite.
-template <typename T>
-std::vector<T> values(int64_t n) {
-  std::mt19937 random(static_cast<unsigned>(n) + 1);
-  std::uniform_real_distribution<float> uniform(-6, 6);
-  std::vector<T> x;
-  for (int64_t i = 0; i < n; ++i) {
-    float v = uniform(random);
-    if (i % 17 == 3) v = std::ldexp(std::round(v * 8), -4);
-    if (i % 61 == 5) v = i % 2 == 0 ? INFINITY : -INFINITY;
-    if (i % 67 == 6) v = NAN;
-    if (i % 71 == 8) v = -0.0f;
-    if constexpr (std::is_same_v<T, half>)
-      x.push_back({plain::encode(v, plain::kHalf)});
-    else if constexpr (std::is_same_v<T, bfloat16>)
-      x.push_back({plain::encode(v, plain::kBfloat16)});
-    else
-      x.push_back(static_cast<T>(v));
-  }
-  return x;
-}
-
-float value_of(float x) { return x; }
-float value_of(double x) { return static_cast<float>(x); }
-float value_of(half x) { return static_cast<float>(plain::decode(x.bits, plain::kHalf)); }
-float value_of(bfloat16 x) { return static_cast<float>(plain::decode(x.bits, plain::kBfloat16)); }
-
-bool same(float have, float want) { return std::memcmp(&have, &want, sizeof want) == 0; }
-bool same(half have, float want) { return have.bits == plain::encode(want, plain::kHalf); }
-bool same(bfloat16 have, float want) { return have.bits == plain::encode(want, plain::kBfloat16); }
-
-int count_of_sets() {
-  int count = 0;
-  while (cpu::runnable_kernels()[count] != nullptr) ++count;
-  return count;
-}
-
-bool bit(const std::vector<uint8_t>& mask, int64_t i) { return mask[i / 8] >> (i % 8) & 1; }
-
-// The output of a forward, with guard elements behind it.
-template <typename T>
-struct Output {
-  explicit Output(int64_t n) : out(n + 64), mask((n + 7) / 8 + 64, kGuard) {
-    std::memset(static_cast<void*>(out.data()), kGuard, out.size() * sizeof(T));
-  }
-  bool guards_hold(int64_t n) const {
-    const uint8_t* bytes = reinterpret_cast<const uint8_t*>(out.data());
-    for (size_t i = n * sizeof(T); i < out.size() * sizeof(T); ++i)
-      if (bytes[i] != kGuard) return false;
-    for (size_t i = (n + 7) / 8; i < mask.size(); ++i)
-      if (mask[i] != kGuard) return false;
-    return n % 8 == 0 || mask[n / 8] >> (n % 8) == 0;
-  }
-  std::vector<T> out;
-  std::vector<uint8_t> mask;
-};
+using namespace mapped;
 
 template <typename T>
 class MapTyped : public testing::Test {};
-using Types = testing::Types<float, double, half, bfloat16>;
 TYPED_TEST_SUITE(MapTyped, Types);
 
-template <typename T>
-void expect_reference(const std::vector<T>& x, const Output<T>& y, const ChannelLayout& layout,
-                      const QParamsOf& q, Rounding rounding, Mask mask, const std::string& where) {
-  for (int64_t i = 0; i < layout.numel(); ++i) {
-    const int64_t c = i / layout.inner % layout.channels;
-    const plain::Params p{q.scale[c], q.zero_point[c], -128, 127};
-    const std::string at = where + " element " + std::to_string(i);
-    if constexpr (std::is_same_v<T, double>) {
-      const auto grid = core::make_unit_grid<double>(p.scale, p.zero_point, {-128, 127}, rounding);
-      const double want = core::dequantize(core::quantize(x[i], grid), grid);
-      if (std::isnan(x[i])) {
-        ASSERT_TRUE(std::isnan(y.out[i])) << at;
-      } else {
-        ASSERT_EQ(y.out[i], want) << at;
-      }
-      ASSERT_EQ(bit(y.mask, i), core::is_in_mask(x[i], grid, mask)) << at;
-    } else {
-      const plain::Mapped want = plain::fake_quant(value_of(x[i]), p, rounding, mask);
-      if (std::isnan(want.value)) {
-        ASSERT_TRUE(std::isnan(value_of(y.out[i]))) << at;
-      } else {
-        ASSERT_TRUE(same(y.out[i], want.value + 0.0f)) << at << " " << value_of(x[i]);
-      }
-      ASSERT_EQ(bit(y.mask, i), want.passes) << at << " " << value_of(x[i]);
-    }
-  }
-  ASSERT_TRUE(y.guards_hold(layout.numel())) << where;
-}
-
-// Every kind of row: shorter and longer than the staging limit, across mask bytes and blocks, with
-// periods shorter and longer than a block.
+// Every kind of row: around the widths of registers (2 to 16 elements) and of groups (8 and 16),
+// across mask bytes and blocks, with fewer and more channels than a register and than a tile (1024)
+// hold.
 const ChannelLayout kLayouts[] = {
-    {1, 1, 1},   {1, 1, 7},   {1, 1, 8},    {1, 1, 1023}, {1, 1, 1024}, {1, 1, 1025}, {1, 1, 5000},
-    {3, 1, 700}, {1, 3, 1},   {900, 3, 1},  {700, 8, 1},  {3, 1024, 1}, {2, 1025, 1}, {2, 2500, 1},
-    {800, 3, 2}, {50, 16, 9}, {1, 300, 9},  {7, 20, 49},  {2, 70, 49},  {1, 100, 63}, {3, 5, 64},
-    {2, 9, 65},  {2, 8, 196}, {2, 3, 1025}, {1, 5, 1024}, {11, 1, 1},   {1, 4096, 1}, {1, 1025, 2}};
+    {1, 1, 1},    {1, 1, 7},    {1, 1, 8},    {1, 1, 1023}, {1, 1, 1024},  {1, 1, 1025},
+    {1, 1, 5000}, {3, 1, 700},  {1, 3, 1},    {900, 3, 1},  {700, 8, 1},   {3, 1024, 1},
+    {2, 1025, 1}, {2, 2500, 1}, {800, 3, 2},  {50, 16, 9},  {1, 300, 9},   {7, 20, 49},
+    {2, 70, 49},  {1, 100, 63}, {3, 5, 64},   {2, 9, 65},   {2, 8, 196},   {2, 3, 1025},
+    {1, 5, 1024}, {11, 1, 1},   {1, 4096, 1}, {1, 1025, 2}, {90, 2, 1},    {70, 4, 1},
+    {70, 7, 1},   {70, 15, 1},  {9, 16, 1},   {9, 17, 1},   {9, 32, 1},    {9, 33, 1},
+    {3, 50, 2},   {3, 50, 3},   {3, 50, 4},   {3, 50, 5},   {3, 50, 7},    {3, 50, 8},
+    {3, 50, 15},  {3, 50, 16},  {3, 50, 17},  {3, 50, 31},  {3, 50, 32},   {3, 50, 33},
+    {2, 1023, 3}, {2, 1024, 3}, {2, 1025, 3}, {1, 1039, 5}, {1, 1041, 17}, {1, 2100, 9},
+    {5, 1025, 1}};
 
 TYPED_TEST(MapTyped, EveryInstructionSetEqualsTheReferenceForEveryLayout) {
   using T = TypeParam;
@@ -186,8 +69,10 @@ TYPED_TEST(MapTyped, EveryInstructionSetEqualsTheReferenceForEveryLayout) {
 TYPED_TEST(MapTyped, ResultsDoNotDependOnTheNumberOfThreads) {
   using T = TypeParam;
   const int64_t threads = cpu::test_threads();
-  const ChannelLayout layouts[] = {
-      {1, 1, 200001}, {9, 31, 700}, {40, 100, 49}, {70000, 3, 1}, {100, 2000, 1}};
+  const ChannelLayout layouts[] = {{1, 1, 200001}, {9, 31, 700},  {40, 100, 49}, {70000, 3, 1},
+                                   {100, 2000, 1}, {33, 1024, 3}, {33, 1025, 3}, {4, 9000, 3},
+                                   {3, 9000, 3},   {1, 9001, 9},  {4, 1, 30000}, {3, 40000, 1},
+                                   {4, 40000, 1}};
   for (const ChannelLayout& layout : layouts) {
     const int64_t n = layout.numel();
     const std::vector<T> x = values<T>(n);

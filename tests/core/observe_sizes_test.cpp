@@ -96,6 +96,14 @@ TYPED_TEST(ObserveSizes, AnyNumberOfAdjacentChannels) {
   }
 }
 
+// Of many values, more rows are read as one; each thread has so many.
+TYPED_TEST(ObserveSizes, ManyValuesOfAdjacentChannels) {
+  for (const int64_t channels : {3, 257}) {
+    this->expect_counted({(5 << 17) / channels + 1, channels}, contiguous(2), 1, kExtremaOnly);
+    if (this->HasFatalFailure()) return;
+  }
+}
+
 // Straight into the statistic, by narrow tables, by the patterns of 16-bit types.
 TYPED_TEST(ObserveSizes, NumbersOfValuesAroundEachLimit) {
   for (const int64_t limit : {1 << 10, 1 << 14, 1 << 15, 1 << 16, 1 << 18}) {
@@ -205,6 +213,80 @@ TEST(ObserveKernels, ZerosOf16BitTypesWithEveryInstructionSet) {
       std::copy(x.begin(), x.end(), out.begin());  // in place
       ASSERT_EQ((*set)->accumulate.drop_zeros(out.data(), n, out.data()), left);
       ASSERT_TRUE(std::equal(kept.begin(), kept.end(), out.begin()));
+    }
+  }
+}
+
+template <class T, class Kernel>
+void expect_extrema(Kernel kernel, Random& random) {
+  const int64_t n = between(1, cpu::kGroup, random);
+  std::vector<T> x(n);
+  const bool any = random() % 4 == 0;  // infinity and NaN too
+  bool finite = true;
+  float least = INFINITY, most = -INFINITY;
+  int32_t zeros = 0;
+  for (T& element : x) {
+    element.bits = static_cast<uint16_t>(random());
+    if (random() % 5 == 0) element.bits &= 0x8000;
+    if (!any && !std::isfinite(arrays::counted(element))) element.bits = 0x8001;
+    const float value = arrays::counted(element);
+    finite = finite && std::isfinite(value);
+    least = std::min(least, value);
+    most = std::max(most, value);
+    zeros += value == 0 ? 1 : 0;
+  }
+  const cpu::GroupSummary s = kernel(x.data(), n);
+  ASSERT_EQ(s.finite(), finite) << n << " values";
+  if (!finite) return;
+  ASSERT_EQ(core::float_of_key(s.min_key), least) << n << " values";
+  ASSERT_EQ(core::float_of_key(s.max_key), most) << n << " values";
+  ASSERT_EQ(s.zeros, zeros) << n << " values";
+}
+
+TEST(ObserveKernels, ExtremaOf16BitTypesWithEveryInstructionSet) {
+  Random random(65);
+  for (int trial = 0; trial < 300; ++trial) {
+    for (Sets set = cpu::runnable_kernels(); *set != nullptr; ++set) {
+      SCOPED_TRACE((*set)->name);
+      expect_extrema<core::half>((*set)->accumulate.summarize_f16, random);
+      expect_extrema<core::bfloat16>((*set)->accumulate.summarize_bf16, random);
+      if (HasFatalFailure()) return;
+    }
+  }
+}
+
+// Counters of 8 bits overflow, in one table, in both or in none, and are all zero when emptied.
+TEST(ObserveKernels, CountersWithEveryInstructionSet) {
+  Random random(66);
+  constexpr int64_t kBins = 4 * cpu::kDrained, kSpreads[] = {1, 2, 5, kBins};
+  std::vector<uint8_t> even(kBins), odd(kBins), carried(kBins / cpu::kDrained);
+  std::vector<uint32_t> carry(kBins);
+  const cpu::NarrowTables tables = {even.data(), odd.data(), carry.data(), carried.data()};
+  for (int trial = 0; trial < 200; ++trial) {
+    std::vector<uint16_t> index(between(0, 3000, random));
+    const int64_t spread = pick(kSpreads, random), run = between(1, 40, random);
+    for (size_t i = 0; i < index.size(); ++i)
+      index[i] = i % run != 0 ? index[i - 1]
+                              : static_cast<uint16_t>(between(0, spread - 1, random) * 37 % kBins);
+    std::vector<int64_t> want(kBins, 5);
+    for (const uint16_t bin : index) want[bin] += 1;
+    const auto total = static_cast<int64_t>(index.size());
+    for (Sets set = cpu::runnable_kernels(); *set != nullptr; ++set) {
+      SCOPED_TRACE((*set)->name);
+      const cpu::AccumulateKernels& k = (*set)->accumulate;
+      std::vector<int64_t> counts(kBins, 5), wide(kBins, 5);
+      k.count_wide(index.data(), total, wide.data());
+      ASSERT_EQ(wide, want);
+      for (int64_t* const into : {counts.data(), static_cast<int64_t*>(nullptr)}) {
+        k.count(index.data(), total, tables);
+        ASSERT_EQ(k.any(tables, kBins), total != 0);
+        ASSERT_EQ(k.drain(tables, kBins, into), total);
+        ASSERT_FALSE(k.any(tables, kBins));
+        const auto empty = [](auto x) { return x == 0; };
+        ASSERT_TRUE(std::ranges::all_of(even, empty) && std::ranges::all_of(odd, empty));
+        ASSERT_TRUE(std::ranges::all_of(carry, empty) && std::ranges::all_of(carried, empty));
+      }
+      ASSERT_EQ(counts, want);
     }
   }
 }

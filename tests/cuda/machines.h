@@ -1,5 +1,7 @@
 #pragma once
 
+#include <gtest/gtest.h>
+
 #include <cstdint>
 #include <cstring>
 #include <string>
@@ -29,6 +31,21 @@ inline std::string text(const Machine& m) {
   return std::to_string(m.processors) + " processors, " + std::to_string(m.shared_memory / 1024) +
          " KiB, seed " + std::to_string(m.seed);
 }
+
+// Says how a test that failed is run again under the same schedules.
+class SaysSchedule : public testing::EmptyTestEventListener {
+  void OnTestEnd(const testing::TestInfo& test) override {
+    if (!test.result()->Failed()) return;
+    printf("To replay: TORCH_EXT_SCHEDULE=%lu, --gtest_filter=%s.%s (last launch: %s)\n",
+           torch_ext::gpu::emulation::schedule(), test.test_suite_name(), test.name(),
+           text(torch_ext::gpu::emulation::machine()).c_str());
+  }
+  static const bool appended;
+};
+inline const bool SaysSchedule::appended = [] {
+  testing::UnitTest::GetInstance()->listeners().Append(new SaysSchedule);
+  return true;
+}();
 
 class Scratch {
  public:

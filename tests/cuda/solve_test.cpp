@@ -7,6 +7,7 @@
 
 #include "cpu/driver.h"
 #include "machines.h"
+#include "mutations.h"
 #include "rule_table.h"
 #include "solving.h"
 #include "statistic_plain.h"
@@ -277,6 +278,39 @@ TEST(Solve, WrongStatisticsGiveNan) {
       EXPECT_TRUE(std::isnan(quantizers[0].scale[0])) << name << " " << wrong;
     }
   }
+}
+
+// Lists that take every step: rules of every kind, and rules that read extrema alone; ranges that
+// follow. Three barriers of composite rules are spare: one before a search is prepared, one after
+// its objectives, which a thread reads where it wrote them, and the one at a row's end. Those of
+// the reduction between them hold all threads back as well.
+TEST(Solve, BarriersAreNeeded) {
+  Random random(49);
+  gpu::emulation::machine() = machines::kMachines[0];
+  std::vector<Quantizer> every, extrema;
+  for (size_t rule = 0; rule < rules().size(); ++rule) {
+    Quantizer q = make(static_cast<int32_t>(rule), solving::kInt4, {6, 8}, 2, 300, random);
+    q.follows = true;
+    q.averaging_constant = 0.25;
+    every.push_back(q);
+  }
+  for (int channels : {1200, 3}) {
+    extrema.push_back(
+        make(solving::index_of<observers::MinMax>(), solving::kInt4, {6, 8}, channels, 4, random));
+    extrema.back().follows = true;
+    extrema.back().averaging_constant = 0.25;
+  }
+  const auto expect = [](size_t spare, const std::vector<Quantizer>& quantizers) {
+    std::vector<Quantizer> want = quantizers;
+    solve_on_cpu(want);
+    mutations::expect_barriers_are_needed(spare, [&] {
+      std::vector<Quantizer> have = quantizers;
+      solve_on_device(have);
+      return have == want;
+    });
+  };
+  expect(3, every);
+  expect(0, extrema);
 }
 
 // More rows than there is memory for at a time are solved in waves.

@@ -29,19 +29,28 @@ def parameters(scales: list[float], zero_points: list[int]) -> tuple[Tensor, Ten
     return torch.tensor(scales), torch.tensor(zero_points, dtype=torch.int32)
 
 
-def assert_parity(device: torch.device, x: Tensor, on_device: Tensor, *arguments: Any) -> None:
-    """Values without a gradient, values and mask with one, and the gradient that the mask gives.
-
-    `arguments`: scale, zero_point and what follows them.
-    """
-    moved = [a.to(device) if isinstance(a, Tensor) else a for a in arguments]
-    want, want_mask = forward(x, *arguments)
-    have, have_mask = forward(on_device, *moved)
-    where = arguments[2:]
+def assert_parity(
+    device: torch.device,
+    x: Tensor,
+    on_device: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    low: int,
+    high: int,
+    ch_axis: int = -1,
+    mask: Any = "rounded",
+    rounding: Any = "half_even",
+) -> None:
+    """Values without a gradient, values and mask with one, and the gradient that the mask gives."""
+    where = (low, high, ch_axis, mask, rounding)
+    moved = (scale.to(device), zero_point.to(device))
+    rest = (f"[{low},{high}] rounding={rounding}", ch_axis, mask)
+    want, want_mask = forward(x, scale, zero_point, *rest)
+    have, have_mask = forward(on_device, *moved, *rest)
     assert have.is_contiguous()
     assert_same_bits(have, want, *where)
     assert_same_bits(have_mask, want_mask, *where, "mask")
-    assert_same_bits(ops.fake_quant(on_device, *moved), want, *where, "without a mask")
+    assert_same_bits(ops.fake_quant(on_device, *moved, *where), want, *where, "without a mask")
     grad = torch.arange(1, x.numel() + 1).reshape(x.shape).to(x.dtype)
     want_dx = backward(grad, want_mask)
     assert_same_bits(backward(grad.to(device), have_mask), want_dx, *where, "gradient")

@@ -232,8 +232,8 @@ def test_more_than_2_31_elements(device: torch.device):
 
     s, z = torch.tensor([0.25]), torch.tensor([3], dtype=torch.int32)
     forward, backward = NATIVE._fake_quant_forward, NATIVE._fake_quant_backward
-    out, mask = forward(x, s.to(device), z.to(device), -128, 127)
-    want_out, want_mask = forward(tile, s, z, -128, 127)
+    out, mask = forward(x, s.to(device), z.to(device), "[-128,127]")
+    want_out, want_mask = forward(tile, s, z, "[-128,127]")
     _assert_repeats(out, want_out)
     _assert_repeats(mask, want_mask)
     del out

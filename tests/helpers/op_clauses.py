@@ -17,17 +17,44 @@ Clause = tuple[str, str, dict[str, Any]]
 
 
 def grid_clauses() -> list[Clause]:
+    """Of every op with a grid, whatever it is for."""
     return [
-        ("grid upside down", "quant_min|quant_max", {"quant_min": 5, "quant_max": 4}),
-        ("grid of one level", "quant_min|quant_max", {"quant_min": 0, "quant_max": 0}),
-        ("grid without 0 above", "quant_min|zero_point", {"quant_min": 1, "quant_max": 9}),
-        ("grid without 0 below", "quant_max|zero_point", {"quant_min": -9, "quant_max": -1}),
-        ("grid past 32 bits", "quant_min|quant_max", {"quant_min": -(2**40), "quant_max": 2**40}),
-        (
-            "grid past 64 bits",
-            "quant_min|quant_max",
-            {"quant_min": -(2**63), "quant_max": 2**63 - 1},
-        ),
+        ("grid upside down", "quant_min|quant_max", {"grid": "[5,4] symmetric"}),
+        ("grid of one level", "quant_min|quant_max", {"grid": "[0,0] symmetric"}),
+        ("grid without 0 above", "quant_min|zero_point", {"grid": "[1,9] symmetric"}),
+        ("grid without 0 below", "quant_max|zero_point", {"grid": "[-9,-1] symmetric"}),
+        ("grid past 16 bits", "quant_min", {"grid": "[-32769,0] affine"}),
+        ("grid past 32 bits", "quant_min|quant_max", {"grid": f"[{-(2**40)},{2**40}] affine"}),
+        ("grid past 64 bits", "quant_min", {"grid": f"[{-(2**63)},{2**63 - 1}] affine"}),
+        *grid_text_clauses(),
+    ]
+
+
+def grid_text_clauses() -> list[Clause]:
+    """Texts that are no grid."""
+    return [
+        ("no grid", "grid", {"grid": ""}),
+        ("grid without brackets", "grid", {"grid": "-128,127 symmetric"}),
+        ("grid with one end", "grid", {"grid": "[127] symmetric"}),
+        ("grid with three ends", "grid", {"grid": "[-128,0,127] symmetric"}),
+        ("grid of a fraction", "grid", {"grid": "[-1.5,127] symmetric"}),
+        ("grid past a number", "grid", {"grid": f"[0,{2**63}] symmetric"}),
+        ("grid with a space", "grid", {"grid": "[-128, 127] symmetric"}),
+        ("grid with two spaces", "grid", {"grid": "[-128,127]  symmetric"}),
+        ("grid with a space behind", "grid", {"grid": "[-128,127] symmetric "}),
+        ("grid cut off", "grid", {"grid": "[-128,12"}),
+        ("grid without a space", "grid", {"grid": "[-128,127]symmetric"}),
+        ("grid with a plus", "grid", {"grid": "[-128,+127] symmetric"}),
+        ("unknown word of a grid", "grid", {"grid": "[-128,127] symetric"}),
+        ("unknown key of a grid", "grid", {"grid": "[-128,127] symmetric=True"}),
+        ("key of a grid alone", "grid", {"grid": "[-128,127] symmetric rounding"}),
+        ("two kinds of a grid", "grid", {"grid": "[-128,127] symmetric affine"}),
+        ("word of a grid twice", "grid", {"grid": "[-128,127] power_of_two affine power_of_two"}),
+        ("unknown scale rule", "scale_rule", {"grid": "[-128,127] symmetric scale_rule=max"}),
+        ("no scale rule", "scale_rule", {"grid": "[-128,127] symmetric scale_rule="}),
+        ("tvm on an affine grid", "scale_rule", {"grid": "[0,255] affine scale_rule=tvm"}),
+        ("unknown rounding", "rounding", {"grid": "[-128,127] symmetric rounding=up"}),
+        ("capitals", "rounding", {"grid": "[-128,127] symmetric rounding=Half_even"}),
     ]
 
 
@@ -79,8 +106,6 @@ def rule_clauses() -> list[Clause]:
     return [
         ("unknown rule", "known: min_max", {"rule": "histogram"}),
         ("empty rule", "known: min_max", {"rule": ""}),
-        ("unknown scale rule", "known: grid", {"scale_rule": "max"}),
-        ("tvm on an affine grid", "scale_rule", {"scale_rule": "tvm", "symmetric": False}),
         ("too many options", "options", {"rule": "percentile", "options": [99.0, 1.0]}),
         ("too few options", "options", {"rule": "clip", "options": [1.0]}),
         ("percentile of 0", "percentile", {"rule": "percentile", "options": [0.0]}),
@@ -121,7 +146,6 @@ def qparams_clauses() -> list[Clause]:
         ("zero_point numel", "zero_point", {"zero_point": torch.zeros(2, dtype=I32)}),
         ("zero_point off grid", "zero_point", {"zero_point": torch.tensor([0, 0, 128], dtype=I32)}),
         ("unknown mask", "known: rounded", {"mask": "soft"}),
-        ("unknown rounding", "known: half_even", {"rounding": "up"}),
     ]
 
 
@@ -151,22 +175,22 @@ def follow_clauses() -> list[Clause]:
         ("many mantissa bits", "mantissa_bits", {"mantissa_bits": 11}),
         ("octaves", "octaves", {"octaves": 3}),
         ("many octaves", "octaves", {"octaves": 33}),
-        ("16 bits", "grid", {"quant_min": -32768, "quant_max": 32767}),
+        ("16 bits", "grid", {"grid": "[-32768,32767] symmetric"}),
+        ("neither symmetric nor affine", "grid", {"grid": "[-128,127]"}),
         ("other number of channels", "x|range", {"x": torch.ones(2, 4)}),
         *grid_clauses(),
         *rule_clauses(),
     ]
 
 
-ROUNDING_CLAUSES: list[Clause] = [
-    ("unknown rounding", "known: half_even", {"rounding": "up"}),
-    ("unknown mask", "known: rounded", {"mask": "none"}),
-]
+MASK_CLAUSES: list[Clause] = [("unknown mask", "known: rounded", {"mask": "none"})]
 LEARNED_GRID: list[Clause] = [
-    ("quant_min above 0", "quant_min", {"quant_min": 1}),
-    ("quant_min far", "quant_min", {"quant_min": -40000}),
-    ("quant_max 0", "quant_max", {"quant_max": 0}),
-    ("quant_max far", "quant_max", {"quant_max": 70000}),
+    ("quant_min above 0", "quant_min", {"grid": "[1,7]"}),
+    ("quant_min far", "quant_min", {"grid": "[-40000,7]"}),
+    ("quant_max 0", "quant_max", {"grid": "[-8,0]"}),
+    ("quant_max far", "quant_max", {"grid": "[-8,70000]"}),
+    ("rounding of another method", "rounding", {"grid": "[-8,7] rounding=half_away"}),
+    *grid_text_clauses(),
 ]
 
 
@@ -258,27 +282,26 @@ CLAUSES: dict[str, list[Clause]] = {
         *grid_clauses(),
         *rule_clauses(),
         ("no histogram", "counts", {"counts": torch.zeros(3, 2, 0, 0, dtype=I64)}),
-        ("16 bits", "grid", {"quant_min": -32768, "quant_max": 32767}),
+        ("16 bits", "grid", {"grid": "[-32768,32767] symmetric"}),
+        ("neither symmetric nor affine", "grid", {"grid": "[-128,127]"}),
     ],
     "solve_many": [
         ("fewer rules", "rules|extrema", {"rules": ["min_max"]}),
         ("fewer extrema", "extrema", {"extrema": []}),
         ("fewer tallies", "tally", {"tally": []}),
         ("fewer counts", "counts", {"counts": []}),
-        ("fewer quant_min", "quant_min", {"quant_min": [0]}),
-        ("fewer quant_max", "quant_max", {"quant_max": [255]}),
-        ("fewer symmetric", "symmetric", {"symmetric": [True]}),
-        ("fewer scale rules", "scale_rule", {"scale_rule": ["grid"]}),
-        ("fewer power_of_two", "power_of_two", {"power_of_two": [False]}),
+        ("fewer grids", "grids", {"grids": ["[0,255] affine"]}),
         ("too many options", "options", {"options": [99.0, 1.0, 2.0]}),
         ("too few options", "options", {"options": []}),
         ("bad option", "percentile", {"options": [101.0]}),
         ("unknown rule", "known: min_max", many(rules="histogram")),
-        ("unknown scale rule", "known: grid", many(scale_rule="max")),
+        ("unknown scale rule", "scale_rule", many(grids="[0,255] symmetric scale_rule=max")),
+        ("no grid", "grid", many(grids="")),
+        ("neither symmetric nor affine", "grid", many(grids="[0,255]")),
         ("bad extrema", "extrema", many(extrema=torch.zeros(1, 3))),
         ("bad tally", "tally", many(tally=torch.zeros(1, 5))),
         ("bad counts", "counts", many(counts=torch.zeros(1, 2, 3, 4, dtype=I64))),
-        ("bad grid", "quant_min|quant_max", many(quant_min=10, quant_max=3)),
+        ("bad grid", "quant_min|quant_max", many(grids="[10,3] symmetric")),
     ],
     "qparams": [
         ("range dtype", "range", {"range": torch.zeros(3, 2, dtype=F64)}),
@@ -288,7 +311,7 @@ CLAUSES: dict[str, list[Clause]] = {
         ("range strided", "range", {"range": torch.zeros(2, 3).t()}),
         ("range NaN", "range", {"range": torch.tensor([[NAN, 1.0]])}),
         ("range infinite", "range", {"range": torch.tensor([[0.0, INF]])}),
-        ("unknown scale rule", "known: grid", {"scale_rule": ""}),
+        ("neither symmetric nor affine", "grid", {"grid": "[-128,127]"}),
         *grid_clauses(),
     ],
     "lsq": lsq_clauses(),
@@ -297,8 +320,8 @@ CLAUSES: dict[str, list[Clause]] = {
     "_learned_fake_quant_backward": [*learned_clauses(), *upstream_clauses()],
     "_learned_fake_quant_tangent": [*learned_clauses(), *tangent_clauses()],
     "follow_": follow_clauses(),
-    "follow_fake_quant": [*follow_clauses(), *ROUNDING_CLAUSES],
-    "_follow_fake_quant_forward": [*follow_clauses(), *ROUNDING_CLAUSES],
+    "follow_fake_quant": [*follow_clauses(), *MASK_CLAUSES],
+    "_follow_fake_quant_forward": [*follow_clauses(), *MASK_CLAUSES],
     "kl_threshold": [
         ("counts dtype", "counts", {"counts": torch.ones(2, 256)}),
         ("counts rank", "counts", {"counts": torch.ones(256, dtype=I64)}),

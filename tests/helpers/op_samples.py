@@ -26,9 +26,9 @@ def zero_points(channels: int) -> Tensor:
 
 def fake_quant(x: Tensor, ch_axis: int, **more: Any) -> Arguments:
     channels = x.shape[ch_axis] if ch_axis >= 0 else 1
-    grid = {"quant_min": -128, "quant_max": 127}
     scale, zero_point = torch.linspace(0.1, 0.3, channels), zero_points(channels)
-    return {"x": x, "scale": scale, "zero_point": zero_point, "ch_axis": ch_axis, **grid, **more}
+    given = {"x": x, "scale": scale, "zero_point": zero_point, "ch_axis": ch_axis}
+    return {**given, "grid": "[-128,127]", **more}
 
 
 def statistic(x: Tensor, ch_axis: int, prefix: str = "", **layout: Any) -> Arguments:
@@ -37,8 +37,7 @@ def statistic(x: Tensor, ch_axis: int, prefix: str = "", **layout: Any) -> Argum
 
 
 def solve(x: Tensor, ch_axis: int, rule: str, **more: Any) -> Arguments:
-    grid = {"quant_min": -128, "quant_max": 127, "symmetric": True}
-    return {"rule": rule, **statistic(x, ch_axis), **grid, **more}
+    return {"rule": rule, **statistic(x, ch_axis), "grid": "[-128,127] symmetric", **more}
 
 
 def solve_many() -> Arguments:
@@ -48,11 +47,7 @@ def solve_many() -> Arguments:
         "extrema": [s.extrema for s in states],
         "tally": [s.tally for s in states],
         "counts": [s.counts for s in states],
-        "quant_min": [-128, 0],
-        "quant_max": [127, 255],
-        "symmetric": [True, False],
-        "scale_rule": ["grid", "grid"],
-        "power_of_two": [False, False],
+        "grids": ["[-128,127] symmetric", "[0,255] affine"],
         "options": [99.9],
     }
 
@@ -67,9 +62,7 @@ def follow(x: Tensor, ch_axis: int, solved: int = 1, **more: Any) -> Arguments:
         "solved": torch.tensor([solved], dtype=torch.uint8),
         "averaging_constant": 0.1,
         "rule": "mse",
-        "quant_min": -128,
-        "quant_max": 127,
-        "symmetric": True,
+        "grid": "[-128,127] symmetric",
         "ch_axis": ch_axis,
         **more,
     }
@@ -88,8 +81,8 @@ FAKE_QUANT: list[Make] = [
     lambda: fake_quant(data(2, 3), 1),
     lambda: fake_quant(data(5), -1, mask="paper"),
     lambda: fake_quant(data(2, 3, 4, 2).to(memory_format=torch.channels_last), 1),
-    lambda: fake_quant(data(3, 4).t(), 0, rounding="half_away"),
-    lambda: fake_quant(data(1, 4).expand(3, 4), -1, rounding="floor_half_up"),
+    lambda: fake_quant(data(3, 4).t(), 0, grid="[-128,127] rounding=half_away"),
+    lambda: fake_quant(data(1, 4).expand(3, 4), -1, grid="[-128,127] rounding=floor_half_up"),
     lambda: fake_quant(data(0, 3), 1),
     lambda: fake_quant(torch.tensor(1.5), -1),
     lambda: fake_quant(data(4, 5, dtype=HALF), -1),
@@ -104,14 +97,7 @@ FOLLOW: list[Make] = [
 
 
 def learned(x: Tensor, scale: Tensor, zero_point: Tensor, **more: Any) -> Arguments:
-    return {
-        "x": x,
-        "scale": scale,
-        "zero_point": zero_point,
-        "quant_min": -8,
-        "quant_max": 7,
-        **more,
-    }
+    return {"x": x, "scale": scale, "zero_point": zero_point, "grid": "[-8,7]", **more}
 
 
 def backward_of(make: Make) -> Make:
@@ -158,13 +144,12 @@ LSQ: list[Make] = [
     lambda: learned(data(0), torch.ones(1), torch.zeros(1, dtype=torch.int32)),
 ]
 PACT: list[Make] = [
-    lambda: {"x": data(7), "alpha": torch.ones(1), "quant_min": 0, "quant_max": 15},
+    lambda: {"x": data(7), "alpha": torch.ones(1), "grid": "[0,15]"},
     with_gradient(
         lambda: {
             "x": data(3, 5),
             "alpha": torch.full((1,), 0.75).requires_grad_(),
-            "quant_min": -8,
-            "quant_max": 7,
+            "grid": "[-8,7]",
         }
     ),
 ]
@@ -210,25 +195,29 @@ SAMPLES: dict[str, list[Make]] = {
     ],
     "solve": [
         lambda: solve(data(8, 3), 1, "mse"),
-        lambda: solve(data(30), -1, "percentile", options=[99.0], symmetric=False),
-        lambda: solve(data(30), -1, "kl", options=[0.0], scale_rule="tvm", power_of_two=True),
+        lambda: solve(data(30), -1, "percentile", options=[99.0], grid="[-128,127] affine"),
+        lambda: solve(
+            data(30),
+            -1,
+            "kl",
+            options=[0.0],
+            grid="[-128,127] symmetric scale_rule=tvm power_of_two",
+        ),
         lambda: solve(data(0), -1, "aciq"),
     ],
     "solve_many": [solve_many],
     "qparams": [
         lambda: {
             "range": torch.tensor([[-1.0, 2.0], [0.0, 0.0], [1.0, 3.0]]),
-            "quant_min": 0,
-            "quant_max": 255,
-            "symmetric": False,
+            "grid": "[0,255] affine",
         },
-        lambda: {"range": torch.zeros(0, 2), "quant_min": -8, "quant_max": 7, "symmetric": True},
+        lambda: {"range": torch.zeros(0, 2), "grid": "[-8,7] symmetric"},
     ],
     "follow_": FOLLOW,
     "follow_fake_quant": [*FOLLOW, lambda: follow(data(3, 8), 0, mask="paper", solved=0)],
     "_follow_fake_quant_forward": [
         *FOLLOW[:3],
-        lambda: follow(data(3, 5), 0, rounding="half_away", with_mask=False),
+        lambda: follow(data(3, 5), 0, grid="[0,255] affine rounding=half_away", with_mask=False),
     ],
     "kl_threshold": [
         lambda: {
@@ -246,7 +235,7 @@ SAMPLES: dict[str, list[Make]] = {
 for _rule in torch_ext.observers():
     SAMPLES[_rule] = [
         lambda: {"x": data(2, 3), "ch_axis": 1},
-        lambda: {"x": data(6, 5).t(), "quant_min": 0, "quant_max": 15, "symmetric": False},
+        lambda: {"x": data(6, 5).t(), "grid": "[0,15] affine"},
         lambda: {"x": data(0)},
         with_gradient(lambda: {"x": data(12)}),
     ]

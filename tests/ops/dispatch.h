@@ -45,19 +45,26 @@ struct Rule {
   std::vector<double> options;  // defaults, as solve takes them: a choice by its index
 };
 
+// A grid as ops take it.
+inline std::string grid(int64_t quant_min, int64_t quant_max, bool symmetric,
+                        bool power_of_two = false) {
+  return "[" + std::to_string(quant_min) + "," + std::to_string(quant_max) +
+         (symmetric ? "] symmetric" : "] affine") + (power_of_two ? " power_of_two" : "");
+}
+
 // The rules, found by the first arguments of their one-shot ops.
 inline std::vector<Rule> rules() {
-  constexpr const char* kFirst[] = {"x", "quant_min", "quant_max", "symmetric", "ch_axis"};
+  constexpr const char* kFirst[] = {"x", "grid", "ch_axis"};
   std::vector<Rule> rules;
   for (const c10::OperatorName& name : c10::Dispatcher::singleton().getAllOpNames()) {
     if (name.name.rfind("torch_ext::", 0) != 0) continue;
     const auto& arguments =
         c10::Dispatcher::singleton().findSchemaOrThrow(name.name.c_str(), "").schema().arguments();
-    bool is_rule = arguments.size() >= 5;
-    for (size_t i = 0; is_rule && i < 5; ++i) is_rule = arguments[i].name() == kFirst[i];
+    bool is_rule = arguments.size() >= 3;
+    for (size_t i = 0; is_rule && i < 3; ++i) is_rule = arguments[i].name() == kFirst[i];
     if (!is_rule) continue;
     Rule rule{name.name.substr(sizeof("torch_ext::") - 1), {}};
-    for (size_t i = 5; i < arguments.size(); ++i) {
+    for (size_t i = 3; i < arguments.size(); ++i) {
       const IValue& value = *arguments[i].default_value();
       rule.options.push_back(value.isDouble() ? value.toDouble() : 0);
     }
@@ -91,11 +98,10 @@ inline bool equal(const State& a, const State& b) {
          at::equal(a.counts, b.counts);
 }
 
-inline at::Tensor solve(const std::string& rule, const State& state, int64_t quant_min,
-                        int64_t quant_max, bool symmetric, std::vector<double> options,
-                        bool power_of_two = false) {
-  return tensor("solve", {rule, state.extrema, state.tally, state.counts, quant_min, quant_max,
-                          symmetric, std::string("grid"), power_of_two, std::move(options)});
+inline at::Tensor solve(const std::string& rule, const State& state, const std::string& grid,
+                        std::vector<double> options) {
+  return tensor("solve",
+                {rule, state.extrema, state.tally, state.counts, grid, std::move(options)});
 }
 
 }  // namespace dispatch

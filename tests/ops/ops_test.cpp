@@ -59,53 +59,45 @@ TEST(Ops, MergeIsObservingBoth) {
 
 TEST(Ops, SolveAppliesARule) {
   const State state = observed(at::arange(1, 101, at::kFloat));
-  EXPECT_TRUE(same(solve("percentile", state, -128, 127, true, {90}), floats({1, 90}, {1, 2})));
-  EXPECT_TRUE(same(solve("percentile", state, 0, 255, false, {90}), floats({6, 95}, {1, 2})));
-  EXPECT_TRUE(same(solve("min_max", state, -128, 127, true, {}), floats({1, 100}, {1, 2})));
+  EXPECT_TRUE(
+      same(solve("percentile", state, "[-128,127] symmetric", {90}), floats({1, 90}, {1, 2})));
+  EXPECT_TRUE(same(solve("percentile", state, "[0,255] affine", {90}), floats({6, 95}, {1, 2})));
+  EXPECT_TRUE(same(solve("min_max", state, "[-128,127] symmetric", {}), floats({1, 100}, {1, 2})));
 }
 
 TEST(Ops, QParamsFollowFromTheRange) {
   const at::Tensor range = floats({-1, 2, 0, 0}, {2, 2});
-  const auto symmetric = call("qparams", {range, -128, 127, true});
+  const auto symmetric = call("qparams", {range, grid(-128, 127, true)});
   EXPECT_TRUE(same(symmetric.at(0).toTensor(), floats({4.0f / 255, 1})));
   EXPECT_TRUE(same(symmetric.at(1).toTensor(), at::zeros({2}, at::kInt)));
-  const auto affine = call("qparams", {range, 0, 255, false});
+  const auto affine = call("qparams", {range, grid(0, 255, false)});
   EXPECT_TRUE(same(affine.at(0).toTensor(), floats({3.0f / 255, 1})));
   EXPECT_TRUE(same(affine.at(1).toTensor(), at::tensor({85, 0}, at::kInt)));
 }
 
 // One call for several quantizers, of different rules, grids and numbers of channels.
 TEST(Ops, SolveManyIsSolveAndQParamsOfEach) {
-  c10::List<std::string> names, scale_rules;
+  c10::List<std::string> names, grids;
   c10::List<at::Tensor> extrema, tally, counts;
-  c10::List<int64_t> quant_min, quant_max;
-  c10::List<bool> symmetric, power_of_two;
   std::vector<double> options;
   std::vector<State> states;
   const std::vector<Rule> all = rules();
   for (size_t i = 0; i < all.size(); ++i) {
     states.push_back(i % 2 == 0 ? observed(at::randn({2000})) : observed(at::rand({50, 9}), 1));
     names.push_back(all[i].name);
-    scale_rules.push_back("grid");
     extrema.push_back(states[i].extrema);
     tally.push_back(states[i].tally);
     counts.push_back(states[i].counts);
-    quant_min.push_back(i % 3 == 0 ? 0 : -8);
-    quant_max.push_back(i % 3 == 0 ? 255 : 7);
-    symmetric.push_back(i % 3 == 1);
-    power_of_two.push_back(i % 4 == 3);
+    grids.push_back(grid(i % 3 == 0 ? 0 : -8, i % 3 == 0 ? 255 : 7, i % 3 == 1, i % 4 == 3));
     options.insert(options.end(), all[i].options.begin(), all[i].options.end());
   }
-  const auto many = call("solve_many", {names, extrema, tally, counts, quant_min, quant_max,
-                                        symmetric, scale_rules, power_of_two, options});
+  const auto many = call("solve_many", {names, extrema, tally, counts, grids, options});
   for (size_t i = 0; i < all.size(); ++i) {
     SCOPED_TRACE(all[i].name);
-    const at::Tensor range = solve(all[i].name, states[i], quant_min.get(i), quant_max.get(i),
-                                   symmetric.get(i), all[i].options, power_of_two.get(i));
+    const at::Tensor range = solve(all[i].name, states[i], grids.get(i), all[i].options);
     EXPECT_TRUE(same(many.at(0).toTensorVector()[i], range));
     if (all[i].name == "fixed_scale") continue;  // its qparams do not follow from the range
-    const auto q = call("qparams", {range, quant_min.get(i), quant_max.get(i), symmetric.get(i),
-                                    std::string("grid"), power_of_two.get(i)});
+    const auto q = call("qparams", {range, std::string(grids.get(i))});
     EXPECT_TRUE(same(many.at(1).toTensorVector()[i], q.at(0).toTensor()));
     EXPECT_TRUE(same(many.at(2).toTensorVector()[i], q.at(1).toTensor()));
   }
@@ -117,7 +109,7 @@ struct Followed {
 
   void by(const at::Tensor& x, double averaging_constant) {
     call("follow_", {x, range, scale, zero_point, solved, averaging_constant,
-                     std::string("min_max"), 0, 255, false});
+                     std::string("min_max"), grid(0, 255, false)});
   }
 };
 
@@ -144,7 +136,8 @@ TEST(Ops, FollowMovesTheRange) {
 TEST(Ops, FakeQuantForwardAndBackward) {
   at::Tensor x = floats({-9, -2.2f, -2, -0.25f, 0.25f, 0.3f, 0.75f, 1.5f, 1.76f, 9, NAN});
   x.requires_grad_();
-  const at::Tensor out = tensor("fake_quant", {x, floats({0.5f}), at::zeros({1}, at::kInt), -4, 3});
+  const at::Tensor out =
+      tensor("fake_quant", {x, floats({0.5f}), at::zeros({1}, at::kInt), std::string("[-4,3]")});
   const at::Tensor want = floats({-2, -2, -2, 0, 0, 0.5f, 1, 1.5f, 1.5f, 1.5f});
   EXPECT_TRUE(same(out.detach().slice(0, 0, 10), want));
   EXPECT_TRUE(std::isnan(out[10].item<float>()));
@@ -158,7 +151,8 @@ TEST(Ops, FakeQuantPerChannelDifferentiatesInAChain) {
   at::Tensor weight = at::randn({4, 3, 2});
   weight.requires_grad_();
   const at::Tensor scale = floats({0.01f, 0.02f, 1}), zero_point = at::tensor({0, 3, -2}, at::kInt);
-  const at::Tensor out = tensor("fake_quant", {2 * weight, scale, zero_point, -8, 7, 1});
+  const at::Tensor out =
+      tensor("fake_quant", {2 * weight, scale, zero_point, std::string("[-8,7]"), 1});
   (out * out).sum().backward();
   const at::Tensor x = 2 * weight.detach(), s = scale.view({3, 1}), z = zero_point.view({3, 1});
   const at::Tensor q = (x / s).round() + z;
@@ -184,10 +178,10 @@ TEST(Ops, ARuleOnATensorIsObserveAndSolve) {
   EXPECT_GE(all.size(), 9u);
   for (const Rule& rule : all) {
     SCOPED_TRACE(rule.name);
-    EXPECT_TRUE(
-        same(tensor(rule.name, {x}), solve(rule.name, observed(x), -128, 127, true, rule.options)));
-    EXPECT_TRUE(same(tensor(rule.name, {x, 0, 15, false, 0}),
-                     solve(rule.name, observed(x, 0), 0, 15, false, rule.options)));
+    EXPECT_TRUE(same(tensor(rule.name, {x}),
+                     solve(rule.name, observed(x), grid(-128, 127, true), rule.options)));
+    EXPECT_TRUE(same(tensor(rule.name, {x, grid(0, 15, false), 0}),
+                     solve(rule.name, observed(x, 0), grid(0, 15, false), rule.options)));
   }
 }
 
@@ -195,7 +189,7 @@ TEST(Ops, ARuleKnowsItsShapeWithoutData) {
   const at::Tensor x = at::empty({6, 70}, at::TensorOptions().device(at::kMeta));
   for (const Rule& rule : rules()) {
     EXPECT_EQ(tensor(rule.name, {x}).sizes(), at::IntArrayRef({1, 2})) << rule.name;
-    EXPECT_EQ(tensor(rule.name, {x, -8, 7, true, 1}).sizes(), at::IntArrayRef({70, 2}))
+    EXPECT_EQ(tensor(rule.name, {x, grid(-8, 7, true), 1}).sizes(), at::IntArrayRef({70, 2}))
         << rule.name;
   }
 }
@@ -203,33 +197,34 @@ TEST(Ops, ARuleKnowsItsShapeWithoutData) {
 TEST(Ops, BrokenClausesAreNamed) {
   const at::Tensor x = at::ones({3}), scale = at::ones({1}), zero_point = at::zeros({1}, at::kInt);
   const State s = observed(x);
+  const std::string int8 = grid(-128, 127, true);
   const auto expect_error = [](const std::string& have, const std::string& want) {
     EXPECT_EQ(have.substr(0, want.size()), want);
   };
-  expect_error(error("fake_quant", {x, -scale, zero_point, -128, 127}),
+  expect_error(error("fake_quant", {x, -scale, zero_point, int8}),
                "fake_quant: expected scale to be positive and finite, got -1 in channel 0");
-  expect_error(error("fake_quant", {x.to(at::kLong), scale, zero_point, -128, 127}),
+  expect_error(error("fake_quant", {x.to(at::kLong), scale, zero_point, int8}),
                "fake_quant: expected x to be float32, float64, float16 or bfloat16, got Long");
-  expect_error(error("fake_quant", {x, scale, zero_point, -128, 127, 1}),
+  expect_error(error("fake_quant", {x, scale, zero_point, int8, 1}),
                "fake_quant: expected ch_axis to be -1 or an axis of the 1-dimensional x, got 1");
   expect_error(error("observe_", {x, s.extrema.to(at::kDouble), s.tally, s.counts}),
                "observe_: expected extrema to be Float, got Double");
   expect_error(
       error("merge_", {s.extrema, s.tally, s.counts, s.extrema, s.tally.slice(1, 0, 4), s.counts}),
       "merge_: expected other_tally to be ");
-  expect_error(error("qparams", {floats({2, 1}, {1, 2}), -128, 127, true}),
+  expect_error(error("qparams", {floats({2, 1}, {1, 2}), int8}),
                "qparams: expected range to be finite and in order, got 2 to 1 in channel 0");
-  expect_error(error("kl", {x, -32768, 32767}),
+  expect_error(error("kl", {x, grid(-32768, 32767, true)}),
                "kl: expected the grid to be of at most 8 bits for kl (beyond that there is nothing "
                "to search), got [-32768, 32767]");
-  expect_error(error("percentile", {x, -128, 127, true, -1, 101.0}),
+  expect_error(error("percentile", {x, int8, -1, 101.0}),
                "percentile: expected percentile to be between 1e-07 and 100, got 101");
 }
 
 TEST(Ops, UnknownRulesListTheKnown) {
   const State s = observed(at::ones({3}));
-  const std::string text =
-      error("solve", {std::string("histogram"), s.extrema, s.tally, s.counts, -128, 127, true});
+  const std::string text = error(
+      "solve", {std::string("histogram"), s.extrema, s.tally, s.counts, grid(-128, 127, true)});
   EXPECT_NE(text.find("unknown observer \"histogram\"; known: "), std::string::npos) << text;
   for (const Rule& rule : rules()) EXPECT_NE(text.find(rule.name), std::string::npos) << rule.name;
 }
@@ -241,8 +236,8 @@ TEST(Ops, CountsThatCannotBeSummedAreRefused) {
     for (const int64_t channels : {1, 50}) {
       SCOPED_TRACE(rule.name + ", " + std::to_string(channels) + " channels");
       const auto solved = [&](const State& s) {
-        return error("solve", {rule.name, s.extrema, s.tally, s.counts, -128, 127, true,
-                               std::string("grid"), false, rule.options});
+        return error("solve", {rule.name, s.extrema, s.tally, s.counts, grid(-128, 127, true),
+                               rule.options});
       };
       const State s = observed(at::randn({100, channels}), channels == 1 ? -1 : 1);
       if (solved(State{s.extrema, s.tally, at::zeros_like(s.counts)}).empty()) continue;
@@ -296,8 +291,8 @@ TEST(Ops, ATallyThatHasWrappedIsRefused) {
     const State s = observed(at::randn({100}));
     s.tally[0][0] = INT64_MAX;
     call("merge_", {s.extrema, s.tally, s.counts, s.extrema, s.tally, s.counts});
-    const std::string text = error("solve", {rule.name, s.extrema, s.tally, s.counts, -128, 127,
-                                             true, std::string("grid"), false, rule.options});
+    const std::string text = error(
+        "solve", {rule.name, s.extrema, s.tally, s.counts, grid(-128, 127, true), rule.options});
     EXPECT_EQ(text,
               "solve: expected tally to be of at most 2^63 - 1 finite values, got -2 in channel 0");
   }
@@ -311,8 +306,8 @@ TEST(Ops, AStatisticThatContradictsItselfIsRefused) {
       SCOPED_TRACE(rule.name + ", " + std::to_string(channels) + " channels");
       State s = observed(at::randn({100, channels}), channels == 1 ? -1 : 1);
       s.extrema[channels - 1][0] = 1e30f;
-      const std::string text = error("solve", {rule.name, s.extrema, s.tally, s.counts, -128, 127,
-                                               true, std::string("grid"), false, rule.options});
+      const std::string text = error(
+          "solve", {rule.name, s.extrema, s.tally, s.counts, grid(-128, 127, true), rule.options});
       EXPECT_EQ(text.rfind("solve: expected extrema to be finite and in order, got ", 0), 0u)
           << text;
     }

@@ -143,7 +143,7 @@ def test_packed_mask_is_in_logical_order(mask: str, count: int):
     x = (sample("heavy", max(count, 1))[:count] * 60).reshape(count, 1)
     s, z = qparams_tensors(0.5, 0)
     forward = torch.ops.torch_ext._fake_quant_forward
-    out, packed = forward(x, s, z, -128, 127, -1, mask, "half_even")
+    out, packed = forward(x, s, z, "[-128,127]", -1, mask)
     assert packed.dtype == torch.uint8
     assert packed.shape == ((count + 7) // 8,)
     inside = passes(x, s, z, Grid(), mask, "half_even").flatten().numpy()

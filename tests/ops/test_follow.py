@@ -211,3 +211,17 @@ def test_following_and_quantizing_at_once_is_doing_both(rule: str, dtype: torch.
         want.backward(upstream)
         assert torch.equal(given[0].grad, given[1].grad)
         state = together
+
+
+def test_scale_that_is_a_lazy_clone():
+    """It gets memory of its own when the op writes to it; what is quantized has the new scale."""
+    x = sample("gauss", 100)
+    originals = [torch.zeros(1, 2), torch.ones(1), torch.zeros(1, dtype=torch.int32)]
+    range_, scale, zero_point = (torch._lazy_clone(t) for t in originals)
+    solved = torch.zeros(1, dtype=torch.uint8)
+    grid = (0, 255, False)
+    out = ops.follow_fake_quant(x, range_, scale, zero_point, solved, 1.0, "min_max", *grid)
+    want = ops.qparams(ops.min_max(x, *grid), *grid)
+    assert torch.equal(scale, want[0])
+    assert torch.equal(out, ops.fake_quant(x, *want, 0, 255))
+    assert [t.unique().tolist() for t in originals] == [[0.0], [1.0], [0]]

@@ -157,3 +157,32 @@ def test_a_gradient_that_nothing_asks_for_is_not_given():
         assert edges == [t is wanted for t in (x, scale)] + [False]
         out.sum().backward()
         assert [t.grad is not None for t in inputs] == [t is wanted for t in (x, scale)]
+
+
+@pytest.mark.parametrize("of_x", [False, True])
+@pytest.mark.parametrize("axis", [-1, 1])
+def test_the_backward_computes_what_is_asked_for(axis: int, of_x: bool):
+    x, grad = torch.randn(5, 6, 40), torch.randn(5, 6, 40)
+    channels = 1 if axis < 0 else 6
+    scale, zero_point = torch.full((channels,), 0.2), torch.zeros(channels)
+    arguments = (grad, x, "lsq", scale, zero_point, "[-8,7]", axis)
+    backward = torch.ops.torch_ext._learned_fake_quant_backward
+    everything = backward(*arguments)
+    some = backward(*arguments, of_x=of_x, of_parameters=not of_x)
+    for have, want, wanted in zip(some, everything, [of_x] + [not of_x] * 3, strict=True):
+        assert torch.equal(have, want if wanted else want.new_empty(0))
+
+
+def test_a_scale_and_a_zero_point_of_one_value_may_have_different_shapes():
+    x, upstream = torch.randn(50), torch.randn(50)
+    want = None
+    for shapes in (((1,), (1,)), ((), (1,)), ((1,), ()), ((), ())):
+        scale = torch.full(shapes[0], 0.2, requires_grad=True)
+        zero_point = torch.full(shapes[1], 1.0, requires_grad=True)
+        out = ops.lsq(x, scale, zero_point, -8, 7)
+        first = torch.autograd.grad(out, [scale, zero_point], upstream, create_graph=True)
+        second = torch.autograd.grad(first[0].sum() * 3, zero_point)
+        assert [t.shape for t in (*first, *second)] == [scale.shape, *[zero_point.shape] * 2]
+        found = [out, *(t.reshape(()) for t in (*first, *second))]
+        want = want or found
+        assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))

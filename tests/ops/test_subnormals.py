@@ -31,12 +31,13 @@ def around_the_least_normal(count: int, dtype: torch.dtype) -> Tensor:
 # All are made here, before the mode is set, which changes torch's own arithmetic too.
 VALUES = around_the_least_normal(COUNT, torch.float32)
 WIDE, UPSTREAM = VALUES.double(), VALUES * 2.0**20
+BRAIN, HALF = VALUES.bfloat16(), (VALUES.double() * 2.0**111).half()  # subnormal in each
 SCALE, LEAST_SCALE = torch.tensor([2.0**-133]), torch.tensor([2.0**-126])
 ZERO = torch.zeros(1, dtype=torch.int32)
 
 
-def observed(x: Tensor, ch_axis: int) -> list[Tensor]:
-    state = statistic(torch.zeros(0, 4), ch_axis)
+def observed(x: Tensor, ch_axis: int, **layout: bool) -> list[Tensor]:
+    state = statistic(torch.zeros(0, 4), ch_axis, **layout)
     ops.observe_(x.reshape(-1, 4), *state.values(), ch_axis)
     range_ = ops.solve("min_max", *state.values(), -128, 127, False)
     return [*state.values(), range_, *ops.qparams(range_, -128, 127, False)]
@@ -60,10 +61,26 @@ def learned() -> list[Tensor]:
         lambda: observed(VALUES, -1),
         lambda: observed(WIDE, -1),
         lambda: observed(WIDE, 1),
+        lambda: observed(BRAIN, -1),
+        lambda: observed(BRAIN, 1),
+        lambda: observed(HALF, -1),
+        lambda: observed(HALF, 1),
+        lambda: observed(BRAIN, -1, histogram=False),
+        lambda: observed(HALF, -1, histogram=False),
         quantized,
         learned,
     ],
-    ids=["observe_f32", "observe_f64", "observe_channels", "fake_quant", "lsq"],
+    ids=[
+        *(
+            "observe_f32",
+            "observe_f64",
+            "observe_channels",
+            "observe_bf16",
+            "observe_bf16_channels",
+        ),
+        *("observe_f16", "observe_f16_channels", "extrema_bf16", "extrema_f16"),
+        *("fake_quant", "lsq"),
+    ],
 )
 def test_the_bits_do_not_depend_on_the_denormal_mode(compute: Callable[[], list[Tensor]]):
     want = [t.view(torch.int32) for t in compute()]

@@ -74,13 +74,13 @@ def test_a_build_without_cuda_kernels_refuses_a_cuda_tensor(op: str):
             "x",
             (Elsewhere((4,), f32), Elsewhere((1, 2), f32), *[Elsewhere((1, 5), i64)] * 2),
         ),
-        "qparams": ("range", (Elsewhere((1, 2), f32), -128, 127, True)),
+        "qparams": ("range", (Elsewhere((1, 2), f32), "[-128,127] symmetric")),
         "kl_threshold": ("counts", (Elsewhere((1, 300), i64), Elsewhere((1,), torch.float64))),
         "min_max": ("x", (Elsewhere((4,), f32),)),
     }
     named, given = arguments[op]
     if op == "fake_quant":
-        given = (*given, -128, 127)
+        given = (*given, "[-128,127]")
     text = f"{op}: expected {named} to be on the CPU (a build without CUDA kernels), got cuda:0"
     with torch._C._DisableTorchDispatch(), pytest.raises(RuntimeError, match=re.escape(text)):
         getattr(torch.ops.torch_ext, op)(*given)

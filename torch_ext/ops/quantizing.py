@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from torch_ext.ops.grid_text import grid_text
 from torch_ext.ops.loader import NATIVE
 from torch_ext.ops.registry import Options, encode_options
 from torch_ext.ops.registry_names import LearnedMethod, Rule
@@ -44,9 +45,8 @@ def fake_quant(
     Raises:
         RuntimeError: an argument is not as above.
     """
-    out: Tensor = NATIVE.fake_quant(
-        x, scale, zero_point, quant_min, quant_max, ch_axis, mask, rounding
-    )
+    grid = grid_text(quant_min, quant_max, rounding=rounding)
+    out: Tensor = NATIVE.fake_quant(x, scale, zero_point, grid, ch_axis, mask)
     return out
 
 
@@ -83,8 +83,9 @@ def lsq(
         RuntimeError: an argument is not as above. Values of CUDA tensors are not checked: a scale
             that is not finite gives NaN.
     """
+    grid = grid_text(quant_min, quant_max)
     return NATIVE.lsq(  # type: ignore[no-any-return]
-        x, scale, zero_point, quant_min, quant_max, ch_axis, use_grad_scaling, batch_axis
+        x, scale, zero_point, grid, ch_axis, use_grad_scaling, batch_axis
     )
 
 
@@ -103,7 +104,7 @@ def pact(x: Tensor, alpha: Tensor, quant_min: int, quant_max: int) -> Tensor:
     Raises:
         RuntimeError: an argument is not as above.
     """
-    return NATIVE.pact(x, alpha, quant_min, quant_max)  # type: ignore[no-any-return]
+    return NATIVE.pact(x, alpha, grid_text(quant_min, quant_max))  # type: ignore[no-any-return]
 
 
 def learned_fake_quant(
@@ -128,9 +129,9 @@ def learned_fake_quant(
     Raises:
         RuntimeError: an unknown method, or an argument that it does not take.
     """
-    grid = (quant_min, quant_max)
+    grid = grid_text(quant_min, quant_max)
     return NATIVE.learned_fake_quant(  # type: ignore[no-any-return]
-        x, method, parameter, zero_point, *grid, ch_axis, use_grad_scaling, batch_axis
+        x, method, parameter, zero_point, grid, ch_axis, use_grad_scaling, batch_axis
     )
 
 
@@ -179,9 +180,9 @@ def follow_(
     """
     values = _option_values(rule, options)
     buffers = (range, scale, zero_point, solved)
-    grid = (quant_min, quant_max, symmetric, scale_rule, power_of_two)
+    grid = grid_text(quant_min, quant_max, symmetric, scale_rule, power_of_two)
     layout = (ch_axis, mantissa_bits, octaves)
-    NATIVE.follow_(x, *buffers, averaging_constant, rule, *grid, values, *layout)
+    NATIVE.follow_(x, *buffers, averaging_constant, rule, grid, values, *layout)
 
 
 def follow_fake_quant(
@@ -213,10 +214,10 @@ def follow_fake_quant(
     """
     values = _option_values(rule, options)
     buffers = (range, scale, zero_point, solved)
-    grid = (quant_min, quant_max, symmetric, scale_rule, power_of_two)
+    grid = grid_text(quant_min, quant_max, symmetric, scale_rule, power_of_two, rounding)
     layout = (ch_axis, mantissa_bits, octaves)
     return NATIVE.follow_fake_quant(  # type: ignore[no-any-return]
-        x, *buffers, averaging_constant, rule, *grid, values, *layout, mask, rounding
+        x, *buffers, averaging_constant, rule, grid, values, *layout, mask
     )
 
 

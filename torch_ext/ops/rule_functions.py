@@ -9,6 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from torch_ext.ops.grid_text import grid_text
 from torch_ext.ops.loader import NATIVE
 from torch_ext.ops.registry import OptionValue, encode_options, observer_info
 from torch_ext.utils.text import joined
@@ -57,7 +58,7 @@ def rule_function(rule: str) -> RuleFunction:
         **options: OptionValue,
     ) -> Tensor:
         encode_options(rule, options)  # raises the same errors as `solve`
-        range_: Tensor = op(x, quant_min, quant_max, symmetric, ch_axis, **options)
+        range_: Tensor = op(x, grid_text(quant_min, quant_max, symmetric), ch_axis, **options)
         return range_
 
     bits = info["max_bits"]

@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from torch_ext.ops.grid_text import grid_text
 from torch_ext.ops.loader import NATIVE
 from torch_ext.ops.registry import Options, OptionValue, encode_options
 from torch_ext.ops.registry_names import Rule
@@ -79,8 +80,8 @@ def solve(
             whose tensors contradict each other (on a CUDA device: NaN).
     """
     values = encode_options(rule, options)
-    grid = (quant_min, quant_max, symmetric, scale_rule, power_of_two)
-    range_: Tensor = NATIVE.solve(rule, extrema, tally, counts, *grid, values)
+    grid = grid_text(quant_min, quant_max, symmetric, scale_rule, power_of_two)
+    range_: Tensor = NATIVE.solve(rule, extrema, tally, counts, grid, values)
     return range_
 
 
@@ -116,19 +117,28 @@ def solve_many(
     count = len(rules)
     if options is None:
         options = [{}] * count
-    if len(options) != count:
-        raise ValueError(f"solve_many: expected options to be {count} entries, got {len(options)}")
+    scale_rule = ["grid"] * count if scale_rule is None else scale_rule
+    power_of_two = [False] * count if power_of_two is None else power_of_two
+    parts = {
+        "quant_min": quant_min,
+        "quant_max": quant_max,
+        "symmetric": symmetric,
+        "scale_rule": scale_rule,
+        "power_of_two": power_of_two,
+    }
+    for name, entries in {"options": options, **parts}.items():
+        if len(entries) != count:
+            raise ValueError(
+                f"solve_many: expected {name} to be {count} entries, got {len(entries)}"
+            )
     values = [
         value
         for rule, rule_options in zip(rules, options, strict=True)
         for value in encode_options(rule, rule_options)
     ]
-    scale_rule = ["grid"] * count if scale_rule is None else scale_rule
-    power_of_two = [False] * count if power_of_two is None else power_of_two
-    statistics = (extrema, tally, counts)
-    grids = (quant_min, quant_max, symmetric, scale_rule, power_of_two)
-    lists = map(list, (rules, *statistics, *grids))
-    ranges, scales, zero_points = NATIVE.solve_many(*lists, values)
+    grids = [grid_text(*grid) for grid in zip(*parts.values(), strict=True)]
+    lists = map(list, (rules, extrema, tally, counts))
+    ranges, scales, zero_points = NATIVE.solve_many(*lists, grids, values)
     return list(ranges), list(scales), list(zero_points)
 
 
@@ -160,8 +170,8 @@ def qparams(
     Raises:
         RuntimeError: an argument is not as above.
     """
-    grid = (quant_min, quant_max, symmetric, scale_rule, power_of_two)
-    scale, zero_point = NATIVE.qparams(range, *grid)
+    grid = grid_text(quant_min, quant_max, symmetric, scale_rule, power_of_two)
+    scale, zero_point = NATIVE.qparams(range, grid)
     return scale, zero_point
 
 

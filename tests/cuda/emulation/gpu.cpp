@@ -8,6 +8,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <memory>
 #include <random>
 #include <stdexcept>
@@ -190,6 +191,29 @@ Machine& machine() {
 
 int64_t launches() { return scheduler().launches; }
 
+uint64_t schedule() {
+  const char* const number = std::getenv("TORCH_EXT_SCHEDULE");
+  return number == nullptr ? 0 : std::strtoull(number, nullptr, 10);
+}
+
+std::vector<Barrier>& barriers() {
+  static std::vector<Barrier> met;
+  return met;
+}
+
+namespace {
+
+// Whether a barrier is not left out.
+bool is_met(const Barrier& barrier) {
+  std::vector<Barrier>& met = barriers();
+  if (std::find(met.begin(), met.end(), barrier) == met.end()) met.push_back(barrier);
+  if (barrier != machine().without) return true;
+  pause();
+  return false;
+}
+
+}  // namespace
+
 void run(int64_t blocks, int threads, size_t shared_memory, bool cooperative,
          const std::function<void()>& kernel) {
   Scheduler& s = scheduler();
@@ -198,7 +222,7 @@ void run(int64_t blocks, int threads, size_t shared_memory, bool cooperative,
   s.blocks = blocks;
   s.shared_memory = shared_memory;
   s.error = nullptr;
-  s.random.seed(machine().seed);
+  s.random.seed(machine().seed + schedule());
   ++s.launches;
   if (threads % kWarp != 0 || static_cast<int64_t>(shared_memory) > machine().shared_memory ||
       (cooperative && blocks > machine().processors))
@@ -254,13 +278,17 @@ int thread() { return scheduler().current->thread; }
 int64_t block() { return scheduler().current->block->index; }
 int64_t blocks() { return scheduler().blocks; }
 void* shared() { return emulation::memory_of(*scheduler().current->block); }
-void sync() { emulation::meet(scheduler().current->block->all); }
+void sync(const char* file, int line) {
+  if (emulation::is_met({file, line})) emulation::meet(scheduler().current->block->all);
+}
 bool sync_or(bool value) {
   emulation::Meeting& all = scheduler().current->block->all;
   all.any[all.parity] |= value;
   return all.any[emulation::meet(all)];
 }
-void sync_blocks() { emulation::meet(scheduler().grid); }
+void sync_blocks(const char* file, int line) {
+  if (emulation::is_met({file, line})) emulation::meet(scheduler().grid);
+}
 
 void expect_aligned(const void* at) {
   if (reinterpret_cast<uintptr_t>(at) % 16 != 0)

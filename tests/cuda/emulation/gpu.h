@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <vector>
 
 #include "core/half.h"
 
@@ -13,6 +14,10 @@ struct CUstream_st;  // a cudaStream_t points to one
 // the next fiber to run is chosen at random (or in order, or backwards), so a result that depends
 // on scheduling is found. Shared memory is filled with garbage first and checked for writes past
 // its end; a deadlock is an error.
+// Plain loads and stores happen in program order and at once, and no fiber is interrupted between
+// two of them, so most races between plain accesses are invisible here: of two fibers without a
+// barrier between them one runs on to its next barrier, shuffle or atomic first, and only that
+// order of whole stretches is drawn. Compute sanitizer's racecheck finds them on a GPU.
 #define TE_GPU inline
 
 namespace torch_ext::gpu {
@@ -21,14 +26,31 @@ using Stream = CUstream_st*;
 
 namespace emulation {
 
+// Where a kernel calls sync() or sync_blocks().
+struct Barrier {
+  const char* file = nullptr;
+  int line = 0;
+  bool operator==(const Barrier&) const = default;
+};
+
 // The device that the drivers plan for, and how threads are scheduled. Set by the tests.
 struct Machine {
   int processors = 3;
   int64_t shared_memory = 227 * 1024;
   enum Order { in_order, backwards, random } order = random;
   uint64_t seed = 1;
+  // The barrier that is left out, to see that a test notices: one of barriers().
+  Barrier without = {};
 };
 Machine& machine();
+
+// What the environment variable TORCH_EXT_SCHEDULE adds to every seed; 0 where it is not set. With
+// another number the same tests run under other schedules, with the same under the same ones.
+uint64_t schedule();
+
+// The barriers that kernels have met so far, in order of appearance. Not those that also reduce
+// (sync_or). A test may clear it.
+std::vector<Barrier>& barriers();
 
 // Number of launches since the program started.
 int64_t launches();
@@ -48,9 +70,9 @@ int64_t block();
 int64_t blocks();
 constexpr int kWarp = 32;
 void* shared();
-void sync();
+void sync(const char* file = __builtin_FILE(), int line = __builtin_LINE());
 bool sync_or(bool value);
-void sync_blocks();
+void sync_blocks(const char* file = __builtin_FILE(), int line = __builtin_LINE());
 
 template <class T>
 T shuffle_xor(T value, int lanes) {

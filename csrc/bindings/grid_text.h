@@ -1,0 +1,58 @@
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string_view>
+
+#include "core/grid.h"
+#include "core/unit_grid.h"
+
+// A grid is one argument of an op, a text:
+//
+//   grid = "[" quant_min "," quant_max "]" { " " word }
+//   word = "symmetric" | "affine" | "scale_rule=" ( "grid" | "tvm" ) | "power_of_two"
+//        | "rounding=" ( "half_even" | "half_away" | "floor_half_up" )
+//
+// such as "[-128,127] symmetric" or "[0,255] affine rounding=half_away". Words come in any order,
+// no kind of them twice; those left out are scale_rule=grid and rounding=half_even. Every op takes
+// every word, and reads those that concern it: a quantizer has one text for all ops. Another kind
+// of grid is another word, and no other schema.
+namespace torch_ext::bindings {
+
+struct ParsedGrid {
+  int64_t quant_min, quant_max;
+  std::optional<bool> symmetric;  // none: neither word
+  core::ScaleRule scale_rule = core::ScaleRule::grid;
+  bool power_of_two = false;
+  core::Rounding rounding = core::Rounding::half_even;
+};
+
+// Where a text stands, for errors: the op, the argument, and the index in a list.
+struct GridSource {
+  const char* op;
+  std::string_view text;
+  int64_t index = -1;
+};
+
+// Raises unless the text is of this form. The bounds of the integers depend on what they are for:
+ParsedGrid parse_grid(const GridSource& source);
+
+// The integers that data is quantized to, with scales and zero points that are given.
+struct QuantizingGrid {
+  core::Codes codes;
+  core::Rounding rounding;
+};
+QuantizingGrid check_quantizing_grid(const GridSource& source);
+
+// The grid of a learned method, which rounds half to even.
+core::Codes check_learned_grid(const GridSource& source);
+
+// The grid for which a range becomes a scale and a zero point: 0 is on it, it has at most 16 bits,
+// and is said to be symmetric or affine.
+struct SolvingGrid {
+  core::Grid grid;
+  core::Rounding rounding;  // for an op that also quantizes
+};
+SolvingGrid check_solving_grid(const GridSource& source);
+
+}  // namespace torch_ext::bindings
