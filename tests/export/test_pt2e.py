@@ -235,6 +235,40 @@ def test_a_value_that_is_written_to_keeps_its_own_copy() -> None:
         )
 
 
+class InPlace(nn.Module):
+    """Sums into what a convolution computed, as torchvision's ResNets do."""
+
+    def __init__(self, read_later: bool) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, padding=1)
+        self.second = nn.Conv2d(4, 4, 3, padding=1)
+        self.read_later = read_later
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu_(self.first(x))
+        y = self.second(x)
+        part = y[:, :1] if self.read_later else None
+        y += x
+        y = torch.relu_(y)
+        return y if part is None else torch.sin(part) + torch.cos(y)
+
+
+def test_sums_in_place() -> None:
+    x = torch.randn(2, 3, 8, 8)
+    model = ready(InPlace(read_later=False), config("xnnpack"), x)
+    program = export.pt2e(model, x, backend="xnnpack")  # without a warning of a float output
+    assert not calls(program, "copy_")
+    with torch.no_grad():
+        torch.testing.assert_close(run(program, x), model(x), rtol=0, atol=1e-6)
+
+
+def test_a_view_of_a_sum_in_place_sees_it() -> None:
+    x = torch.randn(2, 3, 8, 8)
+    model = ready(InPlace(read_later=True), config("x86"), x)
+    with torch.no_grad():
+        torch.testing.assert_close(run(export.pt2e(model, x), x), model(x), rtol=0, atol=1e-6)
+
+
 def test_the_batch_can_stay_open() -> None:
     model = residual("x86")
     program = export.pt2e(model, images(4), dynamic_batch=True)
