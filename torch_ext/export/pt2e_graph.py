@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
-from torch_ext.export.common.aten import drop_copies, moved_by, operation
+from torch_ext.export.common.aten import moved_by, operation
 from torch_ext.export.common.entries import Entry
 from torch_ext.export.pt2e_engines import Engine, float_reason
 from torch_ext.quantizers.fake_quantize import FakeQuantize
@@ -51,7 +51,8 @@ def decomposed() -> Any:
 class QuantizedProgram:
     """Rewrites one program in place; call `place`, `float_layers` and `finish`, in that order.
 
-    `chosen` has the quantizers by name, `sources` what weight quantizers read.
+    The program writes to no value. `chosen` has the quantizers by name, `sources` what weight
+    quantizers read.
     """
 
     def __init__(
@@ -83,7 +84,6 @@ class QuantizedProgram:
     def place(self) -> None:
         """Quantizes before and behind operations that only move values, so that these are in
         integers too, and what reads them reads quantized values directly."""
-        drop_copies(self.graph)
         if self.engine.torchao:
             self._flatten_linears()
         for node in list(self.graph.nodes):
@@ -156,13 +156,13 @@ class QuantizedProgram:
         return node
 
     def _merge(self) -> None:
-        """Keeps one of the quantizers of a value on a grid, unless what reads one writes to it."""
+        """Keeps one of the quantizers of a value on a grid."""
         kept: dict[tuple[fx.Node, Any], fx.Node] = {}
         for node in [node for node in self.graph.nodes if node in self.quantizers]:
             entry, x = self.quantizers[node], node.args[0]
             # What quantizes a value that is on that grid already gives the same value.
             earlier = x if self._same(x, entry) else kept.setdefault((x, _grid(entry)), node)
-            if earlier is not node and not _written(node) and not _written(earlier):
+            if earlier is not node:
                 node.replace_all_uses_with(earlier)
                 self.graph.erase_node(node)
                 del self.quantizers[node]
@@ -198,14 +198,10 @@ class QuantizedProgram:
         arguments = (*grid, self.engine.dtype)
         with self.graph.inserting_before(node):
             q = self._call(self.ops.quantize_per_tensor.default, (node.args[0], *arguments), node)
-        readers = [None] if _written(node) else list(node.users)
-        for reader in readers:
-            with self.graph.inserting_before(reader or node):
+        for reader in list(node.users):
+            with self.graph.inserting_before(reader):
                 x = self._call(self.ops.dequantize_per_tensor.default, (q, *arguments), node)
-            if reader is None:
-                node.replace_all_uses_with(x)
-            else:
-                reader.replace_input_with(node, x)
+            reader.replace_input_with(node, x)
         self.graph.erase_node(node)
 
     def _lay_out(self) -> None:
@@ -361,14 +357,6 @@ def _rank(node: Any) -> int:
 def _grid(entry: Entry) -> tuple[float, int]:
     """What tells the grids of activations apart, where all are of the engine's type."""
     return float(entry.scale), int(entry.zero_point)
-
-
-def _written(node: fx.Node) -> bool:
-    """Whether something that reads a node writes to it."""
-    return any(
-        isinstance(reader.target, torch._ops.OpOverload) and reader.target._schema.is_mutable
-        for reader in node.users
-    )
 
 
 def _copied(value: Tensor) -> Tensor:

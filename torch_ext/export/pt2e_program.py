@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from torch_ext.export.common.aten import functional
 from torch_ext.export.common.entries import TO_FLOAT, Entry, entries, refuse
 from torch_ext.export.common.trace import trace
 from torch_ext.export.pt2e_engines import (
@@ -83,7 +84,7 @@ def pt2e(
         program = trace(who, model, example_inputs, dynamic_batch, keywords=True)
     refuse(who, _inside_others(program), "only the outermost graph is rewritten")
     refuse(who, _untraced(program, chosen), "torch.export has to trace every quantizer in float32")
-    rewriter = QuantizedProgram(program, chosen, prepared.weights, engine)
+    rewriter = QuantizedProgram(functional(program), chosen, prepared.weights, engine)
     rewriter.place()
     if in_float := rewriter.float_layers():
         _warn(who, engine, in_float)

@@ -6,6 +6,7 @@ import operator
 
 import torch
 from torch import fx
+from torch.export import ExportedProgram
 
 from torch_ext.utils.operations import KEEP_VALUES
 
@@ -54,44 +55,25 @@ def _pads_with_a_number(node: object) -> bool:
     return value not in (None, 0)
 
 
-def drop_copies(graph: fx.Graph) -> None:
-    """Removes ``copy_`` into a value that nothing reads afterwards: prepared models sum in place
-    with it, and the value would have two readers."""
-    place = {node: i for i, node in enumerate(graph.nodes)}
-    for node in list(graph.nodes):
-        if node.target is not torch.ops.aten.copy_.default:
-            continue
-        written, source = node.args[:2]
-        before = [reader for reader in written.users if reader is not node]
-        if (
-            _is_new(written)
-            and not any(place[reader] > place[node] or _is_view(reader) for reader in before)
-            and list(source.users) == [node]
-            and _layout(source) == _layout(node)
-        ):
-            node.replace_all_uses_with(source)
-            graph.erase_node(node)
+def functional(program: ExportedProgram) -> ExportedProgram:
+    """The program without operations that write to what they read.
+
+    A prepared model sums in place by ``copy_``. What that wrote to, a layer's result, would have
+    another reader than the quantizer; without the writing nothing has to be copied.
+    """
+    if not any(_writes(node) for node in program.graph.nodes):
+        return program
+    made: ExportedProgram = program.run_decompositions({})
+    for node in list(made.graph.nodes):
+        if node.target is torch.ops.aten.copy.default:
+            source = node.args[1]
+            if source.meta["val"].shape == node.meta["val"].shape and (
+                source.meta["val"].dtype == node.meta["val"].dtype
+            ):
+                node.replace_all_uses_with(source)
+                made.graph.erase_node(node)
+    return made
 
 
-def _is_view(node: fx.Node) -> bool:
-    """Whether a node's result may share the memory of what it reads."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return True
-    return any(made.alias_info is not None for made in node.target._schema.returns)
-
-
-def _is_new(node: fx.Node) -> bool:
-    """Whether nothing else shares a node's memory, except what an in-place operation wrote to."""
-    while _is_view(node):
-        if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
-            return False
-        read = node.args[0]
-        if not isinstance(read, fx.Node) or list(read.users) != [node]:
-            return False
-        node = read
-    return True
-
-
-def _layout(node: fx.Node) -> tuple[torch.Size, torch.dtype]:
-    value = node.meta["val"]
-    return value.shape, value.dtype
+def _writes(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
