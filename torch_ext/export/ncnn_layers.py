@@ -10,7 +10,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from torch_ext.export.common.aten import moves_values, operation
+from torch_ext.export.common.aten import aten_name, moves_values
 
 _CONVOLUTION, _LINEAR = "conv2d", "linear"
 _CALL = re.compile(r"@\d+$")  # torch.export's suffix of a module's second call
@@ -40,7 +40,7 @@ def layers_of(
     layers: dict[str, Layer] = {}
     problems: dict[str, str] = {}
     for node in program.graph.nodes:
-        kind = operation(node)
+        kind = aten_name(node)
         if kind not in (_CONVOLUTION, _LINEAR):
             continue
         weight = _quantizer(node.args[1])
@@ -79,7 +79,7 @@ def _quantizer(node: object) -> str | None:
 def _origin(node: object) -> object:
     """Follows first arguments up to the operation that last put values on or off a grid."""
     # relu changes values to 0 only, which every grid of ncnn holds.
-    while isinstance(node, fx.Node) and (moves_values(node) or operation(node) == "relu"):
+    while isinstance(node, fx.Node) and (moves_values(node) or aten_name(node) == "relu"):
         node = node.args[0]
     return node
 

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import fx
 
-from torch_ext.export.common.aten import operation
+from torch_ext.export.common.aten import aten_name
 from torch_ext.export.common.entries import Entry
 from torch_ext.quantizers.grid import dtype_name
 
@@ -83,7 +83,7 @@ def float_reason(
 
     `quantizers` has the entries of all quantizers' nodes.
     """
-    kind = operation(layer)
+    kind = aten_name(layer)
     if kind not in LAYERS or layer.args[1] is not weight:
         return f"its weight is read by {kind or layer.name}"
     if kind not in engine.layers:
@@ -108,6 +108,6 @@ def _groups(layer: fx.Node) -> int:
 def _output_quantized(layer: fx.Node, quantizers: dict[fx.Node, Entry]) -> bool:
     """Whether the only reader of a layer, behind an activation that is fused with it, quantizes."""
     readers = list(layer.users)
-    if len(readers) == 1 and operation(readers[0]) in _FUSED:
+    if len(readers) == 1 and aten_name(readers[0]) in _FUSED:
         readers = list(readers[0].users)
     return len(readers) == 1 and readers[0] in quantizers

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
-from torch_ext.export.common.aten import moved_by, operation
+from torch_ext.export.common.aten import aten_name, moved_by
 from torch_ext.export.common.entries import Entry
 from torch_ext.export.pt2e_engines import Engine, float_reason
 from torch_ext.quantizers.fake_quantize import FakeQuantize
@@ -107,7 +107,7 @@ class QuantizedProgram:
         """Gives linear layers matrices: of what has more axes, torchao finds only some."""
         reshape = torch.ops.aten.reshape.default
         for node in list(self.graph.nodes):
-            if operation(node) != "linear" or node.args[1] not in self.weights:
+            if aten_name(node) != "linear" or node.args[1] not in self.weights:
                 continue
             x, made = node.args[0], node.meta["val"]
             sizes = [size if isinstance(size, int) else -1 for size in made.shape]
@@ -212,7 +212,7 @@ class QuantizedProgram:
         """
         clone, keys = torch.ops.aten.clone.default, {"memory_format": torch.contiguous_format}
         for node in list(self.graph.nodes):
-            if operation(node) not in _RESHAPES or not _of_convolution(x := node.args[0]):
+            if aten_name(node) not in _RESHAPES or not _of_convolution(x := node.args[0]):
                 continue
             with self.graph.inserting_before(node):
                 made = self.graph.call_function(clone, (x,), keys)
@@ -227,7 +227,7 @@ class QuantizedProgram:
             # XNNPACK refuses a program with a dequantized weight that no layer of integers reads.
             return self._store(f"{label}_dequantized", lambda: self._values(entry, source))
         w = self._store(label, lambda: self._levels(entry, source))
-        kind, rank = operation(reader), node.meta["val"].dim()
+        kind, rank = aten_name(reader), node.meta["val"].dim()
         axis = params.ch_axis
         if axis < 0 and (node, reader) not in self.in_float:
             axis = (
@@ -340,9 +340,9 @@ def _of_convolution(node: Any) -> bool:
         return False
     while waiting:
         node = waiting.pop()
-        if node in seen or _rank(node) != rank or operation(node) == "linear":
+        if node in seen or _rank(node) != rank or aten_name(node) == "linear":
             continue
-        if operation(node).startswith("conv"):
+        if aten_name(node).startswith("conv"):
             return True
         seen.add(node)
         waiting += node.all_input_nodes

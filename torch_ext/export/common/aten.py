@@ -20,7 +20,7 @@ _MOVES_VALUES = frozenset((*KEEP_VALUES, *_ATEN_NAMES))
 _JOINS = ("cat", "concat", "concatenate", "stack", "hstack", "vstack")
 
 
-def operation(node: object) -> str:
+def aten_name(node: object) -> str:
     """``conv2d`` for aten::conv2d in any overload or in place; empty for other operators."""
     if not isinstance(node, fx.Node):
         return ""
@@ -34,14 +34,14 @@ def operation(node: object) -> str:
 
 def moves_values(node: object) -> bool:
     """Whether values of the node's first argument that are on a grid are on it afterwards."""
-    return operation(node) in _MOVES_VALUES and not _pads_with_a_number(node)
+    return aten_name(node) in _MOVES_VALUES and not _pads_with_a_number(node)
 
 
 def moved_by(node: object) -> list[fx.Node]:
     """The nodes whose values, and no others, are those of a node; empty if it computes new ones."""
     if not isinstance(node, fx.Node):
         return []
-    if operation(node) in _JOINS:
+    if aten_name(node) in _JOINS:
         joined = node.args[0]
         return list(joined) if isinstance(joined, (list, tuple)) else []  # type: ignore[arg-type]
     return [node.args[0]] if moves_values(node) and isinstance(node.args[0], fx.Node) else []
@@ -49,7 +49,7 @@ def moved_by(node: object) -> list[fx.Node]:
 
 def _pads_with_a_number(node: object) -> bool:
     """Whether a node is ``pad`` with a constant other than 0, which may not be on the grid."""
-    if not isinstance(node, fx.Node) or operation(node) != "pad":
+    if not isinstance(node, fx.Node) or aten_name(node) != "pad":
         return False
     value = node.args[3] if len(node.args) > 3 else node.kwargs.get("value")
     return value not in (None, 0)
