@@ -57,7 +57,7 @@ ENGINES = {
 }
 
 
-def grid_problem(entry: Entry, engine: Engine) -> str:
+def engine_problem(entry: Entry, engine: Engine) -> str:
     """Why the engine does not take a quantizer's grid; empty if it does."""
     params, channels = entry.params, len(entry.scale)
     grid = f"[{params.quant_min}, {params.quant_max}]"

@@ -28,7 +28,7 @@ _QUANTIZER = torch.ops.torch_ext_pt2e.quantizer.default
 
 
 @contextmanager
-def symbols(quantizers: Mapping[str, FakeQuantize]) -> Iterator[None]:
+def traced_quantizers(quantizers: Mapping[str, FakeQuantize]) -> Iterator[None]:
     """Context manager in which each call of a quantizer traces as one node that has its name."""
     with ExitStack() as stack:
         for name, quantizer in quantizers.items():
@@ -36,7 +36,7 @@ def symbols(quantizers: Mapping[str, FakeQuantize]) -> Iterator[None]:
         yield
 
 
-def calls(graph: fx.Graph) -> list[tuple[str, fx.Node]]:
+def quantizer_calls(graph: fx.Graph) -> list[tuple[str, fx.Node]]:
     """The nodes of quantizers in a graph, with their names."""
     nodes = [node for node in graph.nodes if node.target is _QUANTIZER]
     return [(node.kwargs.get("name") or node.args[1], node) for node in nodes]
@@ -70,7 +70,7 @@ class QuantizedProgram:
         self.ops = decomposed()
         self.quantizers: dict[fx.Node, Entry] = {}
         self.weights: dict[fx.Node, Entry] = {}
-        for name, node in calls(self.graph):
+        for name, node in quantizer_calls(self.graph):
             entry = chosen[name]
             (self.weights if entry.quantizer in sources else self.quantizers)[node] = entry
         self.in_float: dict[tuple[fx.Node, fx.Node], str] = {}  # weight and reader -> why

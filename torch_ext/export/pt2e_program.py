@@ -18,9 +18,9 @@ from torch_ext.export.pt2e_engines import (
     OUTPUT_IN_FLOAT,
     Backend,
     Engine,
-    grid_problem,
+    engine_problem,
 )
-from torch_ext.export.pt2e_graph import QuantizedProgram, calls, symbols
+from torch_ext.export.pt2e_graph import QuantizedProgram, quantizer_calls, traced_quantizers
 from torch_ext.quantizers.find import PreparedModel
 from torch_ext.quantizers.transition import QuantizationWarning
 from torch_ext.utils.arguments import bounded, parse_flag
@@ -70,7 +70,9 @@ def pt2e(
     prepared = PreparedModel(who, model)
     chosen, _ = entries(prepared)
     problems = {
-        name: problem for name, entry in chosen.items() if (problem := grid_problem(entry, engine))
+        name: problem
+        for name, entry in chosen.items()
+        if (problem := engine_problem(entry, engine))
     }
     refuse(who, problems, f'take get_default_qconfig(backend="{backend}"); or {TO_FLOAT}')
     not_finite = {
@@ -80,7 +82,7 @@ def pt2e(
         and not bool(source.read().isfinite().all())
     }
     refuse(who, not_finite, "weights have to be finite")
-    with symbols({name: entry.quantizer for name, entry in chosen.items()}):
+    with traced_quantizers({name: entry.quantizer for name, entry in chosen.items()}):
         program = trace(who, model, example_inputs, dynamic_batch, keywords=True)
     refuse(who, _inside_others(program), "only the outermost graph is rewritten")
     refuse(who, _untraced(program, chosen), "torch.export has to trace every quantizer in float32")
@@ -104,7 +106,7 @@ def _untraced(program: ExportedProgram, chosen: Mapping[str, Entry]) -> dict[str
     """Quantizers of other types than float32, and those that were not traced."""
     problems = dict.fromkeys(chosen, "the forward does not call it with these example_inputs")
     others = {}
-    for name, node in calls(program.graph):
+    for name, node in quantizer_calls(program.graph):
         problems.pop(name, None)
         if (dtype := node.meta["val"].dtype) != torch.float32:
             kind = str(dtype).removeprefix("torch.")
@@ -118,5 +120,5 @@ def _inside_others(program: ExportedProgram) -> dict[str, str]:
         called: "it is called inside torch.cond, autocast or the like"
         for name, module in program.graph_module.named_modules()
         if name and isinstance(module, fx.GraphModule)
-        for called, _ in calls(module.graph)
+        for called, _ in quantizer_calls(module.graph)
     }
