@@ -124,7 +124,7 @@ install_packages() {
     bench) extras+=(peers) ;;
     docs) extras+=(pt2e docs) ;; # the guide's reference imports torch_ext.pt2e
     lint) extras+=(lint) ;;
-    test) extras+=(test docs) ;; # one test builds the guide
+    test) extras+=(test executorch docs) ;; # one test builds the guide
     trained) extras+=(trained) ;;
     engines) extras+=(trained export pt2e engines) ;;
     zoo) extras+=(test) ;;

@@ -108,10 +108,17 @@ def simplify(program: ExportedProgram) -> None:
     program.graph_module.recompile()
 
 
-def trace(who: str, model: nn.Module, example_inputs: Any, dynamic_batch: bool) -> ExportedProgram:
+def trace(
+    who: str,
+    model: nn.Module,
+    example_inputs: Any,
+    dynamic_batch: bool,
+    keywords: bool = False,
+) -> ExportedProgram:
     """Traces the forward by torch.export in eval mode, without gradients.
 
     The model stays as it was. With `dynamic_batch` the size of the inputs' first axis is left open.
+    With `keywords` the program takes what a mapping has as keyword arguments.
     Raises ValueError with torch.export's reason if it cannot trace the model.
     """
     root = unwrap(model)
@@ -119,9 +126,12 @@ def trace(who: str, model: nn.Module, example_inputs: Any, dynamic_batch: bool) 
     shapes = _dynamic_shapes(who, given) if dynamic_batch else None
     bound = inspect.signature(root.forward).bind_partial()
     bound.arguments.update(given)
+    args, kwargs = bound.args, bound.kwargs
+    if keywords and isinstance(example_inputs, Mapping):
+        args, kwargs = (), dict(example_inputs)
     try:
         with eval_mode(root), torch.no_grad():
-            return torch.export.export(root, bound.args, bound.kwargs, dynamic_shapes=shapes)
+            return torch.export.export(root, args, kwargs, dynamic_shapes=shapes)
     except Exception as error:  # torch.export runs the user's forward, which may raise anything
         advice = "; dynamic_batch=False keeps the example's batch" if dynamic_batch else ""
         raise ValueError(
