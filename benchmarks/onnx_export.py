@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import torch_ext
 from torch_ext import export, get_default_qconfig, prepare_qat, resolve
-from torch_ext.export.integer_layers import onnxruntime_layers
+from torch_ext.export.engines.integer_layers import onnxruntime_layers
 from zoo import operators
 
 ROUNDS = 40

@@ -126,7 +126,7 @@ install_packages() {
     lint) extras+=(lint) ;;
     test) extras+=(test executorch docs) ;; # one test builds the guide
     trained) extras+=(trained) ;;
-    engines) extras+=(trained export pt2e engines) ;;
+    engines) extras+=(trained export pt2e engines executorch) ;;
     zoo) extras+=(test) ;;
     esac
     [[ $mode != example || $still_missing != *dataset-fashion-mnist* ]] || extras+=(digits)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import torch_ext
 from torch_ext import FileError, export, get_default_qconfig, prepare_qat
-from torch_ext.export.integer_layers import EngineLayer, onnxruntime_layers
+from torch_ext.export.engines.integer_layers import EngineLayer, onnxruntime_layers
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")

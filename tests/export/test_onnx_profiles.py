@@ -18,7 +18,7 @@ import torch_ext
 from nets.tiny_net import images
 from onnx_runs import run
 from torch_ext import QuantizationWarning, export, get_default_qconfig, prepare_qat, resolve
-from torch_ext.export.integer_layers import onnxruntime_layers
+from torch_ext.export.engines.integer_layers import onnxruntime_layers
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")

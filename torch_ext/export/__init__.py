@@ -15,11 +15,11 @@ from torch_ext.export.engines.comparison import (
     TensorDifference,
     compare_with_engine,
 )
-from torch_ext.export.integer_layers import EngineLayer, onnxruntime_layers
+from torch_ext.export.engines.integer_layers import EngineLayer, onnxruntime_layers
 from torch_ext.export.json_file import Calibration, QuantizerRecord, json, read_json
 from torch_ext.export.ncnn import NcnnTable, ncnn_table, ncnn_table_of, read_ncnn_table
 from torch_ext.export.onnx_file import onnx
-from torch_ext.export.pt2e_program import pt2e
+from torch_ext.export.programs.program import pt2e
 from torch_ext.export.tensorrt.cache import TensorrtCache, read_tensorrt_cache, tensorrt_cache
 from torch_ext.export.tensorrt.calibrator import TensorrtCalibrator, tensorrt_calibrator
 from torch_ext.export.tensorrt.onnx_rules import tensorrt_violations

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from torch_ext.export.common.entries import TO_FLOAT, Entry, refuse
-from torch_ext.export.integer_layers import onnxruntime_layers
+from torch_ext.export.engines.integer_layers import onnxruntime_layers
 from torch_ext.export.onnx_qdq import OnnxGrid
 from torch_ext.export.tensorrt.onnx_rules import grid_problem, violations
 from torch_ext.quantizers.transition import QuantizationWarning

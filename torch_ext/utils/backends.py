@@ -71,12 +71,13 @@ BACKENDS: dict[Backend, BackendRow] = {
     ),
     "x86": BackendRow(
         "Inductor on x86 (`torch.compile` of a PT2E program)", _UINT8, _WHOLE_WEIGHT,
-        "convolutions and linear layers", "a PT2E program", short_sums=True,
+        "convolutions and linear layers", '`export.pt2e(..., backend="x86")`', short_sums=True,
     ),
     "xnnpack": BackendRow(
         "ExecuTorch with XNNPACK",
         BackendGrid("int8", "per_tensor_affine", -128, 127), _WEIGHT,
-        "convolutions and linear layers with a quantized result", "a PT2E program",
+        "convolutions and linear layers with a quantized result",
+        '`export.pt2e(..., backend="xnnpack")`',
     ),
     "horizon": BackendRow(
         "Horizon's BPU", _INT8, _WHOLE_WEIGHT,

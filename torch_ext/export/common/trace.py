@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from torch_ext.quantizers.fake_quantize import FakeQuantize
@@ -24,8 +24,8 @@ SYMBOL = ("torch_ext", "FakeQuant")  # domain and name of the ONNX operator for 
 # attributes and shapes in Python each time that the graph is traced again.
 _LIBRARY: Any = torch.library.Library("torch_ext_export", "DEF")  # type: ignore[no-untyped-call]
 _LIBRARY.define("quantizer(Tensor x, str name) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-_LIBRARY.impl("quantizer", lambda x, name: torch.empty_like(x), "Meta")
-_QUANTIZER = torch.ops.torch_ext_export.quantizer.default
+_LIBRARY.impl("quantizer", lambda x, name: torch.empty_like(x), "CompositeExplicitAutograd")
+QUANTIZER = torch.ops.torch_ext_export.quantizer.default
 _HARDTANH = (torch.ops.aten.hardtanh.default, torch.ops.aten.hardtanh_.default)
 
 BATCH = "batch"  # name of the dynamic first axis
@@ -41,23 +41,28 @@ class TracedInput:
 
 @contextmanager
 def symbols(quantizers: Mapping[str, FakeQuantize]) -> Iterator[dict[str, TracedInput]]:
-    """Context manager in which each quantizer traces as one node of the ONNX operator `SYMBOL`.
+    """Context manager in which each call of a quantizer traces as one node that has its name.
 
-    The node's only attribute is the quantizer's name. Yields by name what each was traced with,
-    filled in by the tracing.
+    Yields by name what each was traced with, filled in by the tracing. `quantizer_calls` finds the
+    nodes; torch.onnx makes the ONNX operator `SYMBOL` of each.
     """
     seen = {name: TracedInput() for name in quantizers}
 
     def symbol(name: str, x: Tensor) -> Tensor:
         seen[name].dtypes.add(x.dtype)
         seen[name].rank = x.dim()
-        traced: Tensor = _QUANTIZER(x, name)
+        traced: Tensor = QUANTIZER(x, name)
         return traced
 
     with ExitStack() as stack:
         for name, quantizer in quantizers.items():
             stack.enter_context(quantizer.replaced(functools.partial(symbol, name)))
         yield seen
+
+
+def quantizer_calls(graph: fx.Graph) -> list[tuple[str, fx.Node]]:
+    """The nodes of quantizers in a graph, with their names."""
+    return [(str(node.args[1]), node) for node in graph.nodes if node.target is QUANTIZER]
 
 
 def translations(packages: Any) -> dict[Any, Any]:
@@ -81,7 +86,7 @@ def translations(packages: Any) -> dict[Any, Any]:
     def quantizer(x: Any, name: str) -> Any:
         return symbol(x, quantizer=name)
 
-    return {_QUANTIZER: quantizer}
+    return {QUANTIZER: quantizer}
 
 
 def _may_replace(node: Any) -> bool:

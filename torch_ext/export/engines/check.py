@@ -13,9 +13,9 @@ from torch_ext.export.common.entries import check_path
 from torch_ext.export.common.packages import load_onnx
 from torch_ext.export.common.sessions import onnxruntime_session
 from torch_ext.export.engines.float_twin import float_twin
+from torch_ext.export.engines.integer_layers import EngineLayer, onnxruntime_layers
 from torch_ext.export.engines.openvino_runs import openvino_compiled, openvino_layers
 from torch_ext.export.engines.timing import Shapes, random_inputs, side_by_side
-from torch_ext.export.integer_layers import EngineLayer, onnxruntime_layers
 from torch_ext.files.storage import PathLike
 from torch_ext.utils.arguments import bounded, parse_integer
 from torch_ext.utils.text import shown, text_table

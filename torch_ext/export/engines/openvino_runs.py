@@ -10,8 +10,8 @@ import torch
 
 from torch_ext.export.common.sessions import advice_for
 from torch_ext.export.engines.file_tensors import FileTensor
+from torch_ext.export.engines.integer_layers import EngineLayer, file_layers
 from torch_ext.export.engines.tensor_runs import EngineRun
-from torch_ext.export.integer_layers import EngineLayer, file_layers
 
 # OpenVINO computes in bfloat16 where the CPU can; VALIDATION computes in float32.
 _FLOAT = {"INFERENCE_PRECISION_HINT": "f32"}

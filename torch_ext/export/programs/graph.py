@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,30 +14,12 @@ from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
 from torch_ext.export.common.aten import aten_name, moved_by
 from torch_ext.export.common.entries import Entry
-from torch_ext.export.pt2e_engines import Engine, float_reason
+from torch_ext.export.common.trace import QUANTIZER, quantizer_calls
+from torch_ext.export.programs.engine_layers import ProgramEngine, float_reason
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import AnyWeightSource
 
-_LIBRARY: Any = torch.library.Library("torch_ext_pt2e", "DEF")  # type: ignore[no-untyped-call]
-_LIBRARY.define("quantizer(Tensor x, str name) -> Tensor")
-_LIBRARY.impl("quantizer", lambda x, name: torch.empty_like(x), "CompositeExplicitAutograd")
 _RESHAPES = ("flatten", "reshape", "unflatten", "view")
-_QUANTIZER = torch.ops.torch_ext_pt2e.quantizer.default
-
-
-@contextmanager
-def traced_quantizers(quantizers: Mapping[str, FakeQuantize]) -> Iterator[None]:
-    """Context manager in which each call of a quantizer traces as one node that has its name."""
-    with ExitStack() as stack:
-        for name, quantizer in quantizers.items():
-            stack.enter_context(quantizer.replaced(functools.partial(_QUANTIZER, name=name)))
-        yield
-
-
-def quantizer_calls(graph: fx.Graph) -> list[tuple[str, fx.Node]]:
-    """The nodes of quantizers in a graph, with their names."""
-    nodes = [node for node in graph.nodes if node.target is _QUANTIZER]
-    return [(node.kwargs.get("name") or node.args[1], node) for node in nodes]
 
 
 def decomposed() -> Any:
@@ -60,7 +40,7 @@ class QuantizedProgram:
         program: ExportedProgram,
         chosen: Mapping[str, Entry],
         sources: Mapping[FakeQuantize, AnyWeightSource],
-        engine: Engine,
+        engine: ProgramEngine,
     ) -> None:
         self.program = program
         self.graph = program.graph
@@ -150,7 +130,7 @@ class QuantizedProgram:
 
     def _add(self, entry: Entry, x: fx.Node, before: fx.Node) -> fx.Node:
         with self.graph.inserting_before(before):
-            node: fx.Node = self.graph.call_function(_QUANTIZER, (x, entry.name))
+            node: fx.Node = self.graph.call_function(QUANTIZER, (x, entry.name))
         node.meta = dict(x.meta)
         self.quantizers[node] = entry
         return node

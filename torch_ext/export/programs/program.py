@@ -10,18 +10,18 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from torch_ext.export.common.aten import functional
-from torch_ext.export.common.entries import TO_FLOAT, Entry, entries, refuse
-from torch_ext.export.common.trace import trace
-from torch_ext.export.pt2e_engines import (
-    BACKENDS,
-    ENGINES,
+from torch_ext.export.common.entries import TO_FLOAT, entries, refuse
+from torch_ext.export.common.trace import TracedInput, quantizer_calls, symbols, trace
+from torch_ext.export.programs.engine_layers import (
     OUTPUT_IN_FLOAT,
-    Backend,
-    Engine,
+    PROGRAM_ENGINES,
+    ProgramBackend,
+    ProgramEngine,
     engine_problem,
 )
-from torch_ext.export.pt2e_graph import QuantizedProgram, quantizer_calls, traced_quantizers
+from torch_ext.export.programs.graph import QuantizedProgram
 from torch_ext.quantizers.find import PreparedModel
+from torch_ext.quantizers.grid import dtype_name
 from torch_ext.quantizers.transition import QuantizationWarning
 from torch_ext.utils.arguments import bounded, parse_flag
 from torch_ext.utils.text import label_of
@@ -31,7 +31,7 @@ from torch_ext.utils.user_warning import warn_user
 def pt2e(
     model: nn.Module,
     example_inputs: Any,
-    backend: Backend = "x86",
+    backend: ProgramBackend = "x86",
     dynamic_batch: bool = False,
 ) -> ExportedProgram:
     """Exports the model to a program that an engine of PyTorch runs in integers.
@@ -63,10 +63,11 @@ def pt2e(
         QuantizationWarning: layers with a quantized weight that the engine computes in float.
     """
     who = "export.pt2e"
-    if backend not in BACKENDS:
-        raise ValueError(f"{who}: unknown backend {bounded(backend)}; known: {', '.join(BACKENDS)}")
+    if backend not in tuple(PROGRAM_ENGINES):
+        known = ", ".join(PROGRAM_ENGINES)
+        raise ValueError(f"{who}: unknown backend {bounded(backend)}; known: {known}")
     parse_flag(who, "dynamic_batch", dynamic_batch)
-    engine = ENGINES[backend]
+    engine = PROGRAM_ENGINES[backend]
     prepared = PreparedModel(who, model)
     chosen, _ = entries(prepared)
     problems = {
@@ -82,10 +83,10 @@ def pt2e(
         and not bool(source.read().isfinite().all())
     }
     refuse(who, not_finite, "weights have to be finite")
-    with traced_quantizers({name: entry.quantizer for name, entry in chosen.items()}):
+    with symbols({name: entry.quantizer for name, entry in chosen.items()}) as seen:
         program = trace(who, model, example_inputs, dynamic_batch, keywords=True)
     refuse(who, _inside_others(program), "only the outermost graph is rewritten")
-    refuse(who, _untraced(program, chosen), "torch.export has to trace every quantizer in float32")
+    refuse(who, _untraced(seen), "torch.export has to trace every quantizer in float32")
     rewriter = QuantizedProgram(functional(program), chosen, prepared.weights, engine)
     rewriter.place()
     if in_float := rewriter.float_layers():
@@ -93,7 +94,7 @@ def pt2e(
     return rewriter.finish()
 
 
-def _warn(who: str, engine: Engine, in_float: Mapping[str, str]) -> None:
+def _warn(who: str, engine: ProgramEngine, in_float: Mapping[str, str]) -> None:
     layers = ", ".join(f"{label_of(name)} ({why})" for name, why in in_float.items())
     advice = "prepare_qat(output_qconfig=...), or a QuantStub behind the layer, quantizes an output"
     advice = f"; {advice}" if OUTPUT_IN_FLOAT in in_float.values() else ""
@@ -102,16 +103,15 @@ def _warn(who: str, engine: Engine, in_float: Mapping[str, str]) -> None:
     )
 
 
-def _untraced(program: ExportedProgram, chosen: Mapping[str, Entry]) -> dict[str, str]:
+def _untraced(seen: Mapping[str, TracedInput]) -> dict[str, str]:
     """Quantizers of other types than float32, and those that were not traced."""
-    problems = dict.fromkeys(chosen, "the forward does not call it with these example_inputs")
-    others = {}
-    for name, node in quantizer_calls(program.graph):
-        problems.pop(name, None)
-        if (dtype := node.meta["val"].dtype) != torch.float32:
-            kind = str(dtype).removeprefix("torch.")
-            others[name] = f"it quantizes {kind}; model.float() makes it float32"
-    return others | problems
+    problems = {}
+    for name, traced in seen.items():
+        if not traced.dtypes:
+            problems[name] = "the forward does not call it with these example_inputs"
+        for dtype in traced.dtypes - {torch.float32}:
+            problems[name] = f"it quantizes {dtype_name(dtype)}; model.float() makes it float32"
+    return problems
 
 
 def _inside_others(program: ExportedProgram) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import fx
@@ -11,9 +11,9 @@ from torch import fx
 from torch_ext.export.common.aten import aten_name
 from torch_ext.export.common.entries import Entry
 from torch_ext.quantizers.grid import dtype_name
+from torch_ext.utils.backends import BackendGrid, backend_grids
 
-Backend = Literal["x86", "xnnpack"]
-BACKENDS = get_args(Backend)
+ProgramBackend = Literal["x86", "xnnpack"]
 OUTPUT_IN_FLOAT = "its output is not quantized"  # a reason of `float_reason`
 
 #: ATen's names of the layers that have a weight.
@@ -27,57 +27,58 @@ _FUSED = ("relu", "relu6", "hardtanh")
 
 
 @dataclass(frozen=True)
-class Engine:
+class ProgramEngine:
     """An engine's grids, and its layers."""
 
     name: str  # for messages
-    dtype: torch.dtype  # of activations
-    least: int  # of an activation's grid
-    most: int
-    weight_least: int  # a weight is int8, from this value on
+    activation: BackendGrid
+    weight: BackendGrid
     layers: tuple[str, ...]  # ATen's names of those that it runs in integers
     quantized_output: bool  # whether it does so only if the result is quantized too
     torchao: bool  # whether torchao lowers programs to it, which takes some shapes only
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of activations."""
+        made: torch.dtype = getattr(torch, self.activation.dtype)
+        return made
 
-ENGINES = {
-    "x86": Engine(
-        "Inductor", torch.uint8, 0, 255, -128, ("linear", "conv1d", "conv2d"), False, True
+
+PROGRAM_ENGINES = {
+    "x86": ProgramEngine(
+        "Inductor", *backend_grids("export.pt2e", "x86"),
+        layers=("linear", "conv1d", "conv2d"), quantized_output=False, torchao=True,
     ),
-    "xnnpack": Engine(
-        "XNNPACK",
-        torch.int8,
-        -128,
-        127,
-        -127,
-        ("linear", "conv1d", "conv2d", "conv_transpose2d"),
-        True,
-        False,
+    "xnnpack": ProgramEngine(
+        "XNNPACK", *backend_grids("export.pt2e", "xnnpack"),
+        layers=("linear", "conv1d", "conv2d", "conv_transpose2d"),
+        quantized_output=True, torchao=False,
     ),
-}
+}  # fmt: skip
 
 
-def engine_problem(entry: Entry, engine: Engine) -> str:
+def engine_problem(entry: Entry, engine: ProgramEngine) -> str:
     """Why the engine does not take a quantizer's grid; empty if it does."""
     params, channels = entry.params, len(entry.scale)
     grid = f"[{params.quant_min}, {params.quant_max}]"
     if entry.is_weight:
         if bool(entry.zero_point.any()):
             return "its zero point is not 0"
-        if params.quant_min < engine.weight_least or params.quant_max > 127:
-            return f"its grid is {grid}, not within [{engine.weight_least}, 127]"
+        least, most = engine.weight.quant_min, engine.weight.quant_max
+        if params.quant_min < least or params.quant_max > most:
+            return f"its grid is {grid}, not within [{least}, {most}]"
         return ""
     if params.ch_axis >= 0 or channels > 1:
         return f"it quantizes an activation per channel (axis {params.ch_axis})"
     kind = dtype_name(entry.quantizer.observer.dtype)
-    if (params.quant_min, params.quant_max) != (engine.least, engine.most):
-        want = f"{dtype_name(engine.dtype)} [{engine.least}, {engine.most}]"
-        return f"its grid is {kind} {grid}, not {want}"
+    want = engine.activation
+    if (params.quant_min, params.quant_max) != (want.quant_min, want.quant_max):
+        return f"its grid is {kind} {grid}, not {want.dtype} [{want.quant_min}, {want.quant_max}]"
     return ""
 
 
 def float_reason(
-    layer: fx.Node, engine: Engine, quantizers: dict[fx.Node, Entry], weight: fx.Node
+    layer: fx.Node, engine: ProgramEngine, quantizers: dict[fx.Node, Entry], weight: fx.Node
 ) -> str:
     """Why the engine computes a node that reads a quantized weight in float; empty if it does not.
 
