@@ -46,11 +46,13 @@ def inductor(net: nn.Module, program: Any, example: Tensor, seconds: float) -> L
 
 
 def xnnpack(net: nn.Module, program: Any, example: Tensor, seconds: float) -> Lowered:
-    """ExecuTorch with XNNPACK as the only delegate."""
+    """ExecuTorch with XNNPACK as the only delegate, on one thread."""
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
+    from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
     from executorch.runtime import Runtime
 
+    _unsafe_reset_threadpool(1)  # before programs are loaded, which keep the pool of that time
     runtime = Runtime.get()
     kept: list[Any] = []
 

@@ -184,7 +184,7 @@ def program_engine(backend: str) -> Callable[[nn.Module, nn.Module, Tensor, floa
     def run(net: nn.Module, model: nn.Module, example: Tensor, seconds: float) -> Run:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            program = export.pt2e(model, example, backend=backend)  # type: ignore[attr-defined]
+            program = export.pt2e(model, example, backend=backend)  # type: ignore[arg-type]
         kinds = (nn.Conv2d, nn.Linear)
         layers = sum(isinstance(module, kinds) for module in net.modules())
         told = [str(w.message) for w in caught if w.category is torch_ext.QuantizationWarning]
@@ -219,8 +219,6 @@ def usable(name: str) -> str:
     """Why an engine cannot run here; empty if it can."""
     if missing := [p for p in ENGINES[name].packages if importlib.util.find_spec(p) is None]:
         return f"{', '.join(missing)} is not installed"
-    if name in ("inductor", "xnnpack") and not hasattr(export, "pt2e"):
-        return "this release has no export.pt2e"
     return ""
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import torch_ext
 from pt2e_programs import (
     DTYPES,
+    Residual,
     calls,
     config,
     images,
@@ -29,7 +30,7 @@ from pt2e_programs import (
     trained,
 )
 from snapshots import same, same_bits, snapshot
-from torch_ext import QuantizationWarning, export, named_quantizers
+from torch_ext import QuantizationWarning, export, get_default_qconfig, named_quantizers
 from torch_ext.quantizers.find import PreparedModel
 
 BACKENDS = ("x86", "xnnpack")
@@ -68,6 +69,16 @@ def test_computes_what_validation_does(made: str, backend: str) -> None:
     assert apart.max() < 1.001
     assert (apart > 0.001).float().mean() < 0.05
     assert want.std() > 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_grids_of_a_backend_are_those_that_it_takes(backend: Any) -> None:
+    model = ready(Residual(), get_default_qconfig(backend=backend), images())
+    program = export.pt2e(model, images(4), backend=backend)  # without a warning
+    assert all(node.args[5] == DTYPES[backend] for node in calls(program, "quantize_per_tensor"))
+    other = "x86" if backend == "xnnpack" else "xnnpack"
+    with pytest.raises(ValueError, match=rf'take get_default_qconfig\(backend="{other}"\)'):
+        export.pt2e(model, images(4), backend=other)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
