@@ -4,6 +4,7 @@
 # make docs      the guide, into build/docs         make constraints   newer versions of packages
 # make zoo       prepare and check 311 models of torchvision, timm, transformers and ultralytics
 # make trained-net   INT8 against float on a trained net and photos, every observer
+# make engines   INT8 in each engine: integer layers, speed against float, agreement
 # make cuda-check   compile the CUDA sources without torch, show what each kernel takes
 # make gpu-check    on a machine with a GPU: build for it, test, sanitize, benchmark
 #
@@ -13,6 +14,7 @@
 #   example   the same; where Fashion-MNIST is not to be had, scikit-learn for its digits
 #   bench     the same, onnx and onnxruntime
 #   trained-net   the same as build, EfficientNet-Lite1 and packages with photos
+#   engines   the same as trained-net and bench, OpenVINO, torchvision; ExecuTorch where it has a wheel
 #   docs      the same as build, Sphinx with its theme, and torchao
 #   test      the same as docs, pytest, the engines and model zoos; compiles the C++ tests
 #   zoo       the same as test without the C++ tests; ultralytics into build/zoo-venv, on top of .venv
@@ -29,13 +31,14 @@
 #   CUDA_ARCH=90    compute capabilities, comma separated; default: 8.0 to 12.0 and PTX
 #   PYTHON=python3  the interpreter that .venv is made with, 3.10 or newer
 #   DATA=folder     Fashion-MNIST's four idx files, for `make example`
+#   ENGINES='--nets resnet18 --save'   options of benchmarks/engines.py, for `make engines`
 #   ZOO='--only plain/*'   options of benchmarks/run_zoo.py, for `make zoo`; --help lists them
 #   JOBS=2          parallel compilations and C++ tests; default: all cores
 
 TORCH ?= 2.13.0
 export TORCH CUDA CUDA_ARCH PYTHON DATA JOBS
 
-.PHONY: build example test bench zoo trained-net lint docs constraints clean cuda-check gpu-check
+.PHONY: build example test bench zoo trained-net engines lint docs constraints clean cuda-check gpu-check
 build:
 	@tools/setup.sh build
 
@@ -54,6 +57,10 @@ bench:
 zoo:
 	@tools/setup.sh zoo
 	@PYTHONPATH=$(CURDIR) build/zoo-venv/bin/python benchmarks/run_zoo.py --resume $(ZOO)
+
+engines:
+	@tools/setup.sh engines
+	@.venv/bin/python benchmarks/engines.py $(ENGINES)
 
 trained-net:
 	@tools/setup.sh trained

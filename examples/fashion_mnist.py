@@ -40,6 +40,7 @@ class Sizes:
     seeds: int = 3
 
 
+BACKEND = "onnxruntime"
 QUICK = Sizes(500, calibration=64, replayed=21, looked_at=2, swept=50, qat_steps=4, seeds=2)
 
 
@@ -90,8 +91,12 @@ def run(data: Dataset, sizes: Sizes, output: Path) -> None:
 
 
 def calibrate_int8(float_model: nn.Module, data: Dataset, sizes: Sizes) -> nn.Module:
-    """One pass over the calibration images; from here on no rule needs data again."""
-    model = prepare(float_model, data, activation_observer="percentile")
+    """One pass over the calibration images; from here on no rule needs data again.
+
+    The grids are those that onnxruntime computes with in integers on CPUs, and so do OpenVINO and
+    Inductor; resolve(model, backend=...) changes them afterwards.
+    """
+    model = prepare(float_model, data, backend=BACKEND, activation_observer="percentile")
     calibrate(model, data, sizes.calibration)
     return model
 
@@ -111,9 +116,11 @@ def calibrate(model: nn.Module, data: Dataset, count: int) -> None:
 def rule_options(calibrated: nn.Module) -> dict[str, dict[str, Any]]:
     """Options of the two rules that are told their range; every other rule keeps its defaults."""
     torch_ext.resolve(calibrated, activation_observer="min_max")
-    largest = max(float(q.scale) for _, q in replay.activation_quantizers(calibrated))
+    quantizers = [quantizer for _, quantizer in replay.activation_quantizers(calibrated)]
+    largest = max(float(quantizer.range.abs().max()) for quantizer in quantizers)
     options: dict[str, dict[str, Any]] = {name: {} for name in torch_ext.observers()}
-    options["fixed_scale"] = {"scale": largest}  # nothing saturates anywhere in the net
+    # Nothing saturates anywhere in the net, whichever sign it has.
+    options["fixed_scale"] = {"scale": largest / 127, "zero_point": 128}
     options["clip"] = {"xmin": -6.0, "xmax": 6.0}
     return options
 
@@ -172,7 +179,7 @@ def show_replay(
     float_model: nn.Module, data: Dataset, sizes: Sizes, options: dict[str, dict[str, Any]]
 ) -> None:
     """The promise: the split and the order of the data change nothing, not even the last bit."""
-    prepared = prepare(float_model, data, activation_observer="percentile")
+    prepared = prepare(float_model, data, backend=BACKEND, activation_observer="percentile")
     captured = replay.capture(prepared, data.train_images[: sizes.replayed])
     ways = replay.feeds(sizes.replayed)
     begun = time.perf_counter()

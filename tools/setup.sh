@@ -2,7 +2,7 @@
 # Brings a checkout to the point where one target of the Makefile can run: system packages, .venv,
 # PyTorch, Python packages, native build. What is done already is not done again, and what another
 # target has brought stays.
-#   tools/setup.sh build | example | bench | docs | lint | test | trained | zoo
+#   tools/setup.sh build | example | bench | docs | lint | test | trained | engines | zoo
 # Variables (see the Makefile): TORCH CUDA CUDA_ARCH PYTHON DATA JOBS. CMAKE_ARGS goes to the configuration.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -124,8 +124,9 @@ install_packages() {
     bench) extras+=(peers) ;;
     docs) extras+=(pt2e docs) ;; # the guide's reference imports torch_ext.pt2e
     lint) extras+=(lint) ;;
-    test) extras+=(test docs) ;; # one test builds the guide
+    test) extras+=(test executorch docs) ;; # one test builds the guide
     trained) extras+=(trained) ;;
+    engines) extras+=(trained export pt2e engines executorch) ;;
     zoo) extras+=(test) ;;
     esac
     [[ $mode != example || $still_missing != *dataset-fashion-mnist* ]] || extras+=(digits)
@@ -196,9 +197,9 @@ python=${PYTHON:-python3}
 jobs=${JOBS:-$(nproc)}
 mode=${1-}
 case $mode in
-build | example | bench | docs | lint | test | trained | zoo) ;;
+build | example | bench | docs | lint | test | trained | engines | zoo) ;;
 *)
-    die "expected setup.sh's mode to be build, example, bench, docs, lint, test, trained or zoo," \
+    die "expected setup.sh's mode to be build, example, bench, docs, lint, test, trained, engines or zoo," \
         "got \"$mode\""
     ;;
 esac

@@ -43,6 +43,8 @@ INSIDE: dict[str, set[str]] = {
     },
     "prepare.batch_norms": {"prepare.insertion", "prepare.module_classes"},
     "export.common": set(),
+    "export.engines": {"export.common"},
+    "export.programs": {"export.common"},
     "export.tensorrt": {"export.common", "export.onnx_qdq"},
     "analysis.report": {"analysis.rule_choices", "analysis.svg"},
 }

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from torch_ext.calibration.change_grid import changed_grids
 from torch_ext.ops.registry import OptionValue, observer_info
 from torch_ext.ops.registry_names import Rule
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import Pattern, PreparedModel
 from torch_ext.quantizers.observer import Observer
 from torch_ext.quantizers.solve import solve_quantizers
+from torch_ext.utils.arguments import parse_flag
+from torch_ext.utils.backends import Backend, backend_grids
 from torch_ext.utils.text import joined, shown
 
 _WHO = "resolve"
@@ -24,6 +28,9 @@ def resolve(
     activation_observer: Rule | None = None,
     weight_observer: Rule | None = None,
     pattern: Pattern | None = None,
+    *,
+    backend: Backend | None = None,
+    reduce_range: bool = False,
     **options: OptionValue,
 ) -> None:
     """Solves quantizers again without data, by another rule or with other options.
@@ -33,6 +40,7 @@ def resolve(
         resolve(model, activation_observer="percentile", percentile=99.9)
         resolve(model, weight_observer="mse")
         resolve(model, percentile=99.99)          # keeps the rules
+        resolve(model, backend="tensorrt")        # keeps them, on the grids of another engine
 
     A rule that reads a histogram (``percentile``, ``kl``, ...) needs one: calibrate with such a
     rule, or with ``histogram=True`` in ``activation_qkwargs`` of the qconfig. Quantizers that saw
@@ -45,22 +53,38 @@ def resolve(
             rules.
         weight_observer: the new rule of weights.
         pattern: names of quantizers, as in :func:`set_fake_quantize`; by default, all.
+        backend: the engine whose grids the quantizers get, as in :func:`get_default_qconfig`: the
+            statistic of a calibration does not depend on the grid. By default grids stay. Both
+            sides change, unless one rule alone is given.
+        reduce_range: with a backend, weights of 7 bits.
         **options: options of the rules. Each goes to the quantizers whose rule has it. Where the
             rule stays, options that are not given stay too; otherwise they take their defaults.
 
     Raises:
         TypeError: ``model`` is no module, or an option has a wrong type.
-        ValueError: the model has no quantizers, none saw data, the pattern matches none, a rule or
-            an option is unknown, a value is out of range, or the histogram is missing.
+        ValueError: the model has no quantizers, none saw data, the pattern matches none, a rule, an
+            option or a backend is unknown, a value is out of range, or the histogram is missing; by
+            name, for quantizers that cannot change to the backend's grid: per channel where it is
+            per tensor, with a learned or given scale, with a range but no statistic.
         RuntimeError: a weight has no finite value, or a rule does not accept the grid or these
             options together.
 
     If it raises, nothing has changed.
     """
     prepared = PreparedModel(_WHO, model)
-    _apply(
-        prepared, plan_resolve(prepared, activation_observer, weight_observer, pattern, **options)
-    )
+    grids: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if backend is not None:
+        sides = _sides(activation_observer, weight_observer)
+        chosen = {n: q for n, q in prepared.select(pattern).items() if q.transient in sides}
+        wanted = backend_grids(_WHO, backend, reduce_range)
+        grids = changed_grids(_WHO, backend, wanted, chosen)
+    elif parse_flag(_WHO, "reduce_range", reduce_range):
+        raise ValueError(f"{_WHO}: expected a backend with reduce_range=True, got None")
+    with grids:
+        _apply(
+            prepared,
+            plan_resolve(prepared, activation_observer, weight_observer, pattern, **options),
+        )
 
 
 class ResolvePlan(NamedTuple):
@@ -84,10 +108,7 @@ def plan_resolve(
     """
     selected = prepared.select(pattern)
     wanted = {False: activation_observer, True: weight_observer}
-    if activation_observer is None and weight_observer is None:
-        sides = {False, True}
-    else:
-        sides = {side for side, rule in wanted.items() if rule is not None}
+    sides = _sides(activation_observer, weight_observer)
     chosen = {name: q for name, q in selected.items() if q.transient in sides and _has_data(q)}
     if not chosen:
         raise ValueError(f"{_WHO}: expected quantizers that saw data, found none; calibrate first")
@@ -103,6 +124,12 @@ def plan_resolve(
             )
     _check(chosen, rules, settings)
     return ResolvePlan(chosen, rules, settings)
+
+
+def _sides(activation_observer: Rule | None, weight_observer: Rule | None) -> set[bool]:
+    """The sides that rules are given for, True for weights; with neither, both."""
+    given = {False: activation_observer, True: weight_observer}
+    return {side for side, rule in given.items() if rule is not None} or {False, True}
 
 
 def _has_data(quantizer: FakeQuantize) -> bool:

@@ -9,12 +9,13 @@ import sys
 from collections.abc import Sequence
 
 from torch_ext._C import build_info
-from torch_ext.cli import compare, convert, info, merge, report, show, solve
+from torch_ext.cli import check, compare, convert, info, merge, report, show, solve
 
-_COMMANDS = (info, show, solve, compare, merge, convert, report)
+_COMMANDS = (info, show, solve, compare, merge, convert, report, check)
 _EXITS = """exit status:
   0  done
   1  compare: the files differ by more than --tolerance
+     check: an engine computes a layer in float, or does not load the file
   2  bad input or usage; nothing was written
 """
 _PIPE_CLOSED, _INTERRUPTED = 141, 130  # the codes that shells use for SIGPIPE and SIGINT
@@ -52,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="torch-ext",
-        description="Shows, solves, compares, joins and converts files of save_observer_params.",
+        description="Shows, solves, compares, joins and converts files of save_observer_params, "
+        "and checks ONNX files.",
         epilog=_EXITS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -11,13 +10,8 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from torch_ext.utils.operations import KEEP_VALUES
+from torch_ext.export.common.aten import aten_name, moves_values
 
-# ATen's own names of operations in KEEP_VALUES: torch.export records getitem of a tensor as slice,
-# index or select, dropout2d as feature_dropout, x.T as numpy_T.
-_ATEN_NAMES = ("alias", "feature_dropout", "index", "mT", "numpy_T", "slice", "split_with_sizes")
-# relu changes values to 0 only, which every grid of ncnn holds: they stay on the grid.
-_STAYS_ON_GRID = {*KEEP_VALUES, *_ATEN_NAMES, "relu"}
 _CONVOLUTION, _LINEAR = "conv2d", "linear"
 _CALL = re.compile(r"@\d+$")  # torch.export's suffix of a module's second call
 
@@ -46,8 +40,8 @@ def layers_of(
     layers: dict[str, Layer] = {}
     problems: dict[str, str] = {}
     for node in program.graph.nodes:
-        operation = _operation(node)
-        if operation not in (_CONVOLUTION, _LINEAR):
+        kind = aten_name(node)
+        if kind not in (_CONVOLUTION, _LINEAR):
             continue
         weight = _quantizer(node.args[1])
         if weight is None:
@@ -62,25 +56,13 @@ def layers_of(
             continue
         groups = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
         channels = node.args[1].meta["val"].shape[0]
-        layer = Layer(source, channels, groups if operation == _CONVOLUTION else 1)
+        layer = Layer(source, channels, groups if kind == _CONVOLUTION else 1)
         if layers.setdefault(weight, layer) != layer:
             problems[weight] = (
                 f"{owners[weight]} is called twice, on values of {layers[weight].input} and of "
                 f"{source}"
             )
     return layers, problems
-
-
-def _operation(node: object) -> str:
-    """``conv2d`` for aten::conv2d in any overload or in place; empty for other operators."""
-    if not isinstance(node, fx.Node):
-        return ""
-    if node.target is operator.getitem:  # an entry of what chunk or split returns
-        return "getitem"
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return ""
-    namespace, _, name = node.target._schema.name.partition("::")
-    return name.removesuffix("_") if namespace == "aten" else ""
 
 
 def _quantizer(node: object) -> str | None:
@@ -96,19 +78,10 @@ def _quantizer(node: object) -> str | None:
 
 def _origin(node: object) -> object:
     """Follows first arguments up to the operation that last put values on or off a grid."""
-    while isinstance(node, fx.Node) and _operation(node) in _STAYS_ON_GRID:
-        if _pads_with_a_number(node):
-            break
+    # relu changes values to 0 only, which every grid of ncnn holds.
+    while isinstance(node, fx.Node) and (moves_values(node) or aten_name(node) == "relu"):
         node = node.args[0]
     return node
-
-
-def _pads_with_a_number(node: fx.Node) -> bool:
-    """Whether a node is ``pad`` with a constant other than 0, which may not be on the grid."""
-    if _operation(node) != "pad":
-        return False
-    value = node.args[3] if len(node.args) > 3 else node.kwargs.get("value")
-    return value not in (None, 0)
 
 
 def _quantizer_before(node: object) -> str | None:

@@ -6,14 +6,13 @@ import contextlib
 import io
 import json
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import nn
 
 from torch_ext._C import build_info
 from torch_ext.export.common.entries import (
-    TO_FLOAT,
     Entry,
     ExportReport,
     check_path,
@@ -22,15 +21,19 @@ from torch_ext.export.common.entries import (
 )
 from torch_ext.export.common.onnx_metadata import METADATA_KEY
 from torch_ext.export.common.packages import onnx_packages
-from torch_ext.export.common.trace import TracedInput, symbols, trace
+from torch_ext.export.common.trace import TracedInput, simplify, symbols, trace, translations
+from torch_ext.export.onnx_profiles import (
+    PROFILES,
+    Profile,
+    quantize_biases,
+    refuse_file,
+    refuse_grids,
+)
 from torch_ext.export.onnx_qdq import PLAIN_OPSET, OnnxGrid, Rewriter
-from torch_ext.export.tensorrt.onnx_rules import grid_problem, violations
 from torch_ext.files.storage import PathLike, write_atomically
 from torch_ext.quantizers.find import PreparedModel
 from torch_ext.utils.arguments import bounded
 
-Profile = Literal["tensorrt", "float"]
-PROFILES = (None, *get_args(Profile))
 _LIMIT = 2**31 - 2**20  # bytes; protobuf holds less than 2 GiB in one message
 
 
@@ -58,9 +61,13 @@ def onnx(
         example_inputs: arguments of the model's forward, as a tensor, a tuple of positional or a
             mapping of keyword arguments.
         path: ends in ``.onnx``; the file appears complete or not at all.
-        profile: None (default) for any grids. ``"tensorrt"`` raises for a model that TensorRT
-            would not take: it needs int8, zero points of 0, activations per tensor and weights per
-            tensor or per output channel, see :func:`tensorrt_violations`. ``"float"`` leaves the
+        profile: None (default) for any grids. ``"onnxruntime"`` stores biases of linear layers as
+            int32, has onnxruntime optimise the result, and raises if it would compute a quantized
+            layer in float; a mean, an addition or an activation may still be. ``"openvino"`` raises
+            for grids that OpenVINO computes in float. ``"tensorrt"`` raises for a model that
+            TensorRT would not take: it needs int8, zero points of 0, activations per tensor and
+            weights per tensor or per output channel, see :func:`tensorrt_violations`. Grids for
+            each come from ``get_default_qconfig(backend=...)``. ``"float"`` leaves the
             quantizers out; the metadata says which tensors they quantize, for
             ``tensorrt_cache(..., names=path)``.
         quantized_weights: True stores weights as integers with DequantizeLinear alone, in a quarter
@@ -75,10 +82,15 @@ def onnx(
         Which quantizers are in the file, and which were left out and why.
 
     Raises:
-        ValueError: by name, for quantizers that ONNX or the profile has no representation for; for
-            a model that torch.export or torch.onnx cannot export; for unknown profiles and opsets.
+        ValueError: by name, for quantizers that ONNX or the profile has no representation for, and
+            for layers that the profile's engine would compute in float, with the way out; for a
+            model that torch.export or torch.onnx cannot export; for unknown profiles and opsets.
         FileNotFoundError: if the folder of ``path`` does not exist.
         ImportError: if the packages onnx and onnxscript are missing.
+
+    Warns:
+        QuantizationWarning: scales below 1e-30, where onnxruntime's fused kernels compute something
+            else; the profile ``"onnxruntime"`` without that package, so that nothing is judged.
     """
     who = "export.onnx"
     target = check_path(who, path, ".onnx")
@@ -91,27 +103,22 @@ def onnx(
     chosen, left_out = entries(prepared)
     quantizes = profile != "float"
     grids = {name: OnnxGrid.of(entry.quantizer) for name, entry in chosen.items()}
-    if profile == "tensorrt":
-        problems = {
-            name: problem
-            for name, entry in chosen.items()
-            if (problem := grid_problem(entry, grids[name]))
-        }
-        refuse(who, problems, f'take dtype="int8" and a symmetric qscheme; or {TO_FLOAT}')
+    refuse_grids(who, profile, chosen, grids)
     least = max(grid.opset for grid in grids.values()) if quantizes else PLAIN_OPSET
     opset = _check_opset(who, opset, least, packages)
 
     with symbols({name: entry.quantizer for name, entry in chosen.items()}) as seen:
         program = trace(who, model, example_inputs, dynamic_batch)
     refuse(who, _untraced(chosen, seen), "torch.export has to trace every quantizer in float32")
-    proto = _translate(who, program, opset)
+    proto = _translate(who, packages, program, opset)
     rewriter = Rewriter(packages, proto, chosen, grids, prepared.weights, seen, quantized_weights)
     tensors = rewriter.quantize() if quantizes else rewriter.remove()
     used = tuple(name for name in chosen if name in tensors)
     _describe(proto, profile, opset, tensors, left_out)
-    if profile == "tensorrt":
-        refuse(who, violations(packages, proto), "these nodes are not what TensorRT takes")
+    if profile == "onnxruntime":
+        quantize_biases(packages, proto)
     data = _checked(who, packages, proto)
+    refuse_file(who, profile, packages, proto, data)
     write_atomically(target, data)
     return ExportReport(str(target), "ONNX", used, left_out)
 
@@ -140,10 +147,11 @@ def _untraced(chosen: Mapping[str, Entry], seen: Mapping[str, TracedInput]) -> d
     return problems
 
 
-def _translate(who: str, program: Any, opset: int) -> Any:
+def _translate(who: str, packages: Any, program: Any, opset: int) -> Any:
     """The ModelProto that torch.onnx makes; raises ValueError if it cannot."""
     names = [f"output_{i}" for i in range(len(program.graph_signature.user_outputs))]
     try:
+        simplify(program)
         # torch.onnx prints its progress.
         with contextlib.redirect_stdout(io.StringIO()):
             exported = torch.onnx.export(
@@ -152,6 +160,7 @@ def _translate(who: str, program: Any, opset: int) -> Any:
                 opset_version=opset,
                 output_names=["output"] if len(names) == 1 else names,
                 verbose=False,
+                custom_translation_table=translations(packages),
             )
         assert exported is not None
         return exported.model_proto

@@ -18,7 +18,8 @@ from torch_ext.ops.registry_names import Method, Rule
 from torch_ext.prepare.quantizable_modules import NOTHING, is_activation, target_of
 from torch_ext.quantizers.fake_quantize import KEYS, FakeQuantize
 from torch_ext.quantizers.observer import check_keys
-from torch_ext.utils.arguments import bounded
+from torch_ext.utils.arguments import bounded, parse_flag
+from torch_ext.utils.backends import BACKENDS, GRID_KEYS, Backend, BackendGrid, backend_grids
 
 Factory = Callable[..., FakeQuantize]
 
@@ -76,6 +77,9 @@ def get_default_qconfig(
     weight_observer: Rule | None = "min_max",
     activation_qkwargs: Mapping[str, Any] | None = None,
     weight_qkwargs: Mapping[str, Any] | None = None,
+    *,
+    backend: Backend | None = None,
+    reduce_range: bool = False,
 ) -> QConfig:
     """A QConfig, by the names of fake-quant methods and observers.
 
@@ -94,20 +98,37 @@ def get_default_qconfig(
             rule, in one mapping: ``dtype``, ``qscheme``, ``quant_min``, ``averaging_constant``,
             ``percentile``, ``scale``, ... It is not changed.
         weight_qkwargs: the same for weights.
+        backend: the engine that is to run the model: ``"onnxruntime"``, ``"openvino"``,
+            ``"tensorrt"``, ``"ncnn"``, ``"x86"`` (PT2E, Inductor), ``"xnnpack"`` (ExecuTorch) or
+            ``"horizon"``. It decides the grids, which the guide lists, so ``*_qkwargs`` give none.
+            None (default) is int8, symmetric, which fits no engine best.
+        reduce_range: weights of 7 bits, for CPUs without VNNI, where onnxruntime, OpenVINO and
+            Inductor add up products in 16 bits and saturate.
 
     Raises:
         TypeError: ``*_qkwargs`` is no mapping, or a value has a wrong type.
-        ValueError: a method, rule or key is unknown, or values do not fit together.
+        ValueError: a method, rule, key or backend is unknown, or values do not fit together.
         RuntimeError: the rule does not accept its options or the grid.
 
     Warns:
         UserWarning: ``bins``, ``stride`` or ``update_interval`` is given; they have no effect here.
     """
+    who = "get_default_qconfig"
+    if str(activation_fake_quant) in BACKENDS:
+        raise ValueError(
+            f"{who}: expected activation_fake_quant to be a method, got the backend "
+            f'"{activation_fake_quant}"; pass backend="{activation_fake_quant}"'
+        )
+    grids: tuple[BackendGrid | None, BackendGrid | None] = (None, None)
+    if backend is not None:
+        grids = backend_grids(who, backend, reduce_range)
+    elif parse_flag(who, "reduce_range", reduce_range):
+        raise ValueError(f"{who}: expected a backend with reduce_range=True, got None")
     return QConfig(
         activation=_factory(
-            "activation", activation_fake_quant, activation_observer, activation_qkwargs
+            "activation", activation_fake_quant, activation_observer, activation_qkwargs, grids[0]
         ),
-        weight=_factory("weight", weight_fake_quant, weight_observer, weight_qkwargs),
+        weight=_factory("weight", weight_fake_quant, weight_observer, weight_qkwargs, grids[1]),
     )
 
 
@@ -118,6 +139,9 @@ def get_default_calib_qconfig(
     weight_observer: Rule | None = "min_max",
     activation_qkwargs: Mapping[str, Any] | None = None,
     weight_qkwargs: Mapping[str, Any] | None = None,
+    *,
+    backend: Backend | None = None,
+    reduce_range: bool = False,
 ) -> QConfig:
     """:func:`get_default_qconfig` with ``"percentile"`` for activations, for calibration.
 
@@ -131,11 +155,17 @@ def get_default_calib_qconfig(
         weight_observer,
         activation_qkwargs,
         weight_qkwargs,
+        backend=backend,
+        reduce_range=reduce_range,
     )
 
 
 def _factory(
-    side: str, method: Method | None, observer: Rule | None, qkwargs: Mapping[str, Any] | None
+    side: str,
+    method: Method | None,
+    observer: Rule | None,
+    qkwargs: Mapping[str, Any] | None,
+    grid: BackendGrid | None,
 ) -> Factory | None:
     """The factory of one side; calls it once, so that wrong values raise here."""
     if qkwargs is not None and not isinstance(qkwargs, Mapping):
@@ -157,6 +187,15 @@ def _factory(
         warnings.warn(f"{side}_qkwargs: {key} is ignored, as {_IGNORED[key]}", stacklevel=4)
         del given[key]
     keys = dict(_WEIGHT_DEFAULTS) if side == "weight" else {}
+    if grid is not None:
+        if decided := [key for key in given if key in GRID_KEYS]:
+            raise ValueError(
+                f"expected {side}_qkwargs without {', '.join(decided)} where a backend decides the "
+                "grid; leave out one of the two"
+            )
+        keys |= grid.keys()
+        if fake_quant_info(method)["per_channel"]:  # else weights are per tensor, as without it
+            given["qscheme"] = keys["qscheme"]
     if side == "weight":
         per_channel = fake_quant_info(method)["per_channel"]
         default = torch.per_channel_symmetric if per_channel else torch.per_tensor_symmetric

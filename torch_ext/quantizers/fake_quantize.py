@@ -239,9 +239,10 @@ class FakeQuantize(nn.Module):
         return FakeQuantState.VALIDATION.value
 
     @contextlib.contextmanager
-    def replaced(self, quantize: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """Calls ``quantize`` instead of the native op; exports trace this one."""
-        self.__dict__["_quantize"] = lambda x, action: quantize(x)
+    def replaced(self, quantize: Callable[[Tensor], Tensor], after: bool = False) -> Iterator[None]:
+        """Calls ``quantize`` instead of the native op, or on its result; exports trace this one."""
+        own = self._quantize
+        self.__dict__["_quantize"] = lambda x, action: quantize(own(x, action) if after else x)
         try:
             yield
         finally:

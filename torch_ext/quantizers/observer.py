@@ -202,6 +202,28 @@ class Observer(nn.Module):
         }
         self._encoded: tuple[float, ...] = tuple(encoded)
 
+    @property
+    def grid(self) -> Grid:
+        """The grid: dtype, qscheme, ends, channels; change it with :meth:`set_grid`."""
+        channels = (self.ch_axis, self.channel_len)
+        return Grid(self.dtype, self.qscheme, self.quant_min, self.quant_max, *channels)
+
+    def set_grid(self, grid: Grid, scale_rule: ScaleRule = "grid", power: bool = False) -> None:
+        """Changes the grid, of the same channels; statistic and rule stay.
+
+        A statistic does not depend on the grid. Whether the rule supports it, :meth:`check_rule`
+        tells afterwards.
+
+        Args:
+            grid: the new one.
+            scale_rule: how the scale is computed, as at construction.
+            power: ``power_of_two``, likewise.
+        """
+        assert (grid.ch_axis, grid.channel_len) == (self.ch_axis, self.channel_len)
+        self.dtype, self.qscheme = grid.dtype, grid.qscheme
+        self.quant_min, self.quant_max = grid.quant_min, grid.quant_max
+        self.scale_rule, self.power_of_two = scale_rule, power
+
     def check_rule(self, name: Rule, **options: OptionValue) -> list[float]:
         """Raises unless the rule supports the options, this grid and this histogram layout.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,12 @@ from torch_ext.files.storage import FileError, PathLike
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import PreparedModel, role_of
 from torch_ext.quantizers.state_table import FakeQuantState
+from torch_ext.quantizers.transition import QuantizationWarning
 from torch_ext.utils.arguments import bounded
-from torch_ext.utils.text import label_of
+from torch_ext.utils.text import label_of, shown
 
 _SUFFIXES = {".onnx": "ONNX", ".json": "JSON", ".table": "ncnn", ".safetensors": "safetensors"}
+_SMALL_SCALE = 1e-30
 TO_FLOAT = 'set_fake_quantize(model, "float", pattern=[...]) leaves them out'
 
 
@@ -81,6 +84,9 @@ def entries(prepared: PreparedModel) -> tuple[dict[str, Entry], dict[str, str]]:
     Raises:
         ValueError: by name, for quantizers in another state, without a range, or with invalid
             scales or zero points; and if no quantizer quantizes.
+
+    Warns:
+        QuantizationWarning: by name, of scales below 1e-30.
     """
     chosen: dict[str, Entry] = {}
     left_out: dict[str, str] = {}
@@ -108,7 +114,22 @@ def entries(prepared: PreparedModel) -> tuple[dict[str, Entry], dict[str, str]]:
     if not chosen and not problems:
         problems = left_out
     refuse(prepared.who, problems, 'calibrate first, then set_fake_quantize(model, "validation")')
+    _warn_of_small_scales(prepared.who, chosen)
     return chosen, left_out
+
+
+def _warn_of_small_scales(who: str, chosen: Mapping[str, Entry]) -> None:
+    """Warns of scales with which products of scales are no normal numbers of float32."""
+    least = {name: float(entry.scale.min()) for name, entry in chosen.items()}
+    small = [f"{name} ({scale:.3g})" for name, scale in least.items() if scale < _SMALL_SCALE]
+    if small:
+        warnings.warn(
+            f"{who}: scales below {_SMALL_SCALE:g}, with which engines compute something else "
+            f"(onnxruntime's fused kernels do): {shown(small)}; is this data, or a layer that is "
+            "all but zero?",
+            QuantizationWarning,
+            stacklevel=4,
+        )
 
 
 def refuse(who: str, problems: Mapping[str, str], advice: str) -> None:

@@ -39,3 +39,14 @@ def onnx_packages(who: str) -> Any:
             f"{who}: needs the packages onnx and onnxscript: pip install onnx onnxscript"
         ) from error
     return onnx
+
+
+def onnxruntime_package(who: str) -> Any:
+    """The package onnxruntime; raises ImportError without it."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ImportError(
+            f"{who}: needs the package onnxruntime: pip install onnxruntime"
+        ) from error
+    return onnxruntime

@@ -1,0 +1,193 @@
+"""Profiles of export.onnx: what an engine would compute in float is refused by name."""
+
+from __future__ import annotations
+
+import re
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import export_models
+import torch_ext
+from nets.tiny_net import images
+from onnx_runs import run
+from torch_ext import QuantizationWarning, export, get_default_qconfig, prepare_qat, resolve
+from torch_ext.export.engines.integer_layers import onnxruntime_layers
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+
+
+def pictures() -> Tensor:
+    return torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(3))
+
+
+def calibrated(*layers: nn.Module, **keys: Any) -> nn.Module:
+    torch.manual_seed(1)
+    model = nn.Sequential(*layers).eval()
+    model.qconfig = get_default_qconfig(**{"backend": "onnxruntime", **keys})  # type: ignore
+    made = prepare_qat(model, example_inputs=pictures()[:1])
+    torch_ext.calibrate(made, [pictures()], progress=False)
+    return made
+
+
+def whole() -> nn.Module:
+    """A net with every layer that the profile takes; the last one has a bias and a float result."""
+    return calibrated(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU6(),
+        nn.Flatten(), nn.Linear(72, 5),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_onnxruntime_computes_all_in_integers(stored: bool, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    path, net = tmp_path / "net.onnx", whole()
+    export.onnx(net, pictures(), path, profile="onnxruntime", quantized_weights=stored)
+    layers = {layer.name: layer.op for layer in onnxruntime_layers(path)}
+    assert layers == {"0": "QLinearConv", "3": "QLinearConv", "6": "QGemm"}
+    assert export.read_onnx_metadata(path)["profile"] == "onnxruntime"
+    # The bias is the one difference: each is rounded to half a step of the sums.
+    want = net(pictures()).detach()
+    (have,) = run(path, pictures())
+    weight = net.get_submodule("6.parametrizations.weight.0").get_buffer("scale")
+    step = float(net.get_submodule("4.activation_quantizer").get_buffer("scale")) * weight
+    off = 0.51 * step + 1e-5 * want.abs().max()
+    assert bool(((have - want).abs() <= off).all())
+
+
+def test_a_bias_beyond_32_bits_stays_in_float(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    net = calibrated(nn.Flatten(), nn.Linear(432, 3))
+    layer = net.get_submodule("1")
+    with torch.no_grad():
+        layer.bias.fill_(1e8)  # type: ignore[union-attr, operator]
+    with pytest.raises(ValueError, match=r"1 of 1 in float.*\n  1: its bias 1\.bias is in float"):
+        export.onnx(net, pictures(), tmp_path / "net.onnx", profile="onnxruntime")
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "int8 behind a ReLU": (
+        lambda: calibrated(
+            nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(),
+            nn.Linear(256, 3), backend="tensorrt",
+        ),
+        r"got 2 of 3 in float; nothing was written \(take the grids of backend=\"onnxruntime\".*\n"
+        r"  0: a Relu stands before 1\.activation_quantizer.*\n  2: a Relu stands before 3\.",
+    ),
+    "a norm that is not folded": (
+        lambda: calibrated(
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(400, 3)
+        ),
+        r"fuse\(model.*\n  0: BatchNormalization .* reads its result, a norm that is not folded",
+    ),
+    "an activation that no grid implies": (
+        lambda: calibrated(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(400, 3)),
+        r"QuantStub.*\n  0: a Tanh reads its result in float",
+    ),
+    "an operator without a kernel": (
+        lambda: calibrated(nn.ConvTranspose2d(3, 4, 3)),
+        r"leave the layer in float.*\n  0: onnxruntime has no integer kernel for ConvTranspose",
+    ),
+    "a float result": (
+        lambda: calibrated(nn.Conv2d(3, 4, 3)),
+        r"output_qconfig.*\n  0: its result is an output of the model",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_by_name_with_the_way_out(case: str, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    make, message = REFUSED[case]
+    with pytest.raises(ValueError, match=r"export\.onnx: expected onnxruntime") as caught:
+        export.onnx(make(), pictures(), tmp_path / "net.onnx", profile="onnxruntime")
+    assert re.search(message, str(caught.value)), caught.value
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_ways_out(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    path = tmp_path / "net.onnx"
+    net = REFUSED["int8 behind a ReLU"][0]()
+    resolve(net, backend="onnxruntime")
+    export.onnx(net, pictures(), path, profile="onnxruntime")
+    net = REFUSED["an operator without a kernel"][0]()
+    torch_ext.set_fake_quantize(net, "float", pattern="0.parametrizations.*")
+    report = export.onnx(net, pictures(), path, profile="onnxruntime")
+    assert list(report.left_out) == ["0.parametrizations.weight.0"]
+    net = calibrated(
+        nn.Conv2d(3, 4, 3), torch_ext.QuantStub(), nn.Tanh(), nn.Flatten(), nn.Linear(400, 3)
+    )
+    export.onnx(net, pictures(), path, profile="onnxruntime")
+
+
+def test_without_onnxruntime_nothing_is_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    path = tmp_path / "net.onnx"
+    with pytest.warns(QuantizationWarning, match="onnxruntime is not installed, so nothing has"):
+        export.onnx(whole(), pictures(), path, profile="onnxruntime")
+    assert path.exists()
+
+
+def test_openvino_takes_8_bits(tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    export.onnx(calibrated(nn.Conv2d(3, 4, 3)), pictures(), path, profile="openvino")
+    path.unlink()
+    wide = calibrated(
+        nn.Conv2d(3, 4, 3), backend=None, activation_qkwargs={"dtype": "int16"},
+        weight_qkwargs={"qscheme": "per_channel_affine"},
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r'resolve\(model, backend="openvino"') as caught:
+        export.onnx(wide, pictures(), path, profile="openvino")
+    assert "input_quantizers.input: its type is int16, not int8 or uint8" in str(caught.value)
+    assert "0.parametrizations.weight.0: it quantizes a weight, and its zero" in str(caught.value)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("call", ["onnx", "json"])
+def test_absurd_scales_are_warned_of(call: str, tmp_path: Path) -> None:
+    net = export_models.captured(export_models.NARROW, export_models.NARROW)
+    name, found = next(
+        (name, q) for name, q in torch_ext.named_quantizers(net).items() if not q.transient
+    )
+    found.scale.fill_(3e-33)
+    path = tmp_path / f"net.{call}"
+    arguments = (images(), path) if call == "onnx" else (path,)
+    with pytest.warns(QuantizationWarning, match=rf"scales below 1e-30.*{re.escape(name)} \(3e-33"):
+        getattr(export, call)(net, *arguments)
+    assert path.exists()
+    found.scale.fill_(1e-29)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", QuantizationWarning)
+        getattr(export, call)(net, *arguments)
+
+
+class WrittenTo(nn.Module):
+    """ReLU6 in place on a view of what is read afterwards, then on a result of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 9
+        nn.functional.relu6(y.flatten(1), inplace=True)
+        return self.conv(y) + nn.functional.relu6(self.conv(x), inplace=True)
+
+
+def test_activations_in_place(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    net = calibrated(WrittenTo())
+    path = tmp_path / "net.onnx"
+    export.onnx(net, pictures(), path)
+    (have,) = run(path, pictures())
+    torch.testing.assert_close(have, net(pictures()).detach(), rtol=0, atol=1e-4)

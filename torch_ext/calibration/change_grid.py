@@ -1,0 +1,103 @@
+"""Puts calibrated quantizers on the grids of another engine."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+from torch_ext.ops.registry import fake_quant_info
+from torch_ext.quantizers.fake_quantize import FakeQuantize
+from torch_ext.quantizers.grid import Grid, dtype_name, parse_dtype, parse_qscheme
+from torch_ext.quantizers.observer import Observer
+from torch_ext.utils.backends import BackendGrid
+from torch_ext.utils.text import label_of
+
+
+@contextlib.contextmanager
+def changed_grids(
+    who: str,
+    backend: str,
+    grids: tuple[BackendGrid, BackendGrid],
+    chosen: Mapping[str, FakeQuantize],
+) -> Iterator[None]:
+    """Gives quantizers a backend's grids; if what follows raises, they get their own back.
+
+    Statistics stay, and so do ranges and scales, which the caller has to solve again.
+
+    Args:
+        who: the function that errors name.
+        backend: the backend's name.
+        grids: those of activations and of weights.
+        chosen: the quantizers by name.
+
+    Raises:
+        ValueError: by name, for quantizers that cannot change; nothing has changed then.
+    """
+    wanted = {name: _wanted(quantizer, grids) for name, quantizer in chosen.items()}
+    problems = {
+        name: problem
+        for name, quantizer in chosen.items()
+        if (problem := _problem(quantizer, wanted[name]))
+    }
+    if problems:
+        lines = [f"  {label_of(name)}: {why}" for name, why in problems.items()]
+        raise ValueError(
+            f'{who}: expected every quantizer to be one that can change to the grids of "{backend}"'
+            f", got {len(problems)} that cannot; prepare with get_default_qconfig(backend="
+            f'"{backend}") and calibrate, or leave them out by pattern\n' + "\n".join(lines)
+        )
+    before = {
+        quantizer.observer: (
+            quantizer.observer.grid,
+            quantizer.observer.scale_rule,
+            quantizer.observer.power_of_two,
+        )
+        for quantizer in chosen.values()
+    }
+    try:
+        for name, quantizer in chosen.items():
+            quantizer.observer.set_grid(wanted[name])
+        yield
+    except BaseException:
+        for observer, (grid, scale_rule, power_of_two) in before.items():
+            observer.set_grid(grid, scale_rule, power_of_two)
+        raise
+
+
+def _wanted(quantizer: FakeQuantize, grids: tuple[BackendGrid, BackendGrid]) -> Grid:
+    """The backend's grid for a quantizer, with its channels if it has some in common."""
+    observer, keys = quantizer.observer, grids[quantizer.transient].keys()
+    if quantizer.transient and observer.ch_axis < 0:  # engines take a weight per tensor too
+        keys["qscheme"] = keys["qscheme"].replace("per_channel", "per_tensor")
+    channels = (observer.ch_axis, observer.channel_len)
+    dtype, qscheme = (
+        parse_dtype("resolve", keys["dtype"])[0],
+        parse_qscheme("resolve", keys["qscheme"]),
+    )
+    return Grid(dtype, qscheme, keys["quant_min"], keys["quant_max"], *channels)
+
+
+def _problem(quantizer: FakeQuantize, wanted: Grid) -> str:
+    """Why a quantizer cannot change to a grid; empty if it can."""
+    observer = quantizer.observer
+    if _same(observer, wanted):
+        return ""
+    grid = f"{dtype_name(wanted.dtype)} [{wanted.quant_min}, {wanted.quant_max}]"
+    if fake_quant_info(quantizer.method)["learned"]:
+        return f"it has learned its range ({quantizer.method}), for another grid than {grid}"
+    if observer.statistic == "none":
+        return f"its scale is given ({observer.name}), for another grid than {grid}"
+    if observer.ch_axis >= 0 and not quantizer.transient:
+        return (
+            f"its statistic is per channel (axis {observer.ch_axis}), and the grid, {grid}, is per "
+            "tensor"
+        )
+    if not quantizer.transient and bool(quantizer.solved) and not observer.saw_data:
+        return f"it has a range but no statistic to solve {grid} from"
+    if quantizer.transient and quantizer.averaging_constant == 0:
+        return f"it keeps its range (averaging_constant=0), for another grid than {grid}"
+    return ""
+
+
+def _same(observer: Observer, wanted: Grid) -> bool:
+    return observer.grid == wanted and observer.scale_rule == "grid" and not observer.power_of_two

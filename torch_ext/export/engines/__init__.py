@@ -1,0 +1,1 @@
+"""Exported files as engines run them: integer layers, speed, and differences to VALIDATION."""

@@ -1,0 +1,134 @@
+"""The float model of a quantized ONNX file: the same graph without its quantizers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+_OWN_CLIPS = ("/clipped", "/above")  # before a grid that is narrower than its type
+
+
+def float_twin(packages: Any, proto: Any) -> Any:
+    """A copy of a ModelProto without QuantizeLinear and DequantizeLinear.
+
+    A pair of them is taken out, and integers of the file become the floats that they stand for.
+    Integers that an operator computes, as in files without pairs, stay as they are. `packages` is
+    the package onnx, `proto` holds its weights.
+    """
+    twin = type(proto).FromString(proto.SerializeToString())
+    _Twin(packages, twin.graph).make()
+    return twin
+
+
+class _Twin:
+    """Takes the quantizers out of one graph, in place."""
+
+    def __init__(self, packages: Any, graph: Any) -> None:
+        self.onnx = packages
+        self.graph = graph
+        self.constants = {tensor.name: tensor for tensor in graph.initializer}
+        for node in graph.node:
+            if node.op_type == "Constant":
+                value = next((a.t for a in node.attribute if a.name == "value"), None)
+                if value is not None:
+                    self.constants[node.output[0]] = value
+        self.outputs = {value.name for value in graph.output}
+        self.producers = {name: node for node in graph.node for name in node.output}
+        self.renamed: dict[str, str] = {}
+
+    def make(self) -> None:
+        kept = []
+        for node in self.graph.node:
+            source = self._source(node)
+            if source is None:
+                kept.append(node)
+            elif node.output[0] in self.outputs:
+                kept.append(
+                    self.onnx.helper.make_node("Identity", [source], [node.output[0]], node.name)
+                )
+            else:
+                self.renamed[node.output[0]] = source
+        for node in kept:
+            _rename(node, self.renamed)
+        self._keep(kept)
+
+    def _source(self, node: Any) -> str | None:
+        """What a DequantizeLinear's result is in float; None for a node that stays."""
+        if node.op_type != "DequantizeLinear":
+            return None
+        if node.input[0] in self.constants:
+            return self._constant(node)
+        pair = self.producers.get(node.input[0])
+        if pair is None or pair.op_type != "QuantizeLinear":
+            return None
+        name = str(pair.input[0])
+        while (clip := self.producers.get(name)) is not None and clip.name.endswith(_OWN_CLIPS):
+            name = str(clip.input[0])
+        return self.renamed.get(name, name)
+
+    def _constant(self, node: Any) -> str:
+        """Adds the floats that a constant's integers stand for; returns their name."""
+        arrays = [self.onnx.numpy_helper.to_array(self.constants[name]) for name in node.input]
+        integers, scale = arrays[0].astype(np.float32), arrays[1]
+        zero_point = arrays[2].astype(np.float32) if len(arrays) > 2 else np.float32(0)
+        given = {attribute.name: attribute.i for attribute in node.attribute}
+        wide = [_spread(one, integers.shape, given) for one in (scale, zero_point)]
+        floats = ((integers - wide[1]) * wide[0].astype(np.float32)).astype(scale.dtype)
+        name = f"{node.output[0]}/float"
+        self.graph.initializer.append(self.onnx.numpy_helper.from_array(floats, name))
+        return name
+
+    def _keep(self, nodes: list[Any]) -> None:
+        """Sets the graph's nodes, without those whose results nothing reads."""
+        needed = set(self.outputs)
+        kept = []
+        for node in reversed(nodes):
+            if any(name in needed for name in node.output):
+                kept.append(type(node).FromString(node.SerializeToString()))
+                needed.update(_reads(node))
+        kept.reverse()
+        constants = [
+            type(tensor).FromString(tensor.SerializeToString())
+            for tensor in self.graph.initializer
+            if tensor.name in needed
+        ]
+        for field, messages in ((self.graph.node, kept), (self.graph.initializer, constants)):
+            del field[:]
+            field.extend(messages)
+        del self.graph.value_info[:]
+
+
+def _spread(values: Any, shape: tuple[int, ...], given: dict[str, int]) -> Any:
+    """A grid's values along a tensor of that shape: one for all, per channel or per block."""
+    values = np.asarray(values)
+    axis = given.get("axis", 1) % max(len(shape), 1)
+    if values.size == 1:
+        return values.reshape(())
+    if block := given.get("block_size", 0):
+        return np.repeat(values, block, axis)[
+            tuple(slice(size) if i == axis else slice(None) for i, size in enumerate(shape))
+        ]
+    return values.reshape([-1 if i == axis else 1 for i in range(len(shape))])
+
+
+def _rename(node: Any, names: dict[str, str]) -> None:
+    for i, name in enumerate(node.input):
+        node.input[i] = names.get(name, name)
+    for graph in _bodies(node):
+        for inner in graph.node:
+            _rename(inner, names)
+
+
+def _reads(node: Any) -> Iterator[str]:
+    yield from node.input
+    for graph in _bodies(node):
+        for inner in graph.node:
+            yield from _reads(inner)
+        yield from (value.name for value in graph.output)
+
+
+def _bodies(node: Any) -> Iterator[Any]:
+    for attribute in node.attribute:
+        yield from (attribute.g, *attribute.graphs)

@@ -1,0 +1,153 @@
+"""What the profiles of ``export.onnx`` ask of a file, so that their engine computes in integers."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from torch_ext.export.common.entries import TO_FLOAT, Entry, refuse
+from torch_ext.export.engines.integer_layers import onnxruntime_layers
+from torch_ext.export.onnx_qdq import OnnxGrid
+from torch_ext.export.tensorrt.onnx_rules import grid_problem, violations
+from torch_ext.quantizers.transition import QuantizationWarning
+
+Profile = Literal["onnxruntime", "openvino", "tensorrt", "float"]
+PROFILES = (None, *get_args(Profile))
+
+
+def refuse_grids(
+    who: str, profile: Profile | None, chosen: Mapping[str, Entry], grids: Mapping[str, OnnxGrid]
+) -> None:
+    """Raises ValueError that names the quantizers whose grids the profile's engine does not take.
+
+    What onnxruntime takes depends on the surroundings: :func:`refuse_file` asks the engine.
+    """
+    check = {"tensorrt": grid_problem, "openvino": _openvino_problem}.get(profile or "")
+    if check is not None:
+        found = {name: check(entry, grids[name]) for name, entry in chosen.items()}
+        refuse(
+            who,
+            {name: problem for name, problem in found.items() if problem},
+            f'resolve(model, backend="{profile}") gives the grids that it takes; or {TO_FLOAT}',
+        )
+
+
+def refuse_file(who: str, profile: Profile | None, packages: Any, proto: Any, data: bytes) -> None:
+    """Raises ValueError that names what the profile's engine would compute in float.
+
+    Args:
+        data: `proto` as bytes.
+
+    Warns:
+        QuantizationWarning: onnxruntime is not installed, so nothing has judged the file.
+    """
+    if profile == "tensorrt":
+        refuse(who, violations(packages, proto), "these nodes are not what TensorRT takes")
+    elif profile == "onnxruntime":
+        _refuse_float_layers(who, data)
+
+
+def _openvino_problem(entry: Entry, grid: OnnxGrid) -> str:
+    """Why OpenVINO does not compute with a quantizer's grid in integers; empty if it does."""
+    if grid.type not in ("int8", "uint8"):
+        return f"its type is {grid.type}, not int8 or uint8"
+    if entry.is_weight and bool(entry.zero_point.any()):
+        return "it quantizes a weight, and its zero point is not 0"
+    if grid.axis >= 0 and not entry.is_weight:
+        return f"it quantizes an activation per channel (axis {grid.axis})"
+    return ""
+
+
+def _refuse_float_layers(who: str, data: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "net.onnx"
+        path.write_bytes(data)
+        try:
+            layers = onnxruntime_layers(path)
+        except ImportError:
+            warnings.warn(
+                f'{who}: onnxruntime is not installed, so nothing has judged whether profile="'
+                'onnxruntime" runs in integers: pip install onnxruntime',
+                QuantizationWarning,
+                stacklevel=4,
+            )
+            return
+        except ValueError as error:
+            reason = str(error).replace(str(path), "the result")
+            raise ValueError(f"{who}: nothing was written: {reason}") from error
+    slow = [layer for layer in layers if layer.quantized and not layer.integer]
+    if slow:
+        advice = dict.fromkeys(layer.advice for layer in slow)
+        lines = [f"  {layer.name or layer.node}: {layer.reason}" for layer in slow]
+        raise ValueError(
+            f"{who}: expected onnxruntime to compute every quantized layer in integers, got "
+            f"{len(slow)} of {len(layers)} in float; nothing was written ({'; '.join(advice)})\n"
+            + "\n".join(lines)
+        )
+
+
+def quantize_biases(packages: Any, proto: Any) -> None:
+    """Stores the biases of linear layers as int32, in place.
+
+    Theirs are the only ones that onnxruntime does not quantize itself where the result stays in
+    float, and with a bias in float it computes the layer in float. The scale is that of the sums:
+    the input's times the weight's. A bias that does not fit into 32 bits stays.
+    """
+    graph = proto.graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    producers = {name: node for node in graph.node for name in node.output}
+    pairs = []
+    for node in graph.node:
+        operands = [producers.get(name) for name in node.input[:2]]
+        if (
+            node.op_type == "Gemm"
+            and len(node.input) > 2
+            and node.input[2] in constants
+            and all(pair is not None and pair.op_type == "DequantizeLinear" for pair in operands)
+            and (made := _int32_bias(packages, node, operands, constants))
+        ):
+            pair, tensors = made
+            graph.initializer.extend(tensors)
+            pairs.append(pair)
+            node.input[2] = pair.output[0]
+    read = {name for node in graph.node for name in node.input}
+    for name, tensor in constants.items():
+        if pairs and name not in read and name.endswith("bias"):
+            graph.initializer.remove(tensor)
+    for pair in reversed(pairs):
+        graph.node.insert(0, pair)
+
+
+def _int32_bias(
+    packages: Any, node: Any, operands: list[Any], constants: Mapping[str, Any]
+) -> tuple[Any, list[Any]] | None:
+    """A DequantizeLinear for the bias of a Gemm, and its tensors; None if int32 cannot hold it."""
+    array = packages.numpy_helper.to_array
+    attributes = {entry.name: entry for entry in node.attribute}
+    bias = array(constants[node.input[2]])
+    scales = [array(constants[pair.input[1]]) for pair in operands]
+    axis = next((entry.i for entry in operands[1].attribute if entry.name == "axis"), 1)
+    turned = "transB" in attributes and attributes["transB"].i
+    by_output = scales[1].ndim == 0 or axis == (0 if turned else 1)
+    if bias.ndim != 1 or scales[0].ndim or not by_output:
+        return None
+    if any(key in attributes and attributes[key].f != 1 for key in ("alpha", "beta")):
+        return None
+    scale = (scales[0] * scales[1]).astype(np.float32)
+    with np.errstate(all="ignore"):
+        levels = np.rint(bias.astype(np.float64) / scale)
+    if not bool((np.abs(levels) < 2**31).all()):  # NaN too
+        return None
+    name = f"{node.input[2]}/dequantized"
+    tensors = [
+        packages.numpy_helper.from_array(levels.astype(np.int32), f"{node.input[2]}/int32"),
+        packages.numpy_helper.from_array(scale, f"{node.input[2]}/scale"),
+    ]
+    inputs = [tensor.name for tensor in tensors]
+    keys = {"axis": 0} if scale.ndim else {}
+    return packages.helper.make_node("DequantizeLinear", inputs, [name], name, **keys), tensors

@@ -1,0 +1,1 @@
+"""Programs of PT2E, which engines of PyTorch lower."""
