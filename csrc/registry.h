@@ -97,7 +97,7 @@ TE_HD core::UnitGrid<C> unit_grid_of(const core::FakeQuantJob& job, int64_t chan
 template <class F, class Job>
 TE_HD double scaled_gradient(const Job& job, int64_t channel, double sum) {
   const double scale =
-      job.elements > 0 ? F::gradient_scale(job.elements, job.codes.quant_max) : 1.0;
+      job.elements > 0 ? F::gradient_scale(job.elements, job.codes.highest()) : 1.0;
   return F::sign(job.parameter[channel]) * (sum * scale);
 }
 

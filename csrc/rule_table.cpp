@@ -15,6 +15,7 @@ constexpr RuleRow row_of() {
   row.needs = R::needs;
   row.composite = core::CompositeRule<R>;
   row.max_bits = R::max_bits;
+  if constexpr (requires { R::only_integers; }) row.only_integers = R::only_integers;
   row.options = {static_cast<const core::Option*>(R::options), size_t{R::option_count}};
   if constexpr (core::SearchRule<R>) {
     row.search_words = [](core::HistogramLayout layout, const core::Grid& grid,

@@ -16,6 +16,7 @@ struct RuleRow {
   core::Needs needs;
   bool composite;
   int32_t max_bits;
+  const char* only_integers;  // why the rule takes no float format; null: it does
   std::span<const core::Option> options;
   // Null where they do not apply: the rule is no search (the first two), does not check its
   // options, computes qparams from the range.

@@ -42,7 +42,7 @@ def _rule_stub(rule: str) -> str:
     star = ["    *,\n"] if options else []
     return (
         f"def {rule}(\n    x: Tensor,\n    quant_min: int = ...,\n    quant_max: int = ...,\n"
-        "    symmetric: bool = ...,\n    ch_axis: int = ...,\n"
+        "    symmetric: bool = ...,\n    ch_axis: int = ...,\n    grid: str | None = ...,\n"
         f"{''.join([*star, *options])}) -> Tensor: ...\n"
     )
 

@@ -13,6 +13,7 @@ class ObserverInfo(TypedDict):
     kind: Literal["closed", "search"]
     statistic: Literal["none", "extrema", "histogram"]
     max_bits: int
+    only_integers: bool
     options: list[OptionInfo]
 
 class FakeQuantInfo(TypedDict):
@@ -20,6 +21,11 @@ class FakeQuantInfo(TypedDict):
     parameter: str
     per_channel: bool
     start: float
+
+class FloatFormatInfo(TypedDict):
+    bits: int
+    largest: float
+    last_step: float
 
 class StateFlags(TypedDict):
     accumulate: bool
@@ -37,8 +43,9 @@ def observers() -> tuple[Rule, ...]: ...
 def fake_quants() -> tuple[Method, ...]: ...
 def observer_info(name: str) -> ObserverInfo: ...
 def fake_quant_info(name: str) -> FakeQuantInfo: ...
+def float_formats() -> dict[str, FloatFormatInfo]: ...
 def learned_scales(
-    name: str, parameter: list[float], quant_min: int, quant_max: int
+    name: str, parameter: list[float], quant_min: int, quant_max: int, format: str = ""
 ) -> list[float]: ...
 def state_table() -> dict[str, StateFlags]: ...
 def build_info() -> BuildInfo: ...

@@ -20,12 +20,15 @@ SCALE = 0.02  # clips 1 % of Gaussian values
 FORWARD = goals((MI, 1, 10, 20), (16 * MI, 1, 8, 16), (16 * MI, 2, 5, 10))
 FORWARD_COMPOSED = goals((16 * MI, 1, 3, 4))
 BACKWARD = goals((MI, 1, 1.7, 2.7), (16 * MI, 1, 1.7, 2.7), (16 * MI, 2, 1.7, 2.7))
+FLOAT_FORWARD = goals((MI, 1, 0.7, 0.9), (16 * MI, 1, 0.85, 1.0))
 LEARNED = goals((16 * MI, 1, 4, 8))
 COPY = goals((16 * MI, 1, 0.85, 1.0), (16 * MI, 2, 0.85, 1.0))
 COPY_BACKWARD = goals((16 * MI, 1, 0.85, 0.98), (16 * MI, 2, 0.85, 0.98))
 STEP = goals((64 << 10, 1, 6, 12), (MI, 1, 8, 14), (16 * MI, 1, 7, 11), (16 * MI, 2, 4, 7))
 STEP_CHANNELS = goals((16 * MI, 1, 10, 25))
 COPY_CHANNELS = goals((16 * MI, 1, 0.70, 0.90))
+
+FLOATS = {"float8_e4m3": (torch.float8_e4m3fn, 448), "float8_e5m2": (torch.float8_e5m2, 57344)}
 
 Pair = Callable[[], tuple[Tensor, Tensor]]
 
@@ -113,6 +116,26 @@ def forward_with_mask(per_channel: bool, size: int) -> Job:
     s = Setup(size, per_channel)
     peer = Peer("torch, cachemask op", s.torch_with_mask(), FORWARD)
     return Job(s.ours_with_mask(), (peer,), ceiling=Ceiling("copy", s.x, COPY))
+
+
+def forward_float(name: str, size: int) -> Job:
+    """On a float format. Peers: int8 by the same op, and Torch's division, clamp and cast."""
+    s = Setup(size, per_channel=False)
+    dtype, largest = FLOATS[name]
+    ours = functools.partial(ops.fake_quant, s.x, s.scale, s.zero_point, grid=name)
+    clamped, stored = torch.empty_like(s.x), torch.empty_like(s.x, dtype=dtype)
+
+    def composed() -> Tensor:
+        torch.div(s.x, s.scale, out=clamped)
+        stored.copy_(clamped.clamp_(-largest, largest))
+        return clamped.copy_(stored).mul_(s.scale)
+
+    def check() -> None:
+        expect(torch.equal(ours(), composed()), "fake-quantized values")
+
+    peers = (Peer("int8 by the same op", s.ours(), FLOAT_FORWARD),)
+    cast = Peer("div clamp cast cast mul", composed)
+    return Job(ours, peers, cast, Ceiling("copy", s.x, COPY), check)
 
 
 def forward_bf16(size: int) -> Job:
@@ -221,6 +244,10 @@ CASES = (
         for k, c in KINDS
     ),
     Case("fake_quant/forward bfloat16", forward_bf16),
+    *(
+        Case(f"fake_quant/forward {name}", functools.partial(forward_float, name))
+        for name in FLOATS
+    ),
     *(Case(f"fake_quant/backward{k}", functools.partial(backward, c)) for k, c in KINDS),
     *(
         Case(f"fake_quant/{method} backward", functools.partial(learned_backward, method))

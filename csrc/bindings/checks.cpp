@@ -4,6 +4,7 @@
 #include <cmath>
 #include <vector>
 
+#include "bindings/grid_text.h"
 #include "cuda/driver.h"
 #include "rule_table.h"
 
@@ -183,6 +184,9 @@ core::Needs needs_of(int32_t rule) { return rules()[rule].needs; }
 void check_rule_use(const char* op, int32_t index, const core::Grid& grid,
                     core::HistogramLayout layout, const double* options, int64_t option_count) {
   const RuleRow& rule = rules()[index];
+  if (grid.is_float() && rule.only_integers != nullptr)
+    TORCH_CHECK(false, op, ": expected the grid to be of integers for ", rule.name, " (",
+                rule.only_integers, "), got ", name_of(grid.format));
   if (grid.bits() > rule.max_bits)
     TORCH_CHECK(false, op, ": expected the grid to be of at most ", rule.max_bits, " bits for ",
                 rule.name, " (beyond that there is nothing to search), got [", grid.quant_min, ", ",

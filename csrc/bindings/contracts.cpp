@@ -22,8 +22,9 @@ void check_qparam_values(const char* op, const FakeQuantArguments& a, const core
   for (int64_t c = 0; c < a.scale.numel(); ++c) {
     expect(core::is_valid_scale(scales[c]), op, "scale", "positive and finite", scales[c],
            " in channel ", c);
-    expect(zero_points[c] >= codes.quant_min && zero_points[c] <= codes.quant_max, op, "zero_point",
-           "between quant_min and quant_max", zero_points[c], " in channel ", c);
+    expect(codes.has_zero_point(zero_points[c]), op, "zero_point",
+           codes.is_float() ? "0 on a float format" : "between quant_min and quant_max",
+           zero_points[c], " in channel ", c);
   }
 }
 
@@ -81,6 +82,8 @@ LearnedContract check_learned(const LearnedArguments& a) {
     check_per_channel(op, "zero_point", *a.zero_point, learned ? at::kFloat : at::kInt, channels,
                       a.x.device());
   const core::Codes codes = check_learned_grid({op, text(a.grid)});
+  expect(!learned || !codes.is_float(), op, "zero_point", "Int on a float format, which has none",
+         "Float");
   expect(a.batch_axis >= -1 && a.batch_axis < std::max<int64_t>(a.x.dim(), 1), op, "batch_axis",
          "-1 or an axis of x", a.batch_axis);
   expect(a.batch_axis < 0 || a.batch_axis != a.ch_axis, op, "batch_axis",

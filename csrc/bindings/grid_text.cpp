@@ -34,12 +34,22 @@ void expect_of(bool holds, const GridSource& source, const char* part, const cha
   if (!holds) expect(false, source.op, part, want, have, place_of(source));
 }
 
+std::string known_formats() {
+  std::string known;
+  for (const core::NamedFormat& entry : core::kFloatFormats) {
+    if (!known.empty()) known += ", ";
+    known += entry.name;
+  }
+  return known;
+}
+
 [[noreturn]] void refuse(const GridSource& source, std::string_view have) {
-  TORCH_CHECK(false, source.op,
-              ": expected grid to be [quant_min,quant_max] and words among symmetric, affine, "
-              "scale_rule=, power_of_two, rounding=, each kind once, such as \"[-128,127] "
-              "symmetric\", got ",
-              have.empty() ? "nothing" : shown(have), place_of(source));
+  TORCH_CHECK(
+      false, source.op, ": expected grid to be [quant_min,quant_max] or a float format (",
+      known_formats(),
+      ") and words among symmetric, affine, scale_rule=, power_of_two, rounding=, each kind "
+      "once, such as \"[-128,127] symmetric\", got ",
+      have.empty() ? "nothing" : shown(have), place_of(source));
 }
 
 // The integer that the text begins with, and takes it from there. Raises unless `end` follows.
@@ -91,18 +101,48 @@ uint32_t parse_word(const GridSource& source, std::string_view word, ParsedGrid&
 }
 
 core::Codes codes_of(const ParsedGrid& grid) {
-  return {static_cast<int32_t>(grid.quant_min), static_cast<int32_t>(grid.quant_max)};
+  return {static_cast<int32_t>(grid.quant_min), static_cast<int32_t>(grid.quant_max), grid.format};
+}
+
+// Reads the integers or the float format that the text begins with.
+void parse_values(const GridSource& source, std::string_view& rest, ParsedGrid& grid) {
+  if (!rest.empty() && rest[0] == '[') {
+    rest.remove_prefix(1);
+    grid.quant_min = take_integer(source, rest, ',');
+    grid.quant_max = take_integer(source, rest, ']');
+    return;
+  }
+  const std::string_view name = rest.substr(0, rest.find(' '));
+  const core::NamedFormat* const entry = core::format_named(name);
+  if (entry == nullptr) refuse(source, rest);
+  grid.format = entry->format;
+  grid.quant_max = static_cast<int64_t>(entry->format.largest);
+  grid.quant_min = -grid.quant_max;
+  rest.remove_prefix(name.size());
+}
+
+// Raises for words that a float format does not take.
+void check_float_words(const GridSource& source, const ParsedGrid& grid) {
+  expect_of(grid.symmetric.value_or(true), source, "grid",
+            "symmetric, as a float format has no zero point", "affine");
+  expect_of(grid.scale_rule == core::ScaleRule::grid, source, "scale_rule",
+            "grid on a float format", "tvm");
+  expect_of(grid.rounding == core::Rounding::half_even, source, "rounding",
+            "half_even on a float format", kRoundings[static_cast<int32_t>(grid.rounding)]);
 }
 
 }  // namespace
 
+const char* name_of(const core::FloatFormat& format) {
+  for (const core::NamedFormat& entry : core::kFloatFormats)
+    if (entry.format == format) return entry.name;
+  return "integers";
+}
+
 ParsedGrid parse_grid(const GridSource& source) {
   ParsedGrid grid{};
   std::string_view rest = source.text;
-  if (rest.empty() || rest[0] != '[') refuse(source, rest);
-  rest.remove_prefix(1);
-  grid.quant_min = take_integer(source, rest, ',');
-  grid.quant_max = take_integer(source, rest, ']');
+  parse_values(source, rest, grid);
   uint32_t kinds = 0;
   while (!rest.empty()) {
     if (rest[0] != ' ') refuse(source, rest);
@@ -113,6 +153,7 @@ ParsedGrid parse_grid(const GridSource& source) {
     kinds |= kind;
     rest.remove_prefix(word.size());
   }
+  if (grid.is_float()) check_float_words(source, grid);
   const bool is_affine = grid.symmetric.has_value() && !*grid.symmetric;
   expect_of(!is_affine || grid.scale_rule == core::ScaleRule::grid, source, "scale_rule",
             "grid on an affine grid", "tvm");
@@ -121,6 +162,7 @@ ParsedGrid parse_grid(const GridSource& source) {
 
 QuantizingGrid check_quantizing_grid(const GridSource& source) {
   const ParsedGrid grid = parse_grid(source);
+  if (grid.is_float()) return {codes_of(grid), grid.rounding};
   expect_of(grid.quant_min >= -32768 && grid.quant_min <= 65535, source, "quant_min",
             "between -32768 and 65535", grid.quant_min);
   expect_of(grid.quant_max > grid.quant_min && grid.quant_max <= 65535, source, "quant_max",
@@ -130,6 +172,7 @@ QuantizingGrid check_quantizing_grid(const GridSource& source) {
 
 core::Codes check_learned_grid(const GridSource& source) {
   const ParsedGrid grid = parse_grid(source);
+  if (grid.is_float()) return codes_of(grid);
   expect_of(grid.quant_min >= -32768 && grid.quant_min <= 0, source, "quant_min",
             "between -32768 and 0", grid.quant_min);
   expect_of(grid.quant_max >= 1 && grid.quant_max <= 65535, source, "quant_max",
@@ -141,6 +184,8 @@ core::Codes check_learned_grid(const GridSource& source) {
 
 SolvingGrid check_solving_grid(const GridSource& source) {
   const ParsedGrid grid = parse_grid(source);
+  if (grid.is_float())
+    return {{codes_of(grid), true, grid.scale_rule, grid.power_of_two}, grid.rounding};
   expect_of(grid.quant_min >= -32768 && grid.quant_min <= 0, source, "quant_min",
             "between -32768 and 0", grid.quant_min);
   expect_of(grid.quant_max >= 0 && grid.quant_max <= 65535, source, "quant_max",

@@ -9,22 +9,27 @@
 
 // A grid is one argument of an op, a text:
 //
-//   grid = "[" quant_min "," quant_max "]" { " " word }
+//   grid = ( "[" quant_min "," quant_max "]" | format ) { " " word }
+//   format = a name in core/float_format.h, such as "float8_e4m3"
 //   word = "symmetric" | "affine" | "scale_rule=" ( "grid" | "tvm" ) | "power_of_two"
 //        | "rounding=" ( "half_even" | "half_away" | "floor_half_up" )
 //
-// such as "[-128,127] symmetric" or "[0,255] affine rounding=half_away". Words come in any order,
-// no kind of them twice; those left out are scale_rule=grid and rounding=half_even. Every op takes
-// every word, and reads those that concern it: a quantizer has one text for all ops. Another kind
-// of grid is another word, and no other schema.
+// such as "[-128,127] symmetric" or "[0,255] affine rounding=half_away" or "float8_e4m3". Words
+// come in any order, no kind of them twice; those left out are scale_rule=grid and
+// rounding=half_even. A float format is symmetric, whether its text says so or not, takes no other
+// scale_rule and no other rounding. Every op takes every word, and reads those that concern it: a
+// quantizer has one text for all ops. Another kind of grid is another word, and no other schema.
 namespace torch_ext::bindings {
 
 struct ParsedGrid {
   int64_t quant_min, quant_max;
-  std::optional<bool> symmetric;  // none: neither word
+  core::FloatFormat format = {0, 0, 0, 0};  // bits 0: integers
+  std::optional<bool> symmetric;            // none: neither word
   core::ScaleRule scale_rule = core::ScaleRule::grid;
   bool power_of_two = false;
   core::Rounding rounding = core::Rounding::half_even;
+
+  bool is_float() const { return format.bits != 0; }
 };
 
 // Where a text stands, for errors: the op, the argument, and the index in a list.
@@ -34,10 +39,13 @@ struct GridSource {
   int64_t index = -1;
 };
 
+// The name of a float format.
+const char* name_of(const core::FloatFormat& format);
+
 // Raises unless the text is of this form. The bounds of the integers depend on what they are for:
 ParsedGrid parse_grid(const GridSource& source);
 
-// The integers that data is quantized to, with scales and zero points that are given.
+// What data is quantized to, with scales and zero points that are given.
 struct QuantizingGrid {
   core::Codes codes;
   core::Rounding rounding;

@@ -73,6 +73,7 @@ py::dict observer_info(const std::string& name) {
                        : rule.needs == core::Needs::extrema ? "extrema"
                                                             : "histogram";
     row["max_bits"] = rule.max_bits;
+    row["only_integers"] = rule.only_integers != nullptr;
     py::list options;
     for (const core::Option& option : rule.options) options.append(option_dict(option));
     row["options"] = options;
@@ -81,14 +82,32 @@ py::dict observer_info(const std::string& name) {
   throw py::value_error("unknown observer \"" + name + "\"; known: " + known);
 }
 
-// The scales that a method quantizes with, for these values of its parameter.
+// The float formats by name, each with its bits, its largest value, and the step before that.
+py::dict float_formats() {
+  py::dict formats;
+  for (const core::NamedFormat& entry : core::kFloatFormats) {
+    py::dict row;
+    row["bits"] = entry.format.bits;
+    row["largest"] = entry.format.largest;
+    const int32_t last = core::format_values(entry.format);
+    row["last_step"] =
+        core::format_value(entry.format, last) - core::format_value(entry.format, last - 1);
+    formats[entry.name] = row;
+  }
+  return formats;
+}
+
+// The scales that a method quantizes with, for these values of its parameter, on integers or on the
+// float format of a name.
 std::vector<float> learned_scales(const std::string& name, const std::vector<float>& parameter,
-                                  int32_t quant_min, int32_t quant_max) {
+                                  int32_t quant_min, int32_t quant_max, const std::string& format) {
+  core::Codes codes{quant_min, quant_max};
+  if (const core::NamedFormat* const entry = core::format_named(format))
+    codes.format = entry->format;
   std::vector<float> scales;
   for (const FakeQuantRow& method : fake_quants())
     if (name == method.name && method.scale != nullptr)
-      for (const float value : parameter)
-        scales.push_back(method.scale(value, {quant_min, quant_max}));
+      for (const float value : parameter) scales.push_back(method.scale(value, codes));
   return scales;
 }
 
@@ -128,7 +147,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("observer_info", &observer_info, py::arg("name"));
   m.def("fake_quant_info", &fake_quant_info, py::arg("name"));
   m.def("learned_scales", &learned_scales, py::arg("name"), py::arg("parameter"),
-        py::arg("quant_min"), py::arg("quant_max"));
+        py::arg("quant_min"), py::arg("quant_max"), py::arg("format") = "");
+  m.def("float_formats", &float_formats);
   m.def("state_table", &state_table);
   m.def("default_layout", &default_layout, py::arg("per_channel"));
   m.def("build_info", &build_info);

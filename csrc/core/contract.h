@@ -67,6 +67,8 @@ concept CompositeRule = Rule<R> && requires(const View& view, const Grid& grid,
 template <class R>
 concept AnyRule = ClosedRule<R> || SearchRule<R> || CompositeRule<R>;
 
+// Optional: R::only_integers, a text that tells why the rule takes no float format.
+
 // Optional: what is wrong with options that are each within their own bounds, or with the grid.
 template <class R>
 concept ChecksOptions = requires(const Grid& grid, HistogramLayout layout, const double* options) {

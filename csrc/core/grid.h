@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "core/float_format.h"
 #include "core/host_device.h"
 
 namespace torch_ext::core {
@@ -10,13 +11,26 @@ namespace torch_ext::core {
 // unsigned).
 enum class ScaleRule : int32_t { grid = 0, tvm = 1 };
 
-// The integers that stand for the values of a grid.
+// The integers that stand for the values of a grid; or the float format whose values they are.
 struct Codes {
-  int32_t quant_min;
+  int32_t quant_min;  // of a float format, its ends without their fraction
   int32_t quant_max;
+  FloatFormat format = {0, 0, 0, 0};
 
+  TE_HD bool is_float() const { return format.bits != 0; }
+  // The ends in units of the scale, before the zero point is taken out.
+  TE_HD double lowest() const {
+    return is_float() ? -static_cast<double>(format.largest) : static_cast<double>(quant_min);
+  }
+  TE_HD double highest() const {
+    return is_float() ? static_cast<double>(format.largest) : static_cast<double>(quant_max);
+  }
+  TE_HD bool has_zero_point(int32_t zero_point) const {
+    return is_float() ? zero_point == 0 : quant_min <= zero_point && zero_point <= quant_max;
+  }
   // Bits that hold the grid: 8 for [-128,127], [-127,127] and [0,255].
   TE_HD int bits() const {
+    if (is_float()) return format.bits;
     int bits = 1;
     while ((int64_t{1} << bits) < int64_t{quant_max} - quant_min + 1) ++bits;
     return bits;
@@ -24,7 +38,8 @@ struct Codes {
   TE_HD bool is_unsigned() const { return quant_min >= 0; }
 };
 
-// The grid a tensor is quantized to: its codes, and how a range becomes scale and zero point.
+// The grid a tensor is quantized to: its codes, and how a range becomes scale and zero point. One
+// of a float format is symmetric, with ScaleRule::grid.
 struct Grid : Codes {
   bool symmetric;
   ScaleRule scale_rule;

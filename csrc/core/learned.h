@@ -22,7 +22,8 @@ struct Terms {
 };
 
 // n * scale - x, exact where n is x / scale rounded to an integer of at most 17 bits: the
-// difference is a multiple of the last bit of x or of scale, and at most about half of scale.
+// difference is a multiple of the last bit of x or of scale, and at most about half of scale. So it
+// is for numbers of a float format, where the step between them takes the place of 1.
 TE_HD float rounding_error(float n, float scale, float x) {
 #if defined(__FMA__) || defined(__CUDA_ARCH__)
   return __builtin_fmaf(n, scale, -x);
@@ -43,7 +44,7 @@ concept LearnedFakeQuant = requires(float parameter, int32_t n, double x) {
   { F::effective(parameter) } -> std::same_as<float>;
   { F::sign(parameter) } -> std::same_as<double>;
   { F::unit(parameter) } -> std::same_as<double>;
-  { F::gradient_scale(x, n) } -> std::same_as<double>;
+  { F::gradient_scale(x, x) } -> std::same_as<double>;
   { F::template unit_grid<float>(parameter, n, Codes{}) } -> std::same_as<UnitGrid<float>>;
   // x, its upstream gradient, the grid, the effective parameter.
   {

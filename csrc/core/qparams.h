@@ -39,9 +39,7 @@ TE_HD bool is_dead(const Range& range, const Grid& grid) {
   return range.lo == 0 && range.hi == 0;
 }
 
-TE_HD double grid_width(const Grid& grid) {
-  return static_cast<double>(grid.quant_max) - static_cast<double>(grid.quant_min);
-}
+TE_HD double grid_width(const Grid& grid) { return grid.highest() - grid.lowest(); }
 
 TE_HD double symmetric_scale(const Range& range, const Grid& grid) {
   const double bound = symmetric_bound(range, grid);
@@ -64,8 +62,8 @@ TE_HD double next_power_of_two(double value) {
 // The largest float32 scale with which every code of the grid dequantizes to a finite float32,
 // given the zero point.
 TE_HD float largest_scale(const Grid& grid, int32_t zero_point) {
-  const double below = static_cast<double>(zero_point) - grid.quant_min;
-  const double above = static_cast<double>(grid.quant_max) - zero_point;
+  const double below = static_cast<double>(zero_point) - grid.lowest();
+  const double above = grid.highest() - static_cast<double>(zero_point);
   const double steps = below > above ? below : above;
   const float scale = static_cast<float>(kRoundsToInfinity / steps);
   uint32_t bits = __builtin_bit_cast(uint32_t, scale);

@@ -30,20 +30,23 @@ struct Group {
   }
 };
 
-// Fake-quantizes element i of a group; sets its bit if the gradient passes. kDefault: with the
-// default rounding and mask as compile-time constants.
+// Fake-quantizes element i of a group; sets its bit if the gradient passes. kDefault: on integers,
+// with the default rounding and mask, as compile-time constants.
 template <class T, bool kDefault>
 TE_GPU T map_element(const core::FakeQuantJob& job, T element,
                      core::UnitGrid<core::compute_t<T>> grid, int i, uint32_t& bits) {
   using fake_quant::FakeQuant;
-  if (kDefault) grid.rounding = core::Rounding::half_even;
+  if (kDefault) {
+    grid.rounding = core::Rounding::half_even;
+    grid.step.lift = 0;
+  }
   const core::Mask mask = kDefault ? core::Mask::rounded : job.mask_kind;
   const core::compute_t<T> x = core::widen(element);
   if (job.mask != nullptr && FakeQuant::passes(x, grid, mask)) bits |= 1u << i;
   return core::narrow<T>(FakeQuant::forward(x, grid));
 }
 inline bool is_default(const core::FakeQuantJob& job) {
-  return job.rounding == core::Rounding::half_even &&
+  return !job.codes.is_float() && job.rounding == core::Rounding::half_even &&
          (job.mask == nullptr || job.mask_kind == core::Mask::rounded);
 }
 

@@ -128,8 +128,11 @@ void fake_quant_forward(core::DType dtype, const FakeQuantJob& job, Stream strea
   const int64_t numel = job.layout.numel();
   with_type(dtype, [&]<class T>() {
     LearnedFakeQuants::for_each_on_host([&]<class F>(int32_t index) {
-      if (index == job.learned)
+      if (index != job.learned) return;
+      if (is_default(job))
         launch_over(F::name, Forward<T, true, F>{job, aligned}, numel, stream);
+      else
+        launch_over(F::name, Forward<T, false, F>{job, aligned}, numel, stream);
     });
     if (job.learned >= 0) return;
     if (is_default(job))

@@ -11,6 +11,7 @@ namespace torch_ext::fake_quant {
 //   d out / d x = 1 inside, 0 outside
 //   d out / d s = round(v) - v inside, quant_min - z below, quant_max - z above
 //   d out / d z = 0 inside, -s outside            (LSQ+, Bhalgat et al. 2020, whose beta is -z s)
+// On a float format round(v) is its nearest number, z is 0, and quant_max its largest one.
 struct Lsq {
   static constexpr const char* name = "lsq";
   static constexpr const char* parameter = "scale";
@@ -40,7 +41,9 @@ struct Lsq {
     const T quant_min = grid.lo + grid.zero_point, quant_max = grid.hi + grid.zero_point;
     const bool below = code <= quant_min, above = code >= quant_max;
     const bool inside = (code > quant_min) & (code < quant_max);
-    const T rounding = core::rounding_error(core::round_half_even(v), grid.scale, x);
+    const T nearest =
+        grid.step.lift != 0 ? core::round_to_float(v, grid.step) : core::round_half_even(v);
+    const T rounding = core::rounding_error(nearest, grid.scale, x);
     const T end = below ? grid.lo : above ? grid.hi : T{};
     const double step = inside ? static_cast<double>(rounding)
                                : static_cast<double>(end) * static_cast<double>(grid.scale);
@@ -49,8 +52,8 @@ struct Lsq {
   }
 
   // 1 / sqrt(N quant_max), for N elements per scale (section 2.2 of the paper).
-  TE_HD static double gradient_scale(double elements, int32_t quant_max) {
-    return 1.0 / __builtin_sqrt(elements * static_cast<double>(quant_max));
+  TE_HD static double gradient_scale(double elements, double quant_max) {
+    return 1.0 / __builtin_sqrt(elements * quant_max);
   }
 };
 static_assert(core::LearnedFakeQuant<Lsq>);

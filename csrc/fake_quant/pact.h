@@ -44,7 +44,7 @@ struct Pact {
     return {inside ? grad : T{}, above ? wide : below ? low : 0.0, 0.0};
   }
 
-  TE_HD static double gradient_scale(double, int32_t) { return 1; }
+  TE_HD static double gradient_scale(double, double) { return 1; }
 };
 static_assert(core::LearnedFakeQuant<Pact>);
 

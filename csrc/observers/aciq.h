@@ -11,6 +11,7 @@ struct Aciq : core::NoOptions {
   static constexpr const char* name = "aciq";
   static constexpr core::Needs needs = core::Needs::moments;
   static constexpr int max_bits = 8;
+  static constexpr const char* only_integers = "its constants are those of equal levels";
 
   // Minimisers a of the paper's expected squared errors, in units of sigma and of mean |x - mu|,
   // for 2..9 bits: Gauss (a^2+1)(1-erf(a/sqrt 2)) + a^2/(3*4^bits) - sqrt(2/pi) a exp(-a^2/2),

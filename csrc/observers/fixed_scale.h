@@ -30,7 +30,7 @@ struct FixedScale {
   TE_HD static core::Range solve(const core::View&, const core::Grid& grid, const double* options) {
     const core::QParams q = qparams(grid, options);
     const double scale = static_cast<double>(q.scale);
-    return {scale * (grid.quant_min - q.zero_point), scale * (grid.quant_max - q.zero_point)};
+    return {scale * (grid.lowest() - q.zero_point), scale * (grid.highest() - q.zero_point)};
   }
 };
 static_assert(core::ClosedRule<FixedScale> && core::GivesQParams<FixedScale>);

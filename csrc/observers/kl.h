@@ -16,6 +16,7 @@ struct Kl {
   static constexpr const char* name = "kl";
   static constexpr core::Needs needs = core::Needs::counts;
   static constexpr int max_bits = 8;
+  static constexpr const char* only_integers = "it shares the values out among equal levels";
   // Without tvm and onnxruntime: those search a signed histogram, which only the op kl_threshold
   // takes.
   static constexpr const char* variants[] = {"log_linear", "slides", "modelopt", "ncnn", "horizon"};

@@ -5,7 +5,8 @@
 namespace torch_ext::observers {
 
 // The scale 2 mean|x| / sqrt(quant_max) that learned step size starts from (Esser et al. 2020,
-// arXiv 1902.08153, section 2.1). With many bits the range is wider than the data.
+// arXiv 1902.08153, section 2.1); quant_max is the largest number of a float format. With many bits
+// the range is wider than the data.
 struct MeanAbs : core::NoOptions {
   static constexpr const char* name = "mean_abs";
   static constexpr core::Needs needs = core::Needs::moments;
@@ -16,9 +17,9 @@ struct MeanAbs : core::NoOptions {
   TE_HD static core::Range solve(const core::View& view, const core::Grid& grid, const double*) {
     const double sum = core::magnitude_sum(view, core::kNegative, 0, view.bins) +
                        core::magnitude_sum(view, core::kPositive, 0, view.bins);
-    const double levels = grid.quant_max > 0 ? grid.quant_max : -grid.quant_min;
+    const double levels = grid.highest() > 0 ? grid.highest() : -grid.lowest();
     const double scale = 2 * (sum / static_cast<double>(view.finite)) / __builtin_sqrt(levels);
-    const double width = scale * static_cast<double>(grid.quant_max - grid.quant_min);
+    const double width = scale * (grid.highest() - grid.lowest());
     if (grid.symmetric && grid.is_unsigned()) return {0, view.max > 0 ? bounded(width) : 0};
     if (grid.symmetric || !view.one_sided()) return {-bounded(width / 2), bounded(width / 2)};
     return view.min >= 0 ? core::Range{0, bounded(width)} : core::Range{-bounded(width), 0};

@@ -7,7 +7,8 @@
 
 namespace torch_ext::observers {
 
-// The best, by squared error on the actual grid, of four percentiles, kl and min_max.
+// The best, by squared error on the actual grid, of four percentiles, kl and min_max; on a float
+// format, for which kl is not defined, without kl.
 struct Mix : core::NoOptions {
   static constexpr const char* name = "mix";
   static constexpr core::Needs needs = core::Needs::moments;
@@ -21,8 +22,10 @@ struct Mix : core::NoOptions {
     core::Range range[kCandidates];
     for (int i = 0; i < 4; ++i) range[i] = Percentile::solve(view, grid, &percentiles[i]);
     constexpr double log_linear = 0;
-    range[4] = core::range_of_threshold(view, thresholds.template threshold<Kl>(&log_linear));
     range[5] = {view.min, view.max};
+    range[4] = grid.is_float()
+                   ? range[5]
+                   : core::range_of_threshold(view, thresholds.template threshold<Kl>(&log_linear));
     double error[kCandidates], least = __builtin_inf();
     for (int i = 0; i < kCandidates; ++i) {
       error[i] = Mse::relative_error(view, grid, range[i]);

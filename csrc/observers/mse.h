@@ -17,13 +17,28 @@ struct Mse : core::NoOptions {
   // 2^-46 of itself (octave_error() subtracts nothing that is larger than a few times its result).
   static constexpr double kSure = 1 + 0x1p-30;
 
-  // One sign's values on the levels 0, scale, 2 scale, .. levels * scale.
-  template <int kLanes>
+  // The levels of one sign, in units of the scale: level 0 is 0. `middle` is between a level and
+  // the next one.
+  struct Integers {
+    TE_HD explicit Integers(const core::Codes&) {}
+    TE_HD double value(int32_t level) const { return level; }
+    TE_HD double middle(int32_t level) const { return level + 0.5; }
+  };
+  struct Floats {
+    core::FloatFormat format;
+    TE_HD explicit Floats(const core::Codes& codes) : format(codes.format) {}
+    TE_HD double value(int32_t level) const { return core::format_value(format, level); }
+    TE_HD double middle(int32_t level) const { return (value(level) + value(level + 1)) / 2; }
+  };
+
+  // One sign's values on the levels 0, 1, .. levels.
+  template <int kLanes, class Levels>
   struct Side {
     const core::View& view;
     core::Sign sign;
     int32_t levels;
     double scale;
+    Levels level;
 
     // So many levels are faster one by one.
     static constexpr int32_t kFew = kLanes == 1 ? 1 : 3;
@@ -35,15 +50,16 @@ struct Mse : core::NoOptions {
       int64_t begin = 0;
     };
 
-    TE_HD int64_t end_of(int32_t level) const { return view.position((level + 0.5) * scale); }
+    TE_HD int64_t end_of(int32_t i) const { return view.position(level.middle(i) * scale); }
+    TE_HD double value_of(int32_t i) const { return level.value(i) * scale; }
     // Squared error of the values on the last level, and beyond it.
     TE_HD double clipped() const {
       const int64_t begin = levels == 0 ? 0 : end_of(levels - 1);
-      return core::squared_error(view, sign, begin, view.bins, levels * scale);
+      return core::squared_error(view, sign, begin, view.bins, value_of(levels));
     }
     // Squared error of the values beyond the last level.
     TE_HD double beyond() const {
-      const double last = levels * scale;
+      const double last = value_of(levels);
       return core::squared_error(view, sign, view.position(last), view.bins, last);
     }
     // Adds up to kLanes levels from `first` on, without the last.
@@ -51,9 +67,9 @@ struct Mse : core::NoOptions {
       const int32_t count = levels - first < kLanes ? levels - first : kLanes;
       if (count <= 0 || sum.begin >= view.bins) return;
       if (count > kFew && !view.is_wide()) return add_lanes(first, count, sum);
-      for (int32_t level = first; level < first + count; ++level) {
-        const int64_t end = end_of(level);
-        sum.error += core::squared_error(view, sign, sum.begin, end, level * scale);
+      for (int32_t i = first; i < first + count; ++i) {
+        const int64_t end = end_of(i);
+        sum.error += core::squared_error(view, sign, sum.begin, end, value_of(i));
         sum.begin = end;
       }
     }
@@ -77,14 +93,14 @@ struct Mse : core::NoOptions {
       for (int i = 0; i < kLanes; ++i) {
         const int32_t exponent = view.bottom - core::kBias - m + static_cast<int32_t>(edge[i] >> m);
         const double far = core::exp2_of(m + 2);
-        const double v = (first + i) * scale * core::exp2_of(-exponent);
+        const double v = value_of(first + i) * core::exp2_of(-exponent);
         const core::Prefix sums = {below[i + 1] - below[i], s1[i + 1] - s1[i], s2[i + 1] - s2[i]};
         error[i] =
             core::near_octave_error(sums, v < far ? v : far, m) * core::exp2_of(2 * exponent);
       }
       for (int i = 0; i < count; ++i) {
         if (edge[i] >> m != edge[i + 1] >> m)
-          error[i] = core::squared_error(view, sign, edge[i], edge[i + 1], (first + i) * scale);
+          error[i] = core::squared_error(view, sign, edge[i], edge[i + 1], value_of(first + i));
         sum.error += error[i];
       }
       sum.begin = edge[count];
@@ -92,16 +108,19 @@ struct Mse : core::NoOptions {
   };
 
   // The values of both signs on the levels of a range's qparams.
-  template <int kLanes>
+  template <int kLanes, class Levels>
   struct Sides {
-    Side<kLanes> side[2];
+    using Own = Side<kLanes, Levels>;
+    Own side[2];
     double clipped[2];
 
     TE_HD Sides(const core::View& view, const core::Grid& grid, const core::Range& range)
         : Sides(view, grid, core::qparams(range, grid)) {}
     TE_HD Sides(const core::View& view, const core::Grid& grid, const core::QParams& q)
-        : side{{view, core::kNegative, q.zero_point - grid.quant_min, double{q.scale}},
-               {view, core::kPositive, grid.quant_max - q.zero_point, double{q.scale}}},
+        : side{{view, core::kNegative, levels_of(grid, q.zero_point - grid.quant_min),
+                double{q.scale}, Levels(grid)},
+               {view, core::kPositive, levels_of(grid, grid.quant_max - q.zero_point),
+                double{q.scale}, Levels(grid)}},
           clipped{side[0].clipped(), side[1].clipped()} {}
 
     TE_HD double cut() const { return clipped[0] + clipped[1]; }
@@ -109,7 +128,7 @@ struct Mse : core::NoOptions {
     // The squared error; may be infinite where it is more than `limit`.
     TE_HD double error(double limit) const {
       if (cut() > limit) return __builtin_inf();
-      typename Side<kLanes>::Sum sum[2];
+      typename Own::Sum sum[2];
       const int32_t most = side[0].levels > side[1].levels ? side[0].levels : side[1].levels;
       for (int32_t first = 0; first < most; first += kLanes) {
         for (int s = 0; s < 2; ++s) side[s].add_levels(first, sum[s]);
@@ -119,12 +138,20 @@ struct Mse : core::NoOptions {
     }
   };
 
+  // How many levels follow 0: `integers` of them, or those of the float format.
+  TE_HD static int32_t levels_of(const core::Grid& grid, int32_t integers) {
+    return grid.is_float() ? core::format_values(grid.format) : integers;
+  }
+
   // Squared error of quantizing with the qparams of a range, divided by the sum of squares of the
   // values.
   TE_HD static double relative_error(const core::View& view, const core::Grid& grid,
                                      const core::Range& range) {
     if (!(view.squares > 0)) return 0;
-    return Sides<1>(view, grid, range).error(__builtin_inf()) / view.squares;
+    const double error = grid.is_float()
+                             ? Sides<1, Floats>(view, grid, range).error(__builtin_inf())
+                             : Sides<1, Integers>(view, grid, range).error(__builtin_inf());
+    return error / view.squares;
   }
 
   struct Search {
@@ -153,6 +180,16 @@ struct Mse : core::NoOptions {
   template <int kLanes>
   TE_HD static void objectives(const Search& search, int64_t begin, int64_t end, double bound,
                                double* out) {
+    if (search.grid.is_float())
+      objectives_on<kLanes, Floats>(search, begin, end, bound, out);
+    else
+      objectives_on<kLanes, Integers>(search, begin, end, bound, out);
+  }
+
+ private:
+  template <int kLanes, class Levels>
+  TE_HD static void objectives_on(const Search& search, int64_t begin, int64_t end, double bound,
+                                  double* out) {
     const core::View& view = search.view;
     const double limit = bound * view.squares * kSure;
     for (int64_t i = end - 1; i >= begin; --i) {
@@ -161,7 +198,7 @@ struct Mse : core::NoOptions {
         continue;
       }
       const core::Range range = core::range_of_threshold(view, threshold(search, i));
-      const Sides<kLanes> sides(view, search.grid, range);
+      const Sides<kLanes, Levels> sides(view, search.grid, range);
       out[i] = sides.error(limit) / view.squares;
       // With a smaller threshold at least as much is beyond the ends of a symmetric grid.
       if (!search.grid.symmetric || !(sides.cut() > limit) || !(sides.beyond() > limit)) continue;

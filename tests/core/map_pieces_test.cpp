@@ -36,8 +36,7 @@ TYPED_TEST(MapPieces, PiecesAndUnalignedDataGiveTheSame) {
                          layout,
                          q.scale.data(),
                          q.zero_point.data(),
-                         -128,
-                         127,
+                         {-128, 127},
                          Rounding::half_even,
                          Mask::rounded,
                          kFakeQuant,
@@ -82,8 +81,7 @@ TYPED_TEST(MapPieces, LargeOutputsEqualTheFormula) {
                                           {1, 1, n},
                                           &scale,
                                           &zero_point,
-                                          -128,
-                                          127,
+                                          {-128, 127},
                                           Rounding::half_even,
                                           Mask::rounded});
       int64_t wrong = 0, wrong_bits = 0;

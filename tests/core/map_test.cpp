@@ -50,9 +50,9 @@ TYPED_TEST(MapTyped, EveryInstructionSetEqualsTheReferenceForEveryLayout) {
               std::to_string(layout.channels) + "," + std::to_string(layout.inner) + "]";
           const int64_t n = layout.numel();
           Output<T> y(n), unmasked(n);
-          MapTask task{
-              x.data(), y.out.data(), y.mask.data(), layout, q.scale.data(), q.zero_point.data(),
-              -128,     127,          rounding,      mask,   kFakeQuant,     false};
+          MapTask task{x.data(),       y.out.data(),        y.mask.data(), layout,
+                       q.scale.data(), q.zero_point.data(), {-128, 127},   rounding,
+                       mask,           kFakeQuant,          false};
           (*set)->map.forward[dtype](task, 0, n);
           expect_reference(x, y, layout, q, rounding, mask, where);
           if (testing::Test::HasFatalFailure()) return;
@@ -81,9 +81,15 @@ TYPED_TEST(MapTyped, ResultsDoNotDependOnTheNumberOfThreads) {
     for (const int64_t count : {1, 2, 3, 7}) {
       cpu::test_threads() = count;
       Output<T> y(n), dx(n);
-      cpu::fake_quant_forward(kDType<T>,
-                              {x.data(), y.out.data(), y.mask.data(), layout, q.scale.data(),
-                               q.zero_point.data(), -128, 127, Rounding::half_even, Mask::rounded});
+      cpu::fake_quant_forward(kDType<T>, {x.data(),
+                                          y.out.data(),
+                                          y.mask.data(),
+                                          layout,
+                                          q.scale.data(),
+                                          q.zero_point.data(),
+                                          {-128, 127},
+                                          Rounding::half_even,
+                                          Mask::rounded});
       cpu::fake_quant_backward(kDType<T>, x.data(), y.mask.data(), dx.out.data(), n);
       if (count == 1) {
         single = y;
@@ -132,8 +138,15 @@ TYPED_TEST(MapTyped, NothingIsTouchedWhereThereAreNoElements) {
   Output<T> y(0);
   const std::vector<T> x(1);
   for (const ChannelLayout& layout : {ChannelLayout{0, 3, 4}, {2, 0, 4}, {2, 3, 0}})
-    cpu::fake_quant_forward(kDType<T>, {x.data(), y.out.data(), y.mask.data(), layout, nullptr,
-                                        nullptr, -128, 127, Rounding::half_even, Mask::rounded});
+    cpu::fake_quant_forward(kDType<T>, {x.data(),
+                                        y.out.data(),
+                                        y.mask.data(),
+                                        layout,
+                                        nullptr,
+                                        nullptr,
+                                        {-128, 127},
+                                        Rounding::half_even,
+                                        Mask::rounded});
   cpu::fake_quant_backward(kDType<T>, x.data(), y.mask.data(), y.out.data(), 0);
   EXPECT_TRUE(y.guards_hold(0));
 }
@@ -147,8 +160,15 @@ TYPED_TEST(MapTyped, AnInvalidScaleGivesNanInItsChannelOnly) {
     const int64_t n = layout.numel();
     const std::vector<T> x(n);
     Output<T> y(n);
-    cpu::fake_quant_forward(kDType<T>, {x.data(), y.out.data(), y.mask.data(), layout, scale,
-                                        zero_point, -128, 127, Rounding::half_even, Mask::rounded});
+    cpu::fake_quant_forward(kDType<T>, {x.data(),
+                                        y.out.data(),
+                                        y.mask.data(),
+                                        layout,
+                                        scale,
+                                        zero_point,
+                                        {-128, 127},
+                                        Rounding::half_even,
+                                        Mask::rounded});
     for (int64_t i = 0; i < n; ++i) {
       ASSERT_EQ(std::isnan(value_of(y.out[i])), i / inner % 5 != 0) << i;
       ASSERT_EQ(bit(y.mask, i), i / inner % 5 == 0) << i;
@@ -167,8 +187,7 @@ std::vector<uint8_t> mask_of(const T (&x)[n], Mask kind) {
                                       {1, 1, n},
                                       &scale,
                                       &zero_point,
-                                      -128,
-                                      127,
+                                      {-128, 127},
                                       Rounding::half_even,
                                       kind});
   return {y.mask.begin(), y.mask.begin() + (n + 7) / 8};
@@ -210,8 +229,7 @@ void exhaust(plain::Format format) {
                              {1, 1, 1 << 16},
                              &p.scale,
                              &p.zero_point,
-                             p.quant_min,
-                             p.quant_max,
+                             {p.quant_min, p.quant_max},
                              rounding,
                              mask,
                              kFakeQuant,
@@ -248,9 +266,17 @@ TEST(Map, HostileFloatsEqualTheReferenceOnEveryInstructionSet) {
       for (const Mask mask : kMasks)
         for (auto set = cpu::runnable_kernels(); *set != nullptr; ++set) {
           Output<float> y(n);
-          const MapTask task{x.data(), y.out.data(),  y.mask.data(), {1, 1, n},
-                             &p.scale, &p.zero_point, p.quant_min,   p.quant_max,
-                             rounding, mask,          kFakeQuant,    false};
+          const MapTask task{x.data(),
+                             y.out.data(),
+                             y.mask.data(),
+                             {1, 1, n},
+                             &p.scale,
+                             &p.zero_point,
+                             {p.quant_min, p.quant_max},
+                             rounding,
+                             mask,
+                             kFakeQuant,
+                             false};
           (*set)->map.forward[0](task, 0, n);
           for (int64_t i = 0; i < n; ++i) {
             const plain::Mapped want = plain::fake_quant(x[i], p, rounding, mask);

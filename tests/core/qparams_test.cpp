@@ -15,10 +15,10 @@ constexpr float kMax = std::numeric_limits<float>::max();
 constexpr float kLeast = 0x1p-126f;
 
 Grid symmetric(int quant_min, int quant_max) {
-  return {quant_min, quant_max, true, ScaleRule::grid, false};
+  return {{quant_min, quant_max}, true, ScaleRule::grid, false};
 }
 Grid affine(int quant_min, int quant_max) {
-  return {quant_min, quant_max, false, ScaleRule::grid, false};
+  return {{quant_min, quant_max}, false, ScaleRule::grid, false};
 }
 Grid power_of_two(Grid grid) {
   grid.power_of_two = true;

@@ -121,12 +121,12 @@ TEST(ClipStd, IsMeanAndDeviationsWithinTheData) {
 
 TEST(MeanAbs, IsTheRangeOfLearnedStepSizesFirstScale) {
   using M = observers::MeanAbs;
-  constexpr Grid kInt3{-4, 4, true, core::ScaleRule::grid, false};
+  constexpr Grid kInt3{{-4, 4}, true, core::ScaleRule::grid, false};
   expect_exact<M>({-1, 2, 3, 0, -4}, kInt3, -8, 8);  // scale 2 * 2 / sqrt(4), width 8
-  constexpr Grid kFour{0, 4, true, core::ScaleRule::grid, false};
+  constexpr Grid kFour{{0, 4}, true, core::ScaleRule::grid, false};
   expect_exact<M>({-1, 2, 3, 0, -4}, kFour, 0, 8);
   expect_exact<M>({-1, -3}, kFour, 0, 0);
-  constexpr Grid kFourAffine{0, 4, false, core::ScaleRule::grid, false};
+  constexpr Grid kFourAffine{{0, 4}, false, core::ScaleRule::grid, false};
   expect_exact<M>({1, 3}, kFourAffine, 0, 8);
   expect_exact<M>({-1, -3}, kFourAffine, -8, 0);
   expect_exact<M>({-1, 3}, kFourAffine, -4, 4);
@@ -142,7 +142,7 @@ TEST(Mse, BalancesClippingAndRounding) {
 // Levels 0, T/3, 2T/3, T. T = 3 leaves only the error 1 of the value 4; the next candidate, 3 +
 // 1/64, costs 1400 / 64^2 / 9 = 0.038 to gain 0.031.
 TEST(Mse, HitsLevelsExactly) {
-  const Grid levels{0, 3, true, ScaleRule::grid, false};
+  const Grid levels{{0, 3}, true, ScaleRule::grid, false};
   expect_exact<observers::Mse>(repeated({{1, 100}, {2, 100}, {3, 100}, {4, 1}}), levels, 1, 3);
 }
 

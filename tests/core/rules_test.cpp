@@ -43,8 +43,8 @@ template <class R>
 std::vector<Grid> grids() {
   std::vector<Grid> all(std::begin(kGrids), std::end(kGrids));
   if (R::max_bits >= 16) {
-    all.push_back({-32768, 32767, true, ScaleRule::grid, false});
-    all.push_back({0, 65535, false, ScaleRule::grid, false});
+    all.push_back({{-32768, 32767}, true, ScaleRule::grid, false});
+    all.push_back({{0, 65535}, false, ScaleRule::grid, false});
   }
   return all;
 }

@@ -5,6 +5,7 @@
 
 #include "core/grid.h"
 #include "core/qparams.h"
+#include "float_format_plain.h"
 #include "view_plain.h"
 
 // The searches by their definitions, in long double over atoms: every candidate, every value.
@@ -35,12 +36,22 @@ inline std::vector<Real> candidates(const Atoms& atoms, int octaves) {
 
 inline Real clamp(Real x, Real lo, Real hi) { return x < lo ? lo : x > hi ? hi : x; }
 
+inline const float_plain::Format& format_of(const Grid& grid) {
+  int i = 0;
+  while (!(torch_ext::core::kFloatFormats[i].format == grid.format)) ++i;
+  return float_plain::kFormats[i];
+}
+
 // Squared error of quantizing the atoms with the qparams of a range, over the sum of squares.
 inline Real squared_error(const Atoms& atoms, const Grid& grid, Real lo, Real hi) {
   const auto q = torch_ext::core::qparams({static_cast<double>(lo), static_cast<double>(hi)}, grid);
   const Real energy = atoms.sum([](Real x) { return x * x; });
   if (energy == 0) return 0;
   const Real error = atoms.sum([&](Real x) {
+    if (grid.is_float()) {
+      const Real off = x - float_plain::nearest(format_of(grid), x / q.scale) * q.scale;
+      return off * off;
+    }
     const Real level = clamp(std::rint(x / q.scale) + q.zero_point, grid.quant_min, grid.quant_max);
     const Real off = x - (level - q.zero_point) * q.scale;
     return off * off;

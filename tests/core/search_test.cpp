@@ -1,6 +1,7 @@
 #include <gtest/gtest.h>
 
 #include <functional>
+#include <span>
 
 #include "search_plain.h"
 #include "solving.h"
@@ -47,16 +48,15 @@ testing::AssertionResult is_least(Real have, const std::vector<Real>& t,
   return testing::AssertionFailure() << have << " is no candidate that ties";
 }
 
-// Random statistics: kinds of data, sizes, layouts and grids.
-template <class R>
-void expect_least(int trials, uint64_t seed, int64_t max_values, const Objective& plain) {
+// Random statistics: kinds of data, sizes and layouts; and the grids of `draw`.
+template <class R, class Draw>
+void expect_least(int trials, uint64_t seed, int64_t max_values, const Objective& plain,
+                  const Draw& draw) {
   Random random(seed);
   int without = 0;
   for (int trial = 0; trial < trials; ++trial) {
     const Kind kind = kSearchable[trial % std::size(kSearchable)];
-    // Of the costly 8-bit grids one in three.
-    const Grid grid = trial % 3 == 0 ? pick(kGrids, random)
-                                     : pick({kInt4, kInt2, kTernary, kUint4, kUint4Affine}, random);
+    const Grid grid = draw(trial, random);
     const int64_t n = pick({int64_t{3}, int64_t{40}, int64_t{700}, max_values}, random);
     const HistogramLayout layout = pick(kLayouts, random);
     SCOPED_TRACE("trial " + std::to_string(trial) + ", kind " +
@@ -83,23 +83,35 @@ void expect_least(int trials, uint64_t seed, int64_t max_values, const Objective
   EXPECT_LT(without, trials / 3);  // most had something to search
 }
 
+// Of the costly 8-bit grids one in three.
+Grid some_integers(int trial, Random& random) {
+  return trial % 3 == 0 ? pick(kGrids, random)
+                        : pick({kInt4, kInt2, kTernary, kUint4, kUint4Affine}, random);
+}
+
 TEST(SearchKl, ChoosesTheLeastOfAllCandidates) {
-  expect_least<observers::Kl>(240, 51, 20000, search_plain::kl);
+  expect_least<observers::Kl>(240, 51, 20000, search_plain::kl, some_integers);
 }
 
 TEST(SearchMse, ChoosesTheLeastOfAllCandidates) {
-  expect_least<observers::Mse>(240, 52, 4000, search_plain::mse);
+  expect_least<observers::Mse>(240, 52, 4000, search_plain::mse, some_integers);
+}
+
+TEST(SearchMse, ChoosesTheLeastOfAllCandidatesOnFloats) {
+  expect_least<observers::Mse>(90, 57, 1000, search_plain::mse,
+                               [](int, Random& random) { return pick(kFloatGrids, random); });
 }
 
 // Objectives have the same bits, which CPU and CUDA need to agree too.
 template <class R>
-void expect_same_everywhere(uint64_t seed, const std::vector<double>& options) {
+void expect_same_everywhere(uint64_t seed, const std::vector<double>& options,
+                            std::span<const Grid> grids = kGrids) {
   Random random(seed);
   for (int trial = 0; trial < 30; ++trial) {
     const Kind kind = kSearchable[trial % std::size(kSearchable)];
     const HistogramLayout layout = trial % 2 == 0 ? core::kPerTensor : core::kPerChannel;
     const Built built(sample(kind, between(2, 9000, random), random), layout, R::needs);
-    const Grid grid = pick(kGrids, random);
+    const Grid grid = grids[random() % grids.size()];
     const Searched first = search<R>(cpu::base::table.solve, built.view, grid, options);
     for (const cpu::Kernels* const* set = cpu::runnable_kernels(); *set != nullptr; ++set) {
       const Searched other = search<R>((*set)->solve, built.view, grid, options);
@@ -116,19 +128,20 @@ TEST(SearchKl, IsTheSameWithEveryInstructionSet) {
 
 TEST(SearchMse, IsTheSameWithEveryInstructionSet) {
   expect_same_everywhere<observers::Mse>(54, {});
+  expect_same_everywhere<observers::Mse>(58, {}, kFloatGrids);
 }
 
 // Candidates that are given up could not have won: the others have their own objective, and the
 // threshold is the same.
-template <class R>
-void expect_only_losers_given_up(uint64_t seed) {
+template <class R, class Draw>
+void expect_only_losers_given_up(uint64_t seed, const Draw& draw) {
   constexpr double kInfinity = std::numeric_limits<double>::infinity();
   Random random(seed);
   int64_t given_up = 0;
   for (int trial = 0; trial < 300; ++trial) {
     const Kind kind = kSearchable[trial % std::size(kSearchable)];
     const HistogramLayout layout = pick(kLayouts, random);
-    const Grid grid = trial % 4 == 0 ? pick({kInt2, kTernary}, random) : pick(kGrids, random);
+    const Grid grid = draw(trial, random);
     // 9000 values and more are one wide view in six.
     const int64_t copies = trial % 6 == 0 ? int64_t{1} << 27 : 1;
     const Built built(sample(kind, between(2, 9000, random), random), layout, R::needs, copies);
@@ -150,8 +163,16 @@ void expect_only_losers_given_up(uint64_t seed) {
   EXPECT_GT(given_up, 10000);
 }
 
-TEST(SearchKl, GivesUpOnlyLosers) { expect_only_losers_given_up<observers::Kl>(58); }
-TEST(SearchMse, GivesUpOnlyLosers) { expect_only_losers_given_up<observers::Mse>(59); }
+Grid mostly_wide(int trial, Random& random) {
+  return trial % 4 == 0 ? pick({kInt2, kTernary}, random) : pick(kGrids, random);
+}
+
+TEST(SearchKl, GivesUpOnlyLosers) { expect_only_losers_given_up<observers::Kl>(58, mostly_wide); }
+TEST(SearchMse, GivesUpOnlyLosers) { expect_only_losers_given_up<observers::Mse>(59, mostly_wide); }
+TEST(SearchMse, GivesUpOnlyLosersOnFloats) {
+  expect_only_losers_given_up<observers::Mse>(
+      61, [](int, Random& random) { return pick(kFloatGrids, random); });
+}
 
 // With one channel the threads share its candidates; with many each channel is solved by one
 // thread.

@@ -23,18 +23,27 @@ using torch_ext::core::Grid;
 using torch_ext::core::HistogramLayout;
 using torch_ext::core::ScaleRule;
 
-constexpr Grid kInt8{-128, 127, true, ScaleRule::grid, false};
-constexpr Grid kInt8Narrow{-127, 127, true, ScaleRule::grid, false};
-constexpr Grid kInt4{-8, 7, true, ScaleRule::grid, false};
-constexpr Grid kInt2{-2, 1, true, ScaleRule::grid, false};
-constexpr Grid kTernary{-1, 1, true, ScaleRule::grid, false};
-constexpr Grid kUint8{0, 255, true, ScaleRule::grid, false};
-constexpr Grid kUint4{0, 15, true, ScaleRule::grid, false};
-constexpr Grid kInt8Affine{-128, 127, false, ScaleRule::grid, false};
-constexpr Grid kUint8Affine{0, 255, false, ScaleRule::grid, false};
-constexpr Grid kUint4Affine{0, 15, false, ScaleRule::grid, false};
-constexpr Grid kInt8PowerOfTwo{-128, 127, true, ScaleRule::grid, true};
-constexpr Grid kInt8Tvm{-128, 127, true, ScaleRule::tvm, false};
+constexpr Grid kInt8{{-128, 127}, true, ScaleRule::grid, false};
+constexpr Grid kInt8Narrow{{-127, 127}, true, ScaleRule::grid, false};
+constexpr Grid kInt4{{-8, 7}, true, ScaleRule::grid, false};
+constexpr Grid kInt2{{-2, 1}, true, ScaleRule::grid, false};
+constexpr Grid kTernary{{-1, 1}, true, ScaleRule::grid, false};
+constexpr Grid kUint8{{0, 255}, true, ScaleRule::grid, false};
+constexpr Grid kUint4{{0, 15}, true, ScaleRule::grid, false};
+constexpr Grid kInt8Affine{{-128, 127}, false, ScaleRule::grid, false};
+constexpr Grid kUint8Affine{{0, 255}, false, ScaleRule::grid, false};
+constexpr Grid kUint4Affine{{0, 15}, false, ScaleRule::grid, false};
+constexpr Grid kInt8PowerOfTwo{{-128, 127}, true, ScaleRule::grid, true};
+constexpr Grid kInt8Tvm{{-128, 127}, true, ScaleRule::tvm, false};
+constexpr Grid float_grid(int format, bool power_of_two = false) {
+  const torch_ext::core::FloatFormat& f = torch_ext::core::kFloatFormats[format].format;
+  const auto end = static_cast<int32_t>(f.largest);
+  return {{-end, end, f}, true, ScaleRule::grid, power_of_two};
+}
+// In the order of core::kFloatFormats.
+constexpr Grid kFloatGrids[] = {float_grid(0), float_grid(1), float_grid(2),
+                                float_grid(3), float_grid(4), float_grid(0, true)};
+
 constexpr Grid kGrids[] = {kInt8,       kInt8Narrow,  kInt4,        kUint8,          kUint4,
                            kInt8Affine, kUint8Affine, kUint4Affine, kInt8PowerOfTwo, kInt8Tvm};
 

@@ -64,7 +64,8 @@ TYPED_TEST(Follow, IsTheCpusThreeSteps) {
     if (trial % 3 == 0)
       for (int64_t i = 0; i < inner; ++i) arrays::store(NAN, x.storage[i]);
     const int32_t rule = rules_of_extrema[trial % 2];
-    const core::Grid grid = statistic_plain::pick(solving::kGrids, random);
+    const core::Grid grid = trial % 4 == 1 ? statistic_plain::pick(solving::kFloatGrids, random)
+                                           : statistic_plain::pick(solving::kGrids, random);
     const double options[] = {-1.5, 2};
     const double constant = statistic_plain::pick({0.0, 0.01, 1.0}, random);
     const uint8_t solved = random() % 2;
@@ -81,8 +82,7 @@ TYPED_TEST(Follow, IsTheCpusThreeSteps) {
                                     {1, channels, inner},
                                     run.scale.data(),
                                     run.zero_point.data(),
-                                    grid.quant_min,
-                                    grid.quant_max,
+                                    grid,
                                     rounding,
                                     core::Mask::rounded}};
     };
@@ -116,10 +116,16 @@ TEST(FollowOnChip, OnlyWhereARowFits) {
   const int32_t rule = solving::index_of<observers::MinMax>();
   const auto fits = [&](core::ChannelLayout layout, const float* x = nullptr,
                         core::DType dtype = core::DType::f32) {
-    return cuda::follows_on_chip(
-        rule, dtype,
-        {x == nullptr ? memory : x, memory, nullptr, layout, nullptr, nullptr, -128, 127,
-         core::Rounding::half_even, core::Mask::rounded});
+    return cuda::follows_on_chip(rule, dtype,
+                                 {x == nullptr ? memory : x,
+                                  memory,
+                                  nullptr,
+                                  layout,
+                                  nullptr,
+                                  nullptr,
+                                  {-128, 127},
+                                  core::Rounding::half_even,
+                                  core::Mask::rounded});
   };
   EXPECT_TRUE(fits({1, 64, 576}));
   EXPECT_TRUE(fits({1, 1, 16384}));

@@ -80,8 +80,16 @@ struct Given {
     }
   }
   LearnedJob job(Run<T>& run) const {
-    return {method, x.data(), grad.data(), run.dx.data(), layout, parameter.data(),
-            zero_point.data(), quant_min, kQuantMax, kElements, run.d_parameter.data(),
+    return {method,
+            x.data(),
+            grad.data(),
+            run.dx.data(),
+            layout,
+            parameter.data(),
+            zero_point.data(),
+            {quant_min, kQuantMax},
+            kElements,
+            run.d_parameter.data(),
             // A fixed zero point has no gradient.
             method == kPact ? nullptr : run.d_zero_point.data(),
             method == kPact ? nullptr : run.d_mixed.data()};
@@ -95,8 +103,7 @@ struct Given {
             layout,
             parameter.data(),
             zero_point.data(),
-            quant_min,
-            kQuantMax,
+            {quant_min, kQuantMax},
             kElements,
             tangents == nullptr ? nullptr : tangents[0].data(),
             tangents == nullptr ? nullptr : tangents[1].data(),

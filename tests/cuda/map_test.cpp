@@ -86,16 +86,8 @@ TYPED_TEST(Map, ForwardAndBackwardAreTheCpus) {
         // From the second element on the data is not aligned.
         const int64_t skip = random() % 2;
         Output<TypeParam> have(n), want(n), have_dx(n), want_dx(n), unmasked(n);
-        FakeQuantJob job{x.data() + skip,
-                         have.out.data(),
-                         have.mask.data(),
-                         layout,
-                         scale.data(),
-                         zero_point.data(),
-                         -128,
-                         127,
-                         rounding,
-                         mask};
+        FakeQuantJob job{x.data() + skip,   have.out.data(), have.mask.data(), layout, scale.data(),
+                         zero_point.data(), {-128, 127},     rounding,         mask};
         gpu::emulation::machine().seed = random();
         cuda::fake_quant_forward(arrays::kDType<TypeParam>, job, nullptr);
         job.out = want.out.data();
@@ -120,6 +112,55 @@ TYPED_TEST(Map, ForwardAndBackwardAreTheCpus) {
   }
 }
 
+TYPED_TEST(Map, ForwardOnFloatsIsTheCpus) {
+  Random random(12);
+  for (const core::NamedFormat& entry : core::kFloatFormats) {
+    const int32_t end = static_cast<int32_t>(entry.format.largest);
+    for (const ChannelLayout& layout : kLayouts) {
+      const int64_t n = layout.numel();
+      const auto x = values<TypeParam>(n, random);
+      std::vector<float> scale;
+      // Some channels are cut off, some reach into the subnormal numbers.
+      for (int64_t c = 0; c < layout.channels; ++c)
+        scale.push_back(std::ldexp(1.3f, static_cast<int>(c % 9) - 4));
+      const std::vector<int32_t> zero_point(layout.channels);
+      for (const Mask mask : {Mask::rounded, Mask::paper}) {
+        Output<TypeParam> have(n), want(n);
+        FakeQuantJob job{
+            x.data(),          have.out.data(),           have.mask.data(),    layout, scale.data(),
+            zero_point.data(), {-end, end, entry.format}, Rounding::half_even, mask};
+        gpu::emulation::machine().seed = random();
+        cuda::fake_quant_forward(arrays::kDType<TypeParam>, job, nullptr);
+        job.out = want.out.data();
+        job.mask = want.mask.data();
+        cpu::fake_quant_forward(arrays::kDType<TypeParam>, job);
+        expect_same(have, want);
+        if (testing::Test::HasFatalFailure()) return;
+      }
+      // Both learned methods.
+      for (const int32_t learned : {0, 1}) {
+        if (learned == 1 && layout.channels > 1) continue;
+        Output<TypeParam> have(n), want(n);
+        FakeQuantJob job{x.data(),
+                         have.out.data(),
+                         nullptr,
+                         layout,
+                         scale.data(),
+                         nullptr,
+                         {-end, end, entry.format},
+                         Rounding::half_even,
+                         Mask::rounded,
+                         learned};
+        cuda::fake_quant_forward(arrays::kDType<TypeParam>, job, nullptr);
+        job.out = want.out.data();
+        cpu::fake_quant_forward(arrays::kDType<TypeParam>, job);
+        expect_same(have, want);
+        if (testing::Test::HasFatalFailure()) return;
+      }
+    }
+  }
+}
+
 // Invalid qparams, for which the CPU raises, give NaN.
 TYPED_TEST(Map, WrongQParamsGiveNan) {
   const float scale[] = {0.1f, 0.0f, -1.0f, INFINITY, NAN, 0.1f, 0.1f};
@@ -129,8 +170,15 @@ TYPED_TEST(Map, WrongQParamsGiveNan) {
     const std::vector<TypeParam> x(layout.numel());
     Output<TypeParam> y(layout.numel());
     cuda::fake_quant_forward(arrays::kDType<TypeParam>,
-                             {x.data(), y.out.data(), y.mask.data(), layout, scale, zero_point,
-                              -128, 127, Rounding::half_even, Mask::rounded},
+                             {x.data(),
+                              y.out.data(),
+                              y.mask.data(),
+                              layout,
+                              scale,
+                              zero_point,
+                              {-128, 127},
+                              Rounding::half_even,
+                              Mask::rounded},
                              nullptr);
     for (int64_t i = 0; i < layout.numel(); ++i) {
       const bool right = i / inner % 7 == 0;

@@ -144,6 +144,22 @@ TEST(Solve, EveryRuleOnEveryGrid) {
   }
 }
 
+TEST(Solve, EveryRuleThatTakesThemOnFloats) {
+  Random random(44);
+  for (size_t rule = 0; rule < rules().size(); ++rule) {
+    if (rules()[rule].only_integers != nullptr) continue;
+    const bool is_search = rules()[rule].search_words != nullptr || rules()[rule].composite;
+    for (const Grid& grid : solving::kFloatGrids) {
+      use_some_machine(random);
+      std::vector<Quantizer> quantizers;
+      quantizers.push_back(make(rule, grid, is_search ? HistogramLayout{6, 8} : kLayouts[0],
+                                between(1, 3, random), is_search ? 400 : 3000, random));
+      expect_parity(quantizers);
+      if (HasFatalFailure()) return;
+    }
+  }
+}
+
 TEST(Solve, KlVariants) {
   Random random(42);
   const int32_t kl = solving::index_of<observers::Kl>();

@@ -17,7 +17,8 @@ from torch_ext import ops
 from torch_ext.ops.grid_text import grid_text
 
 NATIVE = torch.ops.torch_ext
-WORDS = '[quant_min,quant_max] and words among symmetric, affine, scale_rule=, power_of_two, \
+WORDS = '[quant_min,quant_max] or a float format (float8_e4m3, float8_e5m2, float6_e2m3, \
+float6_e3m2, float4_e2m1) and words among symmetric, affine, scale_rule=, power_of_two, \
 rounding=, each kind once, such as "[-128,127] symmetric"'
 
 

@@ -22,6 +22,7 @@ from torch_ext.export.common.entries import (
 from torch_ext.export.common.onnx_metadata import METADATA_KEY
 from torch_ext.export.common.packages import onnx_packages
 from torch_ext.export.common.trace import TracedInput, simplify, symbols, trace, translations
+from torch_ext.export.onnx_grid import PLAIN_OPSET, OnnxGrid
 from torch_ext.export.onnx_profiles import (
     PROFILES,
     Profile,
@@ -29,7 +30,7 @@ from torch_ext.export.onnx_profiles import (
     refuse_file,
     refuse_grids,
 )
-from torch_ext.export.onnx_qdq import PLAIN_OPSET, OnnxGrid, Rewriter
+from torch_ext.export.onnx_qdq import Rewriter
 from torch_ext.files.storage import PathLike, write_atomically
 from torch_ext.quantizers.find import PreparedModel
 from torch_ext.utils.arguments import bounded
@@ -50,7 +51,8 @@ def onnx(
 
     Such a pair gives bit for bit what the quantizer gives in VALIDATION, for every finite input.
     Grids of 2 to 4 bits are stored as int4 or uint4, up to 8 bits as int8 or uint8, up to 16 as
-    int16 or uint16; before a grid that is narrower than its type, values are clipped. float16 and
+    int16 or uint16; before a grid that is narrower than its type, values are clipped. Float formats
+    are stored as float8e4m3fn or float8e5m2, with ``saturate=1``. float16 and
     bfloat16 are cast to float32 to be quantized, as in PyTorch. Nodes and tensors are named after
     the quantizers (``conv1.activation_quantizer/quantized``); the file's metadata ``torch_ext`` is
     JSON that lists the quantizers, see :func:`read_onnx_metadata`. The model is traced by
@@ -72,9 +74,9 @@ def onnx(
             ``tensorrt_cache(..., names=path)``.
         quantized_weights: True stores weights as integers with DequantizeLinear alone, in a quarter
             of the size; False (default) stores them in float with both nodes.
-        opset: ONNX opset: at least 18, or 21 if a grid has less than 5 or more than 8 bits; by
-            default the least possible. onnxruntime takes int8 beside MaxPool only below 21, or
-            with the session's entry ``session.qdqisint8allowed``.
+        opset: ONNX opset: at least 18, 19 if a grid is of a float format, or 21 if one has less
+            than 5 or more than 8 bits; by default the least possible. onnxruntime takes int8 beside
+            MaxPool only below 21, or with the session's entry ``session.qdqisint8allowed``.
         dynamic_batch: True (default) leaves the size of the inputs' first axis open; the example
             then needs a size of 2 or more. False keeps the example's size.
 

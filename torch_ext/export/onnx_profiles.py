@@ -12,7 +12,7 @@ import numpy as np
 
 from torch_ext.export.common.entries import TO_FLOAT, Entry, refuse
 from torch_ext.export.engines.integer_layers import onnxruntime_layers
-from torch_ext.export.onnx_qdq import OnnxGrid
+from torch_ext.export.onnx_grid import OnnxGrid
 from torch_ext.export.tensorrt.onnx_rules import grid_problem, violations
 from torch_ext.quantizers.transition import QuantizationWarning
 
@@ -25,9 +25,14 @@ def refuse_grids(
 ) -> None:
     """Raises ValueError that names the quantizers whose grids the profile's engine does not take.
 
-    What onnxruntime takes depends on the surroundings: :func:`refuse_file` asks the engine.
+    What onnxruntime takes of integers depends on the surroundings: :func:`refuse_file` asks it.
     """
-    check = {"tensorrt": grid_problem, "openvino": _openvino_problem}.get(profile or "")
+    checks = {
+        "tensorrt": grid_problem,
+        "openvino": _openvino_problem,
+        "onnxruntime": _onnxruntime_problem,
+    }
+    check = checks.get(profile or "")
     if check is not None:
         found = {name: check(entry, grids[name]) for name, entry in chosen.items()}
         refuse(
@@ -50,6 +55,11 @@ def refuse_file(who: str, profile: Profile | None, packages: Any, proto: Any, da
         refuse(who, violations(packages, proto), "these nodes are not what TensorRT takes")
     elif profile == "onnxruntime":
         _refuse_float_layers(who, data)
+
+
+def _onnxruntime_problem(entry: Entry, grid: OnnxGrid) -> str:
+    """Why onnxruntime computes with a quantizer's grid in float; empty if that is not known."""
+    return f"its type is {grid.type}, which it computes in float" if grid.is_float else ""
 
 
 def _openvino_problem(entry: Entry, grid: OnnxGrid) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,46 +11,11 @@ from torch import Tensor
 
 from torch_ext.export.common.entries import Entry
 from torch_ext.export.common.trace import BATCH, SYMBOL, TracedInput
+from torch_ext.export.onnx_grid import OnnxGrid
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import AnyWeightSource
-from torch_ext.quantizers.grid import dtype_name, parse_dtype
 
-PLAIN_OPSET = 18  # the least that torch.onnx exports
-_WIDE_OPSET = 21  # the first whose QuantizeLinear has 4 and 16 bits
 _HALF = {torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16"}
-
-
-@dataclass(frozen=True)
-class OnnxGrid:
-    """A quantizer's grid, and the ONNX type that stores its levels."""
-
-    type: str  # name of TensorProto's type in small letters: "int8"
-    least: int  # value of the type
-    most: int  # value of the type
-    quant_min: int
-    quant_max: int
-    axis: int  # of the channels; -1: per tensor
-
-    @classmethod
-    def of(cls, quantizer: FakeQuantize) -> OnnxGrid:
-        """A quantizer's grid in the smallest type of 4, 8 or 16 bits that holds it."""
-        observer = quantizer.observer
-        name = dtype_name(observer.dtype)
-        bits = int(name.partition("int")[2])
-        size = next(size for size in (4, 8, 16) if bits <= size)
-        kind = f"{'u' if name.startswith('u') else ''}int{size}"
-        _, least, most = parse_dtype("export.onnx", kind)
-        return cls(kind, least, most, observer.quant_min, observer.quant_max, observer.ch_axis)
-
-    @property
-    def opset(self) -> int:
-        """The least opset whose QuantizeLinear has the type."""
-        return PLAIN_OPSET if self.type.endswith("int8") else _WIDE_OPSET
-
-    @property
-    def whole(self) -> bool:
-        """Whether the grid has every value of the type, so that nothing has to be clipped."""
-        return (self.quant_min, self.quant_max) == (self.least, self.most)
 
 
 class Rewriter:
@@ -166,7 +130,7 @@ class Rewriter:
         if not bool(weight.isfinite().all()):
             raise ValueError(f"export.onnx: expected {label} to be finite, got other values")
         if self.quantized_weights:
-            name = self._integers(entry, weight, label)
+            name = self._levels(entry, weight, label)
             y = self._dequantize(entry, name, entry.name)
         else:
             low, high = self._bounds(entry)
@@ -179,13 +143,17 @@ class Rewriter:
         self._note(entry.name, name)
         return self._add("Cast", [y], f"{entry.name}/cast", to=self._code(half)) if half else y
 
-    def _integers(self, entry: Entry, weight: Tensor, label: str) -> str:
+    def _levels(self, entry: Entry, weight: Tensor, label: str) -> str:
         """Stores a weight's levels q, from its fake-quantized values (q - zero_point) * scale."""
         grid = self.grids[entry.name]
         with torch.no_grad():
             values = entry.quantizer(weight.float()).cpu().double()
         shape = _broadcast(weight.dim(), grid.axis)
         scale, zero_point = entry.scale.double().view(shape), entry.zero_point.view(shape)
+        if grid.dtype is not None:
+            # The quotient is a number of the format but for the rounding of the product.
+            numbers = (values / scale).float().to(grid.dtype)
+            return self._initializer(f"{label}/{grid.type}", grid.type, _bytes_of(numbers))
         levels = ((values / scale).round() + zero_point).to(torch.int32)
         return self._initializer(f"{label}/{grid.type}", grid.type, levels.numpy())
 
@@ -226,7 +194,10 @@ class Rewriter:
 
     def _pair(self, entry: Entry, x: str, label: str) -> str:
         inputs = [x, *self._parameters(entry)]
-        q = self._add("QuantizeLinear", inputs, f"{label}/quantized", **self._axis(entry))
+        keys = self._axis(entry)
+        if self.grids[entry.name].is_float:
+            keys["saturate"] = 1  # the default, which nobody should overlook
+        q = self._add("QuantizeLinear", inputs, f"{label}/quantized", **keys)
         return self._dequantize(entry, q, label)
 
     def _dequantize(self, entry: Entry, q: str, label: str) -> str:
@@ -255,7 +226,7 @@ class Rewriter:
         return name
 
     def _initializer(self, name: str, kind: str, values: Any) -> str:
-        """Stores integers of an ONNX type under a name, once.
+        """Stores integers of an ONNX type, or the bytes of a float8 type, under a name, once.
 
         4-bit integers are packed by two into a byte, the first in the lower half, as ONNX requires.
         """
@@ -264,6 +235,8 @@ class Rewriter:
                 flat = (values.reshape(-1) & 15).astype(np.uint8)
                 flat = np.append(flat, np.zeros(flat.size % 2, np.uint8))
                 data = (flat[0::2] | flat[1::2] << 4).tobytes()
+            elif kind.startswith("float8"):
+                data = values.astype(np.uint8).tobytes()  # of a zero point, 0 is +0
             else:
                 data = values.astype(np.dtype(kind).newbyteorder("<")).tobytes()
             tensor = self.onnx.helper.make_tensor(
@@ -347,6 +320,11 @@ def _replace(field: Any, messages: list[Any]) -> None:
     copies = [type(message).FromString(message.SerializeToString()) for message in messages]
     del field[:]
     field.extend(copies)
+
+
+def _bytes_of(numbers: Tensor) -> Any:
+    """The bytes of a float8 tensor, which numpy has no type for."""
+    return numbers.contiguous().view(torch.uint8).numpy()
 
 
 def _label(source: AnyWeightSource) -> str:

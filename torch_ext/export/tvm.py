@@ -146,7 +146,10 @@ def _record(entry: Entry) -> dict[str, Any]:
 
 def _problem(entry: Entry, weight_scale: str, global_scale: float | None) -> str:
     """Why TVM cannot represent a quantizer; empty if it can."""
-    grid, largest = entry.params, _largest(entry)
+    grid = entry.params
+    if grid.is_float:
+        return f"its grid is {grid.spec['dtype']}, not of integers"
+    largest = _largest(entry)
     if len(entry.scale) > 1 or grid.ch_axis >= 0:
         return f"it is per channel (axis {grid.ch_axis})"
     if (grid.quant_min, grid.quant_max) != (-largest, largest):

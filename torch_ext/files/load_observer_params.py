@@ -249,14 +249,15 @@ def _convert(params: Params, target: Params) -> tuple[Solution, str]:
         notes.append(f"{params.channels} ranges for {count}")
     if params.grid != target.grid:
         notes.append(f"{_grid_text(params)} to {_grid_text(target)}")
-    return Solution(range_, *ops.qparams(range_, *target.grid)), "; ".join(notes)
+    return Solution(range_, *ops.qparams(range_, grid=target.grid)), "; ".join(notes)
 
 
 def _grid_text(params: Params) -> str:
     kind = "symmetric" if params.symmetric else "affine"
     more = "" if params.scale_rule == "grid" else f" {params.scale_rule}"
     more += " power of two" if params.power_of_two else ""
-    return f"[{params.quant_min}, {params.quant_max}] {kind}{more}"
+    values = f"[{params.quant_min}, {params.quant_max}]"
+    return f"{params.spec['dtype'] if params.is_float else values} {kind}{more}"
 
 
 def _statistic(params: Params, target: Params) -> tuple[dict[str, Tensor], str]:

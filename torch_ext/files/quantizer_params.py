@@ -15,7 +15,7 @@ from torch_ext.ops.registry import observer_info
 from torch_ext.ops.registry_names import Rule
 from torch_ext.ops.statistics import ScaleRule
 from torch_ext.quantizers.fake_quantize import FakeQuantize
-from torch_ext.quantizers.grid import dtype_name, parse_grid
+from torch_ext.quantizers.grid import dtype_name, is_float, parse_grid, text_of
 from torch_ext.quantizers.learned import LearnedFakeQuantize
 from torch_ext.utils.text import joined
 
@@ -70,11 +70,16 @@ class Params:
         return self.tensors["range"].shape[0]
 
     @property
-    def grid(self) -> tuple[int, int, bool, ScaleRule, bool]:
-        """The arguments of ``ops.qparams`` after the range."""
-        return (
-            self.quant_min, self.quant_max, self.symmetric, self.scale_rule, self.power_of_two
-        )  # fmt: skip
+    def is_float(self) -> bool:
+        """Whether the grid is of a float format."""
+        return is_float(self.spec["dtype"])
+
+    @property
+    def grid(self) -> str:
+        """The grid as the text that ops take."""
+        ends = (self.quant_min, self.quant_max)
+        how = (self.symmetric, self.scale_rule, self.power_of_two)
+        return text_of(self.spec["dtype"], *ends, *how)
 
 
 def tensors_of(quantizer: FakeQuantize) -> dict[str, Tensor]:
@@ -244,6 +249,7 @@ def check_parameters(params: Params) -> None:
     _require("range", bool(ordered), "finite and lo <= hi", range_)
     _require("scale", bool((scale.isfinite() & (scale > 0)).all()), "finite and above 0", scale)
     inside = (zero_point >= params.quant_min) & (zero_point <= params.quant_max)
+    inside &= (zero_point == 0) if params.is_float else True
     _require("zero_point", bool(inside.all()), "on the grid", zero_point)
     _require("solved", int(params["solved"]) in (0, 1), "0 or 1", params["solved"])
 

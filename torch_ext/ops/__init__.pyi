@@ -22,6 +22,7 @@ def min_max(
     quant_max: int = ...,
     symmetric: bool = ...,
     ch_axis: int = ...,
+    grid: str | None = ...,
 ) -> Tensor: ...
 def fixed_scale(
     x: Tensor,
@@ -29,6 +30,7 @@ def fixed_scale(
     quant_max: int = ...,
     symmetric: bool = ...,
     ch_axis: int = ...,
+    grid: str | None = ...,
     *,
     scale: float = ...,
     zero_point: float = ...,
@@ -39,6 +41,7 @@ def clip(
     quant_max: int = ...,
     symmetric: bool = ...,
     ch_axis: int = ...,
+    grid: str | None = ...,
     *,
     xmin: float = ...,
     xmax: float = ...,
@@ -49,6 +52,7 @@ def percentile(
     quant_max: int = ...,
     symmetric: bool = ...,
     ch_axis: int = ...,
+    grid: str | None = ...,
     *,
     percentile: float = ...,
 ) -> Tensor: ...
@@ -58,6 +62,7 @@ def clip_std(
     quant_max: int = ...,
     symmetric: bool = ...,
     ch_axis: int = ...,
+    grid: str | None = ...,
     *,
     std_scale: float = ...,
 ) -> Tensor: ...
@@ -67,6 +72,7 @@ def kl(
     quant_max: int = ...,
     symmetric: bool = ...,
     ch_axis: int = ...,
+    grid: str | None = ...,
     *,
     variant: KlVariant = ...,
 ) -> Tensor: ...
@@ -76,6 +82,7 @@ def mse(
     quant_max: int = ...,
     symmetric: bool = ...,
     ch_axis: int = ...,
+    grid: str | None = ...,
 ) -> Tensor: ...
 def mix(
     x: Tensor,
@@ -83,6 +90,7 @@ def mix(
     quant_max: int = ...,
     symmetric: bool = ...,
     ch_axis: int = ...,
+    grid: str | None = ...,
 ) -> Tensor: ...
 def aciq(
     x: Tensor,
@@ -90,6 +98,7 @@ def aciq(
     quant_max: int = ...,
     symmetric: bool = ...,
     ch_axis: int = ...,
+    grid: str | None = ...,
 ) -> Tensor: ...
 def mean_abs(
     x: Tensor,
@@ -97,4 +106,5 @@ def mean_abs(
     quant_max: int = ...,
     symmetric: bool = ...,
     ch_axis: int = ...,
+    grid: str | None = ...,
 ) -> Tensor: ...

@@ -21,11 +21,12 @@ def fake_quant(
     x: Tensor,
     scale: Tensor,
     zero_point: Tensor,
-    quant_min: int,
-    quant_max: int,
+    quant_min: int | None = None,
+    quant_max: int | None = None,
     ch_axis: int = -1,
     mask: Mask = "rounded",
     rounding: Rounding = "half_even",
+    grid: str | None = None,
 ) -> Tensor:
     """Quantizes and dequantizes ``x``; differentiable in ``x`` (straight-through estimator).
 
@@ -33,20 +34,29 @@ def fake_quant(
     bit-equal to ONNX QuantizeLinear and DequantizeLinear. NaN stays NaN, infinities saturate.
     float16 and bfloat16 are computed in float32 and rounded once.
 
+    On a float format: ``q = the nearest number to clamp(x / scale, -largest, largest), of two the
+    even one; q * scale``. Subnormal numbers and the sign of zero are kept. Bit-equal to ONNX with
+    ``saturate=1``.
+
     Args:
         x: any floating dtype, shape and strides.
         scale: float32 [C], above 0 and finite; must not require a gradient (see :func:`lsq`).
-        zero_point: int32 [C], between ``quant_min`` and ``quant_max``.
+        zero_point: int32 [C], between ``quant_min`` and ``quant_max``; 0 on a float format.
         ch_axis: the axis of the C channels; -1: C = 1.
         mask: where the gradient passes: ``"rounded"``, where the rounded value is on the grid,
             ends included; ``"paper"``, where the value before rounding is strictly between them.
         rounding: ``"half_even"``, ``"half_away"`` (from zero) or ``"floor_half_up"``.
+        grid: the grid as a text, in place of ``quant_min``, ``quant_max`` and ``rounding``: a float
+            format, one of ``"float8_e4m3"`` (largest 448), ``"float8_e5m2"`` (57344),
+            ``"float6_e2m3"`` (7.5), ``"float6_e3m2"`` (28) and ``"float4_e2m1"`` (6); or integers
+            as in ``"[-128,127]"``.
 
     Raises:
+        TypeError: neither ``grid`` nor an end, or ``grid`` and what it stands for.
         RuntimeError: an argument is not as above.
     """
-    grid = grid_text(quant_min, quant_max, rounding=rounding)
-    out: Tensor = NATIVE.fake_quant(x, scale, zero_point, grid, ch_axis, mask)
+    text = grid_text(quant_min, quant_max, rounding=rounding, grid=grid)
+    out: Tensor = NATIVE.fake_quant(x, scale, zero_point, text, ch_axis, mask)
     return out
 
 
@@ -54,11 +64,12 @@ def lsq(
     x: Tensor,
     scale: Tensor,
     zero_point: Tensor,
-    quant_min: int,
-    quant_max: int,
+    quant_min: int | None = None,
+    quant_max: int | None = None,
     ch_axis: int = -1,
     use_grad_scaling: bool = True,
     batch_axis: int = -1,
+    grid: str | None = None,
 ) -> Tensor:
     """Quantizes and dequantizes with a learned scale (Esser et al. 2020, arXiv 1902.08153).
 
@@ -70,6 +81,8 @@ def lsq(
       where N is the number of elements that share the scale.
     - Gradient of a learned zero point: 0 inside, ``-scale`` outside (LSQ+, Bhalgat et al. 2020).
 
+    On a float format ``round(v)`` is its nearest number, ``quant_max`` its largest one, and z is 0.
+
     Args:
         x: float32, float64, float16 or bfloat16, any shape and strides.
         scale: float32 [C], finite. The op computes with ``max(|scale|, 2^-126)``.
@@ -78,18 +91,25 @@ def lsq(
         ch_axis: the axis of the C channels; -1: C = 1.
         use_grad_scaling: False omits the factor ``1 / sqrt(N * quant_max)``.
         batch_axis: the axis whose size is left out of N; 0 for activations, -1 for none.
+        grid: in place of ``quant_min`` and ``quant_max``, as in :func:`fake_quant`.
 
     Raises:
         RuntimeError: an argument is not as above. Values of CUDA tensors are not checked: a scale
             that is not finite gives NaN.
     """
-    grid = grid_text(quant_min, quant_max)
+    text = grid_text(quant_min, quant_max, grid=grid)
     return NATIVE.lsq(  # type: ignore[no-any-return]
-        x, scale, zero_point, grid, ch_axis, use_grad_scaling, batch_axis
+        x, scale, zero_point, text, ch_axis, use_grad_scaling, batch_axis
     )
 
 
-def pact(x: Tensor, alpha: Tensor, quant_min: int, quant_max: int) -> Tensor:
+def pact(
+    x: Tensor,
+    alpha: Tensor,
+    quant_min: int | None = None,
+    quant_max: int | None = None,
+    grid: str | None = None,
+) -> Tensor:
     """Quantizes and dequantizes with a learned clipping level (Choi et al. 2018, arXiv 1805.06085).
 
     Clips x to [0, alpha] if ``quant_min`` is 0, else to [-alpha, alpha], and quantizes it with the
@@ -100,11 +120,14 @@ def pact(x: Tensor, alpha: Tensor, quant_min: int, quant_max: int) -> Tensor:
     Args:
         x: float32, float64, float16 or bfloat16, any shape and strides.
         alpha: float32 [1], finite. The op computes with ``max(|alpha|, 2^-110)``.
+        grid: in place of ``quant_min`` and ``quant_max``, as in :func:`fake_quant`. A float format
+            is signed.
 
     Raises:
         RuntimeError: an argument is not as above.
     """
-    return NATIVE.pact(x, alpha, grid_text(quant_min, quant_max))  # type: ignore[no-any-return]
+    text = grid_text(quant_min, quant_max, grid=grid)
+    return NATIVE.pact(x, alpha, text)  # type: ignore[no-any-return]
 
 
 def learned_fake_quant(
@@ -112,11 +135,12 @@ def learned_fake_quant(
     method: LearnedMethod,
     parameter: Tensor,
     zero_point: Tensor | None,
-    quant_min: int,
-    quant_max: int,
+    quant_min: int | None = None,
+    quant_max: int | None = None,
     ch_axis: int = -1,
     use_grad_scaling: bool = True,
     batch_axis: int = -1,
+    grid: str | None = None,
 ) -> Tensor:
     """Calls the learned method of a name: :func:`lsq` or :func:`pact`.
 
@@ -125,13 +149,14 @@ def learned_fake_quant(
         parameter: what the method learns: ``scale`` [C] of lsq, ``alpha`` [1] of pact.
         zero_point: as in :func:`lsq`; None for pact.
         ch_axis, use_grad_scaling, batch_axis: as in :func:`lsq`; the defaults for pact.
+        quant_min, quant_max, grid: as in :func:`lsq`.
 
     Raises:
         RuntimeError: an unknown method, or an argument that it does not take.
     """
-    grid = grid_text(quant_min, quant_max)
+    text = grid_text(quant_min, quant_max, grid=grid)
     return NATIVE.learned_fake_quant(  # type: ignore[no-any-return]
-        x, method, parameter, zero_point, grid, ch_axis, use_grad_scaling, batch_axis
+        x, method, parameter, zero_point, text, ch_axis, use_grad_scaling, batch_axis
     )
 
 
@@ -143,15 +168,16 @@ def follow_(
     solved: Tensor,
     averaging_constant: float,
     rule: Rule,
-    quant_min: int,
-    quant_max: int,
-    symmetric: bool,
+    quant_min: int | None = None,
+    quant_max: int | None = None,
+    symmetric: bool | None = None,
     scale_rule: ScaleRule = "grid",
     power_of_two: bool = False,
     options: Options | None = None,
     ch_axis: int = -1,
     mantissa_bits: int = 10,
     octaves: int = 16,
+    grid: str | None = None,
 ) -> None:
     """Moves a range towards that of the batch ``x`` and updates scale and zero point, in place.
 
@@ -173,6 +199,7 @@ def follow_(
         options: of the rule, by name; or as numbers in the order of the rule's table, which only
             the op checks.
         mantissa_bits, octaves: layout of the batch's histogram, 5..10 and 4..32.
+        grid: in place of ``quant_min`` to ``power_of_two``, as in :func:`qparams`.
 
     Raises:
         ValueError, TypeError: an unknown rule or option, or an option out of bounds.
@@ -180,9 +207,9 @@ def follow_(
     """
     values = _option_values(rule, options)
     buffers = (range, scale, zero_point, solved)
-    grid = grid_text(quant_min, quant_max, symmetric, scale_rule, power_of_two)
+    text = grid_text(quant_min, quant_max, symmetric, scale_rule, power_of_two, grid=grid)
     layout = (ch_axis, mantissa_bits, octaves)
-    NATIVE.follow_(x, *buffers, averaging_constant, rule, grid, values, *layout)
+    NATIVE.follow_(x, *buffers, averaging_constant, rule, text, values, *layout)
 
 
 def follow_fake_quant(
@@ -193,9 +220,9 @@ def follow_fake_quant(
     solved: Tensor,
     averaging_constant: float,
     rule: Rule,
-    quant_min: int,
-    quant_max: int,
-    symmetric: bool,
+    quant_min: int | None = None,
+    quant_max: int | None = None,
+    symmetric: bool | None = None,
     scale_rule: ScaleRule = "grid",
     power_of_two: bool = False,
     options: Options | None = None,
@@ -204,6 +231,7 @@ def follow_fake_quant(
     octaves: int = 16,
     mask: Mask = "rounded",
     rounding: Rounding = "half_even",
+    grid: str | None = None,
 ) -> Tensor:
     """Runs :func:`follow_`, then :func:`fake_quant` of ``x`` with the updated scale.
 
@@ -215,10 +243,10 @@ def follow_fake_quant(
     """
     values = _option_values(rule, options)
     buffers = (range, scale, zero_point, solved)
-    grid = grid_text(quant_min, quant_max, symmetric, scale_rule, power_of_two, rounding)
+    text = grid_text(quant_min, quant_max, symmetric, scale_rule, power_of_two, rounding, grid)
     layout = (ch_axis, mantissa_bits, octaves)
     return NATIVE.follow_fake_quant(  # type: ignore[no-any-return]
-        x, *buffers, averaging_constant, rule, grid, values, *layout, mask
+        x, *buffers, averaging_constant, rule, text, values, *layout, mask
     )
 
 

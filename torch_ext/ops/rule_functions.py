@@ -21,6 +21,9 @@ _READS = {
 }
 
 
+_INT8 = (-128, 127, True)
+
+
 class RuleFunction(Protocol):
     """The type of a rule's function: from one tensor to its range [C,2] float32."""
 
@@ -33,6 +36,7 @@ class RuleFunction(Protocol):
         quant_max: int = 127,
         symmetric: bool = True,
         ch_axis: int = -1,
+        grid: str | None = None,
         **options: OptionValue,
     ) -> Tensor: ...
 
@@ -55,13 +59,18 @@ def rule_function(rule: str) -> RuleFunction:
         quant_max: int = 127,
         symmetric: bool = True,
         ch_axis: int = -1,
+        grid: str | None = None,
         **options: OptionValue,
     ) -> Tensor:
         encode_options(rule, options)  # raises the same errors as `solve`
-        range_: Tensor = op(x, grid_text(quant_min, quant_max, symmetric), ch_axis, **options)
+        given = (quant_min, quant_max, symmetric)
+        # With the defaults the grid alone is given.
+        text = grid_text(*(() if grid is not None and given == _INT8 else given), grid=grid)
+        range_: Tensor = op(x, text, ch_axis, **options)
         return range_
 
     bits = info["max_bits"]
+    floats = ", of integers alone" if info["only_integers"] else ""
     rows = []
     for row in info["options"]:
         bounds = f"{row['minimum']:g} to {row['maximum']:g}"
@@ -73,8 +82,8 @@ def rule_function(rule: str) -> RuleFunction:
         [
             f"Computes the range of one tensor by the rule ``{rule}``.",
             "",
-            f"Reads {_READS[info['statistic']]}. Supports grids of at most {bits} bits. Non-finite",
-            f"values are ignored. Formula and source: csrc/observers/{rule}.h.",
+            f"Reads {_READS[info['statistic']]}. Supports grids of at most {bits} bits{floats}.",
+            f"Non-finite values are ignored. Formula and source: csrc/observers/{rule}.h.",
             "",
             "Args:",
             "    x: any floating dtype, shape and strides.",
@@ -82,6 +91,7 @@ def rule_function(rule: str) -> RuleFunction:
             "    quant_max: the greatest integer of the grid.",
             "    symmetric: whether the grid is symmetric (zero point 0) or affine.",
             "    ch_axis: the axis of the C channels; -1: C = 1.",
+            '    grid: in place of the three above, as in ``qparams``: ``"float8_e4m3"``.',
             *rows,
             "",
             "Returns:",

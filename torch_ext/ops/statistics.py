@@ -57,11 +57,12 @@ def solve(
     extrema: Tensor,
     tally: Tensor,
     counts: Tensor,
-    quant_min: int,
-    quant_max: int,
-    symmetric: bool,
+    quant_min: int | None = None,
+    quant_max: int | None = None,
+    symmetric: bool | None = None,
     scale_rule: ScaleRule = "grid",
     power_of_two: bool = False,
+    grid: str | None = None,
     **options: OptionValue,
 ) -> Tensor:
     """Computes the range of a statistic by a rule.
@@ -69,6 +70,7 @@ def solve(
     Args:
         rule: a rule of the registry, one of ``torch_ext.observers()``.
         extrema, tally, counts: the statistic. Rules that read a histogram need ``counts``.
+        grid: in place of ``quant_min`` to ``power_of_two``, as in :func:`qparams`.
         options: options of the rule by name; the others have their defaults.
 
     Returns:
@@ -80,8 +82,8 @@ def solve(
             whose tensors contradict each other (on a CUDA device: NaN).
     """
     values = encode_options(rule, options)
-    grid = grid_text(quant_min, quant_max, symmetric, scale_rule, power_of_two)
-    range_: Tensor = NATIVE.solve(rule, extrema, tally, counts, grid, values)
+    text = grid_text(quant_min, quant_max, symmetric, scale_rule, power_of_two, grid=grid)
+    range_: Tensor = NATIVE.solve(rule, extrema, tally, counts, text, values)
     return range_
 
 
@@ -90,12 +92,13 @@ def solve_many(
     extrema: Sequence[Tensor],
     tally: Sequence[Tensor],
     counts: Sequence[Tensor],
-    quant_min: Sequence[int],
-    quant_max: Sequence[int],
-    symmetric: Sequence[bool],
+    quant_min: Sequence[int] | None = None,
+    quant_max: Sequence[int] | None = None,
+    symmetric: Sequence[bool] | None = None,
     scale_rule: Sequence[str] | None = None,
     power_of_two: Sequence[bool] | None = None,
     options: Sequence[Options] | None = None,
+    grids: Sequence[str] | None = None,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Computes ranges, scales and zero points of N statistics in one call, in parallel.
 
@@ -107,6 +110,7 @@ def solve_many(
         power_of_two: by default False for all.
         options: for each statistic a mapping of option names to values, or the values as numbers
             in the order of the rule's table (a choice as its index); None: defaults for all.
+        grids: in place of ``quant_min`` to ``power_of_two``, as ``grid`` of :func:`qparams`.
 
     Returns:
         Three lists of N tensors: ranges [C,2] float32, scales [C] float32, zero points [C] int32.
@@ -117,17 +121,18 @@ def solve_many(
     count = len(rules)
     if options is None:
         options = [{}] * count
-    scale_rule = ["grid"] * count if scale_rule is None else scale_rule
-    power_of_two = [False] * count if power_of_two is None else power_of_two
     parts = {
         "quant_min": quant_min,
         "quant_max": quant_max,
         "symmetric": symmetric,
         "scale_rule": scale_rule,
         "power_of_two": power_of_two,
+        "grid": grids,
     }
-    for name, entries in {"options": options, **parts}.items():
+    given = {name: entries for name, entries in parts.items() if entries is not None}
+    for name, entries in {"options": options, **given}.items():
         if len(entries) != count:
+            name = "grids" if name == "grid" else name
             raise ValueError(
                 f"solve_many: expected {name} to be {count} entries, got {len(entries)}"
             )
@@ -136,25 +141,27 @@ def solve_many(
         for rule, rule_options in zip(rules, options, strict=True)
         for value in encode_options(rule, rule_options)
     ]
-    grids = [grid_text(*grid) for grid in zip(*parts.values(), strict=True)]
+    texts = [grid_text(**{name: given[name][i] for name in given}) for i in range(count)]
     lists = map(list, (rules, extrema, tally, counts))
-    ranges, scales, zero_points = NATIVE.solve_many(*lists, grids, values)
+    ranges, scales, zero_points = NATIVE.solve_many(*lists, texts, values)
     return list(ranges), list(scales), list(zero_points)
 
 
 def qparams(
     range: Tensor,
-    quant_min: int,
-    quant_max: int,
-    symmetric: bool,
+    quant_min: int | None = None,
+    quant_max: int | None = None,
+    symmetric: bool | None = None,
     scale_rule: ScaleRule = "grid",
     power_of_two: bool = False,
+    grid: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Computes scales and zero points of ranges. In float64, rounded once.
 
     - Symmetric, signed: ``scale = 2 * max(|lo|, |hi|) / (quant_max - quant_min)``, zero point 0.
     - Symmetric, unsigned: ``scale = max(hi, 0) / quant_max``, zero point 0.
     - Affine: the range is widened to include 0; ``scale = (hi - lo) / (quant_max - quant_min)``.
+    - A float format: ``scale = max(|lo|, |hi|) / largest``, zero point 0.
 
     The range (0,0) gives scale 1.
 
@@ -163,6 +170,8 @@ def qparams(
         scale_rule: ``"grid"``, as above; ``"tvm"`` (symmetric grids only) divides
             ``max(|lo|, |hi|)`` by 2^(bits-1), on an unsigned grid by 2^bits.
         power_of_two: rounds the scale up to a power of two.
+        grid: the grid as a text, in place of all of these: ``"float8_e4m3"``,
+            ``"float8_e5m2 power_of_two"``, ``"[0,255] affine"``.
 
     Returns:
         Scale [C] float32 and zero point [C] int32.
@@ -170,8 +179,8 @@ def qparams(
     Raises:
         RuntimeError: an argument is not as above.
     """
-    grid = grid_text(quant_min, quant_max, symmetric, scale_rule, power_of_two)
-    scale, zero_point = NATIVE.qparams(range, grid)
+    text = grid_text(quant_min, quant_max, symmetric, scale_rule, power_of_two, grid=grid)
+    scale, zero_point = NATIVE.qparams(range, text)
     return scale, zero_point
 
 

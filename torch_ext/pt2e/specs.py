@@ -10,7 +10,7 @@ from torchao.quantization.pt2e.quantizer import QuantizationSpec
 from torch_ext.ops.registry_names import Method, Rule
 from torch_ext.pt2e.adapters import PT2EFakeQuantize, PT2EObserver
 from torch_ext.quantizers.fake_quantize import KEYS as FAKE_QUANT_KEYS
-from torch_ext.quantizers.grid import DType, parse_dtype
+from torch_ext.quantizers.grid import DType, is_float, parse_dtype
 from torch_ext.quantizers.observer import KEYS as OBSERVER_KEYS
 from torch_ext.quantizers.observer import check_keys
 
@@ -114,7 +114,9 @@ def _check(who: str, keys: dict[str, Any], observer: str, known: tuple[str, ...]
 
 def _spec(who: str, adapter: type[Any], keys: dict[str, Any]) -> QuantizationSpec:
     """The spec that makes ``adapter(**keys)``; builds one to check the keys."""
-    _, low, high = parse_dtype(who, keys["dtype"])
+    dtype, low, high = parse_dtype(who, keys["dtype"])
+    if is_float(dtype):
+        raise ValueError(f"{who}: expected dtype to be of integers, got {dtype}")
     keys["dtype"] = _STORED_IN[low < 0, high - low > 255]
     for name, bound in (("quant_min", low), ("quant_max", high)):
         keys[name] = bound if keys[name] is None else keys[name]

@@ -254,26 +254,22 @@ class FakeQuantize(nn.Module):
         buffers: Any = self._buffers
         if action in FOLLOW and observer.statistic != "none":
             tensors = (buffers["range"], buffers["scale"], buffers["zero_point"], buffers["solved"])
-            return ops.follow_fake_quant(x, *tensors, *self._follow_arguments())
-        grid = (observer.quant_min, observer.quant_max, observer.ch_axis)
-        return ops.fake_quant(x, buffers["scale"], buffers["zero_point"], *grid)
+            constant = self.averaging_constant
+            return ops.follow_fake_quant(x, *tensors, constant, **self._follow_arguments())
+        qparams, axis = (buffers["scale"], buffers["zero_point"]), observer.ch_axis
+        return ops.fake_quant(x, *qparams, ch_axis=axis, grid=observer.grid_text)
 
-    def _follow_arguments(self) -> tuple[Any, ...]:
-        """The arguments of ``ops.follow_`` from ``averaging_constant`` on."""
+    def _follow_arguments(self) -> dict[str, Any]:
+        """The arguments of ``ops.follow_`` after ``averaging_constant``."""
         observer = self.observer
-        return (
-            self.averaging_constant,
-            observer.name,
-            observer.quant_min,
-            observer.quant_max,
-            observer.symmetric,
-            observer.scale_rule,
-            observer.power_of_two,
-            observer.encoded_options,
-            observer.ch_axis,
-            observer.mantissa_bits,
-            observer.octaves,
-        )
+        return {
+            "rule": observer.name,
+            "options": observer.encoded_options,
+            "ch_axis": observer.ch_axis,
+            "mantissa_bits": observer.mantissa_bits,
+            "octaves": observer.octaves,
+            "grid": observer.grid_text,
+        }
 
     @torch.no_grad()
     def solve_weight(self, weight: Tensor) -> WeightSolution:
@@ -293,7 +289,7 @@ class FakeQuantize(nn.Module):
         solution = Solution.nothing(observer.channel_len, self.solved.device)
         solved = torch.zeros_like(self.solved)  # 0: the range becomes that of the weight
         # With the constant 0 follow_ would not take the range of a weight that is all zero.
-        ops.follow_(weight, *solution, solved, 1.0, *self._follow_arguments()[1:])
+        ops.follow_(weight, *solution, solved, 1.0, **self._follow_arguments())
         return WeightSolution(solution if bool(solved) else None, fresh.extrema, fresh.tally)
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
@@ -321,9 +317,8 @@ class FakeQuantize(nn.Module):
     @torch.no_grad()
     def take_shared_(self, values: Tensor) -> None:
         """Sets the range from the mean of all ranks' :meth:`shared_values`."""
-        observer, range_ = self.observer, values.view_as(self.range).float()
-        grid = (observer.quant_min, observer.quant_max, observer.symmetric)
-        scale, zero_point = ops.qparams(range_, *grid, observer.scale_rule, observer.power_of_two)
+        range_ = values.view_as(self.range).float()
+        scale, zero_point = ops.qparams(range_, grid=self.observer.grid_text)
         self.take_(Solution(range_, scale, zero_point))
 
     @torch.no_grad()

@@ -1,17 +1,30 @@
-"""Parses the arguments that describe the integer grid of a quantizer."""
+"""Parses the arguments that describe the grid of a quantizer: integers, or a float format."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
+from torch_ext import _C
+from torch_ext.ops.grid_text import grid_text, words
 from torch_ext.utils.arguments import parse_integer
 
 _NAME = re.compile(r"(?:torch\.)?q?(u?)int(\d+)")
 _MIN_BITS, _MAX_BITS = 2, 16
-_KNOWN_DTYPES = "int4, uint4, int8, uint8, int16, uint16 and others of 2 to 16 bits"
+_KNOWN_DTYPES = (
+    "int4, uint4, int8, uint8, int16, uint16 and others of 2 to 16 bits, float8_e4m3, float8_e5m2"
+)
+
+# The float formats of quantizers, by all their names. The ops know smaller ones too, which a scale
+# for a whole tensor or channel does not suit.
+_FLOATS = {
+    "float8_e4m3": "float8_e4m3",
+    "float8_e4m3fn": "float8_e4m3",
+    "float8_e5m2": "float8_e5m2",
+}
 
 # Grids that are dtypes of Torch; the others are given as text, such as "int4".
 _TORCH_DTYPES = {
@@ -34,11 +47,17 @@ def parse_dtype(who: str, dtype: object) -> tuple[DType, int, int]:
     """The normalized dtype, and its least and greatest value.
 
     ``torch.int8``, ``"int8"``, ``"qint8"`` and ``torch.qint8`` all give ``torch.int8``. Dtypes that
-    Torch lacks stay text, such as ``"int4"``.
+    Torch lacks stay text, such as ``"int4"``. Float formats are text: ``"float8_e4m3"``, also for
+    ``torch.float8_e4m3fn``.
 
     Raises:
-        ValueError: not an integer dtype of 2 to 16 bits.
+        ValueError: neither an integer dtype of 2 to 16 bits nor a known float format.
     """
+    if isinstance(dtype, (str, torch.dtype)):
+        floats = _FLOATS.get(str(dtype).removeprefix("torch."))
+        if floats is not None:
+            largest = int(_C.float_formats()[floats]["largest"])
+            return floats, -largest, largest
     match = _NAME.fullmatch(str(dtype)) if isinstance(dtype, (str, torch.dtype)) else None
     bits = int(match[2]) if match and len(match[2]) < 3 else 0
     if not match or not _MIN_BITS <= bits <= _MAX_BITS:
@@ -48,9 +67,32 @@ def parse_dtype(who: str, dtype: object) -> tuple[DType, int, int]:
     return _TORCH_DTYPES.get(f"torch.{name}", name), low, high
 
 
+def is_float(dtype: DType) -> bool:
+    """Whether a normalized dtype is a float format."""
+    return isinstance(dtype, str) and dtype in _FLOATS
+
+
+def largest_step(dtype: DType) -> float:
+    """The largest step between neighbours on the grid, in units of the scale."""
+    return _C.float_formats()[str(dtype)]["last_step"] if is_float(dtype) else 1.0
+
+
 def dtype_name(dtype: DType) -> str:
     """The dtype as text, without ``torch.``."""
     return str(dtype).removeprefix("torch.")
+
+
+def text_of(
+    dtype: DType,
+    quant_min: int,
+    quant_max: int,
+    symmetric: bool,
+    scale_rule: str = "grid",
+    power_of_two: bool = False,
+) -> str:
+    """A quantizer's grid as the text that ops take."""
+    how = (symmetric, scale_rule, power_of_two)
+    return f"{dtype}{words(*how)}" if is_float(dtype) else grid_text(quant_min, quant_max, *how)
 
 
 def parse_qscheme(who: str, qscheme: object) -> torch.qscheme:
@@ -65,7 +107,10 @@ def parse_qscheme(who: str, qscheme: object) -> torch.qscheme:
 
 @dataclass(frozen=True)
 class Grid:
-    """A checked integer grid, and the axis of its channels."""
+    """A checked grid, and the axis of its channels.
+
+    The ends of a float format are its least and its largest number.
+    """
 
     dtype: DType
     qscheme: torch.qscheme
@@ -81,6 +126,18 @@ class Grid:
     @property
     def per_channel(self) -> bool:
         return self.ch_axis >= 0
+
+
+def _check_float(
+    who: str, dtype: DType, scheme: torch.qscheme, ends: Mapping[str, tuple[object, int]]
+) -> None:
+    """Raises ValueError for what a float format does not have: a zero point, or other ends."""
+    if scheme not in (torch.per_tensor_symmetric, torch.per_channel_symmetric):
+        name = str(scheme).removeprefix("torch.")
+        raise ValueError(f"{who}: expected qscheme to be symmetric with {dtype}, got {name}")
+    for name, (given, end) in ends.items():
+        if given is not None and given != end:
+            raise ValueError(f"{who}: expected {name} to be {end} with {dtype}, got {given}")
 
 
 def parse_grid(
@@ -102,6 +159,9 @@ def parse_grid(
     """
     parsed, low, high = parse_dtype(who, dtype)
     scheme = parse_qscheme(who, qscheme)
+    if is_float(parsed):
+        ends = {"quant_min": (quant_min, low), "quant_max": (quant_max, high)}
+        _check_float(who, parsed, scheme, ends)
     least = low if quant_min is None else parse_integer(who, "quant_min", quant_min, low, high)
     most = high if quant_max is None else parse_integer(who, "quant_max", quant_max, low, high)
     if not (least < most and least <= 0 <= most):

@@ -13,6 +13,7 @@ from torch_ext.ops.registry import fake_quant_info
 from torch_ext.ops.registry_names import LearnedMethod, Rule
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import PreparedModel
+from torch_ext.quantizers.grid import is_float
 from torch_ext.quantizers.solve import Solution
 from torch_ext.quantizers.state_table import DIFFERENTIATE, FOLLOW, QUANTIZE, FakeQuantState
 from torch_ext.utils.arguments import bounded, parse_flag
@@ -186,7 +187,8 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
         observer = self.observer
         parameter = _whole(self._parameters[self._parameter])
         grid = (observer.quant_min, observer.quant_max)
-        scales = _C.learned_scales(self.method, parameter.tolist(), *grid)
+        floats = str(observer.dtype) if is_float(observer.dtype) else ""
+        scales = _C.learned_scales(self.method, parameter.tolist(), *grid, floats)
         zero_point = self.start_zero_point
         if self.learn_zero_point:
             # The op rounds and clamps a learned zero point the same way.
@@ -272,11 +274,10 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
                 cast("LearnedMethod", self.method),
                 parameter if learns else parameter.detach(),
                 zero_point,
-                observer.quant_min,
-                observer.quant_max,
-                observer.ch_axis,
-                self.use_grad_scaling,
-                batch_axis,
+                ch_axis=observer.ch_axis,
+                use_grad_scaling=self.use_grad_scaling,
+                batch_axis=batch_axis,
+                grid=observer.grid_text,
             )
         except RuntimeError:
             self.check_finite()
@@ -290,12 +291,11 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
         if by_channel:
             done = self._started().all().to(torch.uint8).view(1)
         tensors = (x, self.start_range, parameter, self.start_zero_point, done)
-        grid = (observer.quant_min, observer.quant_max, observer.symmetric)
         ops.follow_(
             *tensors,
             0.0,
             _START,
-            *grid,
+            grid=observer.grid_text,
             options=(),
             ch_axis=observer.ch_axis,
             mantissa_bits=observer.mantissa_bits,

@@ -16,7 +16,7 @@ from torch_ext import ops
 from torch_ext.ops.registry import OptionValue, encode_options, observer_info
 from torch_ext.ops.registry_names import Rule
 from torch_ext.ops.statistics import ScaleRule
-from torch_ext.quantizers.grid import DType, Grid, dtype_name, parse_grid
+from torch_ext.quantizers.grid import DType, Grid, dtype_name, parse_grid, text_of
 from torch_ext.utils.arguments import parse_flag, parse_integer
 from torch_ext.utils.text import joined
 
@@ -59,7 +59,8 @@ class Observer(nn.Module):
     Args:
         name: the rule, one of ``torch_ext.observers()``.
         dtype: the integers of the grid: ``torch.int8``, ``"uint8"``, ``"int4"``, ``"qint8"`` or
-            others of 2 to 16 bits.
+            others of 2 to 16 bits. Or a float format, ``"float8_e4m3"`` or ``"float8_e5m2"``,
+            which is symmetric: the scale takes the range to its largest number, 448 or 57344.
         qscheme: ``torch.per_tensor_symmetric``, ``per_tensor_affine``, ``per_channel_symmetric``
             or ``per_channel_affine``, or the name as text.
         ch_axis: the axis of the channels, with a per-channel scheme; else -1.
@@ -208,6 +209,18 @@ class Observer(nn.Module):
         channels = (self.ch_axis, self.channel_len)
         return Grid(self.dtype, self.qscheme, self.quant_min, self.quant_max, *channels)
 
+    @property
+    def grid_text(self) -> str:
+        """The grid, and how a range becomes a scale on it, as the text that ops take."""
+        return text_of(
+            self.dtype,
+            self.quant_min,
+            self.quant_max,
+            self.symmetric,
+            self.scale_rule,
+            self.power_of_two,
+        )
+
     def set_grid(self, grid: Grid, scale_rule: ScaleRule = "grid", power: bool = False) -> None:
         """Changes the grid, of the same channels; statistic and rule stay.
 
@@ -238,12 +251,8 @@ class Observer(nn.Module):
             [torch.tensor([[math.inf, -math.inf]], dtype=torch.float32, device="cpu")],
             [torch.zeros(1, 5, dtype=torch.int64, device="cpu")],
             [torch.zeros(1, 2, *bins, dtype=torch.int64, device="cpu")],
-            [self.quant_min],
-            [self.quant_max],
-            [self.symmetric],
-            [self.scale_rule],
-            [self.power_of_two],
-            [encoded],
+            options=[encoded],
+            grids=[self.grid_text],
         )
         return encoded
 
@@ -288,12 +297,8 @@ class Observer(nn.Module):
             [self.extrema],
             [self.tally],
             [self.counts],
-            [self.quant_min],
-            [self.quant_max],
-            [self.symmetric],
-            [self.scale_rule],
-            [self.power_of_two],
-            [self._encoded],
+            options=[self._encoded],
+            grids=[self.grid_text],
         )
         return ranges[0], scales[0], zero_points[0]
 

@@ -205,12 +205,8 @@ def solve_observers(observers: Mapping[str, Observer]) -> dict[str, Solution]:
             [observer.extrema for observer in on_device],
             [observer.tally for observer in on_device],
             [observer.counts for observer in on_device],
-            [observer.quant_min for observer in on_device],
-            [observer.quant_max for observer in on_device],
-            [observer.symmetric for observer in on_device],
-            [observer.scale_rule for observer in on_device],
-            [observer.power_of_two for observer in on_device],
-            [observer.encoded_options for observer in on_device],
+            options=[observer.encoded_options for observer in on_device],
+            grids=[observer.grid_text for observer in on_device],
         )
         _check_no_nan(names, ranges)
         solutions.update(zip(names, map(Solution, ranges, scales, zero_points), strict=True))

@@ -8,7 +8,7 @@
 // Prints numbers that the test knows from elsewhere.
 int main() {
   using namespace torch_ext;
-  const core::Grid grid{-128, 127, false, core::ScaleRule::grid, false};
+  const core::Grid grid{{-128, 127}, false, core::ScaleRule::grid, false};
   const core::QParams found = core::qparams({-1.0, 3.0}, grid);
   std::printf("scale %.9g\nzero_point %d\n", found.scale, found.zero_point);
   std::printf("rules");

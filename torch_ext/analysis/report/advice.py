@@ -98,7 +98,7 @@ def _range_notes(subject: QuantizerReport) -> list[Note]:
     if one_sided and low < 0:
         text = f"Negative values, down to {low:.4g}, clip to 0. Use a signed or an affine grid."
         range_notes.append(Note("clips negatives", text))
-    if params.symmetric and params.quant_min < 0 and 0 <= low < high:
+    if params.symmetric and params.quant_min < 0 and 0 <= low < high and not params.is_float:
         text = (
             "No value is negative, so half of the grid is idle. An unsigned or affine grid would "
             "halve the step, if the engine supports it."

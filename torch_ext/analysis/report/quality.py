@@ -18,6 +18,7 @@ from torch_ext import ops
 from torch_ext.analysis.rule_choices import Choice, choice, rules_that_look
 from torch_ext.files.quantizer_params import Params
 from torch_ext.ops.registry import observer_info
+from torch_ext.quantizers.grid import largest_step
 
 # The error curve: its number of thresholds, and how many octaves below the largest magnitude the
 # least of them is.
@@ -88,7 +89,7 @@ class Sums:
         Args:
             x: the values.
             out: their quantized values, of the same shape.
-            step: the scale, broadcastable to x.
+            step: the largest step of the grid, broadcastable to x.
             times: how often each value is there; None: once.
         """
         x, out = x.double(), out.double()
@@ -166,30 +167,36 @@ def histogram_sample(statistic: Statistic) -> Sample | None:
 def quality_of(sample: Sample, scale: Tensor, zero_point: Tensor, params: Params) -> Quality:
     """The quality with a scale and a zero point [C] each, on the grid of `params`."""
     sums = Sums()
+    step = scale[:, None] * largest_step(params.spec["dtype"])
     for piece in sample.pieces():
         out = _quantized(piece.x, scale, zero_point, params)
-        sums.add(piece.x, out, scale[:, None], piece.times)
+        sums.add(piece.x, out, step, piece.times)
     return sums.quality()
 
 
 def _quantized(x: Tensor, scale: Tensor, zero_point: Tensor, params: Params) -> Tensor:
     """Fake-quantizes x [C,n] by channel."""
     axis = 0 if len(scale) > 1 else -1
-    return ops.fake_quant(x, scale, zero_point, params.quant_min, params.quant_max, axis)
+    return ops.fake_quant(x, scale, zero_point, ch_axis=axis, grid=params.grid)
+
+
+def _supports(rule: str, params: Params) -> bool:
+    """Whether a rule is defined for the grid of `params`."""
+    info = observer_info(rule)
+    if params.is_float:
+        return not info["only_integers"]
+    return info["max_bits"] >= (params.quant_max - params.quant_min).bit_length()
 
 
 def rule_lines(sample: Sample, statistic: Statistic, params: Params) -> list[RuleLine]:
-    """Solves every rule that supports the grid's bits, and measures its range on the sample.
+    """Solves every rule that supports the grid, and measures its range on the sample.
 
     Rules have their default options, the quantizer's own rule its options; that rule comes first.
     """
     current = choice(params.observer, params.spec["options"])
     names = dict.fromkeys([current.rule, *rules_that_look()])
-    bits = (params.quant_max - params.quant_min).bit_length()
     choices = [current if name == current.rule else choice(name, {}) for name in names]
-    choices = [
-        candidate for candidate in choices if observer_info(candidate.rule)["max_bits"] >= bits
-    ]
+    choices = [candidate for candidate in choices if _supports(candidate.rule, params)]
     many = len(choices)
     extrema, tally, counts = statistic
     no_counts = counts[:, :, :0, :0]
@@ -199,12 +206,8 @@ def rule_lines(sample: Sample, statistic: Statistic, params: Params) -> list[Rul
         [extrema] * many,
         [tally] * many,
         [counts if reads_counts else no_counts for reads_counts in reads],
-        [params.quant_min] * many,
-        [params.quant_max] * many,
-        [params.symmetric] * many,
-        [params.scale_rule] * many,
-        [params.power_of_two] * many,
-        [candidate.options for candidate in choices],
+        options=[candidate.options for candidate in choices],
+        grids=[params.grid] * many,
     )
     return [
         line_of(str(candidate), candidate, sample, params, *solution)
@@ -243,7 +246,7 @@ def error_curve(sample: Sample, params: Params) -> list[tuple[float, float]]:
     for share in shares.tolist():
         reach = (largest * share).float()
         range_ = sample.ends.clamp(-reach, reach)
-        out = _quantized(x, *ops.qparams(range_, *params.grid), params)
+        out = _quantized(x, *ops.qparams(range_, grid=params.grid), params)
         noise = float(((x.double() - out).square() * times).sum())
         if power > 0 and noise > 0:
             curve.append((share, 10 * math.log10(noise / power)))

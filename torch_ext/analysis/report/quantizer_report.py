@@ -29,6 +29,7 @@ from torch_ext.analysis.report.quality import (
 )
 from torch_ext.files.quantizer_params import STATISTIC, Params, spec_of
 from torch_ext.quantizers.fake_quantize import FakeQuantize
+from torch_ext.quantizers.grid import largest_step
 from torch_ext.quantizers.observer import Observer
 
 # The most channels, evenly spread, that rules are compared on and the error curve is computed for.
@@ -61,7 +62,7 @@ class WatchedData:
         if self.observer is not None:
             self.observer.to(x.device)(x)
         axis = quantizer.observer.ch_axis
-        step = quantizer.calculate_qparams()[0]
+        step = quantizer.calculate_qparams()[0] * largest_step(quantizer.observer.dtype)
         rows = max(1, MAX_PIECE * len(x) // x.numel())
         if axis >= 0:
             step = step.view([-1 if i == axis else 1 for i in range(x.dim())])

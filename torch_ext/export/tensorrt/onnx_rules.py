@@ -12,7 +12,7 @@ from typing import Any
 
 from torch_ext.export.common.entries import Entry
 from torch_ext.export.common.packages import load_onnx
-from torch_ext.export.onnx_qdq import OnnxGrid
+from torch_ext.export.onnx_grid import OnnxGrid
 from torch_ext.files.storage import PathLike
 
 _PAIR = ("QuantizeLinear", "DequantizeLinear")
