@@ -218,7 +218,7 @@ def _grid_problem(entry: Entry) -> str:
     """Why ncnn cannot use a quantizer's grid; empty if it can."""
     grid = entry.params
     if (grid.quant_min, grid.quant_max) != (-127, 127):
-        return f"its grid is [{grid.quant_min}, {grid.quant_max}], not [-127, 127]"
+        return f"its grid is {grid.values}, not [-127, 127]"
     if bool(entry.zero_point.any()):
         return "its zero point is not 0"
     if grid.ch_axis > 0 or (grid.ch_axis == 0 and not entry.is_weight):

@@ -148,12 +148,12 @@ def _problem(entry: Entry, weight_scale: str, global_scale: float | None) -> str
     """Why TVM cannot represent a quantizer; empty if it can."""
     grid = entry.params
     if grid.is_float:
-        return f"its grid is {grid.spec['dtype']}, not of integers"
+        return f"its grid is {grid.values}, not of integers"
     largest = _largest(entry)
     if len(entry.scale) > 1 or grid.ch_axis >= 0:
         return f"it is per channel (axis {grid.ch_axis})"
     if (grid.quant_min, grid.quant_max) != (-largest, largest):
-        return f"its grid is [{grid.quant_min}, {grid.quant_max}], not [{-largest}, {largest}]"
+        return f"its grid is {grid.values}, not [{-largest}, {largest}]"
     if bool(entry.zero_point.any()):
         return "its zero point is not 0"
     threshold = float(entry.scale) * (largest + 1)

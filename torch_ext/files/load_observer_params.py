@@ -256,8 +256,7 @@ def _grid_text(params: Params) -> str:
     kind = "symmetric" if params.symmetric else "affine"
     more = "" if params.scale_rule == "grid" else f" {params.scale_rule}"
     more += " power of two" if params.power_of_two else ""
-    values = f"[{params.quant_min}, {params.quant_max}]"
-    return f"{params.spec['dtype'] if params.is_float else values} {kind}{more}"
+    return f"{params.values} {kind}{more}"
 
 
 def _statistic(params: Params, target: Params) -> tuple[dict[str, Tensor], str]:

@@ -75,6 +75,12 @@ class Params:
         return is_float(self.spec["dtype"])
 
     @property
+    def values(self) -> str:
+        """The values of the grid, for messages: ``[-128, 127]`` or ``float8_e4m3``."""
+        ends = f"[{self.quant_min}, {self.quant_max}]"
+        return str(self.spec["dtype"]) if self.is_float else ends
+
+    @property
     def grid(self) -> str:
         """The grid as the text that ops take."""
         ends = (self.quant_min, self.quant_max)

@@ -60,20 +60,20 @@ PROGRAM_ENGINES = {
 def engine_problem(entry: Entry, engine: ProgramEngine) -> str:
     """Why the engine does not take a quantizer's grid; empty if it does."""
     params, channels = entry.params, len(entry.scale)
-    grid = f"[{params.quant_min}, {params.quant_max}]"
     if entry.is_weight:
         if bool(entry.zero_point.any()):
             return "its zero point is not 0"
         least, most = engine.weight.quant_min, engine.weight.quant_max
         if params.quant_min < least or params.quant_max > most:
-            return f"its grid is {grid}, not within [{least}, {most}]"
+            return f"its grid is {params.values}, not within [{least}, {most}]"
         return ""
     if params.ch_axis >= 0 or channels > 1:
         return f"it quantizes an activation per channel (axis {params.ch_axis})"
-    kind = dtype_name(entry.quantizer.observer.dtype)
+    kind = "" if params.is_float else f"{dtype_name(entry.quantizer.observer.dtype)} "
     want = engine.activation
     if (params.quant_min, params.quant_max) != (want.quant_min, want.quant_max):
-        return f"its grid is {kind} {grid}, not {want.dtype} [{want.quant_min}, {want.quant_max}]"
+        wanted = f"{want.dtype} [{want.quant_min}, {want.quant_max}]"
+        return f"its grid is {kind}{params.values}, not {wanted}"
     return ""
 
 

@@ -128,7 +128,7 @@ def _problem(entry: Entry) -> str:
     if grid.channels > 1 or grid.ch_axis >= 0:
         return f"it is per channel (axis {grid.ch_axis})"
     if grid.quant_min not in (-128, -127) or grid.quant_max != 127:
-        return f"its grid is [{grid.quant_min}, {grid.quant_max}]"
+        return f"its grid is {grid.values}"
     if bool(entry.zero_point.any()):
         return f"its zero point is {int(entry.zero_point)}"
     return ""
