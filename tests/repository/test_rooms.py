@@ -45,7 +45,7 @@ INSIDE: dict[str, set[str]] = {
     "export.common": set(),
     "export.engines": {"export.common"},
     "export.programs": {"export.common"},
-    "export.tensorrt": {"export.common", "export.onnx_qdq"},
+    "export.tensorrt": {"export.common", "export.onnx_grid"},
     "analysis.report": {"analysis.rule_choices", "analysis.svg"},
 }
 

@@ -15,7 +15,7 @@ from torch_ext.ops.registry import observer_info
 from torch_ext.ops.registry_names import Rule
 from torch_ext.ops.statistics import ScaleRule
 from torch_ext.quantizers.fake_quantize import FakeQuantize
-from torch_ext.quantizers.grid import dtype_name, is_float, parse_grid, text_of
+from torch_ext.quantizers.grid import dtype_name, is_float, parse_grid, text_of_grid
 from torch_ext.quantizers.learned import LearnedFakeQuantize
 from torch_ext.utils.text import joined
 
@@ -85,7 +85,7 @@ class Params:
         """The grid as the text that ops take."""
         ends = (self.quant_min, self.quant_max)
         how = (self.symmetric, self.scale_rule, self.power_of_two)
-        return text_of(self.spec["dtype"], *ends, *how)
+        return text_of_grid(self.spec["dtype"], *ends, *how)
 
 
 def tensors_of(quantizer: FakeQuantize) -> dict[str, Tensor]:

@@ -82,7 +82,7 @@ def dtype_name(dtype: DType) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def text_of(
+def text_of_grid(
     dtype: DType,
     quant_min: int,
     quant_max: int,

@@ -16,7 +16,7 @@ from torch_ext import ops
 from torch_ext.ops.registry import OptionValue, encode_options, observer_info
 from torch_ext.ops.registry_names import Rule
 from torch_ext.ops.statistics import ScaleRule
-from torch_ext.quantizers.grid import DType, Grid, dtype_name, parse_grid, text_of
+from torch_ext.quantizers.grid import DType, Grid, dtype_name, parse_grid, text_of_grid
 from torch_ext.utils.arguments import parse_flag, parse_integer
 from torch_ext.utils.text import joined
 
@@ -212,7 +212,7 @@ class Observer(nn.Module):
     @property
     def grid_text(self) -> str:
         """The grid, and how a range becomes a scale on it, as the text that ops take."""
-        return text_of(
+        return text_of_grid(
             self.dtype,
             self.quant_min,
             self.quant_max,
