@@ -13,7 +13,7 @@ import pytest
 
 import onnx_runs
 from cli_runs import runner
-from onnx_graphs import conv_file
+from onnx_graphs import conv_file, product_file
 from torch_ext import FileError, export
 from torch_ext.export.engines.float_twin import float_twin
 
@@ -55,6 +55,38 @@ def test_openvino_has_layers_of_its_own(tmp_path: Path) -> None:
     assert found["first"] == (True, "")
     assert found["second"][0] is False
     assert "its input is not quantized: it is the result of Sin sine" in found["second"][1]
+
+
+def test_openvino_may_make_a_layer_part_of_another_operation(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    path = tmp_path / "net.onnx"
+    product_file(path, ("first", "second"))
+    found = export.check(path, engines="openvino", seconds=0)
+    assert {layer.node for layer in found.engines[0].layers} == {"first", "second"}
+    assert not found.all_integer
+    assert any(layer.name == "b" for layer in found.engines[0].floating)
+
+
+@pytest.mark.parametrize("names", [("", ""), ("same", "same"), ("", "other")])
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_nodes_without_names_of_their_own(
+    names: tuple[str, str], engine: str, tmp_path: Path
+) -> None:
+    """ONNX lets names be empty and repeated; what is found is that of the file with names."""
+    pytest.importorskip(engine)
+    named, other = tmp_path / "named.onnx", tmp_path / "other.onnx"
+    product_file(named, ("first", "second"))
+    product_file(other, names)
+    before = other.read_bytes()
+    want, have = (
+        export.check(path, engines=engine, seconds=0).engines[0].layers for path in (named, other)
+    )
+    assert [(one.name, one.op, one.integer, one.reason, one.quantized) for one in have] == [
+        (one.name, one.op, one.integer, one.reason, one.quantized) for one in want
+    ]
+    assert {one.name: one.quantized for one in have} == {"a": True, "b": engine == "openvino"}
+    assert {one.node for one in have} <= {"a.y", "y", "other"}
+    assert other.read_bytes() == before
 
 
 def test_times_of_int8_and_float(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from torch_ext.export.common.entries import TO_FLOAT, Entry, refuse
-from torch_ext.export.engines.integer_layers import onnxruntime_layers
+from torch_ext.export.engines.integer_layers import layers_in_onnxruntime
 from torch_ext.export.onnx_qdq import OnnxGrid
 from torch_ext.export.tensorrt.onnx_rules import grid_problem, violations
 from torch_ext.quantizers.transition import QuantizationWarning
@@ -49,7 +49,7 @@ def refuse_file(who: str, profile: Profile | None, packages: Any, proto: Any, da
     if profile == "tensorrt":
         refuse(who, violations(packages, proto), "these nodes are not what TensorRT takes")
     elif profile == "onnxruntime":
-        _refuse_float_layers(who, data)
+        _refuse_float_layers(who, packages, proto, data)
 
 
 def _openvino_problem(entry: Entry, grid: OnnxGrid) -> str:
@@ -63,12 +63,12 @@ def _openvino_problem(entry: Entry, grid: OnnxGrid) -> str:
     return ""
 
 
-def _refuse_float_layers(who: str, data: bytes) -> None:
+def _refuse_float_layers(who: str, packages: Any, proto: Any, data: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "net.onnx"
         path.write_bytes(data)
         try:
-            layers = onnxruntime_layers(path)
+            layers = layers_in_onnxruntime(who, packages, proto, path, "the result")
         except ImportError:
             warnings.warn(
                 f'{who}: onnxruntime is not installed, so nothing has judged whether profile="'
@@ -79,7 +79,7 @@ def _refuse_float_layers(who: str, data: bytes) -> None:
             return
         except ValueError as error:
             reason = str(error).replace(str(path), "the result")
-            raise ValueError(f"{who}: nothing was written: {reason}") from error
+            raise ValueError(f"{reason}; nothing was written") from error
     slow = [layer for layer in layers if layer.quantized and not layer.integer]
     if slow:
         advice = dict.fromkeys(layer.advice for layer in slow)

@@ -13,7 +13,8 @@ from torch_ext.export.common.entries import check_path
 from torch_ext.export.common.packages import load_onnx
 from torch_ext.export.common.sessions import onnxruntime_session
 from torch_ext.export.engines.float_twin import float_twin
-from torch_ext.export.engines.integer_layers import EngineLayer, onnxruntime_layers
+from torch_ext.export.engines.integer_layers import EngineLayer, layers_in_onnxruntime
+from torch_ext.export.engines.named_file import named_file
 from torch_ext.export.engines.openvino_runs import openvino_compiled, openvino_layers
 from torch_ext.export.engines.timing import Shapes, random_inputs, side_by_side
 from torch_ext.files.storage import PathLike
@@ -169,14 +170,14 @@ def check(
     elif seconds:
         twin = float_twin(packages, proto).SerializeToString()
     found = []
-    for name in chosen:
-        try:
-            found.append(
-                _ENGINE_CHECKS[name](target, packages, proto, twin, feeds, threads, seconds)
-            )
-        except ValueError as error:
-            problem = str(error).removeprefix(f"{_WHO}: ")
-            found.append(EngineCheck(name, _version(name), (), None, None, problem))
+    with named_file(packages, proto, target) as file:
+        for name in chosen:
+            given = (file, target, packages, proto, twin, feeds, threads, seconds)
+            try:
+                found.append(_ENGINE_CHECKS[name](*given))
+            except ValueError as error:
+                problem = str(error).removeprefix(f"{_WHO}: ")
+                found.append(EngineCheck(name, _version(name), (), None, None, problem))
     if found and all(engine.problem for engine in found):
         raise ValueError(f"{_WHO}: " + "; ".join(engine.problem for engine in found))
     return ExportCheck(str(target), tuple(found), tuple(notes))
@@ -226,10 +227,17 @@ def _version(engine: str) -> str:
 
 
 def _check_onnxruntime(
-    path: Path, packages: Any, proto: Any, twin: bytes, feeds: Any, threads: int, seconds: float
+    file: Path,
+    path: Path,
+    packages: Any,
+    proto: Any,
+    twin: bytes,
+    feeds: Any,
+    threads: int,
+    seconds: float,
 ) -> EngineCheck:
-    session = onnxruntime_session(_WHO, path, path, threads=threads)
-    layers = tuple(onnxruntime_layers(path))
+    session = onnxruntime_session(_WHO, file, path, threads=threads)
+    layers = tuple(layers_in_onnxruntime(_WHO, packages, proto, file, path))
     times: tuple[float | None, float | None] = (None, None)
     if twin:
         floating = onnxruntime_session(_WHO, twin, f"{path} in float", threads=threads)
@@ -243,9 +251,16 @@ def _check_onnxruntime(
 
 
 def _check_openvino(
-    path: Path, packages: Any, proto: Any, twin: bytes, feeds: Any, threads: int, seconds: float
+    file: Path,
+    path: Path,
+    packages: Any,
+    proto: Any,
+    twin: bytes,
+    feeds: Any,
+    threads: int,
+    seconds: float,
 ) -> EngineCheck:
-    compiled = openvino_compiled(_WHO, path, path, threads)
+    compiled = openvino_compiled(_WHO, file, path, threads)
     layers = tuple(openvino_layers(compiled, packages, proto))
     times: tuple[float | None, float | None] = (None, None)
     if twin:

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch_ext.export.common.packages import load_onnx, onnxruntime_package
+from torch_ext.export.common.packages import load_onnx
+from torch_ext.export.common.sessions import onnxruntime_session
+from torch_ext.export.engines.named_file import named_file
 from torch_ext.files.storage import PathLike
 
 # Operators that multiply and add up, by what they are called in an optimised graph.
@@ -51,13 +53,21 @@ class Problem(NamedTuple):
     advice: str
 
 
+class FileLayer(NamedTuple):
+    """A layer of a file, before an engine has seen it."""
+
+    name: str
+    op: str
+    problem: Problem | None
+
+
 @dataclass(frozen=True)
 class EngineLayer:
     """A layer that multiplies and adds up, and how an engine computes it."""
 
     #: The module that has its weight, such as ``layer1.0.conv1``; without a weight, its node.
     name: str
-    #: The name of its node in the file.
+    #: The name of its node in the file; where that is empty or not its alone, of its result.
     node: str
     #: The operator of the engine, such as ``QLinearConv``.
     op: str
@@ -93,10 +103,21 @@ def onnxruntime_layers(path: PathLike) -> list[EngineLayer]:
         ValueError: onnxruntime cannot load the file; with its reason.
     """
     who = "export.onnxruntime_layers"
-    packages, proto = load_onnx(who, path, weights=False)
+    packages, proto = load_onnx(who, path)
+    with named_file(packages, proto, Path(path)) as file:
+        return layers_in_onnxruntime(who, packages, proto, file, path)
+
+
+def layers_in_onnxruntime(
+    who: str, packages: Any, proto: Any, file: Path, label: object
+) -> list[EngineLayer]:
+    """The same of a ModelProto whose nodes have names, and that is in a file.
+
+    `who` is the function that errors name, `label` what they call the file.
+    """
     given = _Graph(packages, proto)
     weights, quantized = dict(_weights(given)), set(_quantized(given))
-    graph = _Graph(packages, _optimised(who, packages, Path(path)))
+    graph = _Graph(packages, _optimised(who, packages, file, label))
     found = []
     for node in graph.nodes:
         name = weights.get(node.name, node.name)
@@ -109,27 +130,16 @@ def onnxruntime_layers(path: PathLike) -> list[EngineLayer]:
     return found
 
 
-def _optimised(who: str, packages: Any, path: Path) -> Any:
+def _optimised(who: str, packages: Any, file: Path, label: object) -> Any:
     """The ModelProto that onnxruntime's optimiser makes of a file, without large tensors."""
-    onnxruntime = onnxruntime_package(who)
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    options.log_severity_level = 4
-    options.intra_op_num_threads = 1
+    # Large tensors go to another file, so that one message of protobuf holds the graph.
+    prefix = "session.optimized_model_external_initializers"
+    entries = {f"{prefix}_file_name": "weights.bin", f"{prefix}_min_size_in_bytes": "1024"}
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "optimised.onnx"
-        options.optimized_model_filepath = str(target)
-        # Large tensors go to another file, so that one message of protobuf holds the graph.
-        prefix = "session.optimized_model_external_initializers"
-        options.add_session_config_entry(f"{prefix}_file_name", "weights.bin")
-        options.add_session_config_entry(f"{prefix}_min_size_in_bytes", "1024")
-        try:
-            onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime has classes of its own, without a common base
-            raise ValueError(
-                f"{who}: expected {path} to be a file that onnxruntime loads, got its error: "
-                f"{str(error).strip()[:2000]}"
-            ) from error
+        onnxruntime_session(
+            who, file, label, level="ORT_ENABLE_EXTENDED", save=target, entries=entries
+        )
         return packages.load(str(target), load_external_data=False)
 
 
@@ -335,18 +345,19 @@ def _title(node: Any) -> str:
     return f"{node.op_type} {node.name or node.output[0]}"
 
 
-def file_layers(packages: Any, proto: Any) -> dict[str, tuple[str, Problem | None]]:
+def file_layers(packages: Any, proto: Any) -> dict[str, FileLayer]:
     """The layers of a ModelProto that was not optimised.
 
     Returns:
-        By the node's name, in order: the module whose weight it reads, or the node's name; and what
-        keeps its operands from being integers.
+        By the node's name, in order: the module whose weight it reads, or the node's name; its
+        operator; and what keeps its operands from being integers.
     """
     graph = _Graph(packages, proto)
     owners = dict(_weights(graph))
     return {
-        node.name: (
+        node.name: FileLayer(
             owners.get(node.name, node.name),
+            node.op_type,
             graph.operand_problem(node) if node.op_type in _FLOAT else None,
         )
         for node in graph.nodes
