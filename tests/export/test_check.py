@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,12 @@ import onnx_runs
 from cli_runs import runner
 from onnx_graphs import conv_file, product_file
 from torch_ext import FileError, export
+from torch_ext.export.common import onnx_bytes
 from torch_ext.export.engines.float_twin import float_twin
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
+message = pytest.importorskip("google.protobuf.message")
 
 X = np.random.default_rng(1).standard_normal((2, 4, 6, 6)).astype(np.float32)
 
@@ -106,7 +110,7 @@ def test_the_float_twin_is_the_float_model(tmp_path: Path) -> None:
     first, second = conv_file(path)
     proto = onnx.load(path)
     before = proto.SerializeToString()
-    twin = float_twin(onnx, proto)
+    twin = onnx.ModelProto.FromString(float_twin("check", onnx, proto, path))
     assert proto.SerializeToString() == before
     assert [node.op_type for node in twin.graph.node] == ["Conv", "Conv", "Identity"]
     onnx.checker.check_model(twin)
@@ -145,7 +149,7 @@ def test_constants_of_the_twin(case: str, tmp_path: Path) -> None:
     graph = helper.make_graph(nodes, "g", value[:1], value[1:], tensors)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)])
     model.ir_version = 10
-    twin = float_twin(onnx, model)
+    twin = onnx.ModelProto.FromString(float_twin("check", onnx, model, "net"))
     assert [node.op_type for node in twin.graph.node] == ["Add"]
     zeros = np.zeros((6, 8), np.float32)
     have = onnx_runs.session(twin).run(None, {"x": zeros})[0]
@@ -270,3 +274,88 @@ def test_scales_that_are_next_to_nothing(tmp_path: Path) -> None:
     notes = export.check(path, engines="onnxruntime", seconds=0).notes
     assert len(notes) == 1
     assert "first.out.scale (1e-32)" in notes[0]
+
+
+class Huge:
+    """A ModelProto past 2 GiB: protobuf raises as soon as it is asked for its size."""
+
+    def SerializeToString(self) -> bytes:
+        raise message.EncodeError("Failed to serialize proto")
+
+    ByteSize = SerializeToString
+
+
+def test_models_that_protobuf_cannot_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for made in (onnx_bytes.model_bytes, onnx_bytes.copied):
+        with pytest.raises(ValueError, match=r"who: expected net to be a model of .* \(Failed to"):
+            made("who", Huge(), "net", "make it smaller")
+    path = tmp_path / "net.onnx"
+    product_file(path, ("", ""))
+    # The integers fit, the floats of the same model do not.
+    monkeypatch.setattr(onnx_bytes, "LIMIT", path.stat().st_size + 1000)
+    found = export.check(path, engines="onnxruntime", seconds=0.01)
+    assert found.engines[0].speedup is None
+    assert len(found.engines[0].layers) == 2
+    assert re.search(r"in float to be a model of at most \d+ bytes, got", found.notes[0])
+
+
+def test_a_package_of_another_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """onnxruntime-gpu installs the module onnxruntime."""
+    path = tmp_path / "net.onnx"
+    conv_file(path)
+
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    (engine,) = export.check(path, engines="onnxruntime", seconds=0).engines
+    assert engine.version == pytest.importorskip("onnxruntime").__version__
+
+
+def input_file(path: Path, kind: str) -> None:
+    helper, number = onnx.helper, onnx.TensorProto.FLOAT
+    made = {
+        "sequence": ("SequenceLength", helper.make_sequence_type_proto),
+        "optional": ("OptionalHasElement", helper.make_optional_type_proto),
+    }
+    y = helper.make_tensor_value_info("y", onnx.TensorProto.INT64, None)
+    if kind == "text":
+        node = helper.make_node("Identity", ["x"], ["y"])
+        x, y = (helper.make_tensor_value_info(n, onnx.TensorProto.STRING, [1]) for n in "xy")
+    else:
+        op, wrap = made[kind]
+        node = helper.make_node(op, ["x"], ["y"])
+        x = helper.make_value_info("x", wrap(helper.make_tensor_type_proto(number, [1])))
+        if kind == "optional":
+            y = helper.make_tensor_value_info("y", onnx.TensorProto.BOOL, None)
+    graph = helper.make_graph([node], "g", [x], [y])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    onnx.save(model, path)
+
+
+@pytest.mark.parametrize("kind", ["sequence", "optional", "text"])
+def test_inputs_that_are_no_tensors_of_numbers(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "net.onnx"
+    input_file(path, kind)
+    message = f"got x, which is .*{kind}; seconds=0 only lists layers"
+    with pytest.raises(ValueError, match=message):
+        export.check(path, engines="onnxruntime")
+    code, _, error = runner(capsys)("check", str(path), "--engine", "onnxruntime")
+    assert code == 2
+    assert re.search(message, error)
+
+
+def test_constants_that_are_inputs_too(tmp_path: Path) -> None:
+    """As files up to IR 3 have them: they have a value, in float too."""
+    path = tmp_path / "net.onnx"
+    conv_file(path)
+    proto = onnx.load(path)
+    for tensor in proto.graph.initializer:
+        proto.graph.input.add().CopyFrom(
+            onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+        )
+    onnx.save(proto, path)
+    (engine,) = export.check(path, engines="onnxruntime", seconds=0.01).engines
+    assert engine.speedup is not None

@@ -19,6 +19,7 @@ from torch_ext.export.common.entries import (
     entries,
     refuse,
 )
+from torch_ext.export.common.onnx_bytes import model_bytes
 from torch_ext.export.common.onnx_metadata import METADATA_KEY
 from torch_ext.export.common.packages import onnx_packages
 from torch_ext.export.common.trace import TracedInput, simplify, symbols, trace, translations
@@ -33,8 +34,6 @@ from torch_ext.export.onnx_qdq import PLAIN_OPSET, OnnxGrid, Rewriter
 from torch_ext.files.storage import PathLike, write_atomically
 from torch_ext.quantizers.find import PreparedModel
 from torch_ext.utils.arguments import bounded
-
-_LIMIT = 2**31 - 2**20  # bytes; protobuf holds less than 2 GiB in one message
 
 
 def onnx(
@@ -199,15 +198,9 @@ def _describe(
 
 def _checked(who: str, packages: Any, proto: Any) -> bytes:
     """The model as bytes; raises ValueError if it is too large or not valid ONNX."""
-    size = proto.ByteSize()
-    if size > _LIMIT:
-        raise ValueError(
-            f"{who}: expected a model of at most {_LIMIT} bytes, got {size}; "
-            "quantized_weights=True makes it smaller"
-        )
+    data = model_bytes(who, proto, "the result", "quantized_weights=True makes it smaller")
     try:
         packages.checker.check_model(proto)
     except packages.checker.ValidationError as error:
         raise ValueError(f"{who}: the result is not valid ONNX: {error}") from error
-    data: bytes = proto.SerializeToString()
     return data

@@ -7,19 +7,23 @@ from typing import Any
 
 import numpy as np
 
+from torch_ext.export.common.onnx_bytes import copied, model_bytes
+
+_TOO_LARGE = "so it is not timed against itself in float"
 _OWN_CLIPS = ("/clipped", "/above")  # before a grid that is narrower than its type
 
 
-def float_twin(packages: Any, proto: Any) -> Any:
-    """A copy of a ModelProto without QuantizeLinear and DequantizeLinear.
+def float_twin(who: str, packages: Any, proto: Any, label: object) -> bytes:
+    """A ModelProto without QuantizeLinear and DequantizeLinear, as bytes.
 
     A pair of them is taken out, and integers of the file become the floats that they stand for.
     Integers that an operator computes, as in files without pairs, stay as they are. `packages` is
-    the package onnx, `proto` holds its weights.
+    the package onnx, `proto` holds its weights and stays as it is. Errors name the function `who`
+    and call the model `label`. Raises ValueError if it is too large for a message of protobuf.
     """
-    twin = type(proto).FromString(proto.SerializeToString())
+    twin = copied(who, proto, label, _TOO_LARGE)
     _Twin(packages, twin.graph).make()
-    return twin
+    return model_bytes(who, twin, label, _TOO_LARGE)
 
 
 class _Twin:
@@ -34,6 +38,8 @@ class _Twin:
                 value = next((a.t for a in node.attribute if a.name == "value"), None)
                 if value is not None:
                     self.constants[node.output[0]] = value
+        # A constant that is an input, too, as up to IR 3, would without a value have to be given.
+        self.inputs = {value.name for value in graph.input}
         self.outputs = {value.name for value in graph.output}
         self.producers = {name: node for node in graph.node for name in node.output}
         self.renamed: dict[str, str] = {}
@@ -92,7 +98,7 @@ class _Twin:
         constants = [
             type(tensor).FromString(tensor.SerializeToString())
             for tensor in self.graph.initializer
-            if tensor.name in needed
+            if tensor.name in needed or tensor.name in self.inputs
         ]
         for field, messages in ((self.graph.node, kept), (self.graph.initializer, constants)):
             del field[:]

@@ -1,4 +1,4 @@
-"""ONNX files in which every node has a name of its own, by which engines' layers are found again."""
+"""ONNX files in which every node has a name of its own, by which engines' layers are found."""
 
 from __future__ import annotations
 
@@ -22,10 +22,9 @@ def named_file(packages: Any, proto: Any, path: Path) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "net.onnx"
-        whole = type(proto)()
-        whole.CopyFrom(proto)  # saving moves the tensors out of what it saves
-        packages.save(whole, str(copy), save_as_external_data=True, location="net.bin")
-        del whole
+        packages.save(proto, str(copy), save_as_external_data=True, location="net.bin")
+        # That moved the tensors to the other file.
+        packages.external_data_helper.load_external_data_for_model(proto, folder)
         yield copy
 
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from torch_ext.export.common.onnx_bytes import copied, model_bytes
 from torch_ext.export.common.sessions import advice_for
 from torch_ext.export.engines.file_tensors import FileTensor
 from torch_ext.export.engines.integer_layers import EngineLayer, FileLayer, file_layers
-from torch_ext.export.engines.tensor_runs import EngineRun
+from torch_ext.export.engines.tensor_runs import SMALLER, EngineRun
 
 # OpenVINO computes in bfloat16 where the CPU can; VALIDATION computes in float32.
 _FLOAT = {"INFERENCE_PRECISION_HINT": "f32"}
@@ -64,14 +65,14 @@ def run_in_openvino(
     who: str, path: Path, proto: Any, tensors: Sequence[FileTensor], feeds: Any
 ) -> EngineRun:
     """Runs a copy of the file with the quantized activations as outputs, and the file itself."""
-    copy = type(proto).FromString(proto.SerializeToString())
+    copy = copied(who, proto, path, SMALLER)
     own = [output.name for output in copy.graph.output]
     constants = {tensor.name for tensor in copy.graph.initializer}
     names = [one.dequantized for one in tensors if one.source not in constants]
     for name in dict.fromkeys(names):
         if name not in own:
             copy.graph.output.add(name=name)
-    results = _infer(openvino_compiled(who, copy.SerializeToString(), path), feeds)
+    results = _infer(openvino_compiled(who, model_bytes(who, copy, path, SMALLER), path), feeds)
     plain = _infer(openvino_compiled(who, path, path), feeds)
     found = {name: results[len(own) + i] for i, name in enumerate(n for n in names if n not in own)}
     for i, name in enumerate(own):
@@ -101,7 +102,7 @@ def openvino_layers(compiled: Any, packages: Any, proto: Any) -> list[EngineLaye
         if kind in _RECURRENT and not nodes:  # it does not keep the name of such a layer
             nodes = [node for node in lost if known[node].op in ("LSTM", "GRU", "RNN")][:1]
         if kind not in _LAYERS:
-            elsewhere |= {node: f"a {kind} of {precision}" for node in nodes}
+            elsewhere |= dict.fromkeys(nodes, f"a {kind} of {precision}")
             continue
         lost = [node for node in lost if node not in nodes]
         node = nodes[0] if nodes else operation.get_friendly_name()
@@ -111,7 +112,10 @@ def openvino_layers(compiled: Any, packages: Any, proto: Any) -> list[EngineLaye
         found.append(EngineLayer(name, node, kind, integer, *why))
     for node in lost:
         where = elsewhere.get(node, "another operation, or computed in advance")
-        why = known[node].problem or (f"OpenVINO has no layer of its own for it: it is part of {where}", "")
+        why = known[node].problem or (
+            f"OpenVINO has no layer of its own for it: it is part of {where}",
+            "",
+        )
         found.append(EngineLayer(known[node].name, node, known[node].op, False, *why))
     return found
 

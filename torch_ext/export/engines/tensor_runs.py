@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from torch_ext.export.common.entries import Entry
+from torch_ext.export.common.onnx_bytes import copied, model_bytes
 from torch_ext.export.common.sessions import onnxruntime_session
 from torch_ext.export.engines.file_tensors import FileTensor
 from torch_ext.quantizers.find import PreparedModel
@@ -20,6 +21,7 @@ from torch_ext.utils.arguments import bound_arguments
 from torch_ext.utils.batches import model_device, tensors_in, to_device
 from torch_ext.utils.modes import eval_mode, uncompiled
 
+SMALLER = "export it with quantized_weights=True"
 _SEEN = "/seen_by_comparison"
 # Operators of integers: where their results' scale and zero point stand among the inputs.
 _RESULT_GRIDS = {
@@ -91,7 +93,7 @@ def run_as_written(
     who: str, path: Path, packages: Any, proto: Any, tensors: Sequence[FileTensor], feeds: Any
 ) -> EngineRun:
     """Runs the file in onnxruntime without graph optimisations: each node by itself."""
-    copy = type(proto).FromString(proto.SerializeToString())
+    copy = copied(who, proto, path, SMALLER)
     return _run(
         who, path, packages, copy, {one.dequantized: one.dequantized for one in tensors}, feeds
     )
@@ -230,12 +232,8 @@ def _run(
             proto.graph.output.add(name=name)
             listed.append(name)
         names[key] = name
-    if proto.ByteSize() >= 2**31:
-        raise ValueError(
-            f"{who}: expected a model of less than 2 GiB, got {path} of {proto.ByteSize()} bytes: "
-            "export it with quantized_weights=True"
-        )
-    session = onnxruntime_session(who, proto.SerializeToString(), path, level="ORT_DISABLE_ALL")
+    data = model_bytes(who, proto, path, SMALLER)
+    session = onnxruntime_session(who, data, path, level="ORT_DISABLE_ALL")
     results = dict(zip(listed, session.run(listed, feeds), strict=True))
     tensors = {key: torch.from_numpy(results[name]) for key, name in names.items()}
     return EngineRun(tensors, [torch.from_numpy(results[name]) for name in listed[:own]])

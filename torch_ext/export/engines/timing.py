@@ -31,14 +31,32 @@ def random_inputs(
     random = np.random.default_rng(0)
     made = {}
     for value in inputs:
+        kind = _type(packages, value)
+        if kind is None:
+            raise ValueError(
+                f"{who}: expected the file's inputs to be tensors of numbers, to make random ones, "
+                f"got {value.name}, which is {_title(packages, value)}; seconds=0 only lists layers"
+            )
         axes = value.type.tensor_type.shape.dim
         shape = _shape(who, value.name, axes, batch, given.get(value.name))
-        kind = packages.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
         if np.issubdtype(kind, np.floating):
             made[value.name] = random.standard_normal(shape).astype(kind)
         else:
             made[value.name] = np.full(shape, kind == np.bool_, kind)
     return made
+
+
+def _type(packages: Any, value: Any) -> Any:
+    """The type of an input's numbers; None for one that is no tensor, or of text."""
+    if not value.type.HasField("tensor_type"):
+        return None
+    kind = packages.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+    return None if kind == np.object_ else kind
+
+
+def _title(packages: Any, value: Any) -> str:
+    kind = str(value.type.WhichOneof("value") or "nothing").removesuffix("_type")
+    return "a tensor of text" if kind == "tensor" else f"of type {kind}"
 
 
 def _shape(who: str, name: str, axes: Any, batch: int, given: Sequence[int] | None) -> list[int]:
