@@ -190,7 +190,12 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no engine": ({"engines": []}, "expected engines to name an engine, got none"),
     "batch": ({"batch": 0}, "expected batch to be between 1 and"),
     "threads": ({"threads": 0}, "expected threads to be between 1 and"),
-    "seconds": ({"seconds": -1}, "expected seconds to be 0 or more, got -1"),
+    "seconds": ({"seconds": -1}, "expected seconds to be between 0 and 86400, got -1"),
+    "too many seconds": ({"seconds": 1e7}, "seconds to be between 0 and 86400, got 10000000.0"),
+    "not a number": ({"seconds": float("nan")}, "seconds to be between 0 and 86400, got nan"),
+    "shape of a number": ({"shapes": {"x": 3}}, r"shape of x to be \[batch, 4, 6, 6\], got 3"),
+    "shape of text": ({"shapes": {"x": "1466"}}, r"to be \[batch, 4, 6, 6\], got '1466'"),
+    "shape of flags": ({"shapes": {"x": [True, 4, 6, 6]}}, r"got \[True, 4, 6, 6\]"),
     "input": ({"shapes": {"z": [1]}}, "shapes names 'z', the file has x"),
     "rank": ({"shapes": {"x": [1, 4]}}, r"shape of x to be \[batch, 4, 6, 6\], got \[1, 4\]"),
     "size": ({"shapes": {"x": [1, 3, 6, 6]}}, r"to be \[batch, 4, 6, 6\], got \[1, 3, 6, 6\]"),
@@ -204,6 +209,34 @@ def test_bad_arguments(case: str, tmp_path: Path) -> None:
     keys, message = BAD[case]
     with pytest.raises(ValueError, match=message):
         export.check(path, **{"engines": "onnxruntime", **keys})
+
+
+WRONG_TYPES: dict[str, tuple[dict[str, Any], str]] = {
+    "engines": ({"engines": 3}, "expected engines to be a name or a list of names, got 3"),
+    "threads": ({"threads": True}, "expected threads to be an integer, got True"),
+    "batch": ({"batch": 1.0}, r"expected batch to be an integer, got 1\.0"),
+    "seconds": ({"seconds": "1"}, "expected seconds to be a number, got '1'"),
+    "shapes": ({"shapes": [1]}, r"expected shapes to be a mapping from .*, got \[1\]"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_TYPES)
+def test_arguments_of_wrong_types(case: str, tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    conv_file(path)
+    keys, message = WRONG_TYPES[case]
+    with pytest.raises(TypeError, match=f"^export.check: {message}"):
+        export.check(path, **{"engines": "onnxruntime", **keys})
+
+
+def test_an_engine_twice_runs_once_and_sizes_may_be_numpys(tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    conv_file(path)
+    for shape in (np.array([2, 4, 6, 6]), [np.int64(2), 4, 6, 6]):
+        (engine,) = export.check(
+            path, engines=["onnxruntime", "onnxruntime"], shapes={"x": shape}, seconds=0.01
+        ).engines
+        assert engine.speedup is not None
 
 
 def test_an_open_axis_needs_a_size(tmp_path: Path) -> None:

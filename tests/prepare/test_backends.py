@@ -82,7 +82,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no bool": ({"backend": "x86", "reduce_range": 7}, TypeError, "reduce_range"),
     "two grids of activations": (
         {"backend": "x86", "activation_qkwargs": {"dtype": "int8"}}, ValueError,
-        "activation_qkwargs without dtype where a backend decides",
+        "get_default_qconfig: expected activation_qkwargs without dtype where a backend decides",
     ),
     "two grids of weights": (
         {"backend": "ncnn", "weight_qkwargs": {"quant_min": -7, "percentile": 1}}, ValueError,

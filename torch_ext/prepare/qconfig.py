@@ -126,9 +126,16 @@ def get_default_qconfig(
         raise ValueError(f"{who}: expected a backend with reduce_range=True, got None")
     return QConfig(
         activation=_factory(
-            "activation", activation_fake_quant, activation_observer, activation_qkwargs, grids[0]
+            who,
+            "activation",
+            activation_fake_quant,
+            activation_observer,
+            activation_qkwargs,
+            grids[0],
         ),
-        weight=_factory("weight", weight_fake_quant, weight_observer, weight_qkwargs, grids[1]),
+        weight=_factory(
+            who, "weight", weight_fake_quant, weight_observer, weight_qkwargs, grids[1]
+        ),
     )
 
 
@@ -161,6 +168,7 @@ def get_default_calib_qconfig(
 
 
 def _factory(
+    who: str,
     side: str,
     method: Method | None,
     observer: Rule | None,
@@ -169,29 +177,34 @@ def _factory(
 ) -> Factory | None:
     """The factory of one side; calls it once, so that wrong values raise here."""
     if qkwargs is not None and not isinstance(qkwargs, Mapping):
-        raise TypeError(f"expected {side}_qkwargs to be a mapping, got {bounded(qkwargs)}")
+        raise TypeError(f"{who}: expected {side}_qkwargs to be a mapping, got {bounded(qkwargs)}")
     given = dict(qkwargs or {})
     if method is None:
         if given:
             raise ValueError(
-                f"expected {side}_qkwargs to be empty with {side}_fake_quant=None, "
+                f"{who}: expected {side}_qkwargs to be empty with {side}_fake_quant=None, "
                 f"got {', '.join(given)}"
             )
         return None
     if observer is None:
         raise ValueError(
-            f"expected {side}_observer to be a name with {side}_fake_quant={method!r}, got None"
+            f"{who}: expected {side}_observer to be a name with {side}_fake_quant={method!r}, "
+            "got None"
         )
-    observer_info(observer)
+    for info, name in ((fake_quant_info, method), (observer_info, observer)):
+        try:
+            info(name)
+        except ValueError as error:
+            raise ValueError(f"{who}: {error}") from error
     for key in [key for key in given if key in _IGNORED]:
-        warnings.warn(f"{side}_qkwargs: {key} is ignored, as {_IGNORED[key]}", stacklevel=4)
+        warnings.warn(f"{who}: {side}_qkwargs: {key} is ignored, as {_IGNORED[key]}", stacklevel=4)
         del given[key]
     keys = dict(_WEIGHT_DEFAULTS) if side == "weight" else {}
     if grid is not None:
         if decided := [key for key in given if key in GRID_KEYS]:
             raise ValueError(
-                f"expected {side}_qkwargs without {', '.join(decided)} where a backend decides the "
-                "grid; leave out one of the two"
+                f"{who}: expected {side}_qkwargs without {', '.join(decided)} where a backend "
+                "decides the grid; leave out one of the two"
             )
         keys |= grid.keys()
         if fake_quant_info(method)["per_channel"]:  # else weights are per tensor, as without it
@@ -200,7 +213,7 @@ def _factory(
         per_channel = fake_quant_info(method)["per_channel"]
         default = torch.per_channel_symmetric if per_channel else torch.per_tensor_symmetric
         given.setdefault("qscheme", default)
-    check_keys(f"{side}_qkwargs", given, observer, KEYS)
+    check_keys(f"{who}: {side}_qkwargs", given, observer, KEYS)
     probe_keys = keys | given
     if side == "weight" and "ch_axis" not in given and not _is_per_tensor(given["qscheme"]):
         probe_keys["ch_axis"] = 0

@@ -25,6 +25,7 @@ _WHO = "export.check"
 _ENGINES = ("onnxruntime", "openvino")
 _LEAST_SCALE = 1e-30
 _MOST_THREADS = 1024
+_MOST_SECONDS = 86400
 
 
 @dataclass(frozen=True)
@@ -141,15 +142,18 @@ def check(
 
     Args:
         path: the file.
-        engines: ``"onnxruntime"``, ``"openvino"`` or both; by default those that are installed.
+        engines: ``"onnxruntime"``, ``"openvino"`` or a list of both; by default those that are
+            installed.
         batch: the size of inputs' first axis, where the file leaves it open; by default 1.
         shapes: the whole shape of inputs by name, for other axes that the file leaves open.
-        threads: of the engine; by default 1.
-        seconds: about how long each engine is timed, by default 2; 0 does not time.
+        threads: of the engine, 1 to 1024; by default 1.
+        seconds: about how long each engine is timed, up to 86400, by default 2; 0 does not time.
 
     Raises:
-        ValueError: for an unknown engine or another wrong argument; if no engine loads the file,
-            with the reason of each.
+        TypeError: an argument has a wrong type.
+        ValueError: for an unknown engine or another wrong argument; for inputs that are no tensors
+            of numbers, unless ``seconds`` is 0; if no engine loads the file, with the reason of
+            each.
         FileError: a ValueError, for a file that is not ONNX.
         FileNotFoundError: if there is no such file.
         ImportError: if onnx or onnxscript is missing, an engine that was asked for, or every one.
@@ -157,8 +161,12 @@ def check(
     chosen, notes = _engines(engines)
     parse_integer(_WHO, "batch", batch, 1, 2**31 - 1)
     parse_integer(_WHO, "threads", threads, 1, _MOST_THREADS)
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds < 1e6:
-        raise ValueError(f"{_WHO}: expected seconds to be 0 or more, got {bounded(seconds)}")
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
+        raise TypeError(f"{_WHO}: expected seconds to be a number, got {bounded(seconds)}")
+    if not 0 <= seconds <= _MOST_SECONDS:
+        raise ValueError(
+            f"{_WHO}: expected seconds to be between 0 and {_MOST_SECONDS}, got {seconds}"
+        )
     target = check_path(_WHO, path, ".onnx")
     packages, proto = load_onnx(_WHO, target)
     notes += _tiny_scales(packages, proto)
@@ -193,7 +201,12 @@ def _engines(engines: str | Sequence[str] | None) -> tuple[list[str], list[str]]
             )
         absent = [name for name in _ENGINES if name not in installed]
         return installed, [f"{name} is not installed: pip install {name}" for name in absent]
-    chosen = [engines] if isinstance(engines, str) else list(engines)
+    if not isinstance(engines, (str, Sequence)):
+        raise TypeError(
+            f"{_WHO}: expected engines to be a name or a list of names, got {bounded(engines)}"
+        )
+    given = [engines] if isinstance(engines, str) else list(engines)
+    chosen = [name for i, name in enumerate(given) if name not in given[:i]]
     if not chosen:
         raise ValueError(f"{_WHO}: expected engines to name an engine, got none")
     for name in chosen:

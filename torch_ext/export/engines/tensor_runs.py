@@ -59,7 +59,7 @@ def run_model(prepared: PreparedModel, chosen: Mapping[str, Entry], batch: Any) 
     """Runs the model in eval mode, without gradients; `chosen` are the quantizers to watch."""
     root = prepared.root
     given = to_device(
-        bound_arguments(prepared.who, root, batch), model_device(prepared.who, root, None)
+        bound_arguments(prepared.who, root, batch, "batch"), model_device(prepared.who, root, None)
     )
     calls: list[tuple[str, Tensor]] = []
     bound = inspect.signature(root.forward).bind_partial()
