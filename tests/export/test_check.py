@@ -253,6 +253,25 @@ def test_an_open_axis_needs_a_size(tmp_path: Path) -> None:
     assert engine.speedup is not None
 
 
+def test_files_without_layers_or_quantizers(tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    value = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [1]) for n in "xy"]
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Relu", ["x"], ["y"])], "g", value[:1], value[1:]
+    )
+    opsets = [onnx.helper.make_opsetid("", 18)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=9), path)
+    for seconds in (0, 0.01):
+        found = export.check(path, engines="onnxruntime", seconds=seconds)
+        assert found.notes == (
+            "the file has no quantizers, and no operator of integers: it is float",
+        )
+        assert "no layers: nothing in the file multiplies and adds up" in str(found)
+        assert "0 of 0" not in str(found)
+    conv_file(path)
+    assert export.check(path, engines="onnxruntime", seconds=0).notes == ()
+
+
 def test_bad_files(tmp_path: Path) -> None:
     path = tmp_path / "net.onnx"
     path.write_bytes(b"\xff" * 50)

@@ -45,6 +45,18 @@ def whole() -> nn.Module:
     )  # fmt: skip
 
 
+def test_a_file_that_onnxruntime_does_not_load(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    net = calibrated(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(800, 5)).bfloat16()
+    with pytest.raises(ValueError, match=r"the result to be a model that onnxruntime") as caught:
+        export.onnx(net, pictures().bfloat16(), tmp_path / "net.onnx", profile="onnxruntime")
+    text = str(caught.value)
+    assert text.startswith("export.onnx: expected the result")
+    assert text.endswith("; nothing was written")
+    assert "onnxruntime_layers" not in text
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("stored", [False, True])
 def test_onnxruntime_computes_all_in_integers(stored: bool, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")

@@ -10,7 +10,7 @@ import torch
 import torch_ext
 from paths import ROOT
 from torch_ext import get_default_calib_qconfig, get_default_qconfig
-from torch_ext.utils.backends import BACKENDS, Backend, backend_table
+from torch_ext.utils.backends import BACKENDS, Backend, BackendGrid
 
 AFFINE, SYMMETRIC = torch.per_tensor_affine, torch.per_tensor_symmetric
 UINT8 = (torch.uint8, AFFINE, 0, 255)
@@ -99,6 +99,23 @@ def test_bad_values(case: str) -> None:
     keys, error, message = BAD[case]
     with pytest.raises(error, match=message):
         get_default_qconfig(**keys)
+
+
+def shown(grid: BackendGrid) -> str:
+    words = grid.qscheme.replace("per_channel", "per output channel").replace("_", " ")
+    return f"{grid.dtype} [{grid.quant_min}, {grid.quant_max}], {words}"
+
+
+def backend_table() -> str:
+    """The table in Markdown."""
+    lines = [
+        "| backend | engine | activations | weights | in integers | export |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in BACKENDS.items():
+        cells = (f"`{name}`", row.engine, shown(row.activation), shown(row.weight), row.layers)
+        lines.append(f"| {' | '.join(cells)} | {row.export} |")
+    return "\n".join(lines)
 
 
 def test_the_guide_shows_the_table() -> None:

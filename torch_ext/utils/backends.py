@@ -29,10 +29,6 @@ class BackendGrid:
         """The grid as keys of an ``Observer``."""
         return asdict(self)
 
-    def __str__(self) -> str:
-        words = self.qscheme.replace("per_channel", "per output channel").replace("_", " ")
-        return f"{self.dtype} [{self.quant_min}, {self.quant_max}], {words}"
-
 
 @dataclass(frozen=True)
 class BackendRow:
@@ -111,15 +107,3 @@ def backend_grids(who: str, backend: object, reduce_range: object = False) -> tu
         )
     weight = row.weight
     return row.activation, BackendGrid(weight.dtype, weight.qscheme, -_SEVEN_BITS, _SEVEN_BITS)
-
-
-def backend_table() -> str:
-    """The table in Markdown."""
-    lines = [
-        "| backend | engine | activations | weights | in integers | export |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, row in BACKENDS.items():
-        cells = (f"`{name}`", row.engine, str(row.activation), str(row.weight), row.layers)
-        lines.append(f"| {' | '.join(cells)} | {row.export} |")
-    return "\n".join(lines)

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch_ext.export.common.entries import check_path
+from torch_ext.export.common.entries import SMALL_SCALE, check_path
 from torch_ext.export.common.packages import load_onnx
 from torch_ext.export.common.sessions import onnxruntime_session
 from torch_ext.export.engines.float_twin import float_twin
-from torch_ext.export.engines.integer_layers import EngineLayer, layers_in_onnxruntime
-from torch_ext.export.engines.named_file import named_file
+from torch_ext.export.engines.integer_layers import EngineLayer, is_quantized, layers_in_onnxruntime
+from torch_ext.export.engines.named_file import all_nodes, named_file
 from torch_ext.export.engines.openvino_runs import openvino_compiled, openvino_layers
 from torch_ext.export.engines.timing import Shapes, random_inputs, side_by_side
 from torch_ext.files.storage import PathLike
@@ -23,7 +23,6 @@ from torch_ext.utils.text import shown, text_table
 
 _WHO = "export.check"
 _ENGINES = ("onnxruntime", "openvino")
-_LEAST_SCALE = 1e-30
 _MOST_THREADS = 1024
 _MOST_SECONDS = 86400
 
@@ -57,7 +56,7 @@ class EngineCheck:
 
     @property
     def all_integer(self) -> bool:
-        """Whether the engine loads the file and computes every layer in integers."""
+        """Whether the engine loads the file and computes every layer in integers, if it has any."""
         return not self.problem and not self.floating
 
     @property
@@ -71,10 +70,11 @@ class EngineCheck:
         """The number of integer layers, and the times, in a line."""
         if self.problem:
             return f"{self.engine} {self.version}: {self.problem}"
-        text = (
-            f"{self.engine} {self.version}: {len(self.integer)} of {len(self.layers)} layers in "
-            "integers"
-        )
+        text = f"{self.engine} {self.version}: "
+        if self.layers:
+            text += f"{len(self.integer)} of {len(self.layers)} layers in integers"
+        else:
+            text += "no layers: nothing in the file multiplies and adds up"
         if self.speedup is not None:
             text += (
                 f"; {self.int8_ms:.3g} ms, in float {self.float_ms:.3g} ms: {self.speedup:.2f} "
@@ -102,7 +102,8 @@ class ExportCheck:
     path: str
     #: One per engine that was asked.
     engines: tuple[EngineCheck, ...]
-    #: What deserves a look: scales that are next to nothing, engines that are not installed.
+    #: What deserves a look: scales that are next to nothing, a file without quantizers, engines
+    #: that are not installed.
     notes: tuple[str, ...]
 
     @property
@@ -169,6 +170,8 @@ def check(
         )
     target = check_path(_WHO, path, ".onnx")
     packages, proto = load_onnx(_WHO, target)
+    if not any(is_quantized(node) for node in all_nodes(proto.graph)):
+        notes.append("the file has no quantizers, and no operator of integers: it is float")
     notes += _tiny_scales(packages, proto)
     feeds = random_inputs(_WHO, packages, proto, batch, shapes) if seconds else {}
     twin = b""
@@ -225,12 +228,12 @@ def _tiny_scales(packages: Any, proto: Any) -> list[str]:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear") and node.input[1] in tensors:
             name = node.input[1].removesuffix("/scale")
             values = packages.numpy_helper.to_array(tensors[node.input[1]])
-            if name not in tiny and values.size and float(abs(values).min()) < _LEAST_SCALE:
+            if name not in tiny and values.size and float(abs(values).min()) < SMALL_SCALE:
                 tiny[name] = float(abs(values).min())
     if not tiny:
         return []
     return [
-        f"scales below {_LEAST_SCALE:g}, with which onnxruntime's fused kernels go wrong: "
+        f"scales below {SMALL_SCALE:g}, with which onnxruntime's fused kernels go wrong: "
         f"{shown([f'{name} ({scale:.3g})' for name, scale in tiny.items()], 5)}"
     ]
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from torch_ext.export.common.packages import load_onnx
 from torch_ext.export.common.sessions import onnxruntime_session
+from torch_ext.export.engines.file_tensors import CARRIERS
 from torch_ext.export.engines.named_file import named_file
 from torch_ext.files.storage import PathLike
 
@@ -27,11 +28,6 @@ _FLOAT = (
     "MatMulNBits", "Einsum", "Attention", "MultiHeadAttention", "LSTM", "GRU", "RNN",
 )  # fmt: skip
 _ACTIVATIONS = ("Relu", "Clip")
-# Operators that only move values; the optimiser carries QuantizeLinear across them.
-_CARRIERS = (
-    "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "MaxPool", "Identity", "Slice",
-    "Split", "Gather", "Expand",
-)  # fmt: skip
 _BYTES = ("int8", "uint8")
 
 # Ways out.
@@ -225,7 +221,7 @@ class _Graph:
     def dequantizer(self, name: str) -> Any:
         """The DequantizeLinear that a tensor is the result of; None if it is of another."""
         node = self.producers.get(name)
-        while node is not None and node.op_type in _CARRIERS:
+        while node is not None and node.op_type in CARRIERS:
             node = self.producers.get(node.input[0])
         return node if node is not None and node.op_type == "DequantizeLinear" else None
 
@@ -273,7 +269,7 @@ class _Graph:
                 return Problem(reason, _FOLD)
             if reader.op_type in _ACTIVATIONS and not activation:
                 activation = reader.op_type
-            elif reader.op_type not in _CARRIERS:
+            elif reader.op_type not in CARRIERS:
                 return Problem(f"its result is read in float, by {_title(reader)}", _BETWEEN)
             name = reader.output[0]
 
@@ -339,6 +335,12 @@ def _quantizer(pair: Any) -> str:
 def _activation(node: Any) -> str:
     """The activation that the optimiser has made part of a layer; empty without one."""
     return next((str(a.s.decode()) for a in node.attribute if a.name == "activation"), "")
+
+
+def is_quantized(node: Any) -> bool:
+    """Whether a node quantizes or dequantizes, or computes in integers itself."""
+    kind = node.op_type
+    return kind in _INTEGER or kind.startswith("QLinear") or kind.lower().endswith("quantizelinear")
 
 
 def _title(node: Any) -> str:

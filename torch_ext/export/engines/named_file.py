@@ -30,7 +30,7 @@ def named_file(packages: Any, proto: Any, path: Path) -> Iterator[Path]:
 
 def _name_nodes(proto: Any) -> bool:
     """Gives every node a name that no other has, in place; whether that changed anything."""
-    nodes = list(_nodes(proto.graph))
+    nodes = list(all_nodes(proto.graph))
     count: dict[str, int] = {}
     for node in nodes:
         count[node.name] = count.get(node.name, 0) + 1
@@ -49,9 +49,10 @@ def _name_nodes(proto: Any) -> bool:
     return changed
 
 
-def _nodes(graph: Any) -> Iterator[Any]:
+def all_nodes(graph: Any) -> Iterator[Any]:
+    """The nodes of a graph, and those of the bodies of its loops and branches."""
     for node in graph.node:
         yield node
         for attribute in node.attribute:
             for body in (attribute.g, *attribute.graphs):
-                yield from _nodes(body)
+                yield from all_nodes(body)

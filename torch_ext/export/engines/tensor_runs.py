@@ -15,7 +15,7 @@ from torch import Tensor
 from torch_ext.export.common.entries import Entry
 from torch_ext.export.common.onnx_bytes import copied, model_bytes
 from torch_ext.export.common.sessions import onnxruntime_session
-from torch_ext.export.engines.file_tensors import FileTensor
+from torch_ext.export.engines.file_tensors import CARRIERS, FileTensor
 from torch_ext.quantizers.find import PreparedModel
 from torch_ext.utils.arguments import bound_arguments
 from torch_ext.utils.batches import model_device, tensors_in, to_device
@@ -29,12 +29,6 @@ _RESULT_GRIDS = {
     "QLinearMul": 6, "QLinearConcat": 0, "QLinearAveragePool": 3, "QLinearGlobalAveragePool": 3,
     "QLinearLeakyRelu": 3, "QLinearSigmoid": 3, "QLinearSoftmax": 3, "QLinearReduceMean": 3,
 }  # fmt: skip
-_CARRIERS = frozenset(
-    {
-        *("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze"),
-        *("Identity", "Slice", "Gather", "Expand"),
-    }
-)
 
 
 class ModelRun(NamedTuple):
@@ -118,9 +112,7 @@ def run_optimised(
         target = Path(folder) / "optimised.onnx"
         onnxruntime_session(who, path, path, level="ORT_ENABLE_EXTENDED", save=target)
         optimised = packages.load(str(target))
-    moved = {
-        node.output[0] for node in proto.graph.node if node.op_type in _CARRIERS and node.output
-    }
+    moved = {name for node in proto.graph.node if node.op_type in CARRIERS for name in node.output}
     candidates = _candidates(optimised, tensors, moved)
     shown = {}
     for places in candidates.values():
@@ -178,10 +170,10 @@ def _candidates(
             scale, zero_point = node.input[first : first + 2]
             axis = axis_of(node, scale) if node.op_type == "QuantizeLinear" else None
             grids[name] = _Integers(name, scale, zero_point, axis)
-        elif node.op_type in _CARRIERS and node.input[0] in grids:
+        elif node.op_type in CARRIERS and node.input[0] in grids:
             source = grids[node.input[0]]
             if source.axis is None:
-                grids[node.output[0]] = source._replace(name=node.output[0])
+                grids |= {name: source._replace(name=name) for name in node.output if name}
         elif (
             node.op_type == "DequantizeLinear"
             and node.input[0] in constants
