@@ -1,4 +1,4 @@
-"""INT8 in the engines: integer layers, speed against float, and agreement with VALIDATION.
+"""INT8 in the engines: integer layers, speed against float, size, agreement with VALIDATION.
 
     make engines                installs the packages of the extra ``engines`` first
     .venv/bin/python benchmarks/engines.py [--nets resnet18] [--engines onnxruntime] [--save]
@@ -7,7 +7,9 @@ Each net is calibrated for each engine, exported, and run by it: with one thread
 time, in turns with the same engine's float32, of which the least time counts. Engines that are not
 installed are left out, and named. There are no labels: "same class" is the share of images for
 which the engine chooses the class that VALIDATION chooses, "difference" the norm of the difference
-of the outputs over that of VALIDATION's.
+of the outputs over that of VALIDATION's. "KiB" is the size of an ONNX file, its weights stored as
+int8, and "export" the processor time of the export in seconds: other work on the machine does not
+count.
 """
 
 from __future__ import annotations
@@ -54,6 +56,8 @@ class Row:
     float_ms: float
     same_class: float
     difference: float
+    kib: float | None  # of a file
+    export_s: float  # of processor time
     not_integer: str
 
     @property
@@ -71,18 +75,20 @@ class Run:
     float_ms: float
     not_integer: str
     call: Callable[[Tensor], Tensor]
+    kib: float | None
+    export_s: float
 
 
 # Nets ---------------------------------------------------------------------------------------------
 
 
-def vision(name: str) -> Callable[[int], tuple[nn.Module, Tensor, Tensor]]:
-    """torchvision's net with random weights, and norms whose statistics are those of the data."""
+def untrained(package: str, name: str) -> Callable[[int], tuple[nn.Module, Tensor, Tensor]]:
+    """A net with random weights, and norms whose statistics are those of the data."""
 
     def make(count: int) -> tuple[nn.Module, Tensor, Tensor]:
         declare()
         torch.manual_seed(0)
-        net = getattr(importlib.import_module("torchvision.models"), name)(weights=None)
+        net = getattr(importlib.import_module(package), name)()
         calibration, test = _crops(224, count)
         norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
         for norm in norms:
@@ -113,8 +119,9 @@ def example(count: int) -> tuple[nn.Module, Tensor, Tensor]:
 
 
 NETS: dict[str, Callable[[int], tuple[nn.Module, Tensor, Tensor]]] = {
-    "resnet18": vision("resnet18"),
-    "mobilenet_v2": vision("mobilenet_v2"),
+    "resnet18": untrained("torchvision.models", "resnet18"),
+    "mobilenet_v2": untrained("torchvision.models", "mobilenet_v2"),
+    "timm regnetx_002": untrained("timm.models", "regnetx_002"),
     "efficientnet_lite1": efficientnet,
     "example": example,
 }
@@ -142,10 +149,8 @@ def onnx_engine(engine: str) -> Callable[[nn.Module, nn.Module, Tensor, float], 
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "net.onnx"
             pair = torch.cat([example, example])
-            try:
-                export.onnx(model, pair, path, profile=engine)  # type: ignore[arg-type]
-            except ValueError:  # it refuses what stays float; here that is counted
-                export.onnx(model, pair, path)
+            seconds_of_export = _export(engine, model, pair, path)
+            size = path.stat().st_size / 1024
             found = export.check(path, engines=engine, seconds=seconds).engines[0]
             call = _caller(engine, path)
         assert found.int8_ms is not None
@@ -153,9 +158,21 @@ def onnx_engine(engine: str) -> Callable[[nn.Module, nn.Module, Tensor, float], 
         return Run(
             len(found.integer), len(found.layers), found.int8_ms, found.float_ms,
             _grouped([(layer.name, layer.reason) for layer in found.floating]), call,
+            size, seconds_of_export,
         )  # fmt: skip
 
     return run
+
+
+def _export(engine: str, model: nn.Module, pair: Tensor, path: Path) -> float:
+    """Writes the file; returns how long that took."""
+    begun = time.process_time()
+    try:
+        export.onnx(model, pair, path, profile=engine, quantized_weights=True)  # type: ignore[arg-type]
+    except ValueError:  # the profile refuses what stays float; here that is counted
+        begun = time.process_time()
+        export.onnx(model, pair, path, quantized_weights=True)
+    return time.process_time() - begun
 
 
 def _caller(engine: str, path: Path) -> Callable[[Tensor], Tensor]:
@@ -182,16 +199,18 @@ def program_engine(backend: str) -> Callable[[nn.Module, nn.Module, Tensor, floa
     lower = {"x86": inductor, "xnnpack": xnnpack}[backend]
 
     def run(net: nn.Module, model: nn.Module, example: Tensor, seconds: float) -> Run:
+        begun = time.process_time()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             program = export.pt2e(model, example, backend=backend)  # type: ignore[arg-type]
+        seconds_of_export = time.process_time() - begun
         kinds = (nn.Conv2d, nn.Linear)
         layers = sum(isinstance(module, kinds) for module in net.modules())
         told = [str(w.message) for w in caught if w.category is torch_ext.QuantizationWarning]
         lowered = lower(net, program, example, seconds)
         return Run(
             lowered.integer, layers, lowered.int8_ms, lowered.float_ms, "; ".join(told),
-            lowered.call,
+            lowered.call, None, seconds_of_export,
         )  # fmt: skip
 
     return run
@@ -267,7 +286,7 @@ def measure(net_name: str, engines: list[str], count: int, seconds: float) -> li
         error = float((have - want).double().norm() / want.double().norm())
         row = Row(
             net_name, name, done.integer, done.layers, done.int8_ms, done.float_ms, same, error,
-            done.not_integer,
+            done.kib, done.export_s, done.not_integer,
         )  # fmt: skip
         rows.append(row)
         print(
@@ -282,12 +301,13 @@ def table(rows: list[Row]) -> str:
     """In Markdown."""
     lines = [
         "| net | engine | layers in integers | ms, float's | times as fast | same class "
-        "| difference | in float, because |",
-        "|---|---|---|---|---|---|---|---|",
+        "| difference | KiB | export, s | in float, because |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {row.net} | {row.engine} | {row.integer} of {row.layers} | {row.int8_ms:.3g}, "
         f"{row.float_ms:.3g} | {row.speedup:.2f} | {row.same_class:.3f} | {row.difference:.3f} "
+        f"| {'' if row.kib is None else f'{row.kib:.0f}'} | {row.export_s:.1f} "
         f"| {row.not_integer} |"
         for row in rows
     ]

@@ -92,7 +92,8 @@ def openvino_layers(compiled: Any, packages: Any, proto: Any) -> list[EngineLaye
     known = file_layers(packages, proto)
     # An operation that makes an output of the model is called by the output's name.
     made = {node.output[0]: node.name for node in proto.graph.node if node.name in known}
-    found, elsewhere = [], {}
+    found = []
+    elsewhere: dict[str, str] = {}  # the operations of other kinds that layers are part of
     lost = list(known)  # what no operation that is a layer was made of
     for operation in compiled.get_runtime_model().get_ordered_ops():
         about = operation.get_rt_info()
