@@ -338,7 +338,7 @@ class Huge:
 
 
 def test_models_that_protobuf_cannot_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for made in (onnx_bytes.model_bytes, onnx_bytes.copied):
+    for made in (onnx_bytes.model_bytes, onnx_bytes.model_copy):
         with pytest.raises(ValueError, match=r"who: expected net to be a model of .* \(Failed to"):
             made("who", Huge(), "net", "make it smaller")
     path = tmp_path / "net.onnx"

@@ -36,7 +36,7 @@ def model_bytes(who: str, proto: Any, label: object, advice: str) -> bytes:
     return data
 
 
-def copied(who: str, proto: Any, label: object, advice: str) -> Any:
+def model_copy(who: str, proto: Any, label: object, advice: str) -> Any:
     """A copy of a ModelProto; arguments and errors are those of :func:`model_bytes`."""
     data = model_bytes(who, proto, label, advice)
     return type(proto).FromString(data)

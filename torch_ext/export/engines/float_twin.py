@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from torch_ext.export.common.onnx_bytes import copied, model_bytes
+from torch_ext.export.common.onnx_bytes import model_bytes, model_copy
 
 _TOO_LARGE = "so it is not timed against itself in float"
 _OWN_CLIPS = ("/clipped", "/above")  # before a grid that is narrower than its type
@@ -21,7 +21,7 @@ def float_twin(who: str, packages: Any, proto: Any, label: object) -> bytes:
     the package onnx, `proto` holds its weights and stays as it is. Errors name the function `who`
     and call the model `label`. Raises ValueError if it is too large for a message of protobuf.
     """
-    twin = copied(who, proto, label, _TOO_LARGE)
+    twin = model_copy(who, proto, label, _TOO_LARGE)
     _Twin(packages, twin.graph).make()
     return model_bytes(who, twin, label, _TOO_LARGE)
 

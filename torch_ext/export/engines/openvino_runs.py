@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from torch_ext.export.common.onnx_bytes import copied, model_bytes
+from torch_ext.export.common.onnx_bytes import model_bytes, model_copy
 from torch_ext.export.common.sessions import advice_for
 from torch_ext.export.engines.file_tensors import FileTensor
 from torch_ext.export.engines.integer_layers import EngineLayer, FileLayer, file_layers
@@ -65,7 +65,7 @@ def run_in_openvino(
     who: str, path: Path, proto: Any, tensors: Sequence[FileTensor], feeds: Any
 ) -> EngineRun:
     """Runs a copy of the file with the quantized activations as outputs, and the file itself."""
-    copy = copied(who, proto, path, SMALLER)
+    copy = model_copy(who, proto, path, SMALLER)
     own = [output.name for output in copy.graph.output]
     constants = {tensor.name for tensor in copy.graph.initializer}
     names = [one.dequantized for one in tensors if one.source not in constants]

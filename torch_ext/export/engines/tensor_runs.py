@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torch_ext.export.common.entries import Entry
-from torch_ext.export.common.onnx_bytes import copied, model_bytes
+from torch_ext.export.common.onnx_bytes import model_bytes, model_copy
 from torch_ext.export.common.sessions import onnxruntime_session
 from torch_ext.export.engines.file_tensors import CARRIERS, FileTensor
 from torch_ext.quantizers.find import PreparedModel
@@ -87,7 +87,7 @@ def run_as_written(
     who: str, path: Path, packages: Any, proto: Any, tensors: Sequence[FileTensor], feeds: Any
 ) -> EngineRun:
     """Runs the file in onnxruntime without graph optimisations: each node by itself."""
-    copy = copied(who, proto, path, SMALLER)
+    copy = model_copy(who, proto, path, SMALLER)
     return _run(
         who, path, packages, copy, {one.dequantized: one.dequantized for one in tensors}, feeds
     )
