@@ -5,6 +5,8 @@
 #include <array>
 #include <mutex>
 
+#include "cpu/accumulator.h"
+
 namespace torch_ext::bindings {
 namespace {
 
@@ -23,10 +25,19 @@ void unlock(uint64_t some) {
     if ((some >> i & 1) != 0) mutexes[i].unlock();
 }
 
+// Those of tensors first: who holds one may be waiting for the pool.
+void hold_all() {
+  lock(~uint64_t{0});
+  cpu::Counters::hold_pool();
+}
+void release_all() {
+  cpu::Counters::release_pool();
+  unlock(~uint64_t{0});
+}
+
 // A child has only the thread that forked. A mutex held by another would stay locked forever, and
 // the tensors that it protects half updated.
-const int at_fork = pthread_atfork([] { lock(~uint64_t{0}); }, [] { unlock(~uint64_t{0}); },
-                                   [] { unlock(~uint64_t{0}); });
+const int at_fork = pthread_atfork(hold_all, release_all, release_all);
 
 uint64_t mutexes_of(at::TensorList tensors) {
   uint64_t some = 0;

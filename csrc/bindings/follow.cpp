@@ -21,7 +21,10 @@ struct Follow {
   Follow(const char* op, const FollowArguments& arguments)
       : a(arguments),
         contract(check_follow(op, arguments)),
-        channels(contract.channels.expect_int()) {}
+        channels(contract.channels.expect_int()) {
+    // Gives a range that is a lazy clone its memory, by whose address threads exclude each other.
+    a.range.mutable_data_ptr();
+  }
 
   // The statistic of this batch, empty at first.
   Transient statistic() const { return {a.x, channels, needs_of(contract.rule), contract.layout}; }

@@ -11,11 +11,14 @@ namespace {
 // In the order of core::Rounding.
 constexpr const char* kRoundings[] = {"half_even", "half_away", "floor_half_up"};
 
-// A text of any length as a part of a message.
+// A text of any length as a part of a message. It is cut between characters of UTF-8, as Python
+// decodes the message.
 std::string shown(std::string_view text) {
   constexpr size_t kLongest = 100;
-  std::string part(text.substr(0, kLongest));
-  return text.size() > kLongest ? part + "..." : part;
+  if (text.size() <= kLongest) return std::string(text);
+  size_t end = kLongest;
+  while (end > 0 && (static_cast<unsigned char>(text[end]) & 0xC0) == 0x80) --end;
+  return std::string(text.substr(0, end)) + "...";
 }
 
 // Where in the call a value stands that is not as wanted.

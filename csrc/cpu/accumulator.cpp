@@ -37,6 +37,8 @@ class Counters::Pool {
     std::lock_guard<std::mutex> lock(mutex_);
     if (free_.size() < kKept) free_.push_back(std::move(memory));
   }
+  void hold() { mutex_.lock(); }
+  void release() { mutex_.unlock(); }
 
  private:
   static constexpr size_t kKept = 64;
@@ -46,6 +48,9 @@ class Counters::Pool {
 
 Counters::Counters(int64_t size) : memory_(Pool::instance().take(size)) {}
 Counters::~Counters() { Pool::instance().give(std::move(memory_)); }
+
+void Counters::hold_pool() { Pool::instance().hold(); }
+void Counters::release_pool() { Pool::instance().release(); }
 
 NarrowTables Counters::tables() const {
   return {memory_->even.data(), memory_->odd.data(), memory_->carry.data(),

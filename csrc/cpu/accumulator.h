@@ -18,6 +18,11 @@ class Counters {
 
   NarrowTables tables() const;
 
+  // Between these two no other thread is inside of the pool: for fork(), whose child has only the
+  // thread that forked.
+  static void hold_pool();
+  static void release_pool();
+
  private:
   struct Memory;
   class Pool;

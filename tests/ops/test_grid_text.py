@@ -138,6 +138,8 @@ def test_a_long_text_is_cut_in_the_error():
     text = _refusal(lambda: NATIVE.min_max(torch.ones(3), "[-8,7] " + "x" * 10**6))
     assert len(text) < 600
     assert text.endswith('x..."')
+    text = _refusal(lambda: NATIVE.min_max(torch.ones(3), "[-8,7] x" + "\u20ac" * 100))
+    assert text.endswith('\u20ac..."')
 
 
 @pytest.mark.parametrize(
