@@ -74,6 +74,36 @@ def test_onnxruntime_computes_all_in_integers(stored: bool, tmp_path: Path) -> N
     assert bool(((have - want).abs() <= off).all())
 
 
+PADS: dict[str, nn.Module] = {
+    "zeros": nn.ZeroPad2d((0, 1, 0, 1)),
+    "another value": nn.ConstantPad2d(1, 0.7),
+    "reflected": nn.ReflectionPad2d(1),
+    "two": nn.Sequential(nn.ZeroPad2d(1), nn.ConstantPad2d((1, 0, 0, 1), 0.3)),
+}
+
+
+@pytest.mark.parametrize("pad", PADS)
+def test_a_pad_between_a_convolution_and_its_quantizer(pad: str, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    size = PADS[pad](torch.zeros(1, 8, 10, 10)).shape[-1] - 2
+    net = calibrated(
+        nn.Conv2d(3, 8, 3), nn.ReLU6(), PADS[pad], nn.Conv2d(8, 8, 3, groups=8), nn.ReLU6(),
+        nn.Flatten(), nn.Linear(8 * size**2, 5, bias=False),
+    )  # fmt: skip
+    path, plain = tmp_path / "net.onnx", tmp_path / "plain.onnx"
+    export.onnx(net, pictures(), path, profile="onnxruntime")
+    export.onnx(net, pictures(), plain)
+    layers = {layer.name: layer.op for layer in onnxruntime_layers(path)}
+    assert layers["0"] == layers["3"] == "QLinearConv"
+    assert all(layer.integer for layer in onnxruntime_layers(path))
+    # Without optimisation the operators run as they are written: to pad integers gives the bits of
+    # padding before the quantizer.
+    assert torch.equal(run(path, pictures())[0], run(plain, pictures())[0])
+    read = {name for node in onnx.load(path).graph.node for name in node.input}
+    noted = export.read_onnx_metadata(path)["quantizers"]
+    assert all(set(note["tensors"]) <= read for note in noted.values()), noted
+
+
 def test_a_bias_beyond_32_bits_stays_in_float(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     net = calibrated(nn.Flatten(), nn.Linear(432, 3))

@@ -26,6 +26,7 @@ from torch_ext.export.common.trace import TracedInput, simplify, symbols, trace,
 from torch_ext.export.onnx_profiles import (
     PROFILES,
     Profile,
+    quantize_before_pads,
     quantize_biases,
     refuse_file,
     refuse_grids,
@@ -113,9 +114,12 @@ def onnx(
     rewriter = Rewriter(packages, proto, chosen, grids, prepared.weights, seen, quantized_weights)
     tensors = rewriter.quantize() if quantizes else rewriter.remove()
     used = tuple(name for name in chosen if name in tensors)
-    _describe(proto, profile, opset, tensors, left_out)
     if profile == "onnxruntime":
         quantize_biases(packages, proto)
+        moved = quantize_before_pads(packages, proto)
+        for note in tensors.values():
+            note["tensors"] = [moved.get(name, name) for name in note["tensors"]]
+    _describe(proto, profile, opset, tensors, left_out)
     data = _checked(who, packages, proto)
     refuse_file(who, profile, packages, proto, data)
     write_atomically(target, data)

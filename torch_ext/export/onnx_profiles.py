@@ -151,3 +151,69 @@ def _int32_bias(
     inputs = [tensor.name for tensor in tensors]
     keys = {"axis": 0} if scale.ndim else {}
     return packages.helper.make_node("DequantizeLinear", inputs, [name], name, **keys), tensors
+
+
+def quantize_before_pads(packages: Any, proto: Any) -> dict[str, str]:
+    """Moves each QuantizeLinear that alone reads a Pad before it, in place; the results are equal.
+
+    In float a Pad would keep the convolution before it in float: onnxruntime carries QuantizeLinear
+    across other operators that move values, but not across this one.
+
+    Returns:
+        By the name of a tensor that is quantized no longer, that of the one in its place.
+    """
+    moved: dict[str, str] = {}
+    while turned := _turn_pads(packages, proto.graph):  # again, for a Pad before a Pad
+        moved = {name: turned.get(source, source) for name, source in moved.items()} | turned
+    return moved
+
+
+def _turn_pads(packages: Any, graph: Any) -> dict[str, str]:
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    readers: dict[str, list[Any]] = {output.name: [None] for output in graph.output}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+
+    def per_tensor(node: Any) -> bool:
+        return node is not None and node.op_type == "QuantizeLinear" and _is_scalar(node, constants)
+
+    moved = {}
+    nodes: list[Any] = []
+    for node in graph.node:
+        quantizers = readers.get(node.output[0], []) if node.op_type == "Pad" else []
+        if quantizers and all(per_tensor(reader) for reader in quantizers):
+            moved[node.output[0]] = node.input[0]
+            for quantizer in quantizers:
+                nodes += _quantized_pad(packages, node, quantizer)
+        elif not (node.op_type == "QuantizeLinear" and node.input[0] in moved):
+            nodes.append(type(node).FromString(node.SerializeToString()))
+    del graph.node[:]
+    graph.node.extend(nodes)
+    for info in [info for info in graph.value_info if info.name in moved]:
+        graph.value_info.remove(info)
+    return moved
+
+
+def _is_scalar(quantizer: Any, constants: Mapping[str, Any]) -> bool:
+    """Whether a QuantizeLinear has one scale and one zero point for the tensor."""
+    names = quantizer.input[1:]
+    return len(names) == 2 and all(name in constants and not constants[name].dims for name in names)
+
+
+def _quantized_pad(packages: Any, pad: Any, quantizer: Any) -> list[Any]:
+    """The nodes for a Pad and a QuantizeLinear of its result, in the other order."""
+    grid, result = list(quantizer.input[1:]), quantizer.output[0]
+    make = packages.helper.make_node
+    before = f"{result}/before_pad"
+    nodes = [make("QuantizeLinear", [pad.input[0], *grid], [before], before)]
+    fill = grid[1]  # of a padding by zeros
+    if len(pad.input) > 2 and pad.input[2]:
+        fill = f"{result}/padding"
+        nodes.append(make("QuantizeLinear", [pad.input[2], *grid], [fill], fill))
+    turned = type(pad).FromString(pad.SerializeToString())
+    del turned.input[:], turned.output[:]
+    turned.input.extend([before, pad.input[1], fill, *pad.input[3:]])
+    turned.output.append(result)
+    turned.name = result
+    return [*nodes, turned]

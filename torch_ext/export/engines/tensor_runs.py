@@ -170,7 +170,7 @@ def _candidates(
             scale, zero_point = node.input[first : first + 2]
             axis = axis_of(node, scale) if node.op_type == "QuantizeLinear" else None
             grids[name] = _Integers(name, scale, zero_point, axis)
-        elif node.op_type in CARRIERS and node.input[0] in grids:
+        elif node.op_type in (*CARRIERS, "Pad") and node.input[0] in grids:
             source = grids[node.input[0]]
             if source.axis is None:
                 grids |= {name: source._replace(name=name) for name in node.output if name}
