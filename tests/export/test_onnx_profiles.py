@@ -170,14 +170,28 @@ def test_the_ways_out(tmp_path: Path) -> None:
     export.onnx(net, pictures(), path, profile="onnxruntime")
 
 
-def test_without_onnxruntime_nothing_is_judged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_without_its_engine_nothing_judges_a_file(
+    engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setitem(sys.modules, engine, None)
     path = tmp_path / "net.onnx"
-    with pytest.warns(QuantizationWarning, match="onnxruntime is not installed, so nothing has"):
-        export.onnx(whole(), pictures(), path, profile="onnxruntime")
+    with pytest.warns(QuantizationWarning, match=f"{engine} is not installed, so nothing has"):
+        export.onnx(whole(), pictures(), path, profile=engine)
     assert path.exists()
+
+
+def test_openvino_refuses_layers_that_it_computes_in_float(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    layers = nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 4, 3, stride=2), nn.Conv2d(4, 2, 1)
+    net, path = calibrated(*layers, backend="openvino"), tmp_path / "net.onnx"
+    with pytest.raises(ValueError, match=r"openvino to compute every .*, got 1 of 3") as caught:
+        export.onnx(net, pictures(), path, profile="openvino")
+    assert re.search(r"\n  2: OpenVINO chose f\w+ for it$", str(caught.value))
+    assert 'set_fake_quantize(model, "float"' in str(caught.value)
+    assert not path.exists()
+    torch_ext.set_fake_quantize(net, "float", pattern="2.*")
+    export.onnx(net, pictures(), path, profile="openvino")
 
 
 def test_openvino_takes_8_bits(tmp_path: Path) -> None:

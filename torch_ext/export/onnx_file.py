@@ -63,9 +63,9 @@ def onnx(
         path: ends in ``.onnx``; the file appears complete or not at all.
         profile: None (default) for any grids. ``"onnxruntime"`` stores biases of linear layers as
             int32, has onnxruntime optimise the result, and raises if it would compute a quantized
-            layer in float; a mean, an addition or an activation may still be. ``"openvino"`` raises
-            for grids that OpenVINO computes in float. ``"tensorrt"`` raises for a model that
-            TensorRT would not take: it needs int8, zero points of 0, activations per tensor and
+            layer in float; a mean, an addition or an activation may still be. ``"openvino"`` has
+            OpenVINO compile the result and raises in the same way, and for grids that it never
+            takes. ``"tensorrt"`` raises for a model that TensorRT would not take: it needs int8, zero points of 0, activations per tensor and
             weights per tensor or per output channel, see :func:`tensorrt_violations`. Grids for
             each come from ``get_default_qconfig(backend=...)``. ``"float"`` leaves the
             quantizers out; the metadata says which tensors they quantize, for
@@ -90,7 +90,8 @@ def onnx(
 
     Warns:
         QuantizationWarning: scales below 1e-30, where onnxruntime's fused kernels compute something
-            else; the profile ``"onnxruntime"`` without that package, so that nothing is judged.
+            else; the profiles ``"onnxruntime"`` and ``"openvino"`` without the package of that
+            name, so that nothing judges the result.
     """
     who = "export.onnx"
     target = check_path(who, path, ".onnx")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 
 from torch_ext.export.common.entries import TO_FLOAT, Entry, refuse
-from torch_ext.export.engines.integer_layers import layers_in_onnxruntime
+from torch_ext.export.engines.integer_layers import EngineLayer, layers_in_onnxruntime
+from torch_ext.export.engines.openvino_runs import openvino_compiled, openvino_layers
 from torch_ext.export.onnx_qdq import OnnxGrid
 from torch_ext.export.tensorrt.onnx_rules import grid_problem, violations
 from torch_ext.quantizers.transition import QuantizationWarning
@@ -25,7 +26,7 @@ def refuse_grids(
 ) -> None:
     """Raises ValueError that names the quantizers whose grids the profile's engine does not take.
 
-    What onnxruntime takes depends on the surroundings: :func:`refuse_file` asks the engine.
+    What engines make of the surroundings, :func:`refuse_file` asks them.
     """
     check = {"tensorrt": grid_problem, "openvino": _openvino_problem}.get(profile or "")
     if check is not None:
@@ -44,12 +45,12 @@ def refuse_file(who: str, profile: Profile | None, packages: Any, proto: Any, da
         data: `proto` as bytes.
 
     Warns:
-        QuantizationWarning: onnxruntime is not installed, so nothing has judged the file.
+        QuantizationWarning: the engine is not installed, so nothing has judged the file.
     """
     if profile == "tensorrt":
         refuse(who, violations(packages, proto), "these nodes are not what TensorRT takes")
-    elif profile == "onnxruntime":
-        _refuse_float_layers(who, packages, proto, data)
+    elif profile in _ENGINES:
+        _refuse_float_layers(who, profile, packages, proto, data)
 
 
 def _openvino_problem(entry: Entry, grid: OnnxGrid) -> str:
@@ -63,16 +64,29 @@ def _openvino_problem(entry: Entry, grid: OnnxGrid) -> str:
     return ""
 
 
-def _refuse_float_layers(who: str, packages: Any, proto: Any, data: bytes) -> None:
+def _layers_in_openvino(
+    who: str, packages: Any, proto: Any, path: Path, label: object
+) -> list[EngineLayer]:
+    return openvino_layers(openvino_compiled(who, path, label), packages, proto)
+
+
+# By profile, what lists the layers of a file as the engine computes them.
+_ENGINES: dict[str, Callable[..., list[EngineLayer]]] = {
+    "onnxruntime": layers_in_onnxruntime,
+    "openvino": _layers_in_openvino,
+}
+
+
+def _refuse_float_layers(who: str, profile: str, packages: Any, proto: Any, data: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "net.onnx"
         path.write_bytes(data)
         try:
-            layers = layers_in_onnxruntime(who, packages, proto, path, "the result")
+            layers = _ENGINES[profile](who, packages, proto, path, "the result")
         except ImportError:
             warnings.warn(
-                f'{who}: onnxruntime is not installed, so nothing has judged whether profile="'
-                'onnxruntime" runs in integers: pip install onnxruntime',
+                f'{who}: {profile} is not installed, so nothing has judged whether profile="'
+                f'{profile}" runs in integers: pip install {profile}',
                 QuantizationWarning,
                 stacklevel=4,
             )
@@ -85,7 +99,7 @@ def _refuse_float_layers(who: str, packages: Any, proto: Any, data: bytes) -> No
         advice = dict.fromkeys(layer.advice for layer in slow)
         lines = [f"  {layer.name or layer.node}: {layer.reason}" for layer in slow]
         raise ValueError(
-            f"{who}: expected onnxruntime to compute every quantized layer in integers, got "
+            f"{who}: expected {profile} to compute every quantized layer in integers, got "
             f"{len(slow)} of {len(layers)} in float; nothing was written ({'; '.join(advice)})\n"
             + "\n".join(lines)
         )

@@ -33,12 +33,12 @@ _BYTES = ("int8", "uint8")
 # Ways out.
 _FOLD = "fuse(model, example_inputs=...) folds norms, before prepare_qat"
 _GRIDS = 'take the grids of backend="onnxruntime": get_default_qconfig or resolve gives them'
-_FLOAT_LAYER = 'leave the layer in float: set_fake_quantize(model, "float", pattern=[...])'
-_PRODUCER = f"give what makes it a qconfig; or {_FLOAT_LAYER}"
-_ENGINE = f"OpenVINO has kernels for it; or {_FLOAT_LAYER}"
-_OUTPUT = f"output_qconfig of prepare_qat quantizes it; or {_FLOAT_LAYER}"
+FLOAT_LAYER = 'leave the layer in float: set_fake_quantize(model, "float", pattern=[...])'
+_PRODUCER = f"give what makes it a qconfig; or {FLOAT_LAYER}"
+_ENGINE = f"export.check says whether OpenVINO, where installed, has one; or {FLOAT_LAYER}"
+_OUTPUT = f"output_qconfig of prepare_qat quantizes it; or {FLOAT_LAYER}"
 _BETWEEN = (
-    "a torch_ext.QuantStub between the two quantizes it; OpenVINO needs none; or " + _FLOAT_LAYER
+    "a torch_ext.QuantStub between the two quantizes it; OpenVINO needs none; or " + FLOAT_LAYER
 )
 
 
@@ -55,6 +55,7 @@ class FileLayer(NamedTuple):
     name: str
     op: str
     problem: Problem | None
+    quantized: bool = True  # as in EngineLayer
 
 
 @dataclass(frozen=True)
@@ -355,12 +356,13 @@ def file_layers(packages: Any, proto: Any) -> dict[str, FileLayer]:
         operator; and what keeps its operands from being integers.
     """
     graph = _Graph(packages, proto)
-    owners = dict(_weights(graph))
+    owners, quantized = dict(_weights(graph)), set(_quantized(graph))
     return {
         node.name: FileLayer(
             owners.get(node.name, node.name),
             node.op_type,
             graph.operand_problem(node) if node.op_type in _FLOAT else None,
+            node.op_type in _INTEGER or node.name in quantized,
         )
         for node in graph.nodes
         if node.op_type in _FLOAT + _INTEGER

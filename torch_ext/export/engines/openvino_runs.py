@@ -11,7 +11,7 @@ import torch
 from torch_ext.export.common.onnx_bytes import model_bytes, model_copy
 from torch_ext.export.common.sessions import advice_for
 from torch_ext.export.engines.file_tensors import FileTensor
-from torch_ext.export.engines.integer_layers import EngineLayer, FileLayer, file_layers
+from torch_ext.export.engines.integer_layers import FLOAT_LAYER, EngineLayer, FileLayer, file_layers
 from torch_ext.export.engines.tensor_runs import SMALLER, EngineRun
 
 # OpenVINO computes in bfloat16 where the CPU can; VALIDATION computes in float32.
@@ -107,17 +107,19 @@ def openvino_layers(compiled: Any, packages: Any, proto: Any) -> list[EngineLaye
             continue
         lost = [node for node in lost if node not in nodes]
         node = nodes[0] if nodes else operation.get_friendly_name()
-        name, _, problem = known.get(node, FileLayer(node, kind, None))
+        name, _, problem, quantized = known.get(node, FileLayer(node, kind, None))
         integer = precision in _INTEGERS
-        why = ("", "") if integer else problem or (f"OpenVINO chose {precision} for it", "")
-        found.append(EngineLayer(name, node, kind, integer, *why))
+        chose = (f"OpenVINO chose {precision} for it", FLOAT_LAYER)
+        why = ("", "") if integer else problem or chose
+        found.append(EngineLayer(name, node, kind, integer, *why, quantized))
     for node in lost:
         where = elsewhere.get(node, "another operation, or computed in advance")
         why = known[node].problem or (
             f"OpenVINO has no layer of its own for it: it is part of {where}",
-            "",
+            FLOAT_LAYER,
         )
-        found.append(EngineLayer(known[node].name, node, known[node].op, False, *why))
+        layer = known[node]
+        found.append(EngineLayer(layer.name, node, layer.op, False, *why, layer.quantized))
     return found
 
 
