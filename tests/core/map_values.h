@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "arrays.h"
 #include "core/half.h"
 #include "cpu/kernels.h"
 #include "cpu/map.h"
@@ -18,6 +19,7 @@
 namespace mapped {
 
 using namespace torch_ext;
+using arrays::kDType;
 using core::bfloat16;
 using core::ChannelLayout;
 using core::DType;
@@ -33,15 +35,6 @@ constexpr Rounding kRoundings[] = {Rounding::half_even, Rounding::half_away,
 constexpr Mask kMasks[] = {Mask::rounded, Mask::paper};
 constexpr int32_t kFakeQuant = -1;  // no learned parameter
 constexpr uint8_t kGuard = 0xa5;
-
-template <typename T>
-constexpr DType kDType = DType::f32;
-template <>
-constexpr DType kDType<double> = DType::f64;
-template <>
-constexpr DType kDType<half> = DType::f16;
-template <>
-constexpr DType kDType<bfloat16> = DType::bf16;
 
 struct QParamsOf {
   std::vector<float> scale;

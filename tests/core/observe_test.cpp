@@ -14,8 +14,8 @@ using arrays::Array;
 using arrays::contiguous;
 using arrays::make_array;
 using core::HistogramLayout;
+using statistic_plain::all_count;
 using statistic_plain::between;
-using statistic_plain::counts_values;
 using statistic_plain::Kind;
 using statistic_plain::kKinds;
 using statistic_plain::kLayouts;
@@ -23,14 +23,6 @@ using statistic_plain::Memory;
 using statistic_plain::pick;
 using statistic_plain::Random;
 using statistic_plain::Values;
-
-testing::AssertionResult all_count(const Memory& have, const std::vector<Values>& channels) {
-  for (size_t c = 0; c < channels.size(); ++c) {
-    const auto result = counts_values(have, static_cast<int64_t>(c), channels[c]);
-    if (!result) return result;
-  }
-  return testing::AssertionSuccess();
-}
 
 // Extrema alone in one of seven.
 HistogramLayout any_layout(Random& random) {

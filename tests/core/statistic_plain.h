@@ -131,6 +131,15 @@ inline testing::AssertionResult counts_values(const Memory& have, int64_t c, con
   return testing::AssertionSuccess();
 }
 
+// The same of every channel.
+inline testing::AssertionResult all_count(const Memory& have, const std::vector<Values>& channels) {
+  for (size_t c = 0; c < channels.size(); ++c) {
+    const auto result = counts_values(have, static_cast<int64_t>(c), channels[c]);
+    if (!result) return result;
+  }
+  return testing::AssertionSuccess();
+}
+
 // Kinds of data.
 enum class Kind {
   gauss,

@@ -15,6 +15,7 @@ using arrays::make_array;
 using core::HistogramLayout;
 using gpu::emulation::machine;
 using machines::kMachines;
+using statistic_plain::all_count;
 using statistic_plain::between;
 using statistic_plain::counts_values;
 using statistic_plain::Kind;
@@ -24,14 +25,6 @@ using statistic_plain::Memory;
 using statistic_plain::pick;
 using statistic_plain::Random;
 using statistic_plain::Values;
-
-testing::AssertionResult all_count(const Memory& have, const std::vector<Values>& channels) {
-  for (size_t c = 0; c < channels.size(); ++c) {
-    const auto result = counts_values(have, static_cast<int64_t>(c), channels[c]);
-    if (!result) return result;
-  }
-  return testing::AssertionSuccess();
-}
 
 HistogramLayout any_layout(Random& random) {
   return random() % 5 == 0 ? HistogramLayout{0, 0} : pick(kLayouts, random);
