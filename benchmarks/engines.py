@@ -121,6 +121,8 @@ def example(count: int) -> tuple[nn.Module, Tensor, Tensor]:
 NETS: dict[str, Callable[[int], tuple[nn.Module, Tensor, Tensor]]] = {
     "resnet18": untrained("torchvision.models", "resnet18"),
     "mobilenet_v2": untrained("torchvision.models", "mobilenet_v2"),
+    "mobilenet_v3_small": untrained("torchvision.models", "mobilenet_v3_small"),
+    "timm efficientnet_b0": untrained("timm.models", "efficientnet_b0"),
     "timm regnetx_002": untrained("timm.models", "regnetx_002"),
     "efficientnet_lite1": efficientnet,
     "example": example,

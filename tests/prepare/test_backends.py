@@ -10,7 +10,7 @@ import torch
 import torch_ext
 from paths import ROOT
 from torch_ext import get_default_calib_qconfig, get_default_qconfig
-from torch_ext.utils.backends import BACKENDS, Backend, BackendGrid
+from torch_ext.utils.backends import BACKENDS, Backend, BackendGrid, QuantizedResults
 
 AFFINE, SYMMETRIC = torch.per_tensor_affine, torch.per_tensor_symmetric
 UINT8 = (torch.uint8, AFFINE, 0, 255)
@@ -106,15 +106,26 @@ def shown(grid: BackendGrid) -> str:
     return f"{grid.dtype} [{grid.quant_min}, {grid.quant_max}], {words}"
 
 
+def fused(results: QuantizedResults | None) -> str:
+    if results is None:
+        return "any, or the result stays in float"
+    activations, layers = (
+        " ".join(f"`{name}`" for name in names) for names in (results.activations, results.layers)
+    )
+    return f"{activations} behind {layers}"
+
+
 def backend_table() -> str:
     """The table in Markdown."""
     lines = [
-        "| backend | engine | activations | weights | in integers | export |",
-        "|---|---|---|---|---|---|",
+        "| backend | engine | activations | weights | in integers | with what behind a layer "
+        "| export |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, row in BACKENDS.items():
-        cells = (f"`{name}`", row.engine, shown(row.activation), shown(row.weight), row.layers)
-        lines.append(f"| {' | '.join(cells)} | {row.export} |")
+        grids = (shown(row.activation), shown(row.weight))
+        cells = (f"`{name}`", row.engine, *grids, row.layers, fused(row.results), row.export)
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

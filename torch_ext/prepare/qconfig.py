@@ -19,7 +19,15 @@ from torch_ext.prepare.quantizable_modules import NOTHING, is_activation, target
 from torch_ext.quantizers.fake_quantize import KEYS, FakeQuantize
 from torch_ext.quantizers.observer import check_keys
 from torch_ext.utils.arguments import bounded, parse_flag
-from torch_ext.utils.backends import BACKENDS, GRID_KEYS, Backend, BackendGrid, backend_grids
+from torch_ext.utils.backends import (
+    BACKENDS,
+    GRID_KEYS,
+    Backend,
+    BackendGrid,
+    QuantizedResults,
+    backend_grids,
+    backend_row,
+)
 
 Factory = Callable[..., FakeQuantize]
 
@@ -46,16 +54,29 @@ class QConfig:
     Args:
         activation: makes quantizers of what the module reads; None leaves that float.
         weight: makes quantizers of weights; None leaves them float.
+        backend: the engine that is to run the model, as in :func:`get_default_qconfig`. It decides
+            where ``prepare_qat`` quantizes the results of layers too, not their grids: those are
+            the factories'. None: nowhere.
 
     Raises:
         TypeError: a factory cannot be called.
-        ValueError: a factory is a module, which all modules would share.
+        ValueError: a factory is a module, which all modules would share; the backend is unknown.
     """
 
     activation: Factory | None
     weight: Factory | None
+    backend: Backend | None = None
+
+    @property
+    def results(self) -> QuantizedResults | None:
+        """The layers whose results have to be quantized; None if there are none."""
+        if self.backend is None or self.activation is None or self.weight is None:
+            return None
+        return BACKENDS[self.backend].results
 
     def __post_init__(self) -> None:
+        if self.backend is not None:
+            backend_row("QConfig", self.backend)
         for side in ("activation", "weight"):
             factory = getattr(self, side)
             if isinstance(factory, nn.Module):
@@ -100,7 +121,9 @@ def get_default_qconfig(
         weight_qkwargs: the same for weights.
         backend: the engine that is to run the model: ``"onnxruntime"``, ``"openvino"``,
             ``"tensorrt"``, ``"ncnn"``, ``"x86"`` (PT2E, Inductor), ``"xnnpack"`` (ExecuTorch) or
-            ``"horizon"``. It decides the grids, which the guide lists, so ``*_qkwargs`` give none.
+            ``"horizon"``. It decides the grids, which the guide lists, so ``*_qkwargs`` give none,
+            and which results of layers ``prepare_qat`` quantizes: onnxruntime and XNNPACK compute
+            a layer before SiLU, say, in integers only if a quantizer stands between the two.
             None (default) is int8, symmetric, which fits no engine best.
         reduce_range: weights of 7 bits, for CPUs without VNNI, where onnxruntime, OpenVINO and
             Inductor add up products in 16 bits and saturate.
@@ -136,6 +159,7 @@ def get_default_qconfig(
         weight=_factory(
             who, "weight", weight_fake_quant, weight_observer, weight_qkwargs, grids[1]
         ),
+        backend=backend,
     )
 
 

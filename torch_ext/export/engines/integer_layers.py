@@ -38,7 +38,8 @@ _PRODUCER = f"give what makes it a qconfig; or {FLOAT_LAYER}"
 _ENGINE = f"export.check says whether OpenVINO, where installed, has one; or {FLOAT_LAYER}"
 _OUTPUT = f"output_qconfig of prepare_qat quantizes it; or {FLOAT_LAYER}"
 _BETWEEN = (
-    "a torch_ext.QuantStub between the two quantizes it; OpenVINO needs none; or " + FLOAT_LAYER
+    'get_default_qconfig(backend="onnxruntime") lets prepare_qat, given example_inputs, put a '
+    f"quantizer between the two; OpenVINO needs none; or {FLOAT_LAYER}"
 )
 
 
