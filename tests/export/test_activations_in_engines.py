@@ -106,7 +106,6 @@ def blocks() -> nn.Module:
 NETS: dict[str, Callable[[], nn.Module]] = {
     "mobilenet_v3_small": of_architecture("mobilenet_v3_small"),
     "efficientnet_b0": of_architecture("efficientnet_b0"),
-    "tf_efficientnet_lite0": of_architecture("tf_efficientnet_lite0"),
     "blocks": blocks,
 }
 

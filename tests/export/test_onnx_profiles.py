@@ -104,6 +104,34 @@ def test_a_pad_between_a_convolution_and_its_quantizer(pad: str, tmp_path: Path)
     assert all(set(note["tensors"]) <= read for note in noted.values()), noted
 
 
+class Joined(nn.Module):
+    """Joins chunks and results, some of them again, before convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 1), nn.Conv2d(8, 4, 1)
+        self.last, self.act = nn.Conv2d(12, 4, 1), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.first(x))
+        x = torch.cat([*x.chunk(2, 1), x], 1)
+        made = torch.cat([x, self.act(self.second(x))], 1)
+        return self.act(self.last(made)).amax((2, 3))
+
+
+def test_layers_behind_joined_values(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    path, plain, net = tmp_path / "net.onnx", tmp_path / "plain.onnx", calibrated(Joined())
+    export.onnx(net, pictures(), path, profile="onnxruntime")
+    export.onnx(net, pictures(), plain)
+    layers = {layer.name: layer.op for layer in onnxruntime_layers(path)}
+    assert layers["0.second"] == layers["0.last"] == "QLinearConv"
+    # As they are written, the values that are quantized once more are on that grid already.
+    assert torch.equal(run(path, pictures())[0], run(plain, pictures())[0])
+    noted = export.read_onnx_metadata(path)["quantizers"]
+    assert noted == export.read_onnx_metadata(plain)["quantizers"]
+
+
 def test_a_bias_beyond_32_bits_stays_in_float(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     net = calibrated(nn.Flatten(), nn.Linear(432, 3))

@@ -27,6 +27,7 @@ from torch_ext.export.onnx_profiles import (
     PROFILES,
     Profile,
     quantize_before_pads,
+    quantize_behind_concats,
     quantize_biases,
     refuse_file,
     refuse_grids,
@@ -117,6 +118,7 @@ def onnx(
     used = tuple(name for name in chosen if name in tensors)
     if profile == "onnxruntime":
         quantize_biases(packages, proto)
+        quantize_behind_concats(packages, proto)
         moved = quantize_before_pads(packages, proto)
         for note in tensors.values():
             note["tensors"] = [moved.get(name, name) for name in note["tensors"]]

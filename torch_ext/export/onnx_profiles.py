@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from torch_ext.export.common.entries import TO_FLOAT, Entry, refuse
+from torch_ext.export.engines.file_tensors import CARRIERS
 from torch_ext.export.engines.integer_layers import EngineLayer, layers_in_onnxruntime
 from torch_ext.export.engines.openvino_runs import openvino_compiled, openvino_layers
 from torch_ext.export.onnx_qdq import OnnxGrid
@@ -165,6 +166,41 @@ def _int32_bias(
     inputs = [tensor.name for tensor in tensors]
     keys = {"axis": 0} if scale.ndim else {}
     return packages.helper.make_node("DequantizeLinear", inputs, [name], name, **keys), tensors
+
+
+def quantize_behind_concats(packages: Any, proto: Any) -> None:
+    """Quantizes the result of each Concat of values on one grid to that grid, in place.
+
+    No value changes. onnxruntime looks for a DequantizeLinear before a layer, and carries none
+    across this operator.
+    """
+    graph = proto.graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    producers = {name: node for node in graph.node for name in node.output}
+    make = packages.helper.make_node
+
+    def grid_of(name: str) -> tuple[str, ...]:
+        node = producers.get(name)
+        while node is not None and node.op_type in CARRIERS:
+            node = producers.get(node.input[0])
+        scalar = node is not None and node.op_type == "DequantizeLinear"
+        return tuple(node.input[1:]) if scalar and _is_scalar(node, constants) else ()
+
+    nodes: list[Any] = []
+    for node in graph.node:
+        nodes.append(node)
+        grids = {grid_of(name) for name in node.input} if node.op_type == "Concat" else set()
+        grid = list(grids.pop()) if len(grids) == 1 else []
+        if grid:
+            result = node.output[0]
+            joined, levels = f"{result}/joined", f"{result}/joined/levels"
+            node.output[0] = joined
+            nodes.append(make("QuantizeLinear", [joined, *grid], [levels], levels))
+            producers[result] = make("DequantizeLinear", [levels, *grid], [result], result)
+            nodes.append(producers[result])
+    copies = [type(node).FromString(node.SerializeToString()) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(copies)
 
 
 def quantize_before_pads(packages: Any, proto: Any) -> dict[str, str]:
