@@ -322,10 +322,10 @@ def picture(rows: list[dict[str, Any]]) -> str:
     by_net: dict[str, dict[str, float]] = {}
     for row in rows:
         by_net.setdefault(row["net"], {})[row["engine"]] = row["speedup"]
-    bars = [
-        (net, [found.get(engine, math.nan) for engine in engines], "")
-        for net, found in by_net.items()
-    ]
+    bars = []
+    for net, found in by_net.items():
+        speeds = [found.get(engine, math.nan) for engine in engines]
+        bars.append((net, speeds, ", ".join(f"{speed:.1f}" for speed in speeds)))
     title = "INT8: how many times as fast as the same engine's float32"
     return bar_picture(title, engines, bars)
 
