@@ -115,14 +115,15 @@ class Joined(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = nn.Conv2d(3, 4, 1), nn.Conv2d(8, 4, 1)
-        self.last, self.act = nn.Conv2d(12, 4, 1), nn.ReLU()
+        self.first, self.second = nn.Conv2d(3, 4, 1), nn.Conv2d(2, 4, 1)
+        self.third, self.last = nn.Conv2d(8, 4, 1), nn.Conv2d(12, 4, 1)
+        self.act = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.act(self.first(x))
-        x = torch.cat([*x.chunk(2, 1), x], 1)
-        made = torch.cat([x, self.act(self.second(x))], 1)
-        return self.act(self.last(made)).amax((2, 3))
+        left, right = self.act(self.first(x)).chunk(2, 1)
+        x = torch.cat([left, right, self.act(self.second(right))], 1)
+        x = torch.cat([x, self.act(self.third(x))], 1)
+        return self.act(self.last(x)).amax((2, 3))
 
 
 def test_layers_behind_joined_values(tmp_path: Path) -> None:
@@ -131,7 +132,7 @@ def test_layers_behind_joined_values(tmp_path: Path) -> None:
     export.onnx(net, pictures(), path, profile="onnxruntime")
     export.onnx(net, pictures(), plain)
     layers = {layer.name: layer.op for layer in onnxruntime_layers(path)}
-    assert layers["0.second"] == layers["0.last"] == "QLinearConv"
+    assert layers == {f"0.{n}": "QLinearConv" for n in ("first", "second", "third", "last")}
     # As they are written, the values that are quantized once more are on that grid already.
     assert torch.equal(run(path, pictures())[0], run(plain, pictures())[0])
     noted = export.read_onnx_metadata(path)["quantizers"]

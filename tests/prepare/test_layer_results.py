@@ -88,6 +88,7 @@ FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
     "behind what moves": (lambda x: F.gelu(x.flatten(2)).view_as(x), True),
     "a part": (lambda x: torch.cat([F.silu(x[:, :2]), x[:, 2:]], 1), True),
     "relu and mean": (lambda x: x.relu().mean((2, 3), keepdim=True).expand_as(x), True),
+    "chunks": (lambda x: torch.cat(x.relu().chunk(2, 1)[::-1], 1), True),
     "relu": (F.relu, False),
     "relu_": (torch.relu_, False),
     "clamp": (lambda x: x.clamp(0, 4), False),

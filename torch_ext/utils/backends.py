@@ -39,6 +39,7 @@ class QuantizedResults:
 
     layers: tuple[str, ...]
     activations: tuple[str, ...]  # what it computes with them, before it quantizes
+    branches: bool = False  # whether quantizers may be behind several views of one value
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ BACKENDS: dict[Backend, BackendRow] = {
         BackendGrid("int8", "per_tensor_affine", -128, 127), _WEIGHT,
         "convolutions and linear layers", '`export.pt2e(..., backend="xnnpack")`',
         results=QuantizedResults(
-            ("linear", "conv1d", "conv2d", "conv_transpose2d"), ("relu", "relu6", "hardtanh")
+            ("linear", "conv1d", "conv2d", "conv_transpose2d"),
+            ("relu", "relu6", "hardtanh"), branches=True,
         ),
     ),
     "horizon": BackendRow(

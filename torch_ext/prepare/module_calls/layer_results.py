@@ -179,7 +179,8 @@ class _Readers:
         value = self._behind_norm(layer)
         if any(operation(self.run, reader) in _NORMS for reader in value.users):
             return None
-        return value if self._in_float(value, results.activations) else None
+        float_read = self._in_float(value, results.activations, results.branches)
+        return value if float_read else None
 
     def _behind_norm(self, layer: fx.Node) -> fx.Node:
         value = step = layer
@@ -192,20 +193,28 @@ class _Readers:
                 break
         return value
 
-    def _in_float(self, value: fx.Node, activations: tuple[str, ...]) -> bool:
+    def _in_float(self, value: fx.Node, activations: tuple[str, ...], branches: bool) -> bool:
         """Whether a reader other than a quantizer reads a value.
 
         What the model returns is none: ``output_qconfig`` says whether that is quantized.
         """
-        return any(self._reads_float(reader, value, activations) for reader in value.users)
+        readers = list(value.users)
+        if len(readers) > 1 and not branches and any(self._moves(r, value) for r in readers):
+            return True
+        return any(self._reads_float(r, value, activations, branches) for r in readers)
 
-    def _reads_float(self, reader: fx.Node, value: fx.Node, activations: tuple[str, ...]) -> bool:
+    def _moves(self, reader: fx.Node, value: fx.Node) -> bool:
+        return not self.is_quantized(reader, value) and value in self.carried(reader)
+
+    def _reads_float(
+        self, reader: fx.Node, value: fx.Node, activations: tuple[str, ...], branches: bool
+    ) -> bool:
         if reader.op == "output" or self.is_quantized(reader, value):
             return False
-        if value in self.carried(reader):
-            return self._in_float(reader, activations)
+        if self._moves(reader, value):
+            return self._in_float(reader, activations, branches)
         if _activation(self.run, reader) in activations:
-            return self._in_float(reader, ())
+            return self._in_float(reader, (), branches)
         return True
 
 
