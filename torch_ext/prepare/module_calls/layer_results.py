@@ -114,7 +114,7 @@ def _find_traced(
             found.add(module)
 
 
-class _Tracer(fx.Tracer):
+class _PartTracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         try:
             return super().call_module(m, forward, args, kwargs)
@@ -132,7 +132,7 @@ def _traces(prefix: str, module: nn.Module) -> Iterator[tuple[str, RunGraph]]:
     """
     run = RunGraph(module)
     try:
-        run.graph = _Tracer().trace(module)
+        run.graph = _PartTracer().trace(module)
     except Exception:  # the user's forward: anything may come
         parts = list(module.named_children())
     else:
