@@ -167,10 +167,10 @@ def test_xnnpack_computes_each_layer_in_integers(
 
 
 @torch.no_grad()
-def test_xnnpack_computes_a_whole_net_in_integers(recwarn: pytest.WarningsRecorder) -> None:
+def test_xnnpack_computes_yolos_blocks_in_integers(recwarn: pytest.WarningsRecorder) -> None:
     executorch()
     x = pictures(8, 64)
-    model = calibrated(fused("mobilenet_v3_small", x), "xnnpack", x, output=True)
+    model = calibrated(fused("blocks", x), "xnnpack", x, output=True)
     program = export.pt2e(model, x, backend="xnnpack")
     assert not [w for w in recwarn if issubclass(w.category, torch_ext.QuantizationWarning)]
     call, kernels = xnnpack(program)

@@ -183,8 +183,9 @@ def quantize_behind_concats(packages: Any, proto: Any) -> None:
         node = producers.get(name)
         while node is not None and node.op_type in CARRIERS:
             node = producers.get(node.input[0])
-        scalar = node is not None and node.op_type == "DequantizeLinear"
-        return tuple(node.input[1:]) if scalar and _is_scalar(node, constants) else ()
+        if node is None or node.op_type != "DequantizeLinear" or not _is_scalar(node, constants):
+            return ()
+        return tuple(node.input[1:])
 
     nodes: list[Any] = []
     for node in graph.node:

@@ -76,9 +76,9 @@ def traced_results(
         for prefix, run in _traces("", twin):
             _find_traced(prefix, run, configs, reading, found)
     for name in names:
-        factory = (config := configs.of(name)) and config.activation
-        if factory is not None and twin.get_submodule(name) in found:
-            yield name, factory
+        config = configs.of(name)
+        if config and config.activation is not None and twin.get_submodule(name) in found:
+            yield name, config.activation
 
 
 def _find_traced(
