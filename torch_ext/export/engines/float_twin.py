@@ -137,11 +137,11 @@ class _Twin:
         """
         names = [integers or node.input[0], *node.input[1:]]
         arrays = [self.onnx.numpy_helper.to_array(self.constants[one]) for one in names]
-        integers, scale = arrays[0].astype(np.float32), arrays[1]
+        levels, scale = arrays[0].astype(np.float32), arrays[1]
         zero_point = arrays[2].astype(np.float32) if len(arrays) > 2 else np.float32(0)
         given = {attribute.name: attribute.i for attribute in node.attribute}
-        wide = [_spread(one, integers.shape, given) for one in (scale, zero_point)]
-        floats = ((integers - wide[1]) * wide[0].astype(np.float32)).astype(scale.dtype)
+        wide = [_spread(one, levels.shape, given) for one in (scale, zero_point)]
+        floats = ((levels - wide[1]) * wide[0].astype(np.float32)).astype(scale.dtype)
         name = name or f"{node.output[0]}/float"
         self.graph.initializer.append(self.onnx.numpy_helper.from_array(floats, name))
         return name
