@@ -66,11 +66,11 @@ def onnx(
             int32, has onnxruntime optimise the result, and raises if it would compute a quantized
             layer in float; a mean, an addition or an activation may still be. ``"openvino"`` has
             OpenVINO compile the result and raises in the same way, and for grids that it never
-            takes. ``"tensorrt"`` raises for a model that TensorRT would not take: it needs int8, zero points of 0, activations per tensor and
-            weights per tensor or per output channel, see :func:`tensorrt_violations`. Grids for
-            each come from ``get_default_qconfig(backend=...)``. ``"float"`` leaves the
-            quantizers out; the metadata says which tensors they quantize, for
-            ``tensorrt_cache(..., names=path)``.
+            takes. ``"tensorrt"`` raises for a model that TensorRT would not take: it needs int8,
+            zero points of 0, activations per tensor and weights per tensor or per output channel,
+            see :func:`tensorrt_violations`. Grids for each come from
+            ``get_default_qconfig(backend=...)``. ``"float"`` leaves the quantizers out; the
+            metadata says which tensors they quantize, for ``tensorrt_cache(..., names=path)``.
         quantized_weights: True stores weights as integers with DequantizeLinear alone, in a quarter
             of the size; False (default) stores them in float with both nodes.
         opset: ONNX opset: at least 18, or 21 if a grid has less than 5 or more than 8 bits; by

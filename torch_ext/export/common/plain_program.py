@@ -89,7 +89,7 @@ class _Decomposition:
         inputs = [node for node in nodes if node.op == "placeholder"]
         for node in inputs:
             self.nodes[node] = self.made.node_copy(node)
-        self._read_sizes(inputs)
+        self._read_sizes(inputs, nodes[len(inputs)].meta)
         for node in nodes[len(inputs) : -1]:
             self.nodes[node] = self._call(node)
         output = nodes[-1]
@@ -104,10 +104,10 @@ class _Decomposition:
             signature.replace_all_uses(name, self.nodes[node].name)
         return self.made
 
-    def _read_sizes(self, inputs: list[fx.Node]) -> None:
+    def _read_sizes(self, inputs: list[fx.Node], meta: dict[str, Any]) -> None:
         """Adds a node that reads the batch size, if it is open; it goes again if nothing needs it.
 
-        torch.onnx would give it this name.
+        It has the name that tracing again would give it. `meta` says where in the model it is.
         """
         for node in inputs:
             value = node.meta.get("val")
@@ -119,7 +119,7 @@ class _Decomposition:
                         "call_function", _aten.sym_size.int, (self.nodes[node], axis), {},
                         "sym_size_int_1",
                     )  # fmt: skip
-                    read.meta = {**node.meta, "val": size}
+                    read.meta = {**meta, "val": size}
                     self.sizes[size.node.expr] = read
 
     def _call(self, node: fx.Node) -> fx.Node:
