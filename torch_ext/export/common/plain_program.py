@@ -16,11 +16,10 @@ _aten = torch.ops.aten
 
 # Operations that torch.onnx translates as they are and whose result shares no memory with anything.
 _FRESH = frozenset((
-    QUANTIZER, _aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default,
-    _aten.linear.default, _aten.relu.default, _aten.sigmoid.default, _aten.silu.default,
-    _aten.hardswish.default, _aten.hardsigmoid.default, _aten.clamp.default, _aten.add.Tensor,
-    _aten.mul.Tensor, _aten.cat.default, _aten.max_pool2d.default, _aten.avg_pool2d.default,
-    _aten.mean.dim,
+    QUANTIZER, _aten.conv2d.default, _aten.linear.default, _aten.relu.default,
+    _aten.sigmoid.default, _aten.silu.default, _aten.hardswish.default, _aten.hardsigmoid.default,
+    _aten.clamp.default, _aten.add.Tensor, _aten.mul.Tensor, _aten.cat.default,
+    _aten.max_pool2d.default, _aten.avg_pool2d.default, _aten.mean.dim,
 ))  # fmt: skip
 # What writes to its first argument -> the operation that returns the same.
 _IN_PLACE = {
@@ -88,7 +87,7 @@ class _Decomposition:
         nodes = list(self.program.graph.nodes)
         inputs = [node for node in nodes if node.op == "placeholder"]
         for node in inputs:
-            self.nodes[node] = self.made.node_copy(node)
+            self.nodes[node] = self._copied_input(node)
         self._read_sizes(inputs, nodes[len(inputs)].meta)
         for node in nodes[len(inputs) : -1]:
             self.nodes[node] = self._call(node)
@@ -103,6 +102,11 @@ class _Decomposition:
         for name, node in [(n.name, n) for n in nodes if n in results]:
             signature.replace_all_uses(name, self.nodes[node].name)
         return self.made
+
+    def _copied_input(self, node: fx.Node) -> fx.Node:
+        made = self.made.node_copy(node)
+        made.name = node.name  # which the signature has; fx would call "input" otherwise
+        return made
 
     def _read_sizes(self, inputs: list[fx.Node], meta: dict[str, Any]) -> None:
         """Adds a node that reads the batch size, if it is open; it goes again if nothing needs it.
