@@ -20,6 +20,7 @@ import copy
 import importlib
 import importlib.util
 import json
+import math
 import os
 import platform
 import sys
@@ -37,6 +38,7 @@ from torch import Tensor, nn
 import torch_ext
 from engine_programs import inductor, xnnpack
 from torch_ext import calibrate, export, get_default_qconfig, prepare_qat
+from torch_ext.analysis.svg import bar_picture
 from zoo.operators import declare
 
 HERE = Path(__file__).resolve().parent
@@ -314,6 +316,20 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def picture(rows: list[dict[str, Any]]) -> str:
+    """An SVG: a group of bars for each net, a bar for each engine."""
+    engines = list(dict.fromkeys(row["engine"] for row in rows))
+    by_net: dict[str, dict[str, float]] = {}
+    for row in rows:
+        by_net.setdefault(row["net"], {})[row["engine"]] = row["speedup"]
+    bars = []
+    for net, found in by_net.items():
+        speeds = [found.get(engine, math.nan) for engine in engines]
+        bars.append((net, speeds, ", ".join(f"{speed:.1f}" for speed in speeds)))
+    title = "INT8: how many times as fast as the same engine's float32"
+    return bar_picture(title, engines, bars)
+
+
 def machine() -> dict[str, Any]:
     """What the figures depend on."""
     model = platform.processor() or platform.machine()
@@ -363,7 +379,8 @@ def main() -> None:
         record["rows"] = [{**asdict(row), "speedup": row.speedup} for row in rows]
         path = RESULTS / f"{about['date']}-engines.json"
         path.write_text(json.dumps(record, indent=1) + "\n")
-        print(f"wrote {path}")
+        path.with_suffix(".svg").write_text(picture(record["rows"]) + "\n")
+        print(f"wrote {path} and its .svg")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import torch_ext
 from nets.tiny_net import images
 from onnx_runs import run
 from torch_ext import QuantizationWarning, export, get_default_qconfig, prepare_qat, resolve
+from torch_ext.export.engines.float_twin import float_twin
 from torch_ext.export.engines.integer_layers import onnxruntime_layers
 
 onnx = pytest.importorskip("onnx")
@@ -99,6 +100,11 @@ def test_a_pad_between_a_convolution_and_its_quantizer(pad: str, tmp_path: Path)
     # Without optimisation the operators run as they are written: to pad integers gives the bits of
     # padding before the quantizer.
     assert torch.equal(run(path, pictures())[0], run(plain, pictures())[0])
+    # Nor does the model in float that `check` times have anything of integers left.
+    twin = onnx.ModelProto.FromString(float_twin("check", onnx, onnx.load(path), path))
+    assert not any("Linear" in node.op_type for node in twin.graph.node)
+    export.onnx(net, pictures(), plain, profile="float")
+    torch.testing.assert_close(run(twin, pictures())[0], run(plain, pictures())[0])
     read = {name for node in onnx.load(path).graph.node for name in node.input}
     noted = export.read_onnx_metadata(path)["quantizers"]
     assert all(set(note["tensors"]) <= read for note in noted.values()), noted
