@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ def spare_tracing(program: ExportedProgram) -> None:
     then runs it once more to find numbers whose types have to be promoted: half of the time of an
     export. Of common operations on float32 the outcome is known. Other programs go their way.
     """
-    traced_again = program.run_decompositions
+    traced_again: Callable[..., ExportedProgram] = program.run_decompositions
 
     def run_decompositions(table: Any = None, *args: Any, **keys: Any) -> ExportedProgram:
         try:
@@ -128,7 +128,8 @@ class _Decomposition:
 
     def _call(self, node: fx.Node) -> fx.Node:
         """Adds what a node computes."""
-        target, args = node.target, list(node.args)
+        target: Any = node.target
+        args: list[Any] = list(node.args)
         if node.op != "call_function" or node.kwargs or not _is_float32(node):
             raise _NotPlain
         if target in _IN_PLACE:
@@ -173,7 +174,7 @@ class _Decomposition:
 
     def _sizes_of_flat(self, node: fx.Node) -> list[Any]:
         """The sizes of what flatten makes, if it only gives others to the same memory."""
-        x = node.args[0]
+        x: Any = node.args[0]
         value, made = x.meta["val"], node.meta["val"]
         if not value.is_contiguous() or made.dim() >= value.dim() or made.dim() == 0:
             raise _NotPlain
