@@ -22,6 +22,7 @@ from torch_ext.export.common.entries import (
 from torch_ext.export.common.onnx_bytes import model_bytes
 from torch_ext.export.common.onnx_metadata import METADATA_KEY
 from torch_ext.export.common.packages import onnx_packages
+from torch_ext.export.common.plain_program import spare_tracing
 from torch_ext.export.common.trace import TracedInput, simplify, symbols, trace, translations
 from torch_ext.export.onnx_profiles import (
     PROFILES,
@@ -157,6 +158,7 @@ def _translate(who: str, packages: Any, program: Any, opset: int) -> Any:
     """The ModelProto that torch.onnx makes; raises ValueError if it cannot."""
     names = [f"output_{i}" for i in range(len(program.graph_signature.user_outputs))]
     try:
+        spare_tracing(program)
         simplify(program)
         # torch.onnx prints its progress.
         with contextlib.redirect_stdout(io.StringIO()):
