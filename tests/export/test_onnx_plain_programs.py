@@ -112,7 +112,7 @@ OTHERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "bounds of integers": lambda y, x: y.clamp(0, 6),
     "a lower bound": lambda y, x: y.clamp(0.0),
     "pooled to 2": lambda y, x: F.adaptive_avg_pool2d(y, 2),
-    "flat of turned": lambda y, x: torch.flatten(y.transpose(1, 2), 1),
+    "flat of turned": lambda y, x: torch.flatten(y.transpose(1, 2), 2),
     "float64": lambda y, x: (y.double() + x.double()).float(),
     "gelu": lambda y, x: F.gelu(y),
 }
