@@ -64,9 +64,13 @@ def test_mean_errors_are_gone_when_measured_again(
     report = correct_bias(model, data)
     after = mean_errors(net, model, data)
     assert max(before.values()) > 1e-2
+    if make is Several:
+        # Its correction changes what its second call reads, and so does that of `up` between them.
+        assert after.pop("shared") < 0.5 * before["shared"]
     assert max(after.values()) < 1e-5
     assert [row.name for row in report.rows] == (ORDER if make is Several else list(before))
-    assert all(row.after < 1e-5 < row.before for row in report.rows)
+    assert all(row.after < row.before for row in report.rows)
+    assert all(row.after < 1e-5 for row in report.rows if row.name in after)
     assert report.left == {}
     assert report.after == pytest.approx(output_error(net, model, data), rel=1e-6)
     assert report.after < report.before
@@ -88,7 +92,9 @@ def mean_errors_of(net: nn.Module, model: nn.Module, kind: type[nn.Module]) -> l
 
     want, have = (seen_by_hooks(m, DATA, (kind,), inputs=False) for m in (net, model))
     return [
-        float((torch.cat(have[n]).double() - torch.cat(want[n]).double()).mean((0, 2, 3)).abs().max())
+        float(
+            (torch.cat(have[n]).double() - torch.cat(want[n]).double()).mean((0, 2, 3)).abs().max()
+        )
         for n in want
     ]
 
@@ -108,34 +114,33 @@ CASES: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_one_layer_against_float64(case: str) -> None:
-    """Weights and input are quantized here by the formula, in float64."""
+    """Weights and input are quantized here by the formula, what follows is in float64."""
     layer, shape = copy.deepcopy(CASES[case])
     net: Any = filled(nn.Sequential(layer))
     data = list(torch.randn(shape).split(2))
     model: Any = calibrated(net, data)
     transposed = isinstance(layer, nn.ConvTranspose2d)
     groups = getattr(layer, "groups", 1)
-    weight = layer.weight.detach().double()
+    weight = layer.weight.detach()
     # One scale for each output channel.
     rows = weight.transpose(0, 1) if transposed else weight
     if transposed and groups > 1:
         rows = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
-    scale = (rows.flatten(1).abs().amax(1) * 2 / 15).float().double()
+    scale = (rows.flatten(1).abs().amax(1).double() * 2 / 15).float()
     scale = scale.view(-1, *[1] * (rows.dim() - 1))
     rows = (rows / scale).round().clamp(-8, 7) * scale
     quantized = rows.transpose(0, 1) if transposed else rows
     if transposed and groups > 1:
         quantized = rows.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
-    x = torch.cat(data).double()
-    step = (x.abs().max() * 2 / 255).float().double()
+    x = torch.cat(data)
+    step = (x.abs().max().double() * 2 / 255).float()
     read = (x / step).round().clamp(-128, 127) * step
 
     double = copy.deepcopy(layer).double()
-    want = double(x)
-    bias = torch.zeros(want.shape[1]) if layer.bias is None else layer.bias.detach()
     with torch.no_grad():
+        want = double(x.double())
         double.weight.copy_(quantized)
-        error = want - double(read)
+        error = want - double(read.double())
     axis = -1 if isinstance(layer, nn.Linear) else 1
     shift = error.movedim(axis, 0).flatten(1).mean(1)
     bias = layer.bias.detach().double() if layer.bias is not None else torch.zeros_like(shift)
@@ -187,11 +192,13 @@ def test_what_changes_and_what_does_not() -> None:
     # In FLOAT the model computes with the corrected biases, and so do files and copies.
     text = str(report)
     assert "6 layers corrected; relative squared error of the outputs" in text
-    assert "up" in text and "created" in text
+    assert text.count("created") == 3
     state = torch_ext.float_state_dict(model)
     again = filled(Several())
     for name in created:
-        again.get_submodule(name.partition(".")[0]).bias = nn.Parameter(torch.zeros(state[name].shape))
+        again.get_submodule(name.partition(".")[0]).bias = nn.Parameter(
+            torch.zeros(state[name].shape)
+        )
     again.load_state_dict(state)
     assert same_bits(again.eval()(DATA[0]), model.eval()(DATA[0]))
 
@@ -226,7 +233,7 @@ def test_the_onnx_file_has_the_corrections(tmp_path: Path, fold: bool) -> None:
     net = filled(Normed())
     config = torch_ext.get_default_qconfig(backend="onnxruntime")
     model = calibrated(net, DATA, config, fold_batch_norms=fold)
-    before = model(DATA[0])
+    before = model(DATA[0]).detach()
     correct_bias(model, DATA)
     want = model(DATA[0]).detach()
     assert not torch.equal(before, want)

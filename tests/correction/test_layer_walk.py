@@ -195,10 +195,15 @@ def test_an_error_leaves_the_model_as_it_was(where: str) -> None:
         raise KeyboardInterrupt
 
     walk = walk_of(model, forward=fail if where == "forward" else None)
-    with pytest.raises(KeyboardInterrupt), walk.guarded():
-        torch.rand(1)
-        walk.run(fail if where == "visit" else None)
-        list(walk.sequentially(walk.order, lambda _: None, fail))
+
+    def run() -> None:
+        with walk.guarded():
+            torch.rand(1)
+            walk.run(fail if where == "visit" else None)
+            list(walk.sequentially(walk.order, lambda _: None, fail))
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
     assert same(snapshot(model), before)
     assert hooks_of(model) == hooks
     assert torch.equal(torch.get_rng_state(), random)
@@ -220,7 +225,9 @@ class TestBadInput:
                 walk.run()
                 walk.run()
 
-        assert "expected data to be batches, got a tensor" in message(lambda: run(DATA[0]), TypeError)
+        assert "expected data to be batches, got a tensor" in message(
+            lambda: run(DATA[0]), TypeError
+        )
         assert "that can be run over again" in message(lambda: run(iter(DATA)), TypeError)
         assert "expected data to give batches, got none" in message(lambda: run([]))
 
@@ -252,7 +259,7 @@ class TestBadInput:
         net.qconfig = INT4
         model = torch_ext.prepare_qat(net)
         before = snapshot(model)
-        with pytest.raises(RuntimeError, match="test: expected every quantizer to have a range"):
-            with walk_of(model).guarded():
-                pass
+        want = "test: expected every quantizer to have a range"
+        with pytest.raises(RuntimeError, match=want), walk_of(model).guarded():
+            pass
         assert same(snapshot(model), before)

@@ -110,9 +110,7 @@ class Interrupted(Exception):
 
 
 def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
-    whole, model = (
-        calibrated(filled(Normed()), DATA, fold_batch_norms=True) for _ in range(2)
-    )
+    whole, model = (calibrated(filled(Normed()), DATA, fold_batch_norms=True) for _ in range(2))
     want = recalibrate_norms(whole, DATA)
     before, path, forwards, limit = snapshot(model), tmp_path / "run.safetensors", 0, 1
 

@@ -46,7 +46,7 @@ def depthwise(depth: int = 6) -> nn.Module:
 
 
 class Several(nn.Module):
-    """A layer of every kind; one is called twice, and they are called in another order than made."""
+    """Layers of every kind, one called twice, in another order than they were made."""
 
     def __init__(self) -> None:
         super().__init__()

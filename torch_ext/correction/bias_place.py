@@ -75,7 +75,7 @@ def restored_biases(modules: Mapping[str, nn.Module]) -> Iterator[None]:
     except BaseException:
         with torch.no_grad():
             for module, bias, values in before:
-                if bias is not None:
+                if bias is not None and values is not None:
                     bias.copy_(values)
                 module._parameters[_BIAS] = bias
         raise

@@ -108,7 +108,8 @@ def correct_bias(
         calibrate(model, batches)
         print(torch_ext.correct_bias(model, batches))
 
-    A layer without a bias gets one, a parameter ``bias``, so ``state_dict()`` has a key more. The
+    A layer that is called several times has one bias, and gets the mean over all its calls. A layer
+    without a bias gets one, a parameter ``bias``, so ``state_dict()`` has a key more. The
     float model, that is the model in FLOAT, computes with the new biases too: keep a copy to
     compare with. Quantizers keep their ranges, names and states.
 
@@ -260,9 +261,7 @@ class _Run:
             before, after = (self._mean_error(name, sums) for sums in (self.before, self.after))
             shift = self.shifts[name]
             largest = float(shift.abs().max())
-            rows.append(
-                BiasRow(name, len(shift), name in self.created, largest, before, after)
-            )
+            rows.append(BiasRow(name, len(shift), name in self.created, largest, before, after))
         return rows
 
     def _add_before(self, call: LayerCall) -> None:

@@ -165,7 +165,8 @@ def _made(
     if name in _SAME:
         return read
     if name in _CLIPS and read.deviation is not None:
-        return _Channels(clipped_mean(*read, *_CLIPS[name]), None)
+        low, high = _CLIPS[name]
+        return _Channels(clipped_mean(read.mean, read.deviation, low, high), None)
     if name in _AVERAGES and _keeps_channels(node, name):
         return _Channels(read.mean, None)
     return None
@@ -193,7 +194,8 @@ def _keeps_channels(node: fx.Node, name: str) -> bool:
         return True
     given: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
     if name == "flatten":
-        return (given if given is not None else node.kwargs.get("start_dim")) == 1
+        start: object = node.kwargs.get("start_dim") if given is None else given
+        return start == 1
     axes = given if isinstance(given, (tuple, list)) else [given]
     return set(axes) in ({2, 3}, {-1, -2}, {2})
 

@@ -59,4 +59,6 @@ class NormWalk(DataWalk[NormCall]):
 def _before(
     name: str, at_call: Callable[[NormCall], Any], _: object, args: Any, kwargs: Any
 ) -> None:
-    at_call(NormCall(name, args[0] if args else kwargs["input"]))
+    # A model prepared with an example looks at the functions that its forward calls; not at these.
+    with torch._C.DisableTorchFunction():
+        at_call(NormCall(name, args[0] if args else kwargs["input"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -194,21 +195,24 @@ class _NormRun:
 
     def measure(self) -> None:
         """The outputs of the float model and of the model as it is; finds what cannot be done."""
-        walk, sums = self.walk, ChannelSums()
-        walk.enter(FakeQuantState.FLOAT)
-        walk.run(output=self.outputs.keep)
-        walk.enter(FakeQuantState.VALIDATION)
-        walk.run(lambda call: _add(sums, call), self.errors[0].add)
-        if few := [name for name in walk.order if sums.counts.get(name, 0) < _FEWEST]:
-            raise ValueError(
-                f"{_WHO}: expected data to give each channel {_FEWEST} values or more, got "
-                f"{sums.counts.get(few[0], 0)} in {shown(few)}; pass hundreds"
-            )
-        if wrong := sums.not_finite():
-            raise ValueError(
-                f"{_WHO}: expected norms to read finite values, got infinite or NaN ones in "
-                f"{shown(wrong)}; look at the data and the weights"
-            )
+        walk = self.walk
+        for state, output in (
+            (FakeQuantState.FLOAT, self.outputs.keep),
+            (FakeQuantState.VALIDATION, self.errors[0].add),
+        ):
+            sums = ChannelSums()
+            walk.enter(state)
+            walk.run(functools.partial(_add, sums), output)
+            if few := [name for name in walk.order if sums.counts.get(name, 0) < _FEWEST]:
+                raise ValueError(
+                    f"{_WHO}: expected data to give each channel {_FEWEST} values or more, got "
+                    f"{sums.counts.get(few[0], 0)} in {shown(few)}; pass hundreds"
+                )
+            if wrong := sums.not_finite():
+                raise ValueError(
+                    f"{_WHO}: expected norms to read finite values in {state.name}, got infinite "
+                    f"or NaN ones in {shown(wrong)}; look at the data and the weights"
+                )
 
     def recalibrate(self, kept: LayerCheckpoint, progress: bool | None) -> None:
         """Changes the norms one after the other, and measures the outputs again."""
@@ -232,7 +236,7 @@ class _NormRun:
             take(name, **known)
             done.append(name)
         left = walk.order[len(done) :]
-        steps = walk.sequentially(left, lambda call: _add(sums, call), finish)
+        steps = walk.sequentially(left, functools.partial(_add, sums), finish)
         count = len(walk.order)
         for _ in progress_bar(itertools.chain(done, steps), count, _WHO, progress):
             pass
@@ -245,7 +249,8 @@ def _add(sums: ChannelSums, call: NormCall) -> None:
 
 def _row(name: str, norm: _BatchNorm, mean: Tensor, variance: Tensor) -> NormRow:
     old_mean, old_variance = norm.running_mean, norm.running_var
-    assert old_mean is not None and old_variance is not None
+    assert old_mean is not None
+    assert old_variance is not None
     before = old_variance.double() + norm.eps
     shift = (mean - old_mean).abs() / before.sqrt()
     ratio = (variance + norm.eps) / before
@@ -254,7 +259,8 @@ def _row(name: str, norm: _BatchNorm, mean: Tensor, variance: Tensor) -> NormRow
 
 @torch.no_grad()
 def _set(norm: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
-    assert norm.running_mean is not None and norm.running_var is not None
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     norm.running_mean.copy_(mean)
     norm.running_var.copy_(variance)
 
