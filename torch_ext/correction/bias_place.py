@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from torch_ext.correction.layer_walk import Layer
+from torch_ext.correction.layer_walk import WalkedLayer
 from torch_ext.quantizers.find import HookedWeight
 from torch_ext.utils.text import label_of
 
@@ -16,8 +16,8 @@ _BIAS = "bias"
 
 
 def bias_problems(
-    who: str, root: nn.Module, layers: Mapping[str, Layer]
-) -> tuple[dict[str, Layer], dict[str, str]]:
+    who: str, root: nn.Module, layers: Mapping[str, WalkedLayer]
+) -> tuple[dict[str, WalkedLayer], dict[str, str]]:
     """The layers whose bias is a parameter or can be one; and why the others are none.
 
     Raises:
@@ -28,7 +28,7 @@ def bias_problems(
         for key, value in module._parameters.items():
             if value is not None:
                 holders.setdefault(id(value), []).append(f"{name}.{key}".strip("."))
-    chosen: dict[str, Layer] = {}
+    chosen: dict[str, WalkedLayer] = {}
     left: dict[str, str] = {}
     for name, layer in layers.items():
         if _BIAS not in layer.module._parameters:
@@ -46,7 +46,7 @@ def bias_problems(
 
 
 @torch.no_grad()
-def add_to_bias(layer: Layer, shift: Tensor) -> None:
+def add_to_bias(layer: WalkedLayer, shift: Tensor) -> None:
     """Adds float64 [channels] to a layer's bias, and creates one that is 0 if it has none."""
     module = layer.module
     bias = module._parameters[_BIAS]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch_ext.correction.bias_place import add_to_bias, bias_problems, restored_biases
 from torch_ext.correction.channel_sums import ChannelSums
 from torch_ext.correction.layer_checkpoint import LayerCheckpoint
-from torch_ext.correction.layer_walk import Layer, LayerCall, LayerWalk, find_layers
+from torch_ext.correction.layer_walk import LayerCall, LayerWalk, WalkedLayer, find_layers
 from torch_ext.correction.means_of_norms import input_means, weight_shifts
 from torch_ext.correction.outputs import FloatOutputs
 from torch_ext.files.measurements import fingerprint
@@ -202,7 +202,7 @@ def _without_data(prepared: PreparedModel, pattern: Pattern | None) -> BiasCorre
 class _Run:
     """The measurements and corrections of one call."""
 
-    def __init__(self, walk: LayerWalk, chosen: Mapping[str, Layer]) -> None:
+    def __init__(self, walk: LayerWalk, chosen: Mapping[str, WalkedLayer]) -> None:
         self.walk = walk
         self.chosen = chosen
         self.floating, self.before, self.after = (ChannelSums() for _ in range(3))

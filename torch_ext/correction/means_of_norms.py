@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from torch_ext.correction.layer_walk import Layer
+from torch_ext.correction.layer_walk import WalkedLayer
 from torch_ext.prepare.batch_norms.pair import LAYERS, TRANSPOSED, has_own_forward
 from torch_ext.prepare.batch_norms.traced import LayerTracer
 from torch_ext.prepare.insertion.functions import plain_name
@@ -103,7 +103,7 @@ def input_means(root: nn.Module, names: Sequence[str]) -> tuple[dict[str, Tensor
 
 
 def weight_shifts(
-    prepared: PreparedModel, layers: Mapping[str, Layer], means: Mapping[str, Tensor]
+    prepared: PreparedModel, layers: Mapping[str, WalkedLayer], means: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """What to add to each layer's bias, float64; the model is as before afterwards.
 
@@ -122,7 +122,7 @@ def weight_shifts(
     return shifts
 
 
-def _weights(layer: Layer) -> tuple[Tensor, Tensor]:
+def _weights(layer: WalkedLayer) -> tuple[Tensor, Tensor]:
     """The weight in FLOAT and in VALIDATION, the present state, in float64."""
     source = layer.source
     if isinstance(source, HookedWeight):
