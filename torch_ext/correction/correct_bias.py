@@ -109,14 +109,15 @@ def correct_bias(
         print(torch_ext.correct_bias(model, batches))
 
     A layer that is called several times has one bias, and gets the mean over all its calls. A layer
-    without a bias gets one, a parameter ``bias``, so ``state_dict()`` has a key more. The
+    without a bias gets one, a parameter ``bias``, so ``state_dict()`` has a key more, and loads
+    into models that have the bias too; after :func:`fuse` convolutions with a norm have one. The
     float model, that is the model in FLOAT, computes with the new biases too: keep a copy to
     compare with. Quantizers keep their ranges, names and states.
 
     The data is run three times as a whole, and once for each layer as far as the layer, in eval
     mode and without gradients, all quantizers in VALIDATION. If it is a single batch, one run is
     enough for all layers: where memory allows it, pass one large batch. A few hundred samples, such
-    as those of the calibration, are enough.
+    as those of the calibration, are enough. The float model's outputs stay in memory.
 
     Without data the means come from the model: where a batch norm, and perhaps a ReLU, makes what a
     layer reads, its beta and gamma tell the mean of each input channel (those of a normal
