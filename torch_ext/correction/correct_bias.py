@@ -192,6 +192,11 @@ def _without_data(prepared: PreparedModel, pattern: Pattern | None) -> BiasCorre
         )
     created = {name for name in means if chosen[name].module.bias is None}
     shifts = weight_shifts(prepared, {name: chosen[name] for name in means}, means)
+    if wrong := [name for name, shift in shifts.items() if not bool(shift.isfinite().all())]:
+        raise ValueError(
+            f"{_WHO}: expected finite weights and batch norms, got others in {shown(wrong)} or in "
+            "what makes its input; leave these out by pattern"
+        )
     rows = []
     for name, shift in shifts.items():
         add_to_bias(chosen[name], shift)
