@@ -29,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "calibration": _BELOW_PREPARE,
     "export": {"files", "quantizers", "ops", "utils"},
     "analysis": {"calibration"} | _BELOW_PREPARE,
+    "correction": {"calibration", "prepare"} | _BELOW_PREPARE,
     "pt2e": {"quantizers", "ops", "utils"},
     "cli": {"analysis", "calibration", "export", "prepare"} | _BELOW_PREPARE,
     "__main__": {"cli"},
@@ -132,7 +133,8 @@ def test_no_folder_is_crowded() -> None:
         entries = [
             p for p in folder.iterdir() if p.suffix == ".py" or (p / "__init__.py").is_file()
         ]
-        assert len([p for p in entries if p.name != "__init__.py"]) <= 12, folder
+        named = ("__init__.py", "__main__.py")  # by Python
+        assert len([p for p in entries if p.name not in named]) <= 12, folder
 
 
 def walk() -> Iterator[ModuleType]:
