@@ -57,7 +57,7 @@ class BitChoiceRow:
 class BitChoice:
     """The result of :func:`choose_bits`; as text, a table."""
 
-    #: The quantizers that were chosen for, the costliest of each kind of bits as they come.
+    #: One per quantizer that was chosen for, those of one ``together`` side by side.
     rows: tuple[BitChoiceRow, ...]
     #: What the budget is of: ``"size"`` or ``"operations"``.
     of: Budget
