@@ -10,12 +10,15 @@ from torch_ext.analysis.sweep import Sweep, SweepRow, sweep
 from torch_ext.calibration.calibrate import CalibrationSummary, QuantizerSummary, calibrate
 from torch_ext.calibration.distributed import keep_statistics_local, sync_observers
 from torch_ext.calibration.resolve import resolve
+from torch_ext.correction.choose_bits import choose_bits
 from torch_ext.correction.correct_bias import BiasCorrection, BiasRow, correct_bias
 from torch_ext.correction.recalibrate_norms import (
     NormRecalibration,
     NormRow,
     recalibrate_norms,
 )
+from torch_ext.correction.widths.bit_choice import BitChoice, BitChoiceRow
+from torch_ext.correction.widths.bit_search import BitPoint
 from torch_ext.files.load_observer_params import LoadReport, load_observer_params
 from torch_ext.files.merge import MergeReport, merge_observer_params
 from torch_ext.files.observer_params import save_observer_params
@@ -52,6 +55,9 @@ __all__ = [
     "Add",
     "BiasCorrection",
     "BiasRow",
+    "BitChoice",
+    "BitChoiceRow",
+    "BitPoint",
     "CalibrationSummary",
     "Cat",
     "Choice",
@@ -80,6 +86,7 @@ __all__ = [
     "SweepRow",
     "build_info",
     "calibrate",
+    "choose_bits",
     "cmake_prefix_path",
     "correct_bias",
     "describe",

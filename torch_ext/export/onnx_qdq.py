@@ -14,7 +14,7 @@ from torch_ext.export.common.entries import Entry
 from torch_ext.export.common.trace import BATCH, SYMBOL, TracedInput
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import AnyWeightSource
-from torch_ext.quantizers.grid import dtype_name, parse_dtype
+from torch_ext.quantizers.grid import dtype_bits, dtype_name, parse_dtype
 
 PLAIN_OPSET = 18  # the least that torch.onnx exports
 _WIDE_OPSET = 21  # the first whose QuantizeLinear has 4 and 16 bits
@@ -37,8 +37,7 @@ class OnnxGrid:
         """A quantizer's grid in the smallest type of 4, 8 or 16 bits that holds it."""
         observer = quantizer.observer
         name = dtype_name(observer.dtype)
-        bits = int(name.partition("int")[2])
-        size = next(size for size in (4, 8, 16) if bits <= size)
+        size = next(size for size in (4, 8, 16) if dtype_bits(observer.dtype) <= size)
         kind = f"{'u' if name.startswith('u') else ''}int{size}"
         _, least, most = parse_dtype("export.onnx", kind)
         return cls(kind, least, most, observer.quant_min, observer.quant_max, observer.ch_axis)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from torch_ext.utils.arguments import parse_integer
 
 _NAME = re.compile(r"(?:torch\.)?q?(u?)int(\d+)")
-_MIN_BITS, _MAX_BITS = 2, 16
+MIN_BITS, MAX_BITS = 2, 16
 _KNOWN_DTYPES = "int4, uint4, int8, uint8, int16, uint16 and others of 2 to 16 bits"
 
 # Grids that are dtypes of Torch; the others are given as text, such as "int4".
@@ -41,7 +41,7 @@ def parse_dtype(who: str, dtype: object) -> tuple[DType, int, int]:
     """
     match = _NAME.fullmatch(str(dtype)) if isinstance(dtype, (str, torch.dtype)) else None
     bits = int(match[2]) if match and len(match[2]) < 3 else 0
-    if not match or not _MIN_BITS <= bits <= _MAX_BITS:
+    if not match or not MIN_BITS <= bits <= MAX_BITS:
         raise ValueError(f"{who}: unknown dtype {dtype!r}; known: {_KNOWN_DTYPES}")
     name = f"{match[1]}int{bits}"
     low, high = (0, 2**bits - 1) if match[1] else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
@@ -51,6 +51,11 @@ def parse_dtype(who: str, dtype: object) -> tuple[DType, int, int]:
 def dtype_name(dtype: DType) -> str:
     """The dtype as text, without ``torch.``."""
     return str(dtype).removeprefix("torch.")
+
+
+def dtype_bits(dtype: DType) -> int:
+    """The number of bits of a dtype that :func:`parse_dtype` accepts."""
+    return int(dtype_name(dtype).partition("int")[2])
 
 
 def parse_qscheme(who: str, qscheme: object) -> torch.qscheme:
@@ -81,6 +86,21 @@ class Grid:
     @property
     def per_channel(self) -> bool:
         return self.ch_axis >= 0
+
+
+def grid_of_bits(grid: Grid, bits: int) -> Grid:
+    """The same kind of grid with 2 to 16 bits: of its signedness, scheme and channels.
+
+    [-127, 127] becomes [-7, 7] with 4 bits, [-128, 127] becomes [-8, 7]. Of its own width it is
+    the grid itself, which may be narrower than its dtype.
+    """
+    if bits == dtype_bits(grid.dtype):
+        return grid
+    sign = "u" if dtype_name(grid.dtype).startswith("u") else ""
+    dtype, low, high = parse_dtype("grid_of_bits", f"{sign}int{bits}")
+    if grid.quant_min in (0, -grid.quant_max):
+        low = 0 if grid.quant_min == 0 else -high
+    return replace(grid, dtype=dtype, quant_min=low, quant_max=high)
 
 
 def parse_grid(
