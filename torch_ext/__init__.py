@@ -10,6 +10,8 @@ from torch_ext.analysis.sweep import Sweep, SweepRow, sweep
 from torch_ext.calibration.calibrate import CalibrationSummary, QuantizerSummary, calibrate
 from torch_ext.calibration.distributed import keep_statistics_local, sync_observers
 from torch_ext.calibration.resolve import resolve
+from torch_ext.correction.equalization.channel_limits import ChannelLimits
+from torch_ext.correction.equalize import Equalization, EqualizationRow, equalize
 from torch_ext.files.load_observer_params import LoadReport, load_observer_params
 from torch_ext.files.merge import MergeReport, merge_observer_params
 from torch_ext.files.observer_params import save_observer_params
@@ -46,8 +48,11 @@ __all__ = [
     "Add",
     "CalibrationSummary",
     "Cat",
+    "ChannelLimits",
     "Choice",
     "Description",
+    "Equalization",
+    "EqualizationRow",
     "FakeQuantState",
     "FakeQuantize",
     "FileError",
@@ -72,6 +77,7 @@ __all__ = [
     "calibrate",
     "cmake_prefix_path",
     "describe",
+    "equalize",
     "export",
     "fake_quantize_states",
     "fake_quants",

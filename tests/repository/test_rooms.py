@@ -29,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "calibration": _BELOW_PREPARE,
     "export": {"files", "quantizers", "ops", "utils"},
     "analysis": {"calibration"} | _BELOW_PREPARE,
+    "correction": {"calibration", "prepare"} | _BELOW_PREPARE,
     "pt2e": {"quantizers", "ops", "utils"},
     "cli": {"analysis", "calibration", "export", "prepare"} | _BELOW_PREPARE,
     "__main__": {"cli"},
@@ -46,6 +47,7 @@ INSIDE: dict[str, set[str]] = {
     "export.engines": {"export.common"},
     "export.programs": {"export.common"},
     "export.tensorrt": {"export.common", "export.onnx_qdq"},
+    "correction.equalization": set(),
     "analysis.report": {"analysis.rule_choices", "analysis.svg"},
 }
 
