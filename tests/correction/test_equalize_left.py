@@ -188,7 +188,7 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "clamp": (Clamped, "first", "clamp reads it"),
     "square": (Squared, "first", "mul reads it"),
     "divided by": (Divided, "first", "adds another value"),
-    "written": (Written, "first", "reads it, and does not scale"),
+    "written": (Written, "first", "looked at by its code"),
     "padded": (Padded, "first", "pad reads it"),
     "mean of channels": (AcrossChannels, "first", "mean reads it"),
     "sum of channels": (AcrossSums, "first", "adds different channels"),

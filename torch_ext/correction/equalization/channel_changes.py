@@ -113,7 +113,7 @@ class ChannelChanges:
             for name, value in (self.values(model) if values is None else values).items():
                 self._write(model, name, value, before)
             for name, limits in self.limits().items():
-                self._replace(model, name, limits, before)
+                self._put(model, name, limits, before)
         except BaseException:
             before.restore()
             raise
@@ -132,7 +132,7 @@ class ChannelChanges:
         holder._parameters[own] = nn.Parameter(value.to(like), like.requires_grad)
 
     @staticmethod
-    def _replace(model: nn.Module, name: str, limits: Tensor, before: Before) -> None:
+    def _put(model: nn.Module, name: str, limits: Tensor, before: Before) -> None:
         parent_name, _, own = name.rpartition(".")
         parent = model.get_submodule(parent_name)
         clip = parent._modules[own]
