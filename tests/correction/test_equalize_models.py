@@ -26,7 +26,6 @@ from torch_ext import (
     set_fake_quantize,
 )
 
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 

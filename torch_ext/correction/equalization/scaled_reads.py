@@ -215,11 +215,12 @@ class _NumberWalk:
         """Of values that are scaled alike, such as the two halves of a hand-written activation."""
         if scaled != [arg for arg in node.args if arg is not None] or node.kwargs:
             raise LeftError(f"{self._shown(node, '')} adds another value to it")
-        first, second = (self.steps[source].numbers for source in (scaled * 2)[:2])
-        same = isinstance(first, Tensor) and isinstance(second, Tensor)
-        if not same or first.shape != second.shape or not bool((first == second).all()):  # type: ignore[union-attr]
+        numbers = [self.steps[source].numbers for source in scaled]
+        tensors = [one for one in numbers if isinstance(one, Tensor)]
+        alike = [one.shape == tensors[0].shape and one.equal(tensors[0]) for one in tensors]
+        if len(tensors) != len(numbers) or not all(alike):
             raise LeftError(f"{self._shown(node, '')} adds different channels of it")
-        return first
+        return tensors[0]
 
     def _run(self, node: fx.Node, scaled: list[fx.Node]) -> object:
         """The numbers that a node moves; other tensors that it joins with them hold none."""
@@ -302,4 +303,4 @@ def _is_relu(node: fx.Node, name: str) -> bool:
         return False
     low, high = (*node.args[1:3], *[None] * (3 - len(node.args)))[:2]
     low, high = node.kwargs.get("min", low), node.kwargs.get("max", high)
-    return type(low) in (int, float) and low == 0 and high is None
+    return isinstance(low, (int, float)) and low == 0 and high is None

@@ -16,7 +16,7 @@ from torch_ext.utils.modes import undisturbed
 # Positional and keyword arguments of a call.
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 # What changes a model in place.
-Change = Callable[[nn.Module], None]
+Change = Callable[[nn.Module], object]
 
 
 class Outputs:
