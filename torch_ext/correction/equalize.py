@@ -155,7 +155,9 @@ def equalize(
             zeros around their input are left out.
         clipped: what to do where a ReLU6 is on the way: ``"keep"`` leaves the value as it is,
             ``"scale"`` replaces it by :class:`ChannelLimits`, as its limit becomes another for each
-            channel. Engines fuse a ReLU6 into a convolution, but not that. Float models only.
+            channel. Engines fuse a ReLU6 into a convolution, but not that. Float models only. One
+            module that is called at several places cannot have the limits of all; a ReLU in the
+            place of each ReLU6 has none, and changes the outputs where values reach 6.
         forward, device, progress: for ``data``, as in :func:`calibrate`.
 
     Returns:
