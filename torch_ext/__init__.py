@@ -12,6 +12,8 @@ from torch_ext.calibration.distributed import keep_statistics_local, sync_observ
 from torch_ext.calibration.resolve import resolve
 from torch_ext.correction.choose_bits import choose_bits
 from torch_ext.correction.correct_bias import BiasCorrection, BiasRow, correct_bias
+from torch_ext.correction.equalization.channel_limits import ChannelLimits
+from torch_ext.correction.equalize import Equalization, EqualizationRow, equalize
 from torch_ext.correction.recalibrate_norms import (
     NormRecalibration,
     NormRow,
@@ -60,8 +62,11 @@ __all__ = [
     "BitPoint",
     "CalibrationSummary",
     "Cat",
+    "ChannelLimits",
     "Choice",
     "Description",
+    "Equalization",
+    "EqualizationRow",
     "FakeQuantState",
     "FakeQuantize",
     "FileError",
@@ -90,6 +95,7 @@ __all__ = [
     "cmake_prefix_path",
     "correct_bias",
     "describe",
+    "equalize",
     "export",
     "fake_quantize_states",
     "fake_quants",

@@ -48,6 +48,7 @@ INSIDE: dict[str, set[str]] = {
     "export.programs": {"export.common"},
     "export.tensorrt": {"export.common", "export.onnx_qdq"},
     "correction.widths": set(),
+    "correction.equalization": set(),
     "analysis.report": {"analysis.rule_choices", "analysis.svg"},
 }
 
