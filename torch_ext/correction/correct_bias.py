@@ -108,6 +108,9 @@ def correct_bias(
         calibrate(model, batches)
         print(torch_ext.correct_bias(model, batches))
 
+    The fewer bits weights have, the more there is to gain. With 8 bits the outputs may get worse,
+    although each layer's mean is right: the result says how far they are off before and after.
+
     A layer that is called several times has one bias, and gets the mean over all its calls. A layer
     without a bias gets one, a parameter ``bias``, so ``state_dict()`` has a key more, and loads
     into models that have the bias too; after :func:`fuse` convolutions with a norm have one. The
