@@ -248,7 +248,7 @@ def _check_units(
         others = [
             name
             for name, quantizer in chosen.items()
-            if not any(on_backend_grid(quantizer, pair) for pair in grids)
+            if not any(on_backend_grid(_WHO, quantizer, pair) for pair in grids)
         ]
         if others:
             raise ValueError(
