@@ -139,7 +139,7 @@ def test_bad_widths(keys: dict[str, Any], kind: type[Exception], text: str) -> N
 def test_learned_ranges_have_one_width() -> None:
     net = learned()
     before = snapshot(net)
-    with pytest.raises(ValueError, match=r"\n  conv1\.\S+: it has learned its range \(lsq\)"):
+    with pytest.raises(ValueError, match=r"\n  conv1\.\S+: it learns its range \(lsq\)"):
         sensitivity(net, DATA, bits=(4, 8))
     assert same(snapshot(net), before)
     assert len(sensitivity(net, DATA, bits=8).rows) == len([*ACTIVATIONS, *WEIGHTS])

@@ -137,7 +137,7 @@ def test_what_apply_refuses() -> None:
     for net, kind, message in (
         (tiny_net(), ValueError, "BitChoice.apply: expected model to have quantizers, got none"),
         (nn.Sequential(net_of()), ValueError, "the quantizers of the choice, got none named conv1"),
-        (learned(), ValueError, "it has learned its range"),
+        (learned(), ValueError, "it learns its range"),
         (prepared(get_default_qconfig()), ValueError, "percentile reads a histogram, but none was"),
         (
             prepared(get_default_qconfig(activation_observer="percentile")),

@@ -97,7 +97,7 @@ def test_models_that_are_refused(case: str) -> None:
 def test_learned_ranges_are_refused_where_they_are_chosen_for() -> None:
     net = learned()
     before = snapshot(net)
-    with pytest.raises(ValueError, match=r"\n  conv1\.input\S+: it has learned its range \(lsq\)"):
+    with pytest.raises(ValueError, match=r"\n  conv1\.input\S+: it learns its range \(lsq\)"):
         choose_bits(net, DATA, 0.75, of="operations")
     assert same(snapshot(net), before)
     found = choose_bits(net, DATA, 0.75, of="operations", pattern="*weight*")
