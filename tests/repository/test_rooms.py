@@ -29,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "calibration": _BELOW_PREPARE,
     "export": {"files", "quantizers", "ops", "utils"},
     "analysis": {"calibration"} | _BELOW_PREPARE,
+    "correction": {"calibration", "prepare"} | _BELOW_PREPARE,
     "pt2e": {"quantizers", "ops", "utils"},
     "cli": {"analysis", "calibration", "export", "prepare"} | _BELOW_PREPARE,
     "__main__": {"cli"},

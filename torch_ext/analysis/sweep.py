@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torch_ext.analysis.measurements import Results, fingerprint
+from torch_ext.files.measurements import Results, fingerprint
 from torch_ext.analysis.rule_choices import Candidates, Choice, parse_candidates, usual_candidates
 from torch_ext.analysis.svg import bar_picture
 from torch_ext.calibration.resolve import plan_resolve, resolve
