@@ -10,6 +10,11 @@ from torch_ext.analysis.sweep import Sweep, SweepRow, sweep
 from torch_ext.calibration.calibrate import CalibrationSummary, QuantizerSummary, calibrate
 from torch_ext.calibration.distributed import keep_statistics_local, sync_observers
 from torch_ext.calibration.resolve import resolve
+from torch_ext.correction.reconstruct import (
+    ReconstructedLayer,
+    Reconstruction,
+    reconstruct,
+)
 from torch_ext.files.load_observer_params import LoadReport, load_observer_params
 from torch_ext.files.merge import MergeReport, merge_observer_params
 from torch_ext.files.observer_params import save_observer_params
@@ -62,6 +67,8 @@ __all__ = [
     "QuantizationWarning",
     "QuantizerRow",
     "QuantizerSummary",
+    "ReconstructedLayer",
+    "Reconstruction",
     "ReportSummary",
     "SavedQuantizers",
     "Sensitivity",
@@ -90,6 +97,7 @@ __all__ = [
     "prepare_qat",
     "quantization_parameters",
     "read_quantizers",
+    "reconstruct",
     "remove_quantizers",
     "report",
     "reset_statistics",

@@ -79,7 +79,7 @@ class LayerRows(NamedTuple):
 
     def of_output(self, output: Tensor) -> Tensor:
         """What the function made as a view [*positions, channels]."""
-        if not self.kernel:
+        if not self.kernel:  # of a linear function all positions are one axis
             return output.reshape(-1, output.shape[-1])
         if output.dim() == self._axes + 1:  # a single sample without a batch axis
             output = output.unsqueeze(0)
@@ -104,16 +104,20 @@ class LayerRows(NamedTuple):
         # [batch, groups, channels / groups, *positions, *kernel]
         return x.movedim((1, 2), (1 + self._axes, 2 + self._axes))
 
-    def values(self, x: Tensor, chosen: Tensor | None) -> Tensor:
-        """The function's input as [groups, positions, inputs]; ``chosen``: which positions."""
-        view = self.of_input(x)
-        axes = self._axes + 1
-        taken = _take(view, axes, chosen)  # [positions, groups, ...]
-        return taken.flatten(2).transpose(0, 1)
+    @property
+    def position_axes(self) -> int:
+        """How many axes positions have: that of the batch, and those of the kernel."""
+        return self._axes + 1
+
+    def values(self, view: Tensor, chosen: Tensor) -> Tensor:
+        """Of :meth:`of_input`'s view, the values at chosen positions: [groups, chosen, inputs]."""
+        return _take(view, self.position_axes, chosen).flatten(2).transpose(0, 1)
 
     def outputs(self, made: Tensor, chosen: Tensor | None) -> Tensor:
-        """What the function made as [groups, positions, rows]."""
-        taken = _take(self.of_output(made), self._axes + 1, chosen)
+        """What the function made, at the chosen positions or all: [groups, positions, rows]."""
+        view = self.of_output(made)
+        axes = self.position_axes
+        taken = view.flatten(0, axes - 1) if chosen is None else _take(view, axes, chosen)
         return taken.unflatten(1, (self.groups, -1)).transpose(0, 1)
 
     def positions(self, made: Tensor) -> int:
@@ -121,10 +125,8 @@ class LayerRows(NamedTuple):
         return math.prod(self.of_output(made).shape[:-1])
 
 
-def _take(view: Tensor, axes: int, chosen: Tensor | None) -> Tensor:
-    """The first ``axes`` axes of a view flattened, or of these the chosen positions."""
-    if chosen is None:
-        return view.flatten(0, axes - 1)
+def _take(view: Tensor, axes: int, chosen: Tensor) -> Tensor:
+    """The chosen of the positions that the first ``axes`` axes of a view count."""
     return view[torch.unravel_index(chosen, view.shape[:axes])]
 
 

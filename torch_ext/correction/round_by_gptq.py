@@ -25,12 +25,12 @@ def round_by_gptq(problem: RowProblem, damping: float, activation_order: bool) -
     scale, zero_point = problem.scale, problem.zero_point
     order = None
     if activation_order:
-        order = hessian.diagonal(dim1=-2, dim2=-1).argsort(-1, descending=True, stable=True)
+        order = hessian.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
         target, scale, zero_point = (_sorted(t, order) for t in (target, scale, zero_point))
         hessian = _sorted(_sorted(hessian, order).mT, order).mT
     values = ops.gptq(target, inverse_factor(hessian), scale, zero_point, *problem.ends)
     if order is not None:
-        values = _sorted(values, order.argsort(-1))
+        values = _sorted(values, order.argsort(dim=-1))
     return problem.better(values, problem.nearest)
 
 

@@ -13,6 +13,8 @@ from torch_ext import ops
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import AnyWeightSource, WeightSource
 from torch_ext.quantizers.folded_weight import OutputChannels, WeightStep
+from torch_ext.quantizers.learned import LearnedFakeQuantize
+from torch_ext.quantizers.solve import Solution
 
 
 class WeightGrid:
@@ -58,6 +60,22 @@ class WeightGrid:
         scale, zero_point = (t.view(sizes).expand(shape) for t in self._qparams)
         return self._arranged(scale), self._arranged(zero_point)
 
+    def nearest(self) -> Tensor:
+        """What the quantizer makes of the weight: each value rounded to the nearest."""
+        return self._arranged(self._quantized(self._source.read()))
+
+    def solution(self) -> Solution:
+        """The range and qparams that the grid is of."""
+        return Solution(self.quantizer.range.detach().clone(), *self._qparams)
+
+    def hold(self, solution: Solution) -> None:
+        """Gives the quantizer a range to hold; one that keeps its own, learned or given, has it."""
+        if not isinstance(self.quantizer, LearnedFakeQuantize):
+            if self.quantizer.observer.statistic == "none":
+                return
+            self.quantizer.take_(solution)
+            self.quantizer.hold_range()
+
     def store(self, values: Tensor) -> bool:
         """Stores a weight that the quantizer makes these values of, in the layer's layout.
 
@@ -67,20 +85,24 @@ class WeightGrid:
         for step in self._before:
             if isinstance(step, OutputChannels):
                 own = step.applied(own)
-        wanted = own = own.to(self.stored.dtype)
+        # Compared in a dtype that holds all values of a grid, which that of the weight may not.
+        fine = torch.float64 if self.stored.dtype == torch.float64 else torch.float32
+        wanted = own = self._quantized(own.to(fine))
+        own = own.to(self.stored.dtype)
         for step in self._after:
             assert isinstance(step, WeightStep)
             own = step.applied(own)
         kept = self.stored.detach().clone()
         with torch.no_grad():
             self.stored.copy_(own)
-            scale, zero_point = self._qparams
-            axis = self.quantizer.observer.ch_axis
-            have = ops.fake_quant(self._source.read(), scale, zero_point, *self.ends, axis)
-            if not torch.equal(have, wanted):
+            if not torch.equal(self._quantized(self._source.read().to(fine)), wanted):
                 self.stored.copy_(kept)
                 return False
         return True
+
+    def _quantized(self, weight: Tensor) -> Tensor:
+        axis = self.quantizer.observer.ch_axis
+        return ops.fake_quant(weight, *self._qparams, *self.ends, axis)
 
     def _arranged(self, weight: Tensor) -> Tensor:
         """From the order of channels that the quantizer sees to the layer's."""
