@@ -260,9 +260,8 @@ observers::KlVariant check_kl_threshold(const at::Tensor& counts, const at::Tens
   return variant;
 }
 
-GptqContract check_gptq(const at::Tensor& weight, const at::Tensor& factor,
-                        const at::Tensor& scale, const at::Tensor& zero_point,
-                        c10::string_view grid_text) {
+GptqContract check_gptq(const at::Tensor& weight, const at::Tensor& factor, const at::Tensor& scale,
+                        const at::Tensor& zero_point, c10::string_view grid_text) {
   constexpr const char* op = "gptq";
   const core::DType dtype = check_data(op, "weight", weight);
   expect(dtype == core::DType::f32 || dtype == core::DType::f64, op, "weight", "Float or Double",
@@ -274,8 +273,7 @@ GptqContract check_gptq(const at::Tensor& weight, const at::Tensor& factor,
     expect(t.device() == weight.device(), op, argument, "on the weight's device", t.device());
     expect(t.scalar_type() == type, op, argument, type, t.scalar_type());
     expect(t.dim() == 3 && holds(t.sym_size(0).sym_eq(weight.sym_size(0))) &&
-               holds(t.sym_size(1).sym_eq(rows)) &&
-               holds(t.sym_size(2).sym_eq(weight.sym_size(2))),
+               holds(t.sym_size(1).sym_eq(rows)) && holds(t.sym_size(2).sym_eq(weight.sym_size(2))),
            op, argument,
            argument == std::string_view("factor") ? "of shape [groups, inputs, inputs]"
                                                   : "of the weight's shape",

@@ -80,9 +80,8 @@ struct GptqContract {
   core::Codes codes;
   core::Rounding rounding;
 };
-GptqContract check_gptq(const at::Tensor& weight, const at::Tensor& factor,
-                        const at::Tensor& scale, const at::Tensor& zero_point,
-                        c10::string_view grid);
+GptqContract check_gptq(const at::Tensor& weight, const at::Tensor& factor, const at::Tensor& scale,
+                        const at::Tensor& zero_point, c10::string_view grid);
 
 // The arguments of a rule's one-shot op, which depend on its options.
 struct OneShot {

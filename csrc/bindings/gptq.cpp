@@ -66,13 +66,11 @@ at::Tensor gptq(const at::Tensor& weight, const at::Tensor& factor, const at::Te
 
 // There is no kernel for CUDA: each input of a row waits for the one before it, and the weights are
 // few. It is computed on the CPU and copied back, which waits for the device.
-at::Tensor gptq_of_cuda(const at::Tensor& weight, const at::Tensor& factor,
-                        const at::Tensor& scale, const at::Tensor& zero_point,
-                        c10::string_view grid) {
+at::Tensor gptq_of_cuda(const at::Tensor& weight, const at::Tensor& factor, const at::Tensor& scale,
+                        const at::Tensor& zero_point, c10::string_view grid) {
   check_gptq(weight, factor, scale, zero_point, grid);
   const auto here = [](const at::Tensor& t) { return t.to(at::kCPU); };
-  return gptq(here(weight), here(factor), here(scale), here(zero_point), grid)
-      .to(weight.device());
+  return gptq(here(weight), here(factor), here(scale), here(zero_point), grid).to(weight.device());
 }
 
 }  // namespace

@@ -50,18 +50,12 @@ struct Problem {
   }
 
   GptqJob job() {
-    return {groups,
-            rows,
-            inputs,
-            weight.data(),
-            out.data(),
-            factor.data(),
-            scale.data(),
-            zero_point.data(),
-            {rows, 1, 0},
-            {rows * inputs, inputs, 1},
-            {-8, 7},
-            core::Rounding::half_even};
+    return {groups,       rows,
+            inputs,       weight.data(),
+            out.data(),   factor.data(),
+            scale.data(), zero_point.data(),
+            {rows, 1, 0}, {rows * inputs, inputs, 1},
+            {-8, 7},      core::Rounding::half_even};
   }
 };
 
@@ -96,11 +90,10 @@ template <typename T>
 constexpr core::DType kDType = sizeof(T) == 4 ? core::DType::f32 : core::DType::f64;
 
 // Around the widths of tiles (16 rows), blocks (64 inputs) and pieces (32).
-constexpr int64_t kSizes[][3] = {{1, 1, 1},    {1, 1, 9},     {5, 1, 9},    {3, 2, 25},
-                                 {1, 15, 63},  {1, 16, 64},   {1, 17, 65},  {2, 5, 95},
-                                 {1, 33, 96},  {1, 3, 97},    {1, 40, 128}, {2, 18, 129},
-                                 {1, 20, 160}, {1, 5, 161},   {1, 7, 300},  {300, 1, 4},
-                                 {0, 3, 5},    {2, 0, 5},     {2, 3, 0}};
+constexpr int64_t kSizes[][3] = {{1, 1, 1},    {1, 1, 9},    {5, 1, 9},    {3, 2, 25},  {1, 15, 63},
+                                 {1, 16, 64},  {1, 17, 65},  {2, 5, 95},   {1, 33, 96}, {1, 3, 97},
+                                 {1, 40, 128}, {2, 18, 129}, {1, 20, 160}, {1, 5, 161}, {1, 7, 300},
+                                 {300, 1, 4},  {0, 3, 5},    {2, 0, 5},    {2, 3, 0}};
 
 TYPED_TEST(GptqTyped, EveryInstructionSetEqualsThePlainLoopBitForBit) {
   using T = TypeParam;

@@ -122,9 +122,7 @@ def test_the_order_of_inputs_is_only_an_order() -> None:
     """Inputs handed over in the order of their power give the same values without the option."""
     p = problem(6, 17)
     order = damped(p.hessian, 0.01).diagonal(dim1=1, dim2=2)[0].argsort(descending=True)
-    sorted_ = RowProblem(
-        *(t[..., order] for t in p[:5]), p.ends, p.hessian[:, order][:, :, order]
-    )
+    sorted_ = RowProblem(*(t[..., order] for t in p[:5]), p.ends, p.hessian[:, order][:, :, order])
     have = round_by_gptq(p, 0.01, True)[..., order]
     assert torch.equal(have, round_by_gptq(sorted_, 0.01, False))
 

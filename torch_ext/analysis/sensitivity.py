@@ -12,8 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from torch_ext.files.measurements import Results, fingerprint
 from torch_ext.analysis.svg import bar_picture
+from torch_ext.files.measurements import Results, fingerprint
 from torch_ext.files.storage import PathLike, write_atomically
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import Pattern, PreparedModel, role_of

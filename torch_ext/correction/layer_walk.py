@@ -129,6 +129,10 @@ class LayerWalk(DataWalk[LayerCall]):
         self.layers, left = find_layers(prepared, pattern)
         super().__init__(prepared, data, list(self.layers), left, forward, device)
 
+    def leave(self, name: str, why: str) -> None:
+        super().leave(name, why)
+        del self.layers[name]
+
     @contextlib.contextmanager
     def watched(self, at_call: Callable[[LayerCall], Any]) -> Iterator[None]:
         """Hands out the layers' weights watched; at the end all is as before."""

@@ -31,6 +31,7 @@ from torch_ext.utils.text import text_table
 _WHO = "reconstruct"
 ReconstructionMethod = Literal["gptq", "adaround"]
 Target = Literal["float", "quantized"]
+_KEPT = 1 << 26  # values of layers' outputs in float that are kept at a time, 256 MiB
 
 
 @dataclass(frozen=True)
@@ -110,9 +111,10 @@ def reconstruct(
     ``state_dict``, files and exports, until ``resolve`` is given a ``weight_observer``. Training
     goes on from the rounded weights.
 
-    Time: each layer needs the data run as far as the layer (with the target ``"float"`` twice), and
-    a matrix of its inputs squared in float64 is made and factored. Memory: that matrix, the weight
-    in float64, and, with the target ``"float"``, the layer's output at the positions read.
+    Time: each layer needs the data run as far as the layer; if the data is a single batch, one run
+    serves all layers. Of each layer a matrix of inputs times inputs, in float64, is summed and
+    factored. Memory: three such matrices and, with the target ``"float"``, outputs of layers at the
+    positions read, up to 256 MiB at a time.
 
     Args:
         model: prepared and calibrated.
@@ -123,8 +125,8 @@ def reconstruct(
         target: what a layer is to compute: what it computes in the float model (``"float"``), which
             makes up for errors of the layers before it too, or what the unrounded weight makes of
             its present inputs (``"quantized"``).
-        damping: a share of the mean of the matrix's diagonal that is added to it, above 0: the more,
-            the closer weights stay to what they were.
+        damping: a share of the mean of the matrix's diagonal that is added to it, above 0: the
+            more, the closer weights stay to what they were.
         activation_order: gptq: begin with the inputs of most power.
         iterations: adaround: steps of its optimizer, at least 1.
         positions: at most so many positions of each layer's output are read, in all; at random.
@@ -157,9 +159,8 @@ def reconstruct(
         file = RoundedWeights(_WHO, checkpoint, [about, *walk.digests])
         run.take(file)
         left = [name for name in walk.order if name not in run.done]
-        for name in progress_bar(left, len(left), _WHO, progress):
-            run.round(name)
-            file.add(name, run.grids[name].nearest(), run.done[name])
+        for _ in progress_bar(run.round(left, file), len(left), _WHO, progress):
+            pass
         held = {name: run.grids[name].solution() for name in run.done}
     run.hold(held)
     file.finish()
@@ -211,6 +212,8 @@ class _Run:
         # By name of a layer that is rounded: its errors before and after, and the share changed.
         self.done: dict[str, tuple[float, float, float]] = {}
         self._calls: Counter[str] = Counter()
+        self._sizes: dict[str, list[tuple[int, int]]] = {}  # positions and channels of each call
+        self._kept: Counter[str] = Counter()  # values of a layer's outputs at the positions read
         for name in list(walk.names):
             source = walk.layers[name].source
             if why := unreachable(source):
@@ -224,6 +227,9 @@ class _Run:
     def begin(self) -> None:
         """Finds order and grids; raises for data and weights that cannot be used."""
         self.walk.run(self._look)
+        for name, sizes in self._sizes.items():
+            positions = self._positions(name)
+            self._kept[name] = sum(min(count, positions) * channels for count, channels in sizes)
         owners: dict[int, list[str]] = {}
         for name, parameter in self.walk.prepared.root.named_parameters(remove_duplicate=False):
             owners.setdefault(id(parameter), []).append(name)
@@ -241,6 +247,9 @@ class _Run:
 
     def _look(self, call: LayerCall) -> None:
         self._calls[call.name] += 1
+        channels = call.output.shape[call.ch_axis]
+        size = (call.output.numel() // max(1, channels), channels)
+        self._sizes.setdefault(call.name, []).append(size)
         if not bool(call.input.isfinite().all()):
             raise ValueError(
                 f"{_WHO}: expected what {call.name} reads to be finite, got NaN or inf in batch "
@@ -255,19 +264,46 @@ class _Run:
             self._store(name, values)
             self.done[name] = row
 
-    def round(self, name: str) -> None:
-        """Rounds one layer; those before it are rounded already."""
-        positions = max(1, self.options.positions // self._calls[name])
-        costs = LayerCosts(name, positions, self.options.seed)
-        if self.options.target == "float":
-            with self._floating():
-                self.walk.collect(name, costs.want)
+    def round(self, names: list[str], file: RoundedWeights) -> Iterator[str]:
+        """Rounds layers one after the other, and writes each to the checkpoint; gives its name."""
+        for some in self._portions(names):
+            costs = {
+                name: LayerCosts(name, self._positions(name), self.options.seed) for name in some
+            }
+            if self.options.target == "float":
+                with self._floating():
+                    self.walk.run(lambda call, costs=costs: self._want(call, costs))
 
-        def finish(name: str) -> None:
-            self._finish(name, costs)
+            def finish(name: str, costs: dict[str, LayerCosts] = costs) -> None:
+                self._finish(name, costs.pop(name))
+                file.add(name, self.grids[name].nearest(), self.done[name])
 
-        for _ in self.walk.sequentially([name], costs.add, finish):
-            pass
+            def add(call: LayerCall, costs: dict[str, LayerCosts] = costs) -> None:
+                costs[call.name].add(call)
+
+            yield from self.walk.sequentially(some, add, finish)
+
+    def _want(self, call: LayerCall, costs: dict[str, LayerCosts]) -> None:
+        if call.name in costs:
+            costs[call.name].want(call)
+
+    def _positions(self, name: str) -> int:
+        """How many positions are read of each call of a layer."""
+        return max(1, self.options.positions // self._calls[name])
+
+    def _portions(self, names: list[str]) -> Iterator[list[str]]:
+        """The layers in their order, as many at a time as may keep their outputs in float."""
+        some: list[str] = []
+        kept = 0
+        for name in names:
+            size = self._kept[name]
+            if some and kept + size > _KEPT:
+                yield some
+                some, kept = [], 0
+            some.append(name)
+            kept += size
+        if some:
+            yield some
 
     def _finish(self, name: str, costs: LayerCosts) -> None:
         problem = self._problem(name, costs)
@@ -303,8 +339,8 @@ class _Run:
         self.floats[name] = grid.stored.detach().clone()
         if not grid.store(values):
             raise ValueError(
-                f"{_WHO}: expected {name}.weight to be of a dtype that holds its grid's values, got "
-                f"{grid.stored.dtype} for [{grid.ends[0]}, {grid.ends[1]}]; convert the model to "
+                f"{_WHO}: expected {name}.weight to be of a dtype that holds its grid's values, "
+                f"got {grid.stored.dtype} for [{grid.ends[0]}, {grid.ends[1]}]; convert the model to "
                 "float32, or leave the layer out by pattern"
             )
 
@@ -342,5 +378,3 @@ def _restored_on_error(run: _Run) -> Iterator[None]:
     except BaseException:
         run.restore()
         raise
-
-

@@ -53,9 +53,7 @@ def damped(hessian: Tensor, damping: float) -> Tensor:
     return hessian + torch.diag_embed(more)
 
 
-def fitted_target(
-    weight: Tensor, hessian: Tensor, wanted: Tensor, damping: float
-) -> Tensor:
+def fitted_target(weight: Tensor, hessian: Tensor, wanted: Tensor, damping: float) -> Tensor:
     """The weight with which the layer's inputs give what is wanted, as nearly as they can.
 
     Args:

@@ -179,10 +179,7 @@ class FakeQuantize(nn.Module):
         return self._holds
 
     def hold_range(self) -> None:
-        """Keeps the range, in every state, until another is set; saved with it.
-
-        For a weight that was rounded to its grid, which that of the rounded weight would not be.
-        """
+        """Keeps the range until another is set; for a weight that was rounded to its grid."""
         self._holds = True
         self.solved.fill_(HELD)
 

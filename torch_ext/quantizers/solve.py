@@ -147,16 +147,13 @@ def solve_quantizers(chosen: Mapping[str, Q], read_weight: ReadWeight[Q]) -> Sol
     """Solves quantizers without changing them.
 
     Activations are solved from their statistics, weights from what ``read_weight`` returns.
-    Those that hold a range are left out. Quantizers without data are listed in
-    ``Solutions.unobserved``, unless they are optional.
+    Quantizers without data are listed in ``Solutions.unobserved``, unless they are optional.
     """
     solutions = Solutions(chosen)
     counts = _finite_counts(chosen)
     ready: dict[str, Observer] = {}
     for name, quantizer in chosen.items():
         finite, non_finite = counts[name]
-        if quantizer.holds_range:
-            continue
         if quantizer.transient:
             weight = read_weight(quantizer)
             if weight is None:
