@@ -6,9 +6,8 @@
 #include "core/grid.h"
 #include "core/unit_grid.h"
 
-// Rounding of weights one input after the other, each with the error of those before it fed to
-// those after it (GPTQ, Frantar et al. 2022; the order of columns and the damping are the
-// caller's).
+// Rounding of weights one input after the other, the error of each fed to those after it (GPTQ,
+// Frantar et al. 2022). The order of the inputs and the damping are the caller's.
 namespace torch_ext::cpu {
 
 // Weights [groups, rows, inputs] of the computing type, contiguous: a row is one output of a group.

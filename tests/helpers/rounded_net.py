@@ -1,4 +1,4 @@
-"""A net with every kind of layer that is rounded, prepared and calibrated; what it computes with."""
+"""A net with every kind of layer that is rounded, calibrated; the weights it computes with."""
 
 from __future__ import annotations
 

@@ -340,8 +340,8 @@ class _Run:
         if not grid.store(values):
             raise ValueError(
                 f"{_WHO}: expected {name}.weight to be of a dtype that holds its grid's values, "
-                f"got {grid.stored.dtype} for [{grid.ends[0]}, {grid.ends[1]}]; convert the model to "
-                "float32, or leave the layer out by pattern"
+                f"got {grid.stored.dtype} for [{grid.ends[0]}, {grid.ends[1]}]; convert the model "
+                "to float32, or leave the layer out by pattern"
             )
 
     @contextlib.contextmanager
