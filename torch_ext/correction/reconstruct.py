@@ -98,8 +98,8 @@ def reconstruct(
     quadratic form, and instead of to the nearest value, weights are rounded to those of the same
     grid that cost less: by ``"gptq"``, where later inputs of a layer make up for the errors of
     earlier ones (Frantar et al. 2022), or by ``"adaround"``, which learns for each value whether it
-    is rounded down or up (Nagel et al. 2020). No row of a weight costs more than by rounding to
-    nearest. Most useful with few bits, and best after the ranges of weights were solved by
+    is rounded down or up (Nagel et al. 2020), and keeps ``"gptq"``'s rounding of the rows that it
+    does not better. No row of a weight costs more than by rounding to nearest. Most useful with few bits, and best after the ranges of weights were solved by
     ``"mse"``::
 
         calibrate(model, batches)
@@ -127,7 +127,7 @@ def reconstruct(
             its present inputs (``"quantized"``).
         damping: a share of the mean of the matrix's diagonal that is added to it, above 0: the
             more, the closer weights stay to what they were.
-        activation_order: gptq: begin with the inputs of most power.
+        activation_order: begin with the inputs of most power.
         iterations: adaround: steps of its optimizer, at least 1.
         positions: at most so many positions of each layer's output are read, in all; at random.
         seed: of that choice.
@@ -307,10 +307,10 @@ class _Run:
 
     def _finish(self, name: str, costs: LayerCosts) -> None:
         problem = self._problem(name, costs)
-        if self.options.method == "gptq":
-            values = round_by_gptq(problem, self.options.damping, self.options.activation_order)
-        else:
-            values = round_by_adaround(problem, self.options.iterations)
+        values = round_by_gptq(problem, self.options.damping, self.options.activation_order)
+        if self.options.method == "adaround":
+            # Rows that gptq, whose values are not bound to the two neighbours, rounds better stay.
+            values = problem.better(round_by_adaround(problem, self.options.iterations), values)
         power = max(float(problem.power().sum()), torch.finfo(torch.float64).tiny)
         before, after = (float(problem.cost(v).sum()) / power for v in (problem.nearest, values))
         changed = float((values != problem.nearest).double().mean())

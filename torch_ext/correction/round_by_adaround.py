@@ -18,8 +18,8 @@ from torch_ext.correction.row_problem import RowProblem
 _LOW, _HIGH = -0.1, 1.1
 _WARM = 0.2  # the share of the iterations without the regulariser
 _SHARPEST, _BLUNTEST = 2.0, 20.0  # the regulariser's exponent goes from the second to the first
-_WEIGHT = 0.05  # of the regulariser; the error of rounding to nearest counts 1 per value
-_RATE = 0.02  # Adam's
+_WEIGHT = 5.0  # of the regulariser; the error of rounding to nearest counts 1 per value
+_RATE = 0.05  # Adam's
 _BETAS, _EPSILON = (0.9, 0.999), 1e-8
 
 
@@ -28,7 +28,7 @@ def round_by_adaround(problem: RowProblem, iterations: int) -> Tensor:
 
     Args:
         problem: what is rounded, and what errors cost.
-        iterations: steps of Adam.
+        iterations: steps of Adam, after which each value is up or down.
     """
     dtype = problem.weight.dtype
     scale, zero_point = problem.scale.to(dtype), problem.zero_point.to(dtype)
