@@ -10,6 +10,12 @@ from torch_ext.analysis.sweep import Sweep, SweepRow, sweep
 from torch_ext.calibration.calibrate import CalibrationSummary, QuantizerSummary, calibrate
 from torch_ext.calibration.distributed import keep_statistics_local, sync_observers
 from torch_ext.calibration.resolve import resolve
+from torch_ext.correction.correct_bias import BiasCorrection, BiasRow, correct_bias
+from torch_ext.correction.recalibrate_norms import (
+    NormRecalibration,
+    NormRow,
+    recalibrate_norms,
+)
 from torch_ext.correction.reconstruct import (
     ReconstructedLayer,
     Reconstruction,
@@ -49,6 +55,8 @@ cmake_prefix_path = str(loader.FOLDER / "share" / "cmake")
 
 __all__ = [
     "Add",
+    "BiasCorrection",
+    "BiasRow",
     "CalibrationSummary",
     "Cat",
     "Choice",
@@ -61,6 +69,8 @@ __all__ = [
     "MatMul",
     "MergeReport",
     "Mul",
+    "NormRecalibration",
+    "NormRow",
     "Observer",
     "QConfig",
     "QuantStub",
@@ -78,6 +88,7 @@ __all__ = [
     "build_info",
     "calibrate",
     "cmake_prefix_path",
+    "correct_bias",
     "describe",
     "export",
     "fake_quantize_states",
@@ -97,6 +108,7 @@ __all__ = [
     "prepare_qat",
     "quantization_parameters",
     "read_quantizers",
+    "recalibrate_norms",
     "reconstruct",
     "remove_quantizers",
     "report",

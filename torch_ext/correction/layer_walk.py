@@ -41,7 +41,7 @@ _SPATIAL: dict[Any, int] = {
 _TENSORS = ("input", "weight", "bias")
 
 
-class Layer(NamedTuple):
+class WalkedLayer(NamedTuple):
     """A convolution, transposed convolution or linear layer whose weight is quantized."""
 
     name: str
@@ -64,7 +64,7 @@ class LayerCall:
         options, named_options: its further arguments (stride, padding, ...).
     """
 
-    def __init__(self, layer: Layer, function: Any, args: Any, kwargs: Any) -> None:
+    def __init__(self, layer: WalkedLayer, function: Any, args: Any, kwargs: Any) -> None:
         self.layer = layer
         given = dict(zip(_TENSORS, args, strict=False)) | kwargs
         self.input: Tensor = given.pop("input")
@@ -150,7 +150,11 @@ class LayerWalk(DataWalk[LayerCall]):
 
 
 def _watch(
-    layer: Layer, at_call: Callable[[LayerCall], Any], _: nn.Module, __: object, weight: Tensor
+    layer: WalkedLayer,
+    at_call: Callable[[LayerCall], Any],
+    _: nn.Module,
+    __: object,
+    weight: Tensor,
 ) -> Tensor:
     """A forward hook of what computes the layer's weight."""
     watched = weight.as_subclass(_WatchedWeight)
@@ -181,14 +185,14 @@ def _plain(value: Any) -> Any:
 
 def find_layers(
     prepared: PreparedModel, pattern: Pattern | None
-) -> tuple[dict[str, Layer], dict[str, str]]:
+) -> tuple[dict[str, WalkedLayer], dict[str, str]]:
     """The layers whose weight's quantizer matches, by name; and why each other module is none.
 
     Raises:
         TypeError, ValueError: as ``select`` does for the pattern; or no layer matches.
     """
     modules = {clean_name(name): module for name, module in prepared.root.named_modules()}
-    layers: dict[str, Layer] = {}
+    layers: dict[str, WalkedLayer] = {}
     left: dict[str, str] = {}
     chosen = prepared.select(pattern)
     for quantizer in chosen.values():
@@ -202,7 +206,7 @@ def find_layers(
         elif is_out_proj(parent, module):
             left[name] = "attention reads its weight without calling it"
         else:
-            layers[name] = Layer(name, module, quantizer, source)
+            layers[name] = WalkedLayer(name, module, quantizer, source)
     if not layers:
         raise ValueError(
             f"{prepared.who}: expected convolutions or linear layers with quantized weights, got "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from torch_ext.utils.text import shown
 
 _COMPILED = "_orig_mod."
 Pattern = str | Sequence[str]
+M = TypeVar("M", bound=nn.Module)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -134,9 +135,11 @@ class PreparedModel:
 
 
 def select(
-    who: str, quantizers: Mapping[str, FakeQuantize], pattern: Pattern | None
-) -> dict[str, FakeQuantize]:
+    who: str, quantizers: Mapping[str, M], pattern: Pattern | None, kind: str = "quantizer"
+) -> dict[str, M]:
     """The quantizers whose names match a pattern (``fnmatch``) or one of several; None: all.
+
+    Or modules of another kind, as errors name it.
 
     Raises:
         TypeError: a pattern is not text.
@@ -150,10 +153,10 @@ def select(
             raise TypeError(f"{who}: expected pattern to be text, got {bounded(text)}")
         if not any(fnmatch.fnmatchcase(name, text) for name in quantizers):
             raise ValueError(
-                f'{who}: no quantizer matches pattern "{text}"; known: {shown(list(quantizers))}'
+                f'{who}: no {kind} matches pattern "{text}"; known: {shown(list(quantizers))}'
             )
     if not patterns:
-        raise ValueError(f"{who}: expected pattern to name quantizers, got an empty list")
+        raise ValueError(f"{who}: expected pattern to name {kind}s, got an empty list")
     return {
         name: quantizer
         for name, quantizer in quantizers.items()
