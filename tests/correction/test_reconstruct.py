@@ -264,7 +264,7 @@ def test_without_ranges_and_with_weights_that_are_computed() -> None:
     model.qconfig = get_default_qconfig()
     bare = prepare_qat(model)
     with pytest.raises(
-        RuntimeError, match="^reconstruct: expected every quantizer to have a range"
+        RuntimeError, match=r"^reconstruct: expected every quantizer to have a range"
     ):
         reconstruct(bare, data(), progress=False)
 

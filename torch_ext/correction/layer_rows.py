@@ -95,12 +95,13 @@ class LayerRows(NamedTuple):
         if self.transposed:
             sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], stride, strict=True)]
             spread = x.new_zeros(*x.shape[:2], *sizes)
-            spread[(..., *(slice(None, None, s) for s in stride))] = x
+            index: Any = (..., *(slice(None, None, s) for s in stride))
+            spread[index] = x
             x, stride = spread, (1,) * self._axes
         x = F.pad(x, list(itertools.chain(*reversed(self.pads))))
         for i, (k, s, d) in enumerate(zip(self.kernel, stride, self.dilation, strict=True)):
             x = x.unfold(2 + i, d * (k - 1) + 1, s)[..., ::d]
-        x = x.unflatten(1, (self.groups, -1))
+        x = x.reshape(len(x), self.groups, x.shape[1] // self.groups, *x.shape[2:])
         # [batch, groups, channels / groups, *positions, *kernel]
         return x.movedim((1, 2), (1 + self._axes, 2 + self._axes))
 
@@ -118,7 +119,7 @@ class LayerRows(NamedTuple):
         view = self.of_output(made)
         axes = self.position_axes
         taken = view.flatten(0, axes - 1) if chosen is None else _take(view, axes, chosen)
-        return taken.unflatten(1, (self.groups, -1)).transpose(0, 1)
+        return taken.reshape(len(taken), self.groups, taken.shape[1] // self.groups).transpose(0, 1)
 
     def positions(self, made: Tensor) -> int:
         """The number of positions of what the function made."""

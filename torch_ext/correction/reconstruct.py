@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -99,8 +100,8 @@ def reconstruct(
     grid that cost less: by ``"gptq"``, where later inputs of a layer make up for the errors of
     earlier ones (Frantar et al. 2022), or by ``"adaround"``, which learns for each value whether it
     is rounded down or up (Nagel et al. 2020), and keeps ``"gptq"``'s rounding of the rows that it
-    does not better. No row of a weight costs more than by rounding to nearest. Most useful with few bits, and best after the ranges of weights were solved by
-    ``"mse"``::
+    does not better. No row of a weight costs more than by rounding to nearest. Most useful with few
+    bits, and best after the ranges of weights were solved by ``"mse"``::
 
         calibrate(model, batches)
         resolve(model, weight_observer="mse")
@@ -272,7 +273,7 @@ class _Run:
             }
             if self.options.target == "float":
                 with self._floating():
-                    self.walk.run(lambda call, costs=costs: self._want(call, costs))
+                    self.walk.run(functools.partial(_want, costs))
 
             def finish(name: str, costs: dict[str, LayerCosts] = costs) -> None:
                 self._finish(name, costs.pop(name))
@@ -282,10 +283,6 @@ class _Run:
                 costs[call.name].add(call)
 
             yield from self.walk.sequentially(some, add, finish)
-
-    def _want(self, call: LayerCall, costs: dict[str, LayerCosts]) -> None:
-        if call.name in costs:
-            costs[call.name].want(call)
 
     def _positions(self, name: str) -> int:
         """How many positions are read of each call of a layer."""
@@ -369,6 +366,11 @@ class _Run:
         """Gives the quantizers of the rounded weights the ranges they are rounded for, to hold."""
         for name, solution in solutions.items():
             self.grids[name].hold(solution)
+
+
+def _want(costs: dict[str, LayerCosts], call: LayerCall) -> None:
+    if call.name in costs:
+        costs[call.name].want(call)
 
 
 @contextlib.contextmanager

@@ -65,4 +65,5 @@ def fitted_target(weight: Tensor, hessian: Tensor, wanted: Tensor, damping: floa
     full = damped(hessian, damping)
     weight = weight.double()
     # wanted = weight @ hessian where the inputs give what is wanted already
-    return weight + torch.linalg.solve(full, wanted - weight @ hessian, left=False)
+    step: Tensor = torch.linalg.solve(full, wanted - weight @ hessian, left=False)
+    return weight + step
