@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torch_ext.correction.layer_rows import LayerRows
+from torch_ext.correction.rounding.layer_rows import LayerRows
 
 F64 = torch.float64
 

@@ -6,8 +6,8 @@ import itertools
 
 import torch
 
-from torch_ext.correction.round_by_adaround import round_by_adaround
-from torch_ext.correction.row_problem import RowProblem
+from torch_ext.correction.rounding.round_by_adaround import round_by_adaround
+from torch_ext.correction.rounding.row_problem import RowProblem
 
 GRID = (-8, 7)
 

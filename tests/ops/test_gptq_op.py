@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from torch_ext import ops
-from torch_ext.correction.round_by_gptq import inverse_factor, round_by_gptq
-from torch_ext.correction.row_problem import RowProblem, damped, fitted_target
+from torch_ext.correction.rounding.round_by_gptq import inverse_factor, round_by_gptq
+from torch_ext.correction.rounding.row_problem import RowProblem, damped, fitted_target
 
 F64 = torch.float64
 

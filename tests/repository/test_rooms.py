@@ -47,6 +47,7 @@ INSIDE: dict[str, set[str]] = {
     "export.engines": {"export.common"},
     "export.programs": {"export.common"},
     "export.tensorrt": {"export.common", "export.onnx_qdq"},
+    "correction.rounding": {"correction.layer_walk"},
     "analysis.report": {"analysis.rule_choices", "analysis.svg"},
 }
 

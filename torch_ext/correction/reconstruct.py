@@ -12,13 +12,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from torch_ext.correction.layer_costs import LayerCosts
+from torch_ext.correction.layer_checkpoint import LayerCheckpoint
 from torch_ext.correction.layer_walk import LayerCall, LayerWalk
-from torch_ext.correction.round_by_adaround import round_by_adaround
-from torch_ext.correction.round_by_gptq import round_by_gptq
-from torch_ext.correction.rounded_weights import RoundedWeights
-from torch_ext.correction.row_problem import RowProblem, fitted_target
-from torch_ext.correction.weight_grid import WeightGrid, unreachable
+from torch_ext.correction.rounding.layer_costs import LayerCosts
+from torch_ext.correction.rounding.round_by_adaround import round_by_adaround
+from torch_ext.correction.rounding.round_by_gptq import round_by_gptq
+from torch_ext.correction.rounding.row_problem import RowProblem, fitted_target
+from torch_ext.correction.rounding.weight_grid import WeightGrid, unreachable
 from torch_ext.files.measurements import fingerprint
 from torch_ext.files.storage import PathLike
 from torch_ext.quantizers.find import Pattern, PreparedModel, WeightSource
@@ -153,11 +153,11 @@ def reconstruct(
     prepared = PreparedModel(_WHO, model)
     options = _Options(method, target, damping, activation_order, iterations, positions, seed)
     walk = LayerWalk(prepared, data, pattern=pattern, forward=forward, device=device)
-    run = _Run(walk, options)
+    run = _Rounds(walk, options)
     with _restored_on_error(run), walk.guarded():
-        about = fingerprint(prepared, pattern, vars(options))
         run.begin()
-        file = RoundedWeights(_WHO, checkpoint, [about, *walk.digests])
+        about = fingerprint(prepared, pattern, vars(options), walk.digests)
+        file = LayerCheckpoint(_WHO, checkpoint, about)
         run.take(file)
         left = [name for name in walk.order if name not in run.done]
         for _ in progress_bar(run.round(left, file), len(left), _WHO, progress):
@@ -202,7 +202,7 @@ class _Options:
         self.seed = parse_integer(_WHO, "seed", seed, 0, 2**63 - 1)
 
 
-class _Run:
+class _Rounds:
     """The rounding of one call; everything happens within the walk's guard."""
 
     def __init__(self, walk: LayerWalk, options: _Options) -> None:
@@ -257,15 +257,23 @@ class _Run:
                 f"{self.walk.batch}"
             )
 
-    def take(self, file: RoundedWeights) -> None:
+    def take(self, file: LayerCheckpoint) -> None:
         """Stores the weights that a checkpoint has."""
-        for name, (values, row) in file.found.items():
-            if name not in self.grids or values.shape != self.grids[name].weight().shape:
-                raise ValueError(f"{_WHO}: expected a checkpoint of this model, got layer {name}")
-            self._store(name, values)
-            self.done[name] = row
+        for name in self.walk.order:
+            found = file.get(name, self._kept_of(name, (0.0, 0.0, 0.0)))
+            if found is not None:
+                self._store(name, found["values"])
+                before, after, changed = found["numbers"].tolist()
+                self.done[name] = (before, after, changed)
 
-    def round(self, names: list[str], file: RoundedWeights) -> Iterator[str]:
+    def _kept_of(self, name: str, numbers: tuple[float, float, float]) -> dict[str, Tensor]:
+        """What a checkpoint keeps of a layer."""
+        values = self.grids[name].nearest()
+        if values.dtype != torch.float64:
+            values = values.float()
+        return {"values": values, "numbers": torch.tensor(numbers, dtype=torch.float64)}
+
+    def round(self, names: list[str], file: LayerCheckpoint) -> Iterator[str]:
         """Rounds layers one after the other, and writes each to the checkpoint; gives its name."""
         for some in self._portions(names):
             costs = {
@@ -277,7 +285,7 @@ class _Run:
 
             def finish(name: str, costs: dict[str, LayerCosts] = costs) -> None:
                 self._finish(name, costs.pop(name))
-                file.add(name, self.grids[name].nearest(), self.done[name])
+                file.put(name, self._kept_of(name, self.done[name]))
 
             def add(call: LayerCall, costs: dict[str, LayerCosts] = costs) -> None:
                 costs[call.name].add(call)
@@ -374,7 +382,7 @@ def _want(costs: dict[str, LayerCosts], call: LayerCall) -> None:
 
 
 @contextlib.contextmanager
-def _restored_on_error(run: _Run) -> Iterator[None]:
+def _restored_on_error(run: _Rounds) -> Iterator[None]:
     try:
         yield
     except BaseException:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torch_ext import ops
-from torch_ext.correction.row_problem import RowProblem, damped
+from torch_ext.correction.rounding.row_problem import RowProblem, damped
 
 
 def round_by_gptq(problem: RowProblem, damping: float, activation_order: bool) -> Tensor:

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from torch_ext.correction.row_problem import RowProblem
+from torch_ext.correction.rounding.row_problem import RowProblem
 
 # The ends that the sigmoid is stretched to before it is clipped to [0, 1].
 _LOW, _HIGH = -0.1, 1.1
