@@ -113,6 +113,15 @@ def test_a_forward_that_cannot_be_traced() -> None:
     assert same(snapshot(model), before)
 
 
+def test_a_norm_that_is_not_finite() -> None:
+    model: Any = calibrated(filled(Normed()), DATA)
+    model.bn1.bias.data[0] = float("nan")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="expected finite weights and batch norms, got others in"):
+        correct_bias(model)
+    assert same(snapshot(model), before)
+
+
 def test_without_ranges_it_raises() -> None:
     net = filled(Normed())
     net.qconfig = torch_ext.get_default_qconfig()

@@ -244,6 +244,28 @@ def test_the_onnx_file_has_the_corrections(tmp_path: Path, fold: bool) -> None:
     assert float(error) < 0.05 * float(shift) or float(error) < 1e-4 * float(want.abs().max())
 
 
+def test_the_pt2e_program_has_the_corrections() -> None:
+    net = torch_ext.fuse(filled(Normed()), example_inputs=DATA[0])
+    model = calibrated(net, DATA, torch_ext.get_default_qconfig(backend="x86"))
+    before = model(DATA[0]).detach()
+    correct_bias(model, DATA)
+    want = model(DATA[0]).detach()
+    program = torch_ext.export.pt2e(model, DATA[0], backend="x86")
+    have = program.module()(DATA[0])
+    assert float((have - want).abs().mean()) < 0.1 * float((before - want).abs().mean())
+
+
+def test_wrappers_do_not_matter() -> None:
+    net = filled(Several())
+    models: list[Any] = [calibrated(net, DATA) for _ in range(3)]
+    models[2].shared = torch.compile(models[2].shared, backend="eager")
+    wrapped = [models[0], nn.DataParallel(models[1]), models[2]]
+    reports = [correct_bias(model, DATA) for model in wrapped]
+    assert reports[0] == reports[1] == reports[2]
+    outputs = [model(DATA[0]) for model in models[:2]]
+    assert same_bits(*outputs)
+
+
 class Interrupted(Exception):
     pass
 

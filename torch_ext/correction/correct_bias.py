@@ -108,15 +108,19 @@ def correct_bias(
         calibrate(model, batches)
         print(torch_ext.correct_bias(model, batches))
 
+    The fewer bits weights have, the more there is to gain. With 8 bits the outputs may get worse,
+    although each layer's mean is right: the result says how far they are off before and after.
+
     A layer that is called several times has one bias, and gets the mean over all its calls. A layer
-    without a bias gets one, a parameter ``bias``, so ``state_dict()`` has a key more. The
+    without a bias gets one, a parameter ``bias``, so ``state_dict()`` has a key more, and loads
+    into models that have the bias too; after :func:`fuse` convolutions with a norm have one. The
     float model, that is the model in FLOAT, computes with the new biases too: keep a copy to
     compare with. Quantizers keep their ranges, names and states.
 
     The data is run three times as a whole, and once for each layer as far as the layer, in eval
     mode and without gradients, all quantizers in VALIDATION. If it is a single batch, one run is
     enough for all layers: where memory allows it, pass one large batch. A few hundred samples, such
-    as those of the calibration, are enough.
+    as those of the calibration, are enough. The float model's outputs stay in memory.
 
     Without data the means come from the model: where a batch norm, and perhaps a ReLU, makes what a
     layer reads, its beta and gamma tell the mean of each input channel (those of a normal
@@ -191,6 +195,11 @@ def _without_data(prepared: PreparedModel, pattern: Pattern | None) -> BiasCorre
         )
     created = {name for name in means if chosen[name].module.bias is None}
     shifts = weight_shifts(prepared, {name: chosen[name] for name in means}, means)
+    if wrong := [name for name, shift in shifts.items() if not bool(shift.isfinite().all())]:
+        raise ValueError(
+            f"{_WHO}: expected finite weights and batch norms, got others in {shown(wrong)} or in "
+            "what makes its input; leave these out by pattern"
+        )
     rows = []
     for name, shift in shifts.items():
         add_to_bias(chosen[name], shift)

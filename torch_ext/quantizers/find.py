@@ -50,7 +50,7 @@ def check_model(who: str, model: object, argument: str = "model") -> nn.Module:
 
 def clean_name(name: str) -> str:
     """A module's name without the ``_orig_mod.`` that torch.compile adds for a submodule."""
-    return name.replace(_COMPILED, "")
+    return f"{name}.".replace(_COMPILED, "")[:-1]
 
 
 def named_quantizers(model: nn.Module) -> dict[str, FakeQuantize]:
