@@ -19,6 +19,11 @@ from torch_ext.correction.recalibrate_norms import (
     NormRow,
     recalibrate_norms,
 )
+from torch_ext.correction.reconstruct import (
+    ReconstructedLayer,
+    Reconstruction,
+    reconstruct,
+)
 from torch_ext.correction.widths.bit_choice import BitChoice, BitChoiceRow
 from torch_ext.correction.widths.bit_search import BitPoint
 from torch_ext.files.load_observer_params import LoadReport, load_observer_params
@@ -83,6 +88,8 @@ __all__ = [
     "QuantizationWarning",
     "QuantizerRow",
     "QuantizerSummary",
+    "ReconstructedLayer",
+    "Reconstruction",
     "ReportSummary",
     "SavedQuantizers",
     "Sensitivity",
@@ -115,6 +122,7 @@ __all__ = [
     "quantization_parameters",
     "read_quantizers",
     "recalibrate_norms",
+    "reconstruct",
     "remove_quantizers",
     "report",
     "reset_statistics",

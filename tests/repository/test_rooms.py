@@ -49,6 +49,7 @@ INSIDE: dict[str, set[str]] = {
     "export.tensorrt": {"export.common", "export.onnx_qdq"},
     "correction.widths": set(),
     "correction.equalization": set(),
+    "correction.rounding": {"correction.layer_walk"},
     "analysis.report": {"analysis.rule_choices", "analysis.svg"},
 }
 

@@ -95,6 +95,8 @@ def why_grid_stays(quantizer: FakeQuantize, wanted: Grid) -> str:
         )
     if not quantizer.transient and bool(quantizer.solved) and not observer.saw_data:
         return f"it has a range but no statistic to solve {grid} from"
+    if quantizer.holds_range:
+        return f"its weight was rounded (reconstruct), to another grid than {grid}"
     if quantizer.transient and quantizer.averaging_constant == 0:
         return f"it keeps its range (averaging_constant=0), for another grid than {grid}"
     return ""

@@ -102,6 +102,11 @@ class DataWalk(Generic[C]):
         self._calls: list[dict[str, int]] = []  # of each batch: how often it calls each module
         self._active: list[FakeQuantize] = []
 
+    def leave(self, name: str, why: str) -> None:
+        """Takes a module out of the walk, before the first run."""
+        self.names.remove(name)
+        self.left[name] = why
+
     def watched(self, at_call: Callable[[C], Any]) -> contextlib.AbstractContextManager[None]:
         """Calls ``at_call`` for every call of ``names``, and lets it compute what that returns."""
         raise NotImplementedError

@@ -60,6 +60,8 @@ class LayerCall:
         input: as the function reads it, quantized if its quantizer quantizes now.
         weight: the same of the weight.
         bias: as it is given; None if there is none.
+        function: the convolution or linear function of torch.
+        options, named_options: its further arguments (stride, padding, ...).
     """
 
     def __init__(self, layer: WalkedLayer, function: Any, args: Any, kwargs: Any) -> None:
@@ -68,9 +70,9 @@ class LayerCall:
         self.input: Tensor = given.pop("input")
         self.weight: Tensor = given.pop("weight")
         self.bias: Tensor | None = given.pop("bias", None)
-        self._function = function
-        self._options = args[len(_TENSORS) :]  # stride, padding, ...
-        self._named_options = given
+        self.function = function
+        self.options = args[len(_TENSORS) :]  # stride, padding, ...
+        self.named_options = given
 
     @property
     def name(self) -> str:
@@ -83,7 +85,7 @@ class LayerCall:
 
     def of(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """What the function makes of another input, weight or bias."""
-        made: Tensor = self._function(x, weight, bias, *self._options, **self._named_options)
+        made: Tensor = self.function(x, weight, bias, *self.options, **self.named_options)
         return made
 
     def again(self) -> Tensor:
@@ -97,7 +99,7 @@ class LayerCall:
     @property
     def ch_axis(self) -> int:
         """The axis of the output that holds its channels, counted from the end."""
-        return -1 - _SPATIAL[self._function]
+        return -1 - _SPATIAL[self.function]
 
 
 class LayerWalk(DataWalk[LayerCall]):
@@ -126,6 +128,10 @@ class LayerWalk(DataWalk[LayerCall]):
         """
         self.layers, left = find_layers(prepared, pattern)
         super().__init__(prepared, data, list(self.layers), left, forward, device)
+
+    def leave(self, name: str, why: str) -> None:
+        super().leave(name, why)
+        del self.layers[name]
 
     @contextlib.contextmanager
     def watched(self, at_call: Callable[[LayerCall], Any]) -> Iterator[None]:
