@@ -13,7 +13,7 @@ import torch_ext
 from corrections import CHANNELS, Normed, batches, calibrated, depthwise, filled
 from snapshots import same, snapshot
 from torch_ext import correct_bias
-from torch_ext.correction.means_of_norms import clipped_mean
+from torch_ext.correction.biases.means_of_norms import clipped_mean
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,7 +14,7 @@ import torch_ext
 from corrections import INT4, ORDER, Several, batches, calibrated, depthwise, filled, seen_by_hooks
 from snapshots import same, same_bits, snapshot
 from torch_ext import FakeQuantState
-from torch_ext.correction.layer_walk import LayerCall, LayerWalk
+from torch_ext.correction.walk.layer_walk import LayerCall, LayerWalk
 from torch_ext.quantizers.find import PreparedModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")

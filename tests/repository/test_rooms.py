@@ -49,7 +49,9 @@ INSIDE: dict[str, set[str]] = {
     "export.tensorrt": {"export.common", "export.onnx_qdq"},
     "correction.widths": set(),
     "correction.equalization": set(),
-    "correction.rounding": {"correction.layer_walk"},
+    "correction.walk": set(),
+    "correction.biases": {"correction.walk"},
+    "correction.rounding": {"correction.walk"},
     "analysis.report": {"analysis.rule_choices", "analysis.svg"},
 }
 

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_ext.correction.bias_place import add_to_bias, bias_problems, restored_biases
-from torch_ext.correction.channel_sums import ChannelSums
-from torch_ext.correction.layer_checkpoint import LayerCheckpoint
-from torch_ext.correction.layer_walk import LayerCall, LayerWalk, WalkedLayer, find_layers
-from torch_ext.correction.means_of_norms import input_means, weight_shifts
-from torch_ext.correction.outputs import FloatOutputs
+from torch_ext.correction.biases.bias_place import add_to_bias, bias_problems, restored_biases
+from torch_ext.correction.biases.means_of_norms import input_means, weight_shifts
+from torch_ext.correction.walk.channel_sums import ChannelSums
+from torch_ext.correction.walk.layer_checkpoint import LayerCheckpoint
+from torch_ext.correction.walk.layer_walk import LayerCall, LayerWalk, WalkedLayer, find_layers
+from torch_ext.correction.walk.outputs import FloatOutputs
 from torch_ext.files.measurements import fingerprint
 from torch_ext.files.storage import PathLike
 from torch_ext.quantizers.find import Pattern, PreparedModel

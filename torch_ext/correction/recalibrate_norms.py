@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from torch_ext.correction.channel_sums import ChannelSums
-from torch_ext.correction.layer_checkpoint import LayerCheckpoint
-from torch_ext.correction.norm_walk import NormCall, NormWalk
-from torch_ext.correction.outputs import FloatOutputs
+from torch_ext.correction.walk.channel_sums import ChannelSums
+from torch_ext.correction.walk.layer_checkpoint import LayerCheckpoint
+from torch_ext.correction.walk.norm_walk import NormCall, NormWalk
+from torch_ext.correction.walk.outputs import FloatOutputs
 from torch_ext.files.measurements import fingerprint
 from torch_ext.files.storage import PathLike
 from torch_ext.quantizers.fake_quantize import FakeQuantize

@@ -12,13 +12,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from torch_ext.correction.layer_checkpoint import LayerCheckpoint
-from torch_ext.correction.layer_walk import LayerCall, LayerWalk
 from torch_ext.correction.rounding.layer_costs import LayerCosts
 from torch_ext.correction.rounding.round_by_adaround import round_by_adaround
 from torch_ext.correction.rounding.round_by_gptq import round_by_gptq
 from torch_ext.correction.rounding.row_problem import RowProblem, fitted_target
 from torch_ext.correction.rounding.weight_grid import WeightGrid, unreachable
+from torch_ext.correction.walk.layer_checkpoint import LayerCheckpoint
+from torch_ext.correction.walk.layer_walk import LayerCall, LayerWalk
 from torch_ext.files.measurements import fingerprint
 from torch_ext.files.storage import PathLike
 from torch_ext.quantizers.find import Pattern, PreparedModel, WeightSource

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from torch_ext.correction.layer_walk import LayerCall
 from torch_ext.correction.rounding.layer_rows import LayerRows
+from torch_ext.correction.walk.layer_walk import LayerCall
 
 _PIECE = 1 << 22  # values that are unfolded at a time
 

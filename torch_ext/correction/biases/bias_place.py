@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from torch_ext.correction.layer_walk import WalkedLayer
+from torch_ext.correction.walk.layer_walk import WalkedLayer
 from torch_ext.quantizers.find import HookedWeight
 from torch_ext.utils.text import label_of
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from torch_ext.correction.layer_walk import WalkedLayer
+from torch_ext.correction.walk.layer_walk import WalkedLayer
 from torch_ext.prepare.batch_norms.pair import LAYERS, TRANSPOSED, has_own_forward
 from torch_ext.prepare.batch_norms.traced import LayerTracer
 from torch_ext.prepare.insertion.functions import plain_name

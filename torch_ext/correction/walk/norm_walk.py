@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from torch_ext.correction.data_walk import DataWalk
+from torch_ext.correction.walk.data_walk import DataWalk
 from torch_ext.quantizers.find import PreparedModel
 from torch_ext.utils.batches import Forward
 

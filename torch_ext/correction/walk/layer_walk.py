@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
-from torch_ext.correction.data_walk import DataWalk
+from torch_ext.correction.walk.data_walk import DataWalk
 from torch_ext.prepare.batch_norms.pair import LAYERS
 from torch_ext.prepare.quantizable_modules import is_out_proj
 from torch_ext.quantizers.fake_quantize import FakeQuantize
