@@ -14,7 +14,7 @@
 #   example   the same; where Fashion-MNIST is not to be had, scikit-learn for its digits
 #   bench     the same, onnx and onnxruntime
 #   trained-net   the same as build, EfficientNet-Lite1 and packages with photos
-#   engines   the same as trained-net and bench, OpenVINO, torchvision; ExecuTorch where it has a wheel
+#   engines   the same as trained-net and bench, OpenVINO, torchvision, timm; ExecuTorch where it has a wheel
 #   docs      the same as build, Sphinx with its theme, and torchao
 #   test      the same as docs, pytest, the engines and model zoos; compiles the C++ tests
 #   zoo       the same as test without the C++ tests; ultralytics into build/zoo-venv, on top of .venv
