@@ -19,7 +19,7 @@ from torch_ext.correction.equalization.channel_changes import (
 from torch_ext.correction.equalization.channel_data import ChannelData, channel_data
 from torch_ext.correction.equalization.channel_scales import ChannelScales
 from torch_ext.correction.equalization.layer_weight import tensor_of
-from torch_ext.correction.equalization.scale_sites import Found, ScaleSite, scale_sites
+from torch_ext.correction.equalization.scale_sites import ScaleSite, ScaleSites, scale_sites
 from torch_ext.correction.equalization.stale_quantizers import Seen, seen_by_quantizers
 from torch_ext.prepare.batch_norms.outputs import Outputs
 from torch_ext.prepare.insertion.record_runs import examples_of, record_modes
@@ -213,7 +213,7 @@ class _Equalizing:
     def __init__(
         self,
         plain: nn.Module,
-        found: Found,
+        found: ScaleSites,
         measured: ChannelData,
         has_data: bool,
         alpha: float,
@@ -323,7 +323,7 @@ def _carry_out(
             raise
 
 
-def _chosen(found: Found, pattern: Pattern | None, clipped: Clipped) -> Found:
+def _chosen(found: ScaleSites, pattern: Pattern | None, clipped: Clipped) -> ScaleSites:
     """The sites that match, and may be scaled."""
     patterns = (
         ["*"] if pattern is None else [pattern] if isinstance(pattern, str) else list(pattern)
@@ -344,7 +344,7 @@ def _chosen(found: Found, pattern: Pattern | None, clipped: Clipped) -> Found:
             limits = ", ".join(f"{module} clips at {c.limit:g}" for module, c in site.clips.items())
             left[name] = f'{limits}; clipped="scale" gives each channel a limit of its own'
             del sites[name]
-    return Found(sites, left)
+    return ScaleSites(sites, left)
 
 
 def _check_finite(root: nn.Module, sites: Mapping[str, ScaleSite]) -> None:

@@ -80,14 +80,14 @@ class ScaleSite:
 
 
 @dataclass(frozen=True)
-class Found:
+class ScaleSites:
     """The sites of a model by name, in the order of execution, and the reason for others."""
 
     sites: dict[str, ScaleSite]
     left: dict[str, str]
 
 
-def scale_sites(recordings: list[Recording]) -> Found:
+def scale_sites(recordings: list[Recording]) -> ScaleSites:
     """The sites that every run allows, and by the name of a layer or norm why it starts none."""
     evaluated = [recording for recording in recordings if not recording.training]
     pairs = {pair.weight: pair for pair in observed_norms(evaluated).pairs}
@@ -103,7 +103,7 @@ def scale_sites(recordings: list[Recording]) -> Found:
             if (why := run.against(site)) and name in sites:
                 left[name] = why
                 del sites[name]
-    return Found(sites, left)
+    return ScaleSites(sites, left)
 
 
 class _SitesOfRun:

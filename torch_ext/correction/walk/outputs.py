@@ -21,13 +21,13 @@ class FloatOutputs:
         """Adds what the float model returned for the next batch."""
         self.tensors += _floating(made)
 
-    def compared(self) -> OutputError:
+    def compared(self) -> ComparedOutputs:
         """The error of the same batches' outputs, of which there are none yet."""
-        return OutputError(self.tensors)
+        return ComparedOutputs(self.tensors)
 
 
-class OutputError:
-    """The squared error of outputs, relative to the sum of squares of the float model's."""
+class ComparedOutputs:
+    """The squared error of outputs over the sum of squares of those of the float model."""
 
     def __init__(self, wanted: list[Tensor]) -> None:
         self._wanted = wanted

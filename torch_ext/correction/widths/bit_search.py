@@ -65,7 +65,7 @@ class BitPoint(NamedTuple):
     loss: float
 
 
-class Found(NamedTuple):
+class FoundWidths(NamedTuple):
     """The option of each unit, and the curve from the most bits down to the fewest."""
 
     options: list[int]
@@ -87,7 +87,7 @@ class BitSearch:
         self._losses = np.nan_to_num(plain, nan=_WORSE, posinf=_WORSE, neginf=-_WORSE)
         self._first = np.concatenate([[0], np.cumsum(counts)[:-1]])  # each unit's first option
 
-    def within(self, budget: float) -> Found:
+    def within(self, budget: float) -> FoundWidths:
         """The options for a budget, which is no less than the cost of the fewest bits.
 
         From the most bits down, the step that costs the least loss for what it saves is taken.
@@ -106,7 +106,7 @@ class BitSearch:
         places = np.linspace(fitting[0], fitting[-1], _STARTS).astype(int)
         found = [self._exchanged(steps[i], budget) for i in dict.fromkeys(places.tolist())]
         best = min(found, key=lambda chosen: self._point(chosen).loss)
-        return Found(self._options[best].tolist(), curve)
+        return FoundWidths(self._options[best].tolist(), curve)
 
     def _exchanged(self, chosen: Any, budget: float) -> Any:
         chosen = chosen.copy()
