@@ -1,8 +1,8 @@
 """How quantized nets agree with their float nets: torch_ext's recipes and others', few bits too.
 
     make accuracy               installs the packages of the extra ``accuracy`` first
-    .venv/bin/python benchmarks/accuracy.py [--nets example] [--bits W4A8] [--recipes 'gptq*'] [--save]
-    .venv/bin/python benchmarks/accuracy.py --quick     a few inputs, in a minute
+    make accuracy ACCURACY="--nets example --bits W4A8 --recipes 'gptq*'"
+    make accuracy ACCURACY=--quick      a few inputs
 
 Trained nets whose weights come with packages; see agreement/nets.py. There are no labels but the
 example's, so what counts is the share of inputs for which the quantized net chooses the float net's

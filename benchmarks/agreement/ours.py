@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 import torch_ext
@@ -27,6 +26,7 @@ class Task:
     bits: Bits
     calibration: Tensor
 
+    # What walks from layer to layer gets one batch, as one run then serves all layers.
     @property
     def batches(self) -> list[Tensor]:
         return list(self.calibration.split(BATCH))
@@ -62,7 +62,7 @@ def weight_rule(bits: Bits) -> str:
 def calibrated(
     task: Task, rule: str = START, weights: str | None = None, net: nn.Module | None = None
 ) -> nn.Module:
-    """A prepared copy, calibrated: activations by a rule, weights by the usual one of their bits."""
+    """A prepared copy, calibrated: activations by a rule, weights by one that suits their bits."""
     model = copy.deepcopy(task.net if net is None else net)
     keys = {"histogram": True} if rule == "min_max" else {}
     model.qconfig = torch_ext.get_default_qconfig(  # type: ignore[assignment]
@@ -98,14 +98,14 @@ def swept(task: Task) -> nn.Module:
 
 def corrected(task: Task) -> nn.Module:
     model = calibrated(task)
-    torch_ext.correct_bias(model, task.batches, progress=False)
+    torch_ext.correct_bias(model, [task.calibration], progress=False)
     return model
 
 
 def equalized_net(task: Task) -> nn.Module:
-    """The float net with its layers' channels equalized."""
+    """The float net with its layers' channels equalized; ReLU6 gets a limit for each channel."""
     net = copy.deepcopy(task.net)
-    torch_ext.equalize(net, task.calibration[:1])
+    torch_ext.equalize(net, task.calibration[:1], clipped="scale", progress=False)
     return net
 
 
@@ -115,7 +115,7 @@ def equalized(task: Task) -> nn.Module:
 
 def equalized_corrected(task: Task) -> nn.Module:
     model = equalized(task)
-    torch_ext.correct_bias(model, task.batches, progress=False)
+    torch_ext.correct_bias(model, [task.calibration], progress=False)
     return model
 
 
@@ -124,9 +124,9 @@ def rounded(
 ) -> Callable[[Task], nn.Module]:
     def make(task: Task) -> nn.Module:
         model = equalized(task) if equalize else calibrated(task)
-        torch_ext.reconstruct(model, task.batches, method=method, progress=False)
+        torch_ext.reconstruct(model, [task.calibration], method, progress=False)
         if correct:
-            torch_ext.correct_bias(model, task.batches, progress=False)
+            torch_ext.correct_bias(model, [task.calibration], progress=False)
         return model
 
     return make
