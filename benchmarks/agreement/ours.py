@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 import torch_ext
-from agreement.grids import Bits
+from agreement.grids import BITS, Bits
 from agreement.nets import BATCH
 from agreement.scores import logits
 
@@ -41,12 +41,14 @@ class Recipe:
         what: one line about it.
         needs: names of torch_ext's functions.
         cost: of one recipe relative to calibrating, for the order of work.
+        bits: those with which it says something new.
     """
 
     make: Callable[[Task], nn.Module]
     what: str
     needs: tuple[str, ...] = ()
     cost: float = 1.0
+    bits: tuple[str, ...] = tuple(BITS)
 
     def why_not(self) -> str:
         """Which function this version of torch_ext lacks; empty if none."""
@@ -132,34 +134,49 @@ def rounded(
     return make
 
 
+# With 6 and 4 bits for weights alone, activations are as with W8A8.
+ACTIVATIONS = ("W8A8", "W4A4")
+FEW = ("W6A8", "W4A8", "W4A4")
+
 RECIPES: dict[str, Recipe] = {
     **{
-        rule: Recipe(by_rule(rule), f"activations by `{rule}`; weights by `mse` below 8 bits")
+        rule: Recipe(
+            by_rule(rule),
+            f"activations by `{rule}`; weights by `min_max` with 8 bits, else by `mse`",
+            bits=tuple(BITS) if rule == START else ACTIVATIONS,
+        )
         for rule in RULES
     },
     "min_max, weights min_max": Recipe(
-        by_rule("min_max", "min_max"), "activations and weights by `min_max`"
+        by_rule("min_max", "min_max"), "activations and weights by `min_max`", bits=FEW
     ),
-    "sweep": Recipe(swept, "the rules that `sweep` finds best on the calibration", cost=6),
-    "correct_bias": Recipe(corrected, "`mse`, then `correct_bias`", ("correct_bias",), 4),
-    "equalize": Recipe(equalized, "`equalize`, then `mse`", ("equalize",), 2),
+    "sweep": Recipe(
+        swept, "the rules that `sweep` finds best on the calibration", cost=6, bits=ACTIVATIONS
+    ),
+    "correct_bias": Recipe(corrected, "`mse`, then `correct_bias`", ("correct_bias",), 3),
+    "equalize": Recipe(
+        equalized, "`equalize` with a ReLU6 for each channel, then `mse`", ("equalize",), 2
+    ),
     "equalize, correct_bias": Recipe(
-        equalized_corrected, "`equalize`, `mse`, `correct_bias`", ("equalize", "correct_bias"), 5
+        equalized_corrected, "`equalize`, `mse`, `correct_bias`", ("equalize", "correct_bias"), 4
     ),
-    "gptq": Recipe(rounded("gptq"), "`mse`, `reconstruct` by gptq", ("reconstruct",), 10),
-    "gptq, correct_bias": Recipe(
-        rounded("gptq", correct=True),
-        "`mse`, `reconstruct` by gptq, `correct_bias`",
-        ("reconstruct", "correct_bias"),
-        14,
-    ),
-    "adaround": Recipe(
-        rounded("adaround"), "`mse`, `reconstruct` by adaround", ("reconstruct",), 30
-    ),
-    "adaround, correct_bias": Recipe(
-        rounded("adaround", correct=True),
-        "`mse`, `reconstruct` by adaround, `correct_bias`",
-        ("reconstruct", "correct_bias"),
-        34,
-    ),
+    **{
+        ", ".join(filter(None, (equal, method, bias))): Recipe(
+            rounded(method, correct=bool(bias), equalize=bool(equal)),
+            ", ".join(
+                f"`{step}`"
+                for step in (equal, "mse", f'reconstruct(method="{method}")', bias)
+                if step
+            ),
+            ("reconstruct", *filter(None, (equal, bias))),
+            cost,
+            FEW,
+        )
+        for method, cost in (("gptq", 8), ("adaround", 20))
+        for equal, bias in (
+            ("", ""),
+            ("", "correct_bias"),
+            ("equalize", "correct_bias"),
+        )
+    },
 }

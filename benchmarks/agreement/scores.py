@@ -22,9 +22,16 @@ class Outcome:
     error: list[float]  # squared norm of the difference of the logits
     size: list[float]  # squared norm of the float net's logits
     seconds: float  # of processor time, to make the quantized net from the float net
+    calibration: float  # error of the logits on the inputs of the calibration
 
 
-def outcome(have: Tensor, want: Tensor, labels: Tensor | None, seconds: float) -> Outcome:
+def outcome(
+    have: Tensor,
+    want: Tensor,
+    labels: Tensor | None = None,
+    seconds: float = 0.0,
+    calibration: float = 0.0,
+) -> Outcome:
     """Compares logits [N, classes] with the float net's."""
     if not bool(have.isfinite().all()):
         raise ValueError("accuracy.py: expected finite logits of the quantized net")
@@ -36,6 +43,7 @@ def outcome(have: Tensor, want: Tensor, labels: Tensor | None, seconds: float) -
         [float(f"{value:.6g}") for value in difference.tolist()],
         [float(f"{value:.6g}") for value in want.double().square().sum(1).tolist()],
         round(seconds, 2),
+        calibration,
     )
 
 
@@ -64,6 +72,12 @@ def right_class(draws: Sequence[Outcome]) -> Interval:
 def logit_error(draws: Sequence[Outcome]) -> Interval:
     """The norm of the difference of the logits over the norm of the float net's logits."""
     return _interval([_table(draw.error, draw.size) for draw in draws], _ratio)
+
+
+def chosen(candidates: Sequence[Sequence[Outcome]]) -> list[Outcome]:
+    """For each draw the candidate with the least error on the inputs of its calibration."""
+    draws = zip(*candidates, strict=True)
+    return [min(draw, key=lambda outcome: outcome.calibration) for draw in draws]
 
 
 def same_class_ahead(ours: Sequence[Outcome], other: Sequence[Outcome]) -> Interval:

@@ -23,7 +23,7 @@ from paths import ROOT
 
 
 def outcome(same: list[bool], error: list[float], size: list[float]) -> Outcome:
-    return Outcome(same, [], error, size, 1.0)
+    return Outcome(same, [], error, size, 1.0, 0.5)
 
 
 def test_outcome_compares_classes_and_logits() -> None:
@@ -37,7 +37,7 @@ def test_outcome_compares_classes_and_logits() -> None:
     assert scores.logit_error([found]).value == pytest.approx(math.sqrt(3 / 30))
     assert scores.same_class([found]).value == pytest.approx(2 / 3)
     with pytest.raises(ValueError, match="expected finite logits"):
-        scores.outcome(have.log(), want, None, 0.0)
+        scores.outcome(have.log(), want)
 
 
 def test_the_interval_of_one_draw_is_that_of_the_binomial() -> None:
@@ -132,6 +132,14 @@ def test_recipes_keep_to_the_bits_and_leave_the_float_net(name: str, bits: str) 
         assert 2 < levels <= 2 ** BITS[bits].weight
     have, want = scores.logits(model, data, 4), scores.logits(net, data, 4)
     assert (have - want).norm() / want.norm() < {"W8A8": 0.05, "W6A8": 0.1}.get(bits, 0.6)
+
+
+def test_chosen_is_the_recipe_that_fits_the_calibration_best_in_each_draw() -> None:
+    fits = {"a": (0.1, 0.4), "b": (0.2, 0.3)}
+    made = {
+        name: [Outcome([True], [], [1.0], [1.0], 1.0, fit) for fit in fits[name]] for name in fits
+    }
+    assert scores.chosen(list(made.values())) == [made["a"][0], made["b"][1]]
 
 
 def test_tables_hold_what_was_found() -> None:
