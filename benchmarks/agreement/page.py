@@ -31,9 +31,10 @@ def _cell(draws: Sequence[Outcome] | None) -> str:
         return ""
     share, error = scores.same_class(draws), scores.logit_error(draws)
     seconds = sum(draw.seconds for draw in draws) / len(draws)
-    return (
-        f"{share.value:.3f} ({share.low:.3f}-{share.high:.3f}), {error.value:.3f}, {seconds:.0f} s"
-    )
+    cells = [f"{share.value:.3f} ({share.low:.3f}-{share.high:.3f})", f"{error.value:.3f}"]
+    if draws[0].right:
+        cells.append(f"{100 * scores.right_class(draws).value:.1f} %")
+    return ", ".join([*cells, f"{seconds:.0f} s"])
 
 
 def against(found: Found, net: str, bits: str, ours: str, rivals: Iterable[str]) -> list[str]:
