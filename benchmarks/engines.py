@@ -1,4 +1,4 @@
-"""INT8 in the engines: integer layers, speed against float, and agreement with VALIDATION.
+"""INT8 in the engines: integer layers, speed against float, size, agreement with VALIDATION.
 
     make engines                installs the packages of the extra ``engines`` first
     .venv/bin/python benchmarks/engines.py [--nets resnet18] [--engines onnxruntime] [--save]
@@ -7,7 +7,9 @@ Each net is calibrated for each engine, exported, and run by it: with one thread
 time, in turns with the same engine's float32, of which the least time counts. Engines that are not
 installed are left out, and named. There are no labels: "same class" is the share of images for
 which the engine chooses the class that VALIDATION chooses, "difference" the norm of the difference
-of the outputs over that of VALIDATION's.
+of the outputs over that of VALIDATION's. "KiB" is the size of an ONNX file, its weights stored as
+int8, and "export" the processor time of the export in seconds: other work on the machine does not
+count.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import copy
 import importlib
 import importlib.util
 import json
+import math
 import os
 import platform
 import sys
@@ -35,6 +38,7 @@ from torch import Tensor, nn
 import torch_ext
 from engine_programs import inductor, xnnpack
 from torch_ext import calibrate, export, get_default_qconfig, prepare_qat
+from torch_ext.analysis.svg import bar_picture
 from zoo.operators import declare
 
 HERE = Path(__file__).resolve().parent
@@ -54,6 +58,8 @@ class Row:
     float_ms: float
     same_class: float
     difference: float
+    kib: float | None  # of a file
+    export_s: float  # of processor time
     not_integer: str
 
     @property
@@ -71,18 +77,20 @@ class Run:
     float_ms: float
     not_integer: str
     call: Callable[[Tensor], Tensor]
+    kib: float | None
+    export_s: float
 
 
 # Nets ---------------------------------------------------------------------------------------------
 
 
-def vision(name: str) -> Callable[[int], tuple[nn.Module, Tensor, Tensor]]:
-    """torchvision's net with random weights, and norms whose statistics are those of the data."""
+def untrained(package: str, name: str) -> Callable[[int], tuple[nn.Module, Tensor, Tensor]]:
+    """A net with random weights, and norms whose statistics are those of the data."""
 
     def make(count: int) -> tuple[nn.Module, Tensor, Tensor]:
         declare()
         torch.manual_seed(0)
-        net = getattr(importlib.import_module("torchvision.models"), name)(weights=None)
+        net = getattr(importlib.import_module(package), name)()
         calibration, test = _crops(224, count)
         norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
         for norm in norms:
@@ -113,8 +121,11 @@ def example(count: int) -> tuple[nn.Module, Tensor, Tensor]:
 
 
 NETS: dict[str, Callable[[int], tuple[nn.Module, Tensor, Tensor]]] = {
-    "resnet18": vision("resnet18"),
-    "mobilenet_v2": vision("mobilenet_v2"),
+    "resnet18": untrained("torchvision.models", "resnet18"),
+    "mobilenet_v2": untrained("torchvision.models", "mobilenet_v2"),
+    "mobilenet_v3_small": untrained("torchvision.models", "mobilenet_v3_small"),
+    "timm efficientnet_b0": untrained("timm.models", "efficientnet_b0"),
+    "timm regnetx_002": untrained("timm.models", "regnetx_002"),
     "efficientnet_lite1": efficientnet,
     "example": example,
 }
@@ -142,10 +153,8 @@ def onnx_engine(engine: str) -> Callable[[nn.Module, nn.Module, Tensor, float], 
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "net.onnx"
             pair = torch.cat([example, example])
-            try:
-                export.onnx(model, pair, path, profile=engine)  # type: ignore[arg-type]
-            except ValueError:  # it refuses what stays float; here that is counted
-                export.onnx(model, pair, path)
+            seconds_of_export = _export(engine, model, pair, path)
+            size = path.stat().st_size / 1024
             found = export.check(path, engines=engine, seconds=seconds).engines[0]
             call = _caller(engine, path)
         assert found.int8_ms is not None
@@ -153,9 +162,21 @@ def onnx_engine(engine: str) -> Callable[[nn.Module, nn.Module, Tensor, float], 
         return Run(
             len(found.integer), len(found.layers), found.int8_ms, found.float_ms,
             _grouped([(layer.name, layer.reason) for layer in found.floating]), call,
+            size, seconds_of_export,
         )  # fmt: skip
 
     return run
+
+
+def _export(engine: str, model: nn.Module, pair: Tensor, path: Path) -> float:
+    """Writes the file; returns how long that took."""
+    begun = time.process_time()
+    try:
+        export.onnx(model, pair, path, profile=engine, quantized_weights=True)  # type: ignore[arg-type]
+    except ValueError:  # the profile refuses what stays float; here that is counted
+        begun = time.process_time()
+        export.onnx(model, pair, path, quantized_weights=True)
+    return time.process_time() - begun
 
 
 def _caller(engine: str, path: Path) -> Callable[[Tensor], Tensor]:
@@ -182,16 +203,18 @@ def program_engine(backend: str) -> Callable[[nn.Module, nn.Module, Tensor, floa
     lower = {"x86": inductor, "xnnpack": xnnpack}[backend]
 
     def run(net: nn.Module, model: nn.Module, example: Tensor, seconds: float) -> Run:
+        begun = time.process_time()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             program = export.pt2e(model, example, backend=backend)  # type: ignore[arg-type]
+        seconds_of_export = time.process_time() - begun
         kinds = (nn.Conv2d, nn.Linear)
         layers = sum(isinstance(module, kinds) for module in net.modules())
         told = [str(w.message) for w in caught if w.category is torch_ext.QuantizationWarning]
         lowered = lower(net, program, example, seconds)
         return Run(
             lowered.integer, layers, lowered.int8_ms, lowered.float_ms, "; ".join(told),
-            lowered.call,
+            lowered.call, None, seconds_of_export,
         )  # fmt: skip
 
     return run
@@ -267,7 +290,7 @@ def measure(net_name: str, engines: list[str], count: int, seconds: float) -> li
         error = float((have - want).double().norm() / want.double().norm())
         row = Row(
             net_name, name, done.integer, done.layers, done.int8_ms, done.float_ms, same, error,
-            done.not_integer,
+            done.kib, done.export_s, done.not_integer,
         )  # fmt: skip
         rows.append(row)
         print(
@@ -282,16 +305,31 @@ def table(rows: list[Row]) -> str:
     """In Markdown."""
     lines = [
         "| net | engine | layers in integers | ms, float's | times as fast | same class "
-        "| difference | in float, because |",
-        "|---|---|---|---|---|---|---|---|",
+        "| difference | KiB | export, s | in float, because |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {row.net} | {row.engine} | {row.integer} of {row.layers} | {row.int8_ms:.3g}, "
         f"{row.float_ms:.3g} | {row.speedup:.2f} | {row.same_class:.3f} | {row.difference:.3f} "
+        f"| {'' if row.kib is None else f'{row.kib:.0f}'} | {row.export_s:.1f} "
         f"| {row.not_integer} |"
         for row in rows
     ]
     return "\n".join(lines)
+
+
+def picture(rows: list[dict[str, Any]]) -> str:
+    """An SVG: a group of bars for each net, a bar for each engine."""
+    engines = list(dict.fromkeys(row["engine"] for row in rows))
+    by_net: dict[str, dict[str, float]] = {}
+    for row in rows:
+        by_net.setdefault(row["net"], {})[row["engine"]] = row["speedup"]
+    bars = []
+    for net, found in by_net.items():
+        speeds = [found.get(engine, math.nan) for engine in engines]
+        bars.append((net, speeds, ", ".join(f"{speed:.1f}" for speed in speeds)))
+    title = "INT8: how many times as fast as the same engine's float32"
+    return bar_picture(title, engines, bars)
 
 
 def machine() -> dict[str, Any]:
@@ -343,7 +381,8 @@ def main() -> None:
         record["rows"] = [{**asdict(row), "speedup": row.speedup} for row in rows]
         path = RESULTS / f"{about['date']}-engines.json"
         path.write_text(json.dumps(record, indent=1) + "\n")
-        print(f"wrote {path}")
+        path.with_suffix(".svg").write_text(picture(record["rows"]) + "\n")
+        print(f"wrote {path} and its .svg")
 
 
 if __name__ == "__main__":

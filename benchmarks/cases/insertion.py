@@ -43,11 +43,12 @@ def published(name: str) -> nn.Module:
             raise Missing(f"needs {package}")
     if str(HELPERS) not in sys.path:
         sys.path.append(str(HELPERS))
-    from nets.architectures import architecture, declare_operators
+    from nets.architectures import architecture
+    from zoo import operators
 
     if name != "vit_tiny":
         return architecture(name)[0]
-    declare_operators()
+    operators.declare()
     import timm
 
     made: nn.Module = timm.create_model("vit_tiny_patch16_224", **VIT)

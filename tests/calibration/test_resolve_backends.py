@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -113,7 +114,11 @@ def kept() -> TinyNet:
 
 
 BAD: dict[str, tuple[Callable[[], torch.nn.Module], dict[str, Any], str]] = {
-    "learned": (learned, {}, r"conv1\.input_quantizers\.input: it has learned its range \(lsq\)"),
+    "learned": (learned, {}, r"conv1\.input_quantizers\.input: it learns its range \(lsq\)"),
+    "not calibrated": (
+        lambda: prepared(get_default_qconfig("lsq", backend="onnxruntime")), {},
+        r"conv1\.input_quantizers\.input: it learns its range \(lsq\), on another grid than int8",
+    ),
     "given": (given, {}, r"conv1\.input_quantizers\.input: its scale is given \(fixed_scale\)"),
     "per channel": (
         by_channel, {}, r"  \S+: its statistic is per channel \(axis 1\)"
@@ -145,3 +150,13 @@ def test_quantizers_left_out_by_pattern() -> None:
     net = given()
     resolve(net, backend="tensorrt", pattern="*weight*")
     assert same_bits(solved(net)["conv1.parametrizations.weight.0.grid"], torch.tensor([-127, 127]))
+
+
+def test_quantizers_of_a_file_are_without_weights(tmp_path: Path) -> None:
+    net = net_for("onnxruntime")
+    torch_ext.save_observer_params(net, tmp_path / "net.safetensors")
+    read = torch_ext.read_quantizers(tmp_path / "net.safetensors")
+    message = "a weight is solved from the model that has it: .* activation_observer alone"
+    with pytest.raises(RuntimeError, match=message):
+        resolve(read, backend="tensorrt")
+    resolve(read, "percentile", backend="tensorrt")

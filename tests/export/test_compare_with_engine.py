@@ -242,8 +242,10 @@ def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         r"batch's x to have the shape \['batch', 3, 8, 8\] .* got \[2, 3, 8, 9\]",
     )  # fmt: skip
     refused(model, path, batch().double(), r"batch's x to be tensor\(float\) .* got double")
-    with pytest.raises(TypeError, match=r"to be the arguments of QuantizedNet"):
+    with pytest.raises(TypeError, match=r"expected batch to be the arguments of QuantizedNet"):
         export.compare_with_engine(model, path, (batch(), batch()))
+    with pytest.raises(TypeError, match=r"expected batch to be a tensor, .*, got None"):
+        export.compare_with_engine(model, path, None)
     with pytest.raises(ValueError, match="expected way to be one of"):
         export.compare_with_engine(model, path, batch()).first("fast")
 

@@ -18,6 +18,7 @@ import torch_ext
 from nets.tiny_net import images
 from onnx_runs import run
 from torch_ext import QuantizationWarning, export, get_default_qconfig, prepare_qat, resolve
+from torch_ext.export.engines.float_twin import float_twin
 from torch_ext.export.engines.integer_layers import onnxruntime_layers
 
 onnx = pytest.importorskip("onnx")
@@ -45,6 +46,18 @@ def whole() -> nn.Module:
     )  # fmt: skip
 
 
+def test_a_file_that_onnxruntime_does_not_load(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    net = calibrated(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(800, 5)).bfloat16()
+    with pytest.raises(ValueError, match=r"the result to be a model that onnxruntime") as caught:
+        export.onnx(net, pictures().bfloat16(), tmp_path / "net.onnx", profile="onnxruntime")
+    text = str(caught.value)
+    assert text.startswith("export.onnx: expected the result")
+    assert text.endswith("; nothing was written")
+    assert "onnxruntime_layers" not in text
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("stored", [False, True])
 def test_onnxruntime_computes_all_in_integers(stored: bool, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
@@ -60,6 +73,70 @@ def test_onnxruntime_computes_all_in_integers(stored: bool, tmp_path: Path) -> N
     step = float(net.get_submodule("4.activation_quantizer").get_buffer("scale")) * weight
     off = 0.51 * step + 1e-5 * want.abs().max()
     assert bool(((have - want).abs() <= off).all())
+
+
+PADS: dict[str, nn.Module] = {
+    "zeros": nn.ZeroPad2d((0, 1, 0, 1)),
+    "another value": nn.ConstantPad2d(1, 0.7),
+    "reflected": nn.ReflectionPad2d(1),
+    "two": nn.Sequential(nn.ZeroPad2d(1), nn.ConstantPad2d((1, 0, 0, 1), 0.3)),
+}
+
+
+@pytest.mark.parametrize("pad", PADS)
+def test_a_pad_between_a_convolution_and_its_quantizer(pad: str, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    size = PADS[pad](torch.zeros(1, 8, 10, 10)).shape[-1] - 2
+    net = calibrated(
+        nn.Conv2d(3, 8, 3), nn.ReLU6(), PADS[pad], nn.Conv2d(8, 8, 3, groups=8), nn.ReLU6(),
+        nn.Flatten(), nn.Linear(8 * size**2, 5, bias=False),
+    )  # fmt: skip
+    path, plain = tmp_path / "net.onnx", tmp_path / "plain.onnx"
+    export.onnx(net, pictures(), path, profile="onnxruntime")
+    export.onnx(net, pictures(), plain)
+    layers = {layer.name: layer.op for layer in onnxruntime_layers(path)}
+    assert layers["0"] == layers["3"] == "QLinearConv"
+    assert all(layer.integer for layer in onnxruntime_layers(path))
+    # Without optimisation the operators run as they are written: to pad integers gives the bits of
+    # padding before the quantizer.
+    assert torch.equal(run(path, pictures())[0], run(plain, pictures())[0])
+    # Nor does the model in float that `check` times have anything of integers left.
+    twin = onnx.ModelProto.FromString(float_twin("check", onnx, onnx.load(path), path))
+    assert not any("Linear" in node.op_type for node in twin.graph.node)
+    export.onnx(net, pictures(), plain, profile="float")
+    torch.testing.assert_close(run(twin, pictures())[0], run(plain, pictures())[0])
+    read = {name for node in onnx.load(path).graph.node for name in node.input}
+    noted = export.read_onnx_metadata(path)["quantizers"]
+    assert all(set(note["tensors"]) <= read for note in noted.values()), noted
+
+
+class Joined(nn.Module):
+    """Joins chunks and results, some of them again, before convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 1), nn.Conv2d(2, 4, 1)
+        self.third, self.last = nn.Conv2d(8, 4, 1), nn.Conv2d(12, 4, 1)
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.act(self.first(x)).chunk(2, 1)
+        x = torch.cat([left, right, self.act(self.second(right))], 1)
+        x = torch.cat([x, self.act(self.third(x))], 1)
+        return self.act(self.last(x)).amax((2, 3))
+
+
+def test_layers_behind_joined_values(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    path, plain, net = tmp_path / "net.onnx", tmp_path / "plain.onnx", calibrated(Joined())
+    export.onnx(net, pictures(), path, profile="onnxruntime")
+    export.onnx(net, pictures(), plain)
+    layers = {layer.name: layer.op for layer in onnxruntime_layers(path)}
+    assert layers == {f"0.{n}": "QLinearConv" for n in ("first", "second", "third", "last")}
+    # As they are written, the values that are quantized once more are on that grid already.
+    assert torch.equal(run(path, pictures())[0], run(plain, pictures())[0])
+    noted = export.read_onnx_metadata(path)["quantizers"]
+    assert noted == export.read_onnx_metadata(plain)["quantizers"]
 
 
 def test_a_bias_beyond_32_bits_stays_in_float(tmp_path: Path) -> None:
@@ -88,8 +165,10 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         r"fuse\(model.*\n  0: BatchNormalization .* reads its result, a norm that is not folded",
     ),
     "an activation that no grid implies": (
-        lambda: calibrated(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(400, 3)),
-        r"QuantStub.*\n  0: a Tanh reads its result in float",
+        lambda: calibrated(  # the same grids, without a thought of onnxruntime
+            nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(400, 3), backend="openvino"
+        ),
+        r"lets prepare_qat, given example_inputs.*\n  0: a Tanh reads its result in float",
     ),
     "an operator without a kernel": (
         lambda: calibrated(nn.ConvTranspose2d(3, 4, 3)),
@@ -128,14 +207,29 @@ def test_the_ways_out(tmp_path: Path) -> None:
     export.onnx(net, pictures(), path, profile="onnxruntime")
 
 
-def test_without_onnxruntime_nothing_is_judged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_without_its_engine_nothing_judges_a_file(
+    engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setitem(sys.modules, engine, None)
     path = tmp_path / "net.onnx"
-    with pytest.warns(QuantizationWarning, match="onnxruntime is not installed, so nothing has"):
-        export.onnx(whole(), pictures(), path, profile="onnxruntime")
+    with pytest.warns(QuantizationWarning, match=f"{engine} is not installed, so nothing has"):
+        export.onnx(whole(), pictures(), path, profile=engine)
     assert path.exists()
+
+
+def test_openvino_refuses_layers_that_it_computes_in_float(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    grouped = nn.ConvTranspose2d(8, 8, 3, groups=4)
+    layers = (nn.Conv2d(3, 8, 3), nn.ReLU(), grouped, nn.Conv2d(8, 2, 1))
+    net, path = calibrated(*layers, backend="openvino"), tmp_path / "net.onnx"
+    with pytest.raises(ValueError, match=r"openvino to compute every .*, got 1 of 3") as caught:
+        export.onnx(net, pictures(), path, profile="openvino")
+    assert re.search(r"\n  2: OpenVINO chose f\w+ for it$", str(caught.value))
+    assert 'set_fake_quantize(model, "float"' in str(caught.value)
+    assert not path.exists()
+    torch_ext.set_fake_quantize(net, "float", pattern="2.parametrizations.*")
+    export.onnx(net, pictures(), path, profile="openvino")
 
 
 def test_openvino_takes_8_bits(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from failing_writes import check_failing_writes
 from nets.tiny_net import images
 from snapshots import same, snapshot
 from torch_ext import FakeQuantize, export, get_default_qconfig, prepare_qat, set_fake_quantize
+from torch_ext.export.common import onnx_bytes
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -187,8 +188,8 @@ def test_bad_places(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_model_past_the_limit_of_protobuf(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     net = export_models.run(FakeQuantize(), torch.randn(2, 2))
-    monkeypatch.setitem(export.onnx.__globals__, "_LIMIT", 100)
-    with pytest.raises(ValueError, match="expected a model of at most 100 bytes, got"):
+    monkeypatch.setattr(onnx_bytes, "LIMIT", 100)
+    with pytest.raises(ValueError, match="the result to be a model of at most 100 bytes, got"):
         export.onnx(net, torch.randn(2, 2), path)
     assert not path.exists()
 

@@ -194,7 +194,8 @@ def test_a_layer_without_a_quantized_output_stays_float_for_xnnpack() -> None:
         program = export.pt2e(net, images(4), backend="xnnpack")
     assert str(caught[0].message) == (
         "export.pt2e: XNNPACK computes these in float: head (its output is not quantized); "
-        "prepare_qat(output_qconfig=...), or a QuantStub behind the layer, quantizes an output"
+        'get_default_qconfig(backend="xnnpack") lets prepare_qat, given example_inputs, quantize '
+        "results of layers, and output_qconfig what the model returns"
     )
     source = next(s for s in PreparedModel("test", net).weights.values() if s.owner == "head")
     quantizer = net.get_submodule("head.parametrizations.weight.0")

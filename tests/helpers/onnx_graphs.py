@@ -62,3 +62,36 @@ def conv_file(path: Path, second: bool = True, opset: int = 18) -> tuple[Any, An
     onnx.checker.check_model(model)
     onnx.save(model, path)
     return weights[0], weights[1]
+
+
+def product_file(path: Path, names: tuple[str, str]) -> None:
+    """Two matrix products with a sigmoid between them, named so; only the first is quantized."""
+    onnx = pytest.importorskip("onnx")
+    helper, numpy_helper = onnx.helper, onnx.numpy_helper
+    random = np.random.default_rng(0)
+    levels = random.integers(-100, 100, (64, 64)).astype(np.int8)
+    tensors = [
+        numpy_helper.from_array(np.asarray(value), name)
+        for name, value in {
+            "a.weight": levels,
+            "b.weight": random.standard_normal((64, 64)).astype(np.float32),
+            "x.scale": np.float32(0.01),
+            "a.scale": np.float32(0.02),
+            "x.zero": np.uint8(128),
+            "a.zero": np.int8(0),
+        }.items()
+    ]
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "x.scale", "x.zero"], ["x.q"]),
+        helper.make_node("DequantizeLinear", ["x.q", "x.scale", "x.zero"], ["x.dq"]),
+        helper.make_node("DequantizeLinear", ["a.weight", "a.scale", "a.zero"], ["a.dq"]),
+        helper.make_node("MatMul", ["x.dq", "a.dq"], ["a.y"], names[0]),
+        helper.make_node("Sigmoid", ["a.y"], ["b.x"]),
+        helper.make_node("MatMul", ["b.x", "b.weight"], ["y"], names[1]),
+    ]
+    value = [helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [8, 64]) for n in "xy"]
+    graph = helper.make_graph(nodes, "net", value[:1], value[1:], tensors)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    model.ir_version = 9
+    onnx.checker.check_model(model)
+    onnx.save(model, path)

@@ -10,7 +10,7 @@ import torch
 import torch_ext
 from paths import ROOT
 from torch_ext import get_default_calib_qconfig, get_default_qconfig
-from torch_ext.utils.backends import BACKENDS, Backend, backend_table
+from torch_ext.utils.backends import BACKENDS, Backend, BackendGrid, QuantizedResults
 
 AFFINE, SYMMETRIC = torch.per_tensor_affine, torch.per_tensor_symmetric
 UINT8 = (torch.uint8, AFFINE, 0, 255)
@@ -82,7 +82,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no bool": ({"backend": "x86", "reduce_range": 7}, TypeError, "reduce_range"),
     "two grids of activations": (
         {"backend": "x86", "activation_qkwargs": {"dtype": "int8"}}, ValueError,
-        "activation_qkwargs without dtype where a backend decides",
+        "get_default_qconfig: expected activation_qkwargs without dtype where a backend decides",
     ),
     "two grids of weights": (
         {"backend": "ncnn", "weight_qkwargs": {"quant_min": -7, "percentile": 1}}, ValueError,
@@ -99,6 +99,34 @@ def test_bad_values(case: str) -> None:
     keys, error, message = BAD[case]
     with pytest.raises(error, match=message):
         get_default_qconfig(**keys)
+
+
+def shown(grid: BackendGrid) -> str:
+    words = grid.qscheme.replace("per_channel", "per output channel").replace("_", " ")
+    return f"{grid.dtype} [{grid.quant_min}, {grid.quant_max}], {words}"
+
+
+def fused(results: QuantizedResults | None) -> str:
+    if results is None:
+        return "any, or the result stays in float"
+    activations, layers = (
+        " ".join(f"`{name}`" for name in names) for names in (results.activations, results.layers)
+    )
+    return f"{activations} behind {layers}"
+
+
+def backend_table() -> str:
+    """The table in Markdown."""
+    lines = [
+        "| backend | engine | activations | weights | in integers | with what behind a layer "
+        "| export |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, row in BACKENDS.items():
+        grids = (shown(row.activation), shown(row.weight))
+        cells = (f"`{name}`", row.engine, *grids, row.layers, fused(row.results), row.export)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def test_the_guide_shows_the_table() -> None:

@@ -111,20 +111,39 @@ def test_no_warnings_otherwise() -> None:
         get_default_calib_qconfig(activation_qkwargs={"percentile": 99.0})
 
 
+WHO = "get_default_qconfig: "
+
+
 @pytest.mark.parametrize(
     ("arguments", "kind", "text"),
     [
-        ({"activation_observer": "entropy"}, ValueError, 'unknown observer "entropy"; known'),
-        ({"weight_fake_quant": "dorefa"}, ValueError, 'unknown fake-quant "dorefa"; known'),
-        ({"activation_qkwargs": {"bin": 1}}, ValueError, 'activation_qkwargs: unknown key "bin"'),
-        ({"weight_qkwargs": {"std_scale": 1}}, ValueError, 'weight_qkwargs: unknown key "std_sc'),
+        ({"activation_observer": "entropy"}, ValueError, f'{WHO}unknown observer "entropy"; known'),
+        ({"weight_fake_quant": "dorefa"}, ValueError, f'{WHO}unknown fake-quant "dorefa"; known'),
+        (
+            {"activation_qkwargs": {"bin": 1}},
+            ValueError,
+            f'{WHO}activation_qkwargs: unknown key "bin"',
+        ),
+        (
+            {"weight_qkwargs": {"std_scale": 1}},
+            ValueError,
+            f'{WHO}weight_qkwargs: unknown key "std_sc',
+        ),
         ({"activation_qkwargs": {"dtype": "f8"}}, ValueError, "unknown dtype 'f8'"),
-        ({"activation_qkwargs": [1]}, TypeError, "activation_qkwargs to be a mapping, got [1]"),
-        ({"activation_observer": None}, ValueError, "activation_observer to be a name"),
+        (
+            {"activation_qkwargs": [1]},
+            TypeError,
+            f"{WHO}expected activation_qkwargs to be a mapping, got [1]",
+        ),
+        (
+            {"activation_observer": None},
+            ValueError,
+            f"{WHO}expected activation_observer to be a name",
+        ),
         (
             {"weight_fake_quant": None, "weight_qkwargs": {"dtype": "int4"}},
             ValueError,
-            "weight_qkwargs to be empty with weight_fake_quant=None, got dtype",
+            f"{WHO}expected weight_qkwargs to be empty with weight_fake_quant=None, got dtype",
         ),
         (
             {"activation_observer": "kl", "activation_qkwargs": {"dtype": "int16"}},

@@ -33,7 +33,7 @@ def changed_grids(
     Raises:
         ValueError: by name, for quantizers that cannot change; nothing has changed then.
     """
-    wanted = {name: _wanted(quantizer, grids) for name, quantizer in chosen.items()}
+    wanted = {name: _wanted(who, quantizer, grids) for name, quantizer in chosen.items()}
     problems = {
         name: problem
         for name, quantizer in chosen.items()
@@ -64,15 +64,15 @@ def changed_grids(
         raise
 
 
-def _wanted(quantizer: FakeQuantize, grids: tuple[BackendGrid, BackendGrid]) -> Grid:
+def _wanted(who: str, quantizer: FakeQuantize, grids: tuple[BackendGrid, BackendGrid]) -> Grid:
     """The backend's grid for a quantizer, with its channels if it has some in common."""
     observer, keys = quantizer.observer, grids[quantizer.transient].keys()
     if quantizer.transient and observer.ch_axis < 0:  # engines take a weight per tensor too
         keys["qscheme"] = keys["qscheme"].replace("per_channel", "per_tensor")
     channels = (observer.ch_axis, observer.channel_len)
     dtype, qscheme = (
-        parse_dtype("resolve", keys["dtype"])[0],
-        parse_qscheme("resolve", keys["qscheme"]),
+        parse_dtype(who, keys["dtype"])[0],
+        parse_qscheme(who, keys["qscheme"]),
     )
     return Grid(dtype, qscheme, keys["quant_min"], keys["quant_max"], *channels)
 
@@ -84,7 +84,7 @@ def _problem(quantizer: FakeQuantize, wanted: Grid) -> str:
         return ""
     grid = f"{dtype_name(wanted.dtype)} [{wanted.quant_min}, {wanted.quant_max}]"
     if fake_quant_info(quantizer.method)["learned"]:
-        return f"it has learned its range ({quantizer.method}), for another grid than {grid}"
+        return f"it learns its range ({quantizer.method}), on another grid than {grid}"
     if observer.statistic == "none":
         return f"its scale is given ({observer.name}), for another grid than {grid}"
     if observer.ch_axis >= 0 and not quantizer.transient:

@@ -184,8 +184,15 @@ def _apply(prepared: PreparedModel, plan: ResolvePlan) -> None:
         solutions = solve_quantizers(plan.chosen, prepared.read_weight)
         if solutions.unobserved:
             names = shown([f"{name} ({why})" for name, why in solutions.unobserved.items()])
+            chosen = [plan.chosen[name] for name in solutions.unobserved]
+            advice = ""
+            if any(q.transient and prepared.read_weight(q) is None for q in chosen):
+                advice = (
+                    "; a weight is solved from the model that has it: resolve that, or give "
+                    "activation_observer alone"
+                )
             raise RuntimeError(
-                f"{_WHO}: expected finite values to solve from, got none for {names}"
+                f"{_WHO}: expected finite values to solve from, got none for {names}{advice}"
             )
     except BaseException:
         for observer, (rule, options) in before.items():

@@ -19,12 +19,16 @@ from torch_ext.export.common.entries import (
     entries,
     refuse,
 )
+from torch_ext.export.common.onnx_bytes import model_bytes
 from torch_ext.export.common.onnx_metadata import METADATA_KEY
 from torch_ext.export.common.packages import onnx_packages
+from torch_ext.export.common.plain_program import spare_tracing
 from torch_ext.export.common.trace import TracedInput, simplify, symbols, trace, translations
 from torch_ext.export.onnx_profiles import (
     PROFILES,
     Profile,
+    quantize_before_pads,
+    quantize_behind_concats,
     quantize_biases,
     refuse_file,
     refuse_grids,
@@ -33,8 +37,6 @@ from torch_ext.export.onnx_qdq import PLAIN_OPSET, OnnxGrid, Rewriter
 from torch_ext.files.storage import PathLike, write_atomically
 from torch_ext.quantizers.find import PreparedModel
 from torch_ext.utils.arguments import bounded
-
-_LIMIT = 2**31 - 2**20  # bytes; protobuf holds less than 2 GiB in one message
 
 
 def onnx(
@@ -63,13 +65,13 @@ def onnx(
         path: ends in ``.onnx``; the file appears complete or not at all.
         profile: None (default) for any grids. ``"onnxruntime"`` stores biases of linear layers as
             int32, has onnxruntime optimise the result, and raises if it would compute a quantized
-            layer in float; a mean, an addition or an activation may still be. ``"openvino"`` raises
-            for grids that OpenVINO computes in float. ``"tensorrt"`` raises for a model that
-            TensorRT would not take: it needs int8, zero points of 0, activations per tensor and
-            weights per tensor or per output channel, see :func:`tensorrt_violations`. Grids for
-            each come from ``get_default_qconfig(backend=...)``. ``"float"`` leaves the
-            quantizers out; the metadata says which tensors they quantize, for
-            ``tensorrt_cache(..., names=path)``.
+            layer in float; a mean, an addition or an activation may still be. ``"openvino"`` has
+            OpenVINO compile the result and raises in the same way, and for grids that it never
+            takes. ``"tensorrt"`` raises for a model that TensorRT would not take: it needs int8,
+            zero points of 0, activations per tensor and weights per tensor or per output channel,
+            see :func:`tensorrt_violations`. Grids for each come from
+            ``get_default_qconfig(backend=...)``. ``"float"`` leaves the quantizers out; the
+            metadata says which tensors they quantize, for ``tensorrt_cache(..., names=path)``.
         quantized_weights: True stores weights as integers with DequantizeLinear alone, in a quarter
             of the size; False (default) stores them in float with both nodes.
         opset: ONNX opset: at least 18, or 21 if a grid has less than 5 or more than 8 bits; by
@@ -90,7 +92,8 @@ def onnx(
 
     Warns:
         QuantizationWarning: scales below 1e-30, where onnxruntime's fused kernels compute something
-            else; the profile ``"onnxruntime"`` without that package, so that nothing is judged.
+            else; the profiles ``"onnxruntime"`` and ``"openvino"`` without the package of that
+            name, so that nothing judges the result.
     """
     who = "export.onnx"
     target = check_path(who, path, ".onnx")
@@ -114,9 +117,13 @@ def onnx(
     rewriter = Rewriter(packages, proto, chosen, grids, prepared.weights, seen, quantized_weights)
     tensors = rewriter.quantize() if quantizes else rewriter.remove()
     used = tuple(name for name in chosen if name in tensors)
-    _describe(proto, profile, opset, tensors, left_out)
     if profile == "onnxruntime":
         quantize_biases(packages, proto)
+        quantize_behind_concats(packages, proto)
+        moved = quantize_before_pads(packages, proto)
+        for note in tensors.values():
+            note["tensors"] = [moved.get(name, name) for name in note["tensors"]]
+    _describe(proto, profile, opset, tensors, left_out)
     data = _checked(who, packages, proto)
     refuse_file(who, profile, packages, proto, data)
     write_atomically(target, data)
@@ -151,6 +158,7 @@ def _translate(who: str, packages: Any, program: Any, opset: int) -> Any:
     """The ModelProto that torch.onnx makes; raises ValueError if it cannot."""
     names = [f"output_{i}" for i in range(len(program.graph_signature.user_outputs))]
     try:
+        spare_tracing(program)
         simplify(program)
         # torch.onnx prints its progress.
         with contextlib.redirect_stdout(io.StringIO()):
@@ -199,15 +207,9 @@ def _describe(
 
 def _checked(who: str, packages: Any, proto: Any) -> bytes:
     """The model as bytes; raises ValueError if it is too large or not valid ONNX."""
-    size = proto.ByteSize()
-    if size > _LIMIT:
-        raise ValueError(
-            f"{who}: expected a model of at most {_LIMIT} bytes, got {size}; "
-            "quantized_weights=True makes it smaller"
-        )
+    data = model_bytes(who, proto, "the result", "quantized_weights=True makes it smaller")
     try:
         packages.checker.check_model(proto)
     except packages.checker.ValidationError as error:
         raise ValueError(f"{who}: the result is not valid ONNX: {error}") from error
-    data: bytes = proto.SerializeToString()
     return data

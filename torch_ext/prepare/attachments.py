@@ -26,6 +26,7 @@ from torch_ext.prepare.module_calls.arguments import (
     read_arguments,
 )
 from torch_ext.prepare.module_calls.attention import class_layer_by_layer, has_fused_path
+from torch_ext.prepare.module_calls.layer_results import quantize_results, traced_results
 from torch_ext.prepare.module_calls.results import (
     Path,
     add_output_keys,
@@ -94,6 +95,7 @@ class Attachments:
             # Of all modules, as in `fuse`: those that stay float are single nodes in the others.
             self.norms = find_norms(_WHO, self.root, example_inputs)
         pairs = {pair.weight: pair for pair in self.norms.pairs}
+        folded = frozenset(pair.norm for pair in self.norms.pairs)
 
         def make(placement: Placement, site: Site) -> str:
             name = self._add_site(placement, site, names)
@@ -105,6 +107,7 @@ class Attachments:
         done: set[tuple[str, str]] = set()
         for recording in recordings:
             placement = Placement(recording, self.configs, inputs)
+            quantize_results(placement, folded)
             for key, weight in placement.weights.items():
                 if key not in done:
                     pair = pairs.get(".".join(key).strip("."))
@@ -198,6 +201,8 @@ class Attachments:
             self._add_reads(host_name, host, arguments, inputs)
         for name, module in self.root.named_modules():
             self._add_module(name, module)
+        for name, factory in traced_results(_WHO, self.root, self.configs, self.reads):
+            self._add_output(name, self.root.get_submodule(name), factory)
         reading = tuple(f"{name}." for name in self.reads)
         for name, module in self.root.named_modules():
             if has_fused_path(module) and any(
@@ -229,10 +234,14 @@ class Attachments:
             arguments = read_arguments(_WHO, name, module, target.reads)
             self._add_reads(name, module, arguments, config.activation, target.reads is Reads.PAIR)
         if target.output:
-            where = f"{name}.{attach.output_name(module)}".strip(".")
-            attach.check_free(_WHO, name, module, attach.output_name(module))
-            quantizer = self._build(where, config.activation, self._device(module))
-            self.steps.append(lambda: attach.attach_output(module, quantizer))
+            self._add_output(name, module, config.activation)
+
+    def _add_output(self, name: str, module: nn.Module, factory: Factory) -> None:
+        """Plans the quantizer of a module's result."""
+        attribute = attach.output_name(module)
+        attach.check_free(_WHO, name, module, attribute)
+        quantizer = self._build(f"{name}.{attribute}".strip("."), factory, self._device(module))
+        self.steps.append(lambda: attach.attach_output(module, quantizer))
 
     def _add_reads(
         self,

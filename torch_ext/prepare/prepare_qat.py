@@ -57,7 +57,10 @@ def prepare_qat(
     quantizers of its own, so a tensor that two layers read has two.
 
     In both ways the weights of layers, attention, embeddings and recurrent modules are quantized,
-    and nothing is between a convolution, its norm and its activation.
+    and nothing is between a convolution, its norm and its activation. The exception: if the QConfig
+    is for an engine that computes a layer in integers only with a quantized result (onnxruntime,
+    XNNPACK), results that something else reads in float have a quantizer. Without an example a
+    symbolic trace tells what reads them, where the forward can be traced.
 
     Quantizers are named ``<module>.parametrizations.<weight>.0``. With ``example_inputs``, those of
     values are ``<module>.activation_quantizer`` for the result of a module,

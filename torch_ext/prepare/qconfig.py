@@ -19,7 +19,15 @@ from torch_ext.prepare.quantizable_modules import NOTHING, is_activation, target
 from torch_ext.quantizers.fake_quantize import KEYS, FakeQuantize
 from torch_ext.quantizers.observer import check_keys
 from torch_ext.utils.arguments import bounded, parse_flag
-from torch_ext.utils.backends import BACKENDS, GRID_KEYS, Backend, BackendGrid, backend_grids
+from torch_ext.utils.backends import (
+    BACKENDS,
+    GRID_KEYS,
+    Backend,
+    BackendGrid,
+    QuantizedResults,
+    backend_grids,
+    backend_row,
+)
 
 Factory = Callable[..., FakeQuantize]
 
@@ -46,16 +54,29 @@ class QConfig:
     Args:
         activation: makes quantizers of what the module reads; None leaves that float.
         weight: makes quantizers of weights; None leaves them float.
+        backend: the engine that is to run the model, as in :func:`get_default_qconfig`. It decides
+            where ``prepare_qat`` quantizes the results of layers too, not their grids: those are
+            the factories'. None: nowhere.
 
     Raises:
         TypeError: a factory cannot be called.
-        ValueError: a factory is a module, which all modules would share.
+        ValueError: a factory is a module, which all modules would share; the backend is unknown.
     """
 
     activation: Factory | None
     weight: Factory | None
+    backend: Backend | None = None
+
+    @property
+    def results(self) -> QuantizedResults | None:
+        """The layers whose results have to be quantized; None if there are none."""
+        if self.backend is None or self.activation is None or self.weight is None:
+            return None
+        return BACKENDS[self.backend].results
 
     def __post_init__(self) -> None:
+        if self.backend is not None:
+            backend_row("QConfig", self.backend)
         for side in ("activation", "weight"):
             factory = getattr(self, side)
             if isinstance(factory, nn.Module):
@@ -100,7 +121,9 @@ def get_default_qconfig(
         weight_qkwargs: the same for weights.
         backend: the engine that is to run the model: ``"onnxruntime"``, ``"openvino"``,
             ``"tensorrt"``, ``"ncnn"``, ``"x86"`` (PT2E, Inductor), ``"xnnpack"`` (ExecuTorch) or
-            ``"horizon"``. It decides the grids, which the guide lists, so ``*_qkwargs`` give none.
+            ``"horizon"``. It decides the grids, which the guide lists, so ``*_qkwargs`` give none,
+            and which results of layers ``prepare_qat`` quantizes: onnxruntime and XNNPACK compute
+            a layer before SiLU, say, in integers only if a quantizer stands between the two.
             None (default) is int8, symmetric, which fits no engine best.
         reduce_range: weights of 7 bits, for CPUs without VNNI, where onnxruntime, OpenVINO and
             Inductor add up products in 16 bits and saturate.
@@ -126,9 +149,17 @@ def get_default_qconfig(
         raise ValueError(f"{who}: expected a backend with reduce_range=True, got None")
     return QConfig(
         activation=_factory(
-            "activation", activation_fake_quant, activation_observer, activation_qkwargs, grids[0]
+            who,
+            "activation",
+            activation_fake_quant,
+            activation_observer,
+            activation_qkwargs,
+            grids[0],
         ),
-        weight=_factory("weight", weight_fake_quant, weight_observer, weight_qkwargs, grids[1]),
+        weight=_factory(
+            who, "weight", weight_fake_quant, weight_observer, weight_qkwargs, grids[1]
+        ),
+        backend=backend,
     )
 
 
@@ -161,6 +192,7 @@ def get_default_calib_qconfig(
 
 
 def _factory(
+    who: str,
     side: str,
     method: Method | None,
     observer: Rule | None,
@@ -169,29 +201,34 @@ def _factory(
 ) -> Factory | None:
     """The factory of one side; calls it once, so that wrong values raise here."""
     if qkwargs is not None and not isinstance(qkwargs, Mapping):
-        raise TypeError(f"expected {side}_qkwargs to be a mapping, got {bounded(qkwargs)}")
+        raise TypeError(f"{who}: expected {side}_qkwargs to be a mapping, got {bounded(qkwargs)}")
     given = dict(qkwargs or {})
     if method is None:
         if given:
             raise ValueError(
-                f"expected {side}_qkwargs to be empty with {side}_fake_quant=None, "
+                f"{who}: expected {side}_qkwargs to be empty with {side}_fake_quant=None, "
                 f"got {', '.join(given)}"
             )
         return None
     if observer is None:
         raise ValueError(
-            f"expected {side}_observer to be a name with {side}_fake_quant={method!r}, got None"
+            f"{who}: expected {side}_observer to be a name with {side}_fake_quant={method!r}, "
+            "got None"
         )
-    observer_info(observer)
+    for info, name in ((fake_quant_info, method), (observer_info, observer)):
+        try:
+            info(name)
+        except ValueError as error:
+            raise ValueError(f"{who}: {error}") from error
     for key in [key for key in given if key in _IGNORED]:
-        warnings.warn(f"{side}_qkwargs: {key} is ignored, as {_IGNORED[key]}", stacklevel=4)
+        warnings.warn(f"{who}: {side}_qkwargs: {key} is ignored, as {_IGNORED[key]}", stacklevel=4)
         del given[key]
     keys = dict(_WEIGHT_DEFAULTS) if side == "weight" else {}
     if grid is not None:
         if decided := [key for key in given if key in GRID_KEYS]:
             raise ValueError(
-                f"expected {side}_qkwargs without {', '.join(decided)} where a backend decides the "
-                "grid; leave out one of the two"
+                f"{who}: expected {side}_qkwargs without {', '.join(decided)} where a backend "
+                "decides the grid; leave out one of the two"
             )
         keys |= grid.keys()
         if fake_quant_info(method)["per_channel"]:  # else weights are per tensor, as without it
@@ -200,7 +237,7 @@ def _factory(
         per_channel = fake_quant_info(method)["per_channel"]
         default = torch.per_channel_symmetric if per_channel else torch.per_tensor_symmetric
         given.setdefault("qscheme", default)
-    check_keys(f"{side}_qkwargs", given, observer, KEYS)
+    check_keys(f"{who}: {side}_qkwargs", given, observer, KEYS)
     probe_keys = keys | given
     if side == "weight" and "ch_axis" not in given and not _is_per_tensor(given["qscheme"]):
         probe_keys["ch_axis"] = 0

@@ -55,7 +55,9 @@ def parse_integer(who: str, name: str, value: object, low: int, high: int) -> in
     return value
 
 
-def split_arguments(who: str, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def split_arguments(
+    who: str, example_inputs: Any, name: str = "example_inputs"
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """An example as positional and keyword arguments.
 
     A tensor is the only argument, a tuple or list holds positional ones, a mapping those by name.
@@ -68,12 +70,14 @@ def split_arguments(who: str, example_inputs: Any) -> tuple[tuple[Any, ...], dic
     if isinstance(example_inputs, Tensor):
         return (example_inputs,), {}
     raise TypeError(
-        f"{who}: expected example_inputs to be a tensor, a tuple of arguments or a mapping of "
+        f"{who}: expected {name} to be a tensor, a tuple of arguments or a mapping of "
         f"keyword arguments, got {bounded(example_inputs)}"
     )
 
 
-def bound_arguments(who: str, model: nn.Module, example_inputs: Any) -> dict[str, Any]:
+def bound_arguments(
+    who: str, model: nn.Module, example_inputs: Any, name: str = "example_inputs"
+) -> dict[str, Any]:
     """Binds example inputs to the parameters of the model's forward.
 
     Args:
@@ -81,6 +85,7 @@ def bound_arguments(who: str, model: nn.Module, example_inputs: Any) -> dict[str
         model: the module whose ``forward`` has the signature.
         example_inputs: one tensor (the first argument), a tuple or list of positional arguments,
             or a mapping of keyword arguments.
+        name: what errors call them.
 
     Returns:
         Values by parameter name. Parameters left at their defaults are not included.
@@ -88,12 +93,12 @@ def bound_arguments(who: str, model: nn.Module, example_inputs: Any) -> dict[str
     Raises:
         TypeError: ``example_inputs`` is of another type, or does not fit the signature.
     """
-    args, kwargs = split_arguments(who, example_inputs)
+    args, kwargs = split_arguments(who, example_inputs, name)
     try:
         return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
     except TypeError as error:
         raise TypeError(
-            f"{who}: expected example_inputs to be the arguments of "
+            f"{who}: expected {name} to be the arguments of "
             f"{type(model).__name__}.forward, got others: {error}"
         ) from error
 

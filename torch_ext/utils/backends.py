@@ -29,9 +29,17 @@ class BackendGrid:
         """The grid as keys of an ``Observer``."""
         return asdict(self)
 
-    def __str__(self) -> str:
-        words = self.qscheme.replace("per_channel", "per output channel").replace("_", " ")
-        return f"{self.dtype} [{self.quant_min}, {self.quant_max}], {words}"
+
+@dataclass(frozen=True)
+class QuantizedResults:
+    """Layers that a backend computes in integers only if their result is quantized at once.
+
+    Both are torch's names of functions. ``clamp`` is one from 0 on.
+    """
+
+    layers: tuple[str, ...]
+    activations: tuple[str, ...]  # what it computes with them, before it quantizes
+    branches: bool = False  # whether quantizers may be behind several views of one value
 
 
 @dataclass(frozen=True)
@@ -44,22 +52,25 @@ class BackendRow:
     layers: str  # those that the engine computes in integers
     export: str
     short_sums: bool = False  # on CPUs without VNNI it adds up products in 16 bits
+    results: QuantizedResults | None = None  # None: results of layers may stay in float
 
 
 _UINT8 = BackendGrid("uint8", "per_tensor_affine", 0, 255)
 _INT8 = BackendGrid("int8", "per_tensor_symmetric", -128, 127)
 _WEIGHT = BackendGrid("int8", "per_channel_symmetric", -127, 127)
 _WHOLE_WEIGHT = BackendGrid("int8", "per_channel_symmetric", -128, 127)
-_PLAIN = "convolutions, linear layers, products, sums; with ReLU or ReLU6 behind them"
+_PLAIN = "convolutions, linear layers, products, sums"
+_CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 
 BACKENDS: dict[Backend, BackendRow] = {
     "onnxruntime": BackendRow(
         "onnxruntime on CPUs", _UINT8, _WEIGHT,
         _PLAIN, '`export.onnx(..., profile="onnxruntime")`', short_sums=True,
+        results=QuantizedResults(_CONVOLUTIONS, ("relu", "relu6", "clamp")),
     ),
     "openvino": BackendRow(
         "OpenVINO on CPUs", _UINT8, _WEIGHT,
-        "the same, with any activation behind them", "`export.onnx`", short_sums=True,
+        _PLAIN, "`export.onnx`", short_sums=True,
     ),
     "tensorrt": BackendRow(
         "TensorRT 10 and newer", _INT8, _WEIGHT,
@@ -76,8 +87,11 @@ BACKENDS: dict[Backend, BackendRow] = {
     "xnnpack": BackendRow(
         "ExecuTorch with XNNPACK",
         BackendGrid("int8", "per_tensor_affine", -128, 127), _WEIGHT,
-        "convolutions and linear layers with a quantized result",
-        '`export.pt2e(..., backend="xnnpack")`',
+        "convolutions and linear layers", '`export.pt2e(..., backend="xnnpack")`',
+        results=QuantizedResults(
+            ("linear", "conv1d", "conv2d", "conv_transpose2d"),
+            ("relu", "relu6", "hardtanh"), branches=True,
+        ),
     ),
     "horizon": BackendRow(
         "Horizon's BPU", _INT8, _WHOLE_WEIGHT,
@@ -111,15 +125,3 @@ def backend_grids(who: str, backend: object, reduce_range: object = False) -> tu
         )
     weight = row.weight
     return row.activation, BackendGrid(weight.dtype, weight.qscheme, -_SEVEN_BITS, _SEVEN_BITS)
-
-
-def backend_table() -> str:
-    """The table in Markdown."""
-    lines = [
-        "| backend | engine | activations | weights | in integers | export |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, row in BACKENDS.items():
-        cells = (f"`{name}`", row.engine, str(row.activation), str(row.weight), row.layers)
-        lines.append(f"| {' | '.join(cells)} | {row.export} |")
-    return "\n".join(lines)

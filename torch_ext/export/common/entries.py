@@ -20,7 +20,7 @@ from torch_ext.utils.arguments import bounded
 from torch_ext.utils.text import label_of, shown
 
 _SUFFIXES = {".onnx": "ONNX", ".json": "JSON", ".table": "ncnn", ".safetensors": "safetensors"}
-_SMALL_SCALE = 1e-30
+SMALL_SCALE = 1e-30
 TO_FLOAT = 'set_fake_quantize(model, "float", pattern=[...]) leaves them out'
 
 
@@ -121,10 +121,10 @@ def entries(prepared: PreparedModel) -> tuple[dict[str, Entry], dict[str, str]]:
 def _warn_of_small_scales(who: str, chosen: Mapping[str, Entry]) -> None:
     """Warns of scales with which products of scales are no normal numbers of float32."""
     least = {name: float(entry.scale.min()) for name, entry in chosen.items()}
-    small = [f"{name} ({scale:.3g})" for name, scale in least.items() if scale < _SMALL_SCALE]
+    small = [f"{name} ({scale:.3g})" for name, scale in least.items() if scale < SMALL_SCALE]
     if small:
         warnings.warn(
-            f"{who}: scales below {_SMALL_SCALE:g}, with which engines compute something else "
+            f"{who}: scales below {SMALL_SCALE:g}, with which engines compute something else "
             f"(onnxruntime's fused kernels do): {shown(small)}; is this data, or a layer that is "
             "all but zero?",
             QuantizationWarning,

@@ -57,7 +57,23 @@ def symbols(quantizers: Mapping[str, FakeQuantize]) -> Iterator[dict[str, Traced
     with ExitStack() as stack:
         for name, quantizer in quantizers.items():
             stack.enter_context(quantizer.replaced(functools.partial(symbol, name)))
+            stack.enter_context(_without_tensors(quantizer))
         yield seen
+
+
+@contextmanager
+def _without_tensors(quantizer: FakeQuantize) -> Iterator[None]:
+    """Hides the tensors of a quantizer, and of its observer, which nothing reads meanwhile.
+
+    torch.export would make each an input of the program, and a net has ten times as many of them
+    as weights; some of its passes take the square of their number.
+    """
+    own = {key: vars(quantizer)[key] for key in ("_parameters", "_buffers", "_modules")}
+    vars(quantizer).update({key: {} for key in own})
+    try:
+        yield
+    finally:
+        vars(quantizer).update(own)
 
 
 def quantizer_calls(graph: fx.Graph) -> list[tuple[str, fx.Node]]:

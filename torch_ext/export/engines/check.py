@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch_ext.export.common.entries import check_path
+from torch_ext.export.common.entries import SMALL_SCALE, check_path
 from torch_ext.export.common.packages import load_onnx
 from torch_ext.export.common.sessions import onnxruntime_session
 from torch_ext.export.engines.float_twin import float_twin
-from torch_ext.export.engines.integer_layers import EngineLayer, onnxruntime_layers
+from torch_ext.export.engines.integer_layers import EngineLayer, is_quantized, layers_in_onnxruntime
+from torch_ext.export.engines.named_file import all_nodes, named_file
 from torch_ext.export.engines.openvino_runs import openvino_compiled, openvino_layers
 from torch_ext.export.engines.timing import Shapes, random_inputs, side_by_side
 from torch_ext.files.storage import PathLike
@@ -22,9 +23,8 @@ from torch_ext.utils.text import shown, text_table
 
 _WHO = "export.check"
 _ENGINES = ("onnxruntime", "openvino")
-_LEAST_SCALE = 1e-30
 _MOST_THREADS = 1024
-_LIMIT = 2**31 - 1  # bytes of a ModelProto in memory
+_MOST_SECONDS = 86400
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class EngineCheck:
 
     @property
     def all_integer(self) -> bool:
-        """Whether the engine loads the file and computes every layer in integers."""
+        """Whether the engine loads the file and computes every layer in integers, if it has any."""
         return not self.problem and not self.floating
 
     @property
@@ -70,10 +70,11 @@ class EngineCheck:
         """The number of integer layers, and the times, in a line."""
         if self.problem:
             return f"{self.engine} {self.version}: {self.problem}"
-        text = (
-            f"{self.engine} {self.version}: {len(self.integer)} of {len(self.layers)} layers in "
-            "integers"
-        )
+        text = f"{self.engine} {self.version}: "
+        if self.layers:
+            text += f"{len(self.integer)} of {len(self.layers)} layers in integers"
+        else:
+            text += "no layers: nothing in the file multiplies and adds up"
         if self.speedup is not None:
             text += (
                 f"; {self.int8_ms:.3g} ms, in float {self.float_ms:.3g} ms: {self.speedup:.2f} "
@@ -101,7 +102,8 @@ class ExportCheck:
     path: str
     #: One per engine that was asked.
     engines: tuple[EngineCheck, ...]
-    #: What deserves a look: scales that are next to nothing, engines that are not installed.
+    #: What deserves a look: scales that are next to nothing, a file without quantizers, engines
+    #: that are not installed.
     notes: tuple[str, ...]
 
     @property
@@ -141,15 +143,18 @@ def check(
 
     Args:
         path: the file.
-        engines: ``"onnxruntime"``, ``"openvino"`` or both; by default those that are installed.
+        engines: ``"onnxruntime"``, ``"openvino"`` or a list of both; by default those that are
+            installed.
         batch: the size of inputs' first axis, where the file leaves it open; by default 1.
         shapes: the whole shape of inputs by name, for other axes that the file leaves open.
-        threads: of the engine; by default 1.
-        seconds: about how long each engine is timed, by default 2; 0 does not time.
+        threads: of the engine, 1 to 1024; by default 1.
+        seconds: about how long each engine is timed, up to 86400, by default 2; 0 does not time.
 
     Raises:
-        ValueError: for an unknown engine or another wrong argument; if no engine loads the file,
-            with the reason of each.
+        TypeError: an argument has a wrong type.
+        ValueError: for an unknown engine or another wrong argument; for inputs that are no tensors
+            of numbers, unless ``seconds`` is 0; if no engine loads the file, with the reason of
+            each.
         FileError: a ValueError, for a file that is not ONNX.
         FileNotFoundError: if there is no such file.
         ImportError: if onnx or onnxscript is missing, an engine that was asked for, or every one.
@@ -157,26 +162,33 @@ def check(
     chosen, notes = _engines(engines)
     parse_integer(_WHO, "batch", batch, 1, 2**31 - 1)
     parse_integer(_WHO, "threads", threads, 1, _MOST_THREADS)
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds < 1e6:
-        raise ValueError(f"{_WHO}: expected seconds to be 0 or more, got {bounded(seconds)}")
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
+        raise TypeError(f"{_WHO}: expected seconds to be a number, got {bounded(seconds)}")
+    if not 0 <= seconds <= _MOST_SECONDS:
+        raise ValueError(
+            f"{_WHO}: expected seconds to be between 0 and {_MOST_SECONDS}, got {seconds}"
+        )
     target = check_path(_WHO, path, ".onnx")
     packages, proto = load_onnx(_WHO, target)
+    if not any(is_quantized(node) for node in all_nodes(proto.graph)):
+        notes.append("the file has no quantizers, and no operator of integers: it is float")
     notes += _tiny_scales(packages, proto)
     feeds = random_inputs(_WHO, packages, proto, batch, shapes) if seconds else {}
     twin = b""
-    if seconds and proto.ByteSize() > _LIMIT:
-        notes.append(f"not timed: the float model in memory would have {proto.ByteSize()} bytes")
-    elif seconds:
-        twin = float_twin(packages, proto).SerializeToString()
-    found = []
-    for name in chosen:
+    if seconds:
         try:
-            found.append(
-                _ENGINE_CHECKS[name](target, packages, proto, twin, feeds, threads, seconds)
-            )
+            twin = float_twin(_WHO, packages, proto, f"{target} in float")
         except ValueError as error:
-            problem = str(error).removeprefix(f"{_WHO}: ")
-            found.append(EngineCheck(name, _version(name), (), None, None, problem))
+            notes.append(str(error).removeprefix(f"{_WHO}: "))
+    found = []
+    with named_file(packages, proto, target) as file:
+        for name in chosen:
+            given = (file, target, packages, proto, twin, feeds, threads, seconds)
+            try:
+                found.append(_ENGINE_CHECKS[name](*given))
+            except ValueError as error:
+                problem = str(error).removeprefix(f"{_WHO}: ")
+                found.append(EngineCheck(name, _version(name), (), None, None, problem))
     if found and all(engine.problem for engine in found):
         raise ValueError(f"{_WHO}: " + "; ".join(engine.problem for engine in found))
     return ExportCheck(str(target), tuple(found), tuple(notes))
@@ -192,7 +204,12 @@ def _engines(engines: str | Sequence[str] | None) -> tuple[list[str], list[str]]
             )
         absent = [name for name in _ENGINES if name not in installed]
         return installed, [f"{name} is not installed: pip install {name}" for name in absent]
-    chosen = [engines] if isinstance(engines, str) else list(engines)
+    if not isinstance(engines, (str, Sequence)):
+        raise TypeError(
+            f"{_WHO}: expected engines to be a name or a list of names, got {bounded(engines)}"
+        )
+    given = [engines] if isinstance(engines, str) else list(engines)
+    chosen = [name for i, name in enumerate(given) if name not in given[:i]]
     if not chosen:
         raise ValueError(f"{_WHO}: expected engines to name an engine, got none")
     for name in chosen:
@@ -211,25 +228,33 @@ def _tiny_scales(packages: Any, proto: Any) -> list[str]:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear") and node.input[1] in tensors:
             name = node.input[1].removesuffix("/scale")
             values = packages.numpy_helper.to_array(tensors[node.input[1]])
-            if name not in tiny and values.size and float(abs(values).min()) < _LEAST_SCALE:
+            if name not in tiny and values.size and float(abs(values).min()) < SMALL_SCALE:
                 tiny[name] = float(abs(values).min())
     if not tiny:
         return []
     return [
-        f"scales below {_LEAST_SCALE:g}, with which onnxruntime's fused kernels go wrong: "
+        f"scales below {SMALL_SCALE:g}, with which onnxruntime's fused kernels go wrong: "
         f"{shown([f'{name} ({scale:.3g})' for name, scale in tiny.items()], 5)}"
     ]
 
 
 def _version(engine: str) -> str:
-    return importlib.metadata.version(engine).partition("-")[0]
+    # Not the version of an installed package: that may be onnxruntime-gpu or openvino-nightly.
+    return str(importlib.import_module(engine).__version__).partition("-")[0]
 
 
 def _check_onnxruntime(
-    path: Path, packages: Any, proto: Any, twin: bytes, feeds: Any, threads: int, seconds: float
+    file: Path,
+    path: Path,
+    packages: Any,
+    proto: Any,
+    twin: bytes,
+    feeds: Any,
+    threads: int,
+    seconds: float,
 ) -> EngineCheck:
-    session = onnxruntime_session(_WHO, path, path, threads=threads)
-    layers = tuple(onnxruntime_layers(path))
+    session = onnxruntime_session(_WHO, file, path, threads=threads)
+    layers = tuple(layers_in_onnxruntime(_WHO, packages, proto, file, path))
     times: tuple[float | None, float | None] = (None, None)
     if twin:
         floating = onnxruntime_session(_WHO, twin, f"{path} in float", threads=threads)
@@ -243,9 +268,16 @@ def _check_onnxruntime(
 
 
 def _check_openvino(
-    path: Path, packages: Any, proto: Any, twin: bytes, feeds: Any, threads: int, seconds: float
+    file: Path,
+    path: Path,
+    packages: Any,
+    proto: Any,
+    twin: bytes,
+    feeds: Any,
+    threads: int,
+    seconds: float,
 ) -> EngineCheck:
-    compiled = openvino_compiled(_WHO, path, path, threads)
+    compiled = openvino_compiled(_WHO, file, path, threads)
     layers = tuple(openvino_layers(compiled, packages, proto))
     times: tuple[float | None, float | None] = (None, None)
     if twin:

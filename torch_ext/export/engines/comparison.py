@@ -195,7 +195,7 @@ def compare_with_engine(
     packages, proto = load_onnx(_WHO, target)
     tensors = file_tensors(target, proto, noted["quantizers"])
     session = onnxruntime_session(_WHO, target, target, level="ORT_DISABLE_ALL")
-    bound = bound_arguments(_WHO, prepared.root, batch)
+    bound = bound_arguments(_WHO, prepared.root, batch, "batch")
     feeds = feeds_of(_WHO, target, session, torch.utils._pytree.tree_leaves(bound))
     names = [output.name for output in session.get_outputs()]
     del session

@@ -12,6 +12,12 @@ import numpy as np
 from torch_ext.files.storage import FileError, PathLike
 from torch_ext.utils.batches import tensors_in
 
+# Operators that only move values; the optimiser carries QuantizeLinear across them.
+CARRIERS = (
+    "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "MaxPool", "Identity", "Slice",
+    "Split", "Gather", "Expand",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class FileTensor:

@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch_ext.export.common.packages import load_onnx, onnxruntime_package
+from torch_ext.export.common.packages import load_onnx
+from torch_ext.export.common.sessions import onnxruntime_session
+from torch_ext.export.engines.file_tensors import CARRIERS
+from torch_ext.export.engines.named_file import named_file
 from torch_ext.files.storage import PathLike
 
 # Operators that multiply and add up, by what they are called in an optimised graph.
@@ -25,22 +28,18 @@ _FLOAT = (
     "MatMulNBits", "Einsum", "Attention", "MultiHeadAttention", "LSTM", "GRU", "RNN",
 )  # fmt: skip
 _ACTIVATIONS = ("Relu", "Clip")
-# Operators that only move values; the optimiser carries QuantizeLinear across them.
-_CARRIERS = (
-    "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "MaxPool", "Identity", "Slice",
-    "Split", "Gather", "Expand",
-)  # fmt: skip
 _BYTES = ("int8", "uint8")
 
 # Ways out.
 _FOLD = "fuse(model, example_inputs=...) folds norms, before prepare_qat"
 _GRIDS = 'take the grids of backend="onnxruntime": get_default_qconfig or resolve gives them'
-_FLOAT_LAYER = 'leave the layer in float: set_fake_quantize(model, "float", pattern=[...])'
-_PRODUCER = f"give what makes it a qconfig; or {_FLOAT_LAYER}"
-_ENGINE = f"OpenVINO has kernels for it; or {_FLOAT_LAYER}"
-_OUTPUT = f"output_qconfig of prepare_qat quantizes it; or {_FLOAT_LAYER}"
+FLOAT_LAYER = 'leave the layer in float: set_fake_quantize(model, "float", pattern=[...])'
+_PRODUCER = f"give what makes it a qconfig; or {FLOAT_LAYER}"
+_ENGINE = f"export.check says whether OpenVINO, where installed, has one; or {FLOAT_LAYER}"
+_OUTPUT = f"output_qconfig of prepare_qat quantizes it; or {FLOAT_LAYER}"
 _BETWEEN = (
-    "a torch_ext.QuantStub between the two quantizes it; OpenVINO needs none; or " + _FLOAT_LAYER
+    'get_default_qconfig(backend="onnxruntime") lets prepare_qat, given example_inputs, put a '
+    f"quantizer between the two; OpenVINO needs none; or {FLOAT_LAYER}"
 )
 
 
@@ -51,13 +50,22 @@ class Problem(NamedTuple):
     advice: str
 
 
+class FileLayer(NamedTuple):
+    """A layer of a file, before an engine has seen it."""
+
+    name: str
+    op: str
+    problem: Problem | None
+    quantized: bool = True  # as in EngineLayer
+
+
 @dataclass(frozen=True)
 class EngineLayer:
     """A layer that multiplies and adds up, and how an engine computes it."""
 
     #: The module that has its weight, such as ``layer1.0.conv1``; without a weight, its node.
     name: str
-    #: The name of its node in the file.
+    #: The name of its node in the file; where that is empty or not its alone, of its result.
     node: str
     #: The operator of the engine, such as ``QLinearConv``.
     op: str
@@ -93,10 +101,21 @@ def onnxruntime_layers(path: PathLike) -> list[EngineLayer]:
         ValueError: onnxruntime cannot load the file; with its reason.
     """
     who = "export.onnxruntime_layers"
-    packages, proto = load_onnx(who, path, weights=False)
+    packages, proto = load_onnx(who, path)
+    with named_file(packages, proto, Path(path)) as file:
+        return layers_in_onnxruntime(who, packages, proto, file, path)
+
+
+def layers_in_onnxruntime(
+    who: str, packages: Any, proto: Any, file: Path, label: object
+) -> list[EngineLayer]:
+    """The same of a ModelProto whose nodes have names, and that is in a file.
+
+    `who` is the function that errors name, `label` what they call the file.
+    """
     given = _Graph(packages, proto)
     weights, quantized = dict(_weights(given)), set(_quantized(given))
-    graph = _Graph(packages, _optimised(who, packages, Path(path)))
+    graph = _Graph(packages, _optimised(who, packages, file, label))
     found = []
     for node in graph.nodes:
         name = weights.get(node.name, node.name)
@@ -109,27 +128,16 @@ def onnxruntime_layers(path: PathLike) -> list[EngineLayer]:
     return found
 
 
-def _optimised(who: str, packages: Any, path: Path) -> Any:
+def _optimised(who: str, packages: Any, file: Path, label: object) -> Any:
     """The ModelProto that onnxruntime's optimiser makes of a file, without large tensors."""
-    onnxruntime = onnxruntime_package(who)
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    options.log_severity_level = 4
-    options.intra_op_num_threads = 1
+    # Large tensors go to another file, so that one message of protobuf holds the graph.
+    prefix = "session.optimized_model_external_initializers"
+    entries = {f"{prefix}_file_name": "weights.bin", f"{prefix}_min_size_in_bytes": "1024"}
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "optimised.onnx"
-        options.optimized_model_filepath = str(target)
-        # Large tensors go to another file, so that one message of protobuf holds the graph.
-        prefix = "session.optimized_model_external_initializers"
-        options.add_session_config_entry(f"{prefix}_file_name", "weights.bin")
-        options.add_session_config_entry(f"{prefix}_min_size_in_bytes", "1024")
-        try:
-            onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime has classes of its own, without a common base
-            raise ValueError(
-                f"{who}: expected {path} to be a file that onnxruntime loads, got its error: "
-                f"{str(error).strip()[:2000]}"
-            ) from error
+        onnxruntime_session(
+            who, file, label, level="ORT_ENABLE_EXTENDED", save=target, entries=entries
+        )
         return packages.load(str(target), load_external_data=False)
 
 
@@ -215,7 +223,7 @@ class _Graph:
     def dequantizer(self, name: str) -> Any:
         """The DequantizeLinear that a tensor is the result of; None if it is of another."""
         node = self.producers.get(name)
-        while node is not None and node.op_type in _CARRIERS:
+        while node is not None and node.op_type in CARRIERS:
             node = self.producers.get(node.input[0])
         return node if node is not None and node.op_type == "DequantizeLinear" else None
 
@@ -263,7 +271,7 @@ class _Graph:
                 return Problem(reason, _FOLD)
             if reader.op_type in _ACTIVATIONS and not activation:
                 activation = reader.op_type
-            elif reader.op_type not in _CARRIERS:
+            elif reader.op_type not in CARRIERS:
                 return Problem(f"its result is read in float, by {_title(reader)}", _BETWEEN)
             name = reader.output[0]
 
@@ -331,23 +339,31 @@ def _activation(node: Any) -> str:
     return next((str(a.s.decode()) for a in node.attribute if a.name == "activation"), "")
 
 
+def is_quantized(node: Any) -> bool:
+    """Whether a node quantizes or dequantizes, or computes in integers itself."""
+    kind = node.op_type
+    return kind in _INTEGER or kind.startswith("QLinear") or kind.lower().endswith("quantizelinear")
+
+
 def _title(node: Any) -> str:
     return f"{node.op_type} {node.name or node.output[0]}"
 
 
-def file_layers(packages: Any, proto: Any) -> dict[str, tuple[str, Problem | None]]:
+def file_layers(packages: Any, proto: Any) -> dict[str, FileLayer]:
     """The layers of a ModelProto that was not optimised.
 
     Returns:
-        By the node's name, in order: the module whose weight it reads, or the node's name; and what
-        keeps its operands from being integers.
+        By the node's name, in order: the module whose weight it reads, or the node's name; its
+        operator; and what keeps its operands from being integers.
     """
     graph = _Graph(packages, proto)
-    owners = dict(_weights(graph))
+    owners, quantized = dict(_weights(graph)), set(_quantized(graph))
     return {
-        node.name: (
+        node.name: FileLayer(
             owners.get(node.name, node.name),
+            node.op_type,
             graph.operand_problem(node) if node.op_type in _FLOAT else None,
+            node.op_type in _INTEGER or node.name in quantized,
         )
         for node in graph.nodes
         if node.op_type in _FLOAT + _INTEGER

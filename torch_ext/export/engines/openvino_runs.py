@@ -8,19 +8,20 @@ from typing import Any
 
 import torch
 
+from torch_ext.export.common.onnx_bytes import model_bytes, model_copy
 from torch_ext.export.common.sessions import advice_for
 from torch_ext.export.engines.file_tensors import FileTensor
-from torch_ext.export.engines.integer_layers import EngineLayer, file_layers
-from torch_ext.export.engines.tensor_runs import EngineRun
+from torch_ext.export.engines.integer_layers import FLOAT_LAYER, EngineLayer, FileLayer, file_layers
+from torch_ext.export.engines.tensor_runs import SMALLER, EngineRun
 
 # OpenVINO computes in bfloat16 where the CPU can; VALIDATION computes in float32.
 _FLOAT = {"INFERENCE_PRECISION_HINT": "f32"}
+_RECURRENT = ("RNNSeq", "RNNCell", "LSTMSequence", "LSTMCell", "GRUSequence", "GRUCell")
 # What OpenVINO calls layers in its runtime model.
 _LAYERS = frozenset(
     {
         *("Convolution", "GroupConvolution", "Deconvolution", "FullyConnected", "MatMul"),
-        *("ScaledDotProductAttention", "RNNSeq", "RNNCell", "LSTMSequence", "LSTMCell"),
-        *("GRUSequence", "GRUCell"),
+        *("ScaledDotProductAttention", *_RECURRENT),
     }
 )
 _INTEGERS = ("i8", "u8", "i4", "u4")
@@ -64,24 +65,20 @@ def run_in_openvino(
     who: str, path: Path, proto: Any, tensors: Sequence[FileTensor], feeds: Any
 ) -> EngineRun:
     """Runs a copy of the file with the quantized activations as outputs, and the file itself."""
-    copy = type(proto).FromString(proto.SerializeToString())
+    copy = model_copy(who, proto, path, SMALLER)
     own = [output.name for output in copy.graph.output]
     constants = {tensor.name for tensor in copy.graph.initializer}
-    names = [one.dequantized for one in tensors if not _is_weight(one, constants)]
+    names = [one.dequantized for one in tensors if one.source not in constants]
     for name in dict.fromkeys(names):
         if name not in own:
             copy.graph.output.add(name=name)
-    results = _infer(openvino_compiled(who, copy.SerializeToString(), path), feeds)
+    results = _infer(openvino_compiled(who, model_bytes(who, copy, path, SMALLER), path), feeds)
     plain = _infer(openvino_compiled(who, path, path), feeds)
     found = {name: results[len(own) + i] for i, name in enumerate(n for n in names if n not in own)}
     for i, name in enumerate(own):
         if name in names:
             found[name] = results[i]
     return EngineRun(found, plain)
-
-
-def _is_weight(one: FileTensor, constants: set[str]) -> bool:
-    return one.source in constants
 
 
 def _infer(compiled: Any, feeds: Any) -> list[Any]:
@@ -96,19 +93,33 @@ def openvino_layers(compiled: Any, packages: Any, proto: Any) -> list[EngineLaye
     # An operation that makes an output of the model is called by the output's name.
     made = {node.output[0]: node.name for node in proto.graph.node if node.name in known}
     found = []
+    elsewhere: dict[str, str] = {}  # the operations of other kinds that layers are part of
+    lost = list(known)  # what no operation that is a layer was made of
     for operation in compiled.get_runtime_model().get_ordered_ops():
         about = operation.get_rt_info()
-        kind = _text(about, "layerType")
-        if kind not in _LAYERS:
-            continue
+        kind, precision = _text(about, "layerType"), _text(about, "runtimePrecision")
         sources = _text(about, "originalLayersNames").split(",")
-        sources = [made.get(source, source) for source in sources]
-        node = _node(known, sources) or operation.get_friendly_name()
-        name, problem = known.get(node, (node, None))
-        precision = _text(about, "runtimePrecision")
+        nodes = _nodes(known, [made.get(source, source) for source in sources])
+        if kind in _RECURRENT and not nodes:  # it does not keep the name of such a layer
+            nodes = [node for node in lost if known[node].op in ("LSTM", "GRU", "RNN")][:1]
+        if kind not in _LAYERS:
+            elsewhere |= dict.fromkeys(nodes, f"a {kind} of {precision}")
+            continue
+        lost = [node for node in lost if node not in nodes]
+        node = nodes[0] if nodes else operation.get_friendly_name()
+        name, _, problem, quantized = known.get(node, FileLayer(node, kind, None))
         integer = precision in _INTEGERS
-        why = ("", "") if integer else problem or (f"OpenVINO chose {precision} for it", "")
-        found.append(EngineLayer(name, node, kind, integer, *why))
+        chose = (f"OpenVINO chose {precision} for it", FLOAT_LAYER)
+        why = ("", "") if integer else problem or chose
+        found.append(EngineLayer(name, node, kind, integer, *why, quantized))
+    for node in lost:
+        where = elsewhere.get(node, "another operation, or computed in advance")
+        why = known[node].problem or (
+            f"OpenVINO has no layer of its own for it: it is part of {where}",
+            FLOAT_LAYER,
+        )
+        layer = known[node]
+        found.append(EngineLayer(layer.name, node, layer.op, False, *why, layer.quantized))
     return found
 
 
@@ -118,14 +129,13 @@ def _text(about: Any, key: str) -> str:
     return str(getattr(about[key], "value", about[key]))
 
 
-def _node(known: Mapping[str, Any], sources: Sequence[str]) -> str:
-    """The file's layer among the names of what an operation was made of; empty if there is none."""
-    for source in sources:
-        if source in known:
-            return source
+def _nodes(known: Mapping[str, Any], sources: Sequence[str]) -> list[str]:
+    """The file's layers among the names of what an operation was made of."""
+    if found := [source for source in sources if source in known]:
+        return found
     for source in sources:
         while source:
             source = source.rpartition("/")[0]
             if source in known:
-                return source
-    return ""
+                return [source]
+    return []

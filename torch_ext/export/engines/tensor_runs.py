@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from torch_ext.export.common.entries import Entry
+from torch_ext.export.common.onnx_bytes import model_bytes, model_copy
 from torch_ext.export.common.sessions import onnxruntime_session
-from torch_ext.export.engines.file_tensors import FileTensor
+from torch_ext.export.engines.file_tensors import CARRIERS, FileTensor
 from torch_ext.quantizers.find import PreparedModel
 from torch_ext.utils.arguments import bound_arguments
 from torch_ext.utils.batches import model_device, tensors_in, to_device
 from torch_ext.utils.modes import eval_mode, uncompiled
 
+SMALLER = "export it with quantized_weights=True"
 _SEEN = "/seen_by_comparison"
 # Operators of integers: where their results' scale and zero point stand among the inputs.
 _RESULT_GRIDS = {
@@ -27,12 +29,6 @@ _RESULT_GRIDS = {
     "QLinearMul": 6, "QLinearConcat": 0, "QLinearAveragePool": 3, "QLinearGlobalAveragePool": 3,
     "QLinearLeakyRelu": 3, "QLinearSigmoid": 3, "QLinearSoftmax": 3, "QLinearReduceMean": 3,
 }  # fmt: skip
-_CARRIERS = frozenset(
-    {
-        *("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze"),
-        *("Identity", "Slice", "Gather", "Expand"),
-    }
-)
 
 
 class ModelRun(NamedTuple):
@@ -57,7 +53,7 @@ def run_model(prepared: PreparedModel, chosen: Mapping[str, Entry], batch: Any) 
     """Runs the model in eval mode, without gradients; `chosen` are the quantizers to watch."""
     root = prepared.root
     given = to_device(
-        bound_arguments(prepared.who, root, batch), model_device(prepared.who, root, None)
+        bound_arguments(prepared.who, root, batch, "batch"), model_device(prepared.who, root, None)
     )
     calls: list[tuple[str, Tensor]] = []
     bound = inspect.signature(root.forward).bind_partial()
@@ -91,7 +87,7 @@ def run_as_written(
     who: str, path: Path, packages: Any, proto: Any, tensors: Sequence[FileTensor], feeds: Any
 ) -> EngineRun:
     """Runs the file in onnxruntime without graph optimisations: each node by itself."""
-    copy = type(proto).FromString(proto.SerializeToString())
+    copy = model_copy(who, proto, path, SMALLER)
     return _run(
         who, path, packages, copy, {one.dequantized: one.dequantized for one in tensors}, feeds
     )
@@ -116,9 +112,7 @@ def run_optimised(
         target = Path(folder) / "optimised.onnx"
         onnxruntime_session(who, path, path, level="ORT_ENABLE_EXTENDED", save=target)
         optimised = packages.load(str(target))
-    moved = {
-        node.output[0] for node in proto.graph.node if node.op_type in _CARRIERS and node.output
-    }
+    moved = {name for node in proto.graph.node if node.op_type in CARRIERS for name in node.output}
     candidates = _candidates(optimised, tensors, moved)
     shown = {}
     for places in candidates.values():
@@ -176,10 +170,10 @@ def _candidates(
             scale, zero_point = node.input[first : first + 2]
             axis = axis_of(node, scale) if node.op_type == "QuantizeLinear" else None
             grids[name] = _Integers(name, scale, zero_point, axis)
-        elif node.op_type in _CARRIERS and node.input[0] in grids:
+        elif node.op_type in (*CARRIERS, "Pad") and node.input[0] in grids:
             source = grids[node.input[0]]
             if source.axis is None:
-                grids[node.output[0]] = source._replace(name=node.output[0])
+                grids |= {name: source._replace(name=name) for name in node.output if name}
         elif (
             node.op_type == "DequantizeLinear"
             and node.input[0] in constants
@@ -230,12 +224,8 @@ def _run(
             proto.graph.output.add(name=name)
             listed.append(name)
         names[key] = name
-    if proto.ByteSize() >= 2**31:
-        raise ValueError(
-            f"{who}: expected a model of less than 2 GiB, got {path} of {proto.ByteSize()} bytes: "
-            "export it with quantized_weights=True"
-        )
-    session = onnxruntime_session(who, proto.SerializeToString(), path, level="ORT_DISABLE_ALL")
+    data = model_bytes(who, proto, path, SMALLER)
+    session = onnxruntime_session(who, data, path, level="ORT_DISABLE_ALL")
     results = dict(zip(listed, session.run(listed, feeds), strict=True))
     tensors = {key: torch.from_numpy(results[name]) for key, name in names.items()}
     return EngineRun(tensors, [torch.from_numpy(results[name]) for name in listed[:own]])

@@ -11,7 +11,7 @@ from torch import fx
 from torch_ext.export.common.aten import aten_name
 from torch_ext.export.common.entries import Entry
 from torch_ext.quantizers.grid import dtype_name
-from torch_ext.utils.backends import BackendGrid, backend_grids
+from torch_ext.utils.backends import BACKENDS, BackendGrid, QuantizedResults, backend_grids
 
 ProgramBackend = Literal["x86", "xnnpack"]
 OUTPUT_IN_FLOAT = "its output is not quantized"  # a reason of `float_reason`
@@ -22,8 +22,6 @@ LAYERS = (
     "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
 )  # fmt: skip
 _TRANSPOSED_GROUPS = 6  # the position of `groups` among a transposed convolution's arguments
-# What XNNPACK computes together with a layer, between it and the quantization of the result.
-_FUSED = ("relu", "relu6", "hardtanh")
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class ProgramEngine:
     activation: BackendGrid
     weight: BackendGrid
     layers: tuple[str, ...]  # ATen's names of those that it runs in integers
-    quantized_output: bool  # whether it does so only if the result is quantized too
+    results: QuantizedResults | None  # those of which the result has to be quantized too
     torchao: bool  # whether torchao lowers programs to it, which takes some shapes only
 
     @property
@@ -47,12 +45,12 @@ class ProgramEngine:
 PROGRAM_ENGINES = {
     "x86": ProgramEngine(
         "Inductor", *backend_grids("export.pt2e", "x86"),
-        layers=("linear", "conv1d", "conv2d"), quantized_output=False, torchao=True,
+        layers=("linear", "conv1d", "conv2d"), results=BACKENDS["x86"].results, torchao=True,
     ),
     "xnnpack": ProgramEngine(
         "XNNPACK", *backend_grids("export.pt2e", "xnnpack"),
         layers=("linear", "conv1d", "conv2d", "conv_transpose2d"),
-        quantized_output=True, torchao=False,
+        results=BACKENDS["xnnpack"].results, torchao=False,
     ),
 }  # fmt: skip
 
@@ -93,7 +91,8 @@ def float_reason(
         return f"{engine.name} has no {kind} of integers with groups"
     if not isinstance(layer.args[0], fx.Node) or layer.args[0] not in quantizers:
         return "its input is not quantized"
-    if engine.quantized_output and not _output_quantized(layer, quantizers):
+    results = engine.results
+    if results and kind in results.layers and not _output_quantized(layer, results, quantizers):
         return OUTPUT_IN_FLOAT
     return ""
 
@@ -106,9 +105,11 @@ def _groups(layer: fx.Node) -> int:
     return given if isinstance(given, int) else 1
 
 
-def _output_quantized(layer: fx.Node, quantizers: dict[fx.Node, Entry]) -> bool:
+def _output_quantized(
+    layer: fx.Node, results: QuantizedResults, quantizers: dict[fx.Node, Entry]
+) -> bool:
     """Whether the only reader of a layer, behind an activation that is fused with it, quantizes."""
     readers = list(layer.users)
-    if len(readers) == 1 and aten_name(readers[0]) in _FUSED:
+    if len(readers) == 1 and aten_name(readers[0]) in results.activations:
         readers = list(readers[0].users)
     return len(readers) == 1 and readers[0] in quantizers

@@ -203,7 +203,7 @@ class QuantizedProgram:
         """What a reader of a weight's quantizer reads in its place."""
         source, params = self.sources[entry.quantizer], entry.params
         label = f"{source.owner}.{source.parameter}".strip(".")
-        if self.engine.quantized_output and (node, reader) in self.in_float:
+        if self.engine.results and (node, reader) in self.in_float:
             # XNNPACK refuses a program with a dequantized weight that no layer of integers reads.
             return self._store(f"{label}_dequantized", lambda: self._values(entry, source))
         w = self._store(label, lambda: self._levels(entry, source))

@@ -96,7 +96,10 @@ def pt2e(
 
 def _warn(who: str, engine: ProgramEngine, in_float: Mapping[str, str]) -> None:
     layers = ", ".join(f"{label_of(name)} ({why})" for name, why in in_float.items())
-    advice = "prepare_qat(output_qconfig=...), or a QuantStub behind the layer, quantizes an output"
+    advice = (
+        'get_default_qconfig(backend="xnnpack") lets prepare_qat, given example_inputs, quantize '
+        "results of layers, and output_qconfig what the model returns"
+    )
     advice = f"; {advice}" if OUTPUT_IN_FLOAT in in_float.values() else ""
     warn_user(
         f"{who}: {engine.name} computes these in float: {layers}{advice}", QuantizationWarning

@@ -60,7 +60,10 @@ class Assignment:
                     self._of_read.setdefault((recording.keys[ask.reader], place), name)
         for node in placement.outputs:
             read = Read(0, -1, "", "", quantizers[node], observes=True)
-            recording.calls[node].output = read
+            if node in recording.calls:
+                recording.calls[node].output = read
+            else:
+                _function_plan(recording, node).output = read
         reads: dict[fx.Node, int] = {}
         for ask in placement.asks.values():
             count = len(_places(ask.reader, ask.operand))
@@ -212,13 +215,18 @@ def _write(recording: Recording, ask: Ask, memo: str, quantizer: str, observes: 
             call.reads.append(Read(place, item, name, memo, quantizer, observes))
             observes = False
         return
-    call, line, index = recording.function_calls[ask.reader]
-    function = call.lines[line][index]
-    if function is None:
-        function = call.lines[line][index] = FunctionPlan(ask.reader in recording.in_place)
+    function = _function_plan(recording, ask.reader)
     for place, item in places:
         function.reads.append(Read(place, item, "", memo, quantizer, observes))
         observes = False
+
+
+def _function_plan(recording: Recording, node: fx.Node) -> FunctionPlan:
+    call, line, index = recording.function_calls[node]
+    function = call.lines[line][index]
+    if function is None:
+        function = call.lines[line][index] = FunctionPlan(node in recording.in_place)
+    return function
 
 
 def _places(reader: fx.Node, operand: fx.Node) -> list[_Place]:

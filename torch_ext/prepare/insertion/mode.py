@@ -22,7 +22,7 @@ _OUT_OF_PLACE: dict[str, Any] = {"add": torch.add, "mul": torch.mul}
 
 
 class InsertionMode(TorchFunctionMode):
-    """Gives functions that have reads what the quantizers make of their operands."""
+    """Gives functions what quantizers make of their operands, and quantizes results."""
 
     def __init__(self, call: Call) -> None:
         super().__init__()
@@ -54,7 +54,8 @@ class InsertionMode(TorchFunctionMode):
                 call.note_constants(False, args, made)
             return made
         call.done += plan.required
-        return _with_reads(call, plan, func, name, args, kwargs)
+        made = _with_reads(call, plan, func, name, args, kwargs)
+        return made if plan.output is None else call.read(plan.output, made)
 
 
 def pause(call: Call) -> bool:

@@ -114,9 +114,14 @@ def operation(run: RunGraph, node: fx.Node) -> str:
     if node.op == "call_module":
         kind = own_type(run.model.get_submodule(str(node.target)))
         if kind.__module__.startswith("torch.nn."):
-            name = re.sub("(?<=[a-z])(?=[A-Z])", "_", kind.__name__).lower()
-            return "pad" if re.fullmatch(r"[a-z]+_pad[123]d", name) else name
+            return function_of(kind)
     return run.functions.get(node, "")
+
+
+def function_of(kind: type[nn.Module]) -> str:
+    """The name of the function that one of torch's modules stands for."""
+    name = re.sub("(?<=[a-z])(?=[A-Z])", "_", kind.__name__).lower()
+    return "pad" if re.fullmatch(r"[a-z]+_pad[123]d", name) else name
 
 
 def kind_of(run: RunGraph, node: fx.Node) -> Kind:
@@ -126,14 +131,14 @@ def kind_of(run: RunGraph, node: fx.Node) -> Kind:
     kind = _KINDS.get(name, Kind.OTHER)
     if node in run.written:
         return kind if kind is Kind.PAIR else Kind.OTHER
-    if kind is Kind.RESAMPLE and _option(run, node, "mode", 3, "nearest").startswith("near"):
+    if kind is Kind.RESAMPLE and option(run, node, "mode", 3, "nearest").startswith("near"):
         return Kind.CARRY
-    if name == "pad" and _option(run, node, "value", 3, "0") not in ("0", "0.0", "None"):
+    if name == "pad" and option(run, node, "value", 3, "0") not in ("0", "0.0", "None"):
         return Kind.OTHER  # the value need not be on the input's grid
     return kind
 
 
-def _option(run: RunGraph, node: fx.Node, name: str, position: int, default: str) -> str:
+def option(run: RunGraph, node: fx.Node, name: str, position: int, default: str) -> str:
     """An option of a function, or of the module that stands for it, as text."""
     if operation(run, node).endswith(("pool1d", "pool2d", "pool3d")):
         return ""

@@ -21,7 +21,7 @@ from torch_ext.prepare.insertion.operations import (
     weight_source,
 )
 from torch_ext.prepare.insertion.recording import Recording, is_wrapped
-from torch_ext.prepare.qconfig import Factory, QConfigMapping
+from torch_ext.prepare.qconfig import Factory, QConfig, QConfigMapping
 from torch_ext.prepare.quantizable_modules import TRANSPOSED, WEIGHTED, Target, target_of
 from torch_ext.utils.attention_scores import AttentionScores
 
@@ -97,6 +97,35 @@ class Placement:
     def sites(self) -> list[Site]:
         return list(dict.fromkeys(self.site_of.values()))
 
+    def layers(self) -> Iterator[tuple[fx.Node, QConfig]]:
+        """The layers that read quantized, with their configuration."""
+        for node, kind in self._kinds.items():
+            if kind is not Kind.WEIGHTED or not self._may_read(node):
+                continue
+            module = node.op == "call_module"
+            config = self.configs.of(str(node.target) if module else self.recording.owners[node])
+            operands = inputs_of(self.recording, node)
+            if config and all(self._is_on_grid(operand) for operand in operands):
+                yield node, config
+
+    def _is_on_grid(self, operand: fx.Node) -> bool:
+        while before := self.carried(operand):
+            operand = before[0]
+        return operand in self.site_of
+
+    def reads_quantized(self, reader: fx.Node, value: fx.Node) -> bool:
+        """Whether a node reads a value through a quantizer, or is one itself."""
+        is_stub = self._kinds[reader] is Kind.STUB and reader in self.outputs
+        return is_stub or (reader, value) in self.asks
+
+    def quantize_result(self, node: fx.Node, factory: Factory) -> None:
+        """Quantizes a value where it is made, so that whoever reads it reads it quantized."""
+        if not self._may_read(node):
+            return
+        self.outputs[node] = None
+        self._join(self._with_repeated(node, -1, [node]), factory)
+        self.asks = {key: ask for key, ask in self.asks.items() if ask.value is not node}
+
     def _is_data(self, node: fx.Node) -> bool:
         """Whether an argument or a parameter is behind it, not only buffers and constants."""
         if node in self._computed or not self._data.isdisjoint(node.all_input_nodes):
@@ -145,7 +174,7 @@ class Placement:
         return [*dict.fromkeys([*self._repeated.setdefault(key, values), *values])]
 
     def _may_read(self, node: fx.Node) -> bool:
-        """Not what hooks do, nor what has no floating operands."""
+        """Not what hooks do, nor what has no floating operands; the same for quantized results."""
         return node in self.recording.calls or node in self.recording.function_calls
 
     def _is_asked_for(self, node: fx.Node) -> bool:

@@ -35,17 +35,22 @@ class Read:
 
 
 class FunctionPlan:
-    """What one call of a function reads quantized."""
+    """What one call of a function reads quantized, and whether its result is."""
 
     def __init__(self, in_place: bool, required: bool = True) -> None:
         """``required``: whether a call of the module in which it does not happen raises."""
         self.in_place, self.required = in_place, required
         self.reads: list[Read] = []
+        self.output: Read | None = None
 
     def as_optional(self) -> FunctionPlan:
         made = FunctionPlan(self.in_place, required=False)
-        made.reads = self.reads
+        made.reads, made.output = self.reads, self.output
         return made
+
+    def all_reads(self) -> list[Read]:
+        """Those of operands, and that of the result."""
+        return self.reads if self.output is None else [*self.reads, self.output]
 
 
 class CallPlan:
@@ -94,12 +99,13 @@ class CallPlan:
     def outline(self) -> tuple[Any, ...]:
         """What decides whether two calls of one module read the same."""
         lines = [
-            (line, [call and [r.quantizer for r in call.reads] for call in calls])
+            (line, [call and [r.quantizer for r in call.all_reads()] for call in calls])
             for line, calls in self.lines.items()
             if any(calls)
         ]
         below = [child.outline() for child in self.calls() if child.reads_inside]
-        return ([read.quantizer for read in self.reads], lines, below)
+        own = [read.quantizer for read in self.reads]
+        return (own, self.output and self.output.quantizer, lines, below)
 
 
 class Plan:
@@ -210,7 +216,7 @@ def _reads(call: CallPlan) -> Iterator[Read]:
     for calls in call.lines.values():
         for function in calls:
             if function is not None:
-                yield from function.reads
+                yield from function.all_reads()
     for child in call.calls():
         yield from _reads(child)
 
@@ -285,6 +291,7 @@ def _merged(
     if known is None or other is None:
         return known or other
     _merge_reads(known.reads, other.reads, line)
+    known.output = known.output or other.output
     return known
 
 
