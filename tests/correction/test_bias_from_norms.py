@@ -76,7 +76,7 @@ def test_it_is_what_normal_inputs_give(kind: str, act: type[nn.Module]) -> None:
     assert largest > 0.02
     gap = (models[0].layer.bias - models[1].layer.bias).abs().max()
     assert float(gap) < 0.03 * largest
-    assert str(report).startswith("1 layers corrected\n")
+    assert str(report).startswith("1 of 1 layers corrected\n")
 
 
 def test_sums_and_averages_are_followed() -> None:

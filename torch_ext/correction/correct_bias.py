@@ -5,14 +5,19 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from torch_ext.correction.biases.bias_place import add_to_bias, bias_problems, restored_biases
+from torch_ext.correction.biases.bias_place import (
+    add_to_bias,
+    bias_keeper,
+    bias_problems,
+    restored_biases,
+)
 from torch_ext.correction.biases.means_of_norms import input_means, weight_shifts
 from torch_ext.correction.walk.channel_sums import ChannelSums
 from torch_ext.correction.walk.layer_checkpoint import LayerCheckpoint
@@ -22,13 +27,15 @@ from torch_ext.files.measurements import fingerprint
 from torch_ext.files.storage import PathLike
 from torch_ext.quantizers.find import Pattern, PreparedModel
 from torch_ext.quantizers.state_table import FakeQuantState
+from torch_ext.utils.arguments import bounded
 from torch_ext.utils.batches import Forward
 from torch_ext.utils.progress import progress_bar
-from torch_ext.utils.text import label_of, shown, text_table
+from torch_ext.utils.text import joined, label_of, shown, text_table
 
 _WHO = "correct_bias"
 _FEWEST = 2  # values of a channel
 _SHIFT = "shift"
+Keep = Literal["closer", "all"]
 
 
 @dataclass(frozen=True)
@@ -39,8 +46,10 @@ class BiasRow:
     name: str
     #: The number of its output channels.
     channels: int
-    #: Whether it had no bias before.
+    #: Whether it has a bias now, and had none before.
     created: bool
+    #: Whether the correction was kept; without, the bias is as it was.
+    kept: bool
     #: The largest change of a bias.
     shift: float
     #: The root mean square of the channels' mean errors in the model as it was, relative to that of
@@ -54,7 +63,7 @@ class BiasRow:
 class BiasCorrection:
     """The result of :func:`correct_bias`; ``str()`` gives a table."""
 
-    #: One per corrected layer, in the order of their execution.
+    #: One per layer that was walked, in the order of their execution.
     rows: tuple[BiasRow, ...]
     #: The name of each layer that was not corrected, and why.
     left: dict[str, str]
@@ -70,14 +79,14 @@ class BiasCorrection:
             [
                 label_of(row.name),
                 str(row.channels),
-                "created" if row.created else "changed",
+                "created" if row.created else "changed" if row.kept else "as it was",
                 f"{row.shift:.4g}",
                 f"{row.before:.4g}",
                 f"{row.after:.4g}",
             ]
             for row in self.rows
         ]
-        text = f"{len(self.rows)} layers corrected"
+        text = f"{sum(row.kept for row in self.rows)} of {len(self.rows)} layers corrected"
         if not math.isnan(self.before):
             text += f"; relative squared error of the outputs {self.before:.4g}"
             text += f", corrected {self.after:.4g}"
@@ -91,6 +100,7 @@ def correct_bias(
     model: nn.Module,
     data: Any = None,
     *,
+    keep: Keep = "closer",
     pattern: Pattern | None = None,
     forward: Forward | None = None,
     device: torch.device | str | None = None,
@@ -108,8 +118,11 @@ def correct_bias(
         calibrate(model, batches)
         print(torch_ext.correct_bias(model, batches))
 
-    The fewer bits weights have, the more there is to gain. With 8 bits the outputs may get worse,
-    although each layer's mean is right: the result says how far they are off before and after.
+    A right mean of each layer does not always bring the outputs closer: where most values are one
+    constant, such as the background of images, their rounding error is the mean, and moving it
+    harms the others. By default a correction is therefore kept only if the squared error of the
+    model's outputs on the data falls; with ``keep="all"`` all are, as in the literature. The fewer
+    bits weights have, the more there is to gain.
 
     A layer that is called several times has one bias, and gets the mean over all its calls. A layer
     without a bias gets one, a parameter ``bias``, so ``state_dict()`` has a key more, and loads
@@ -117,10 +130,10 @@ def correct_bias(
     float model, that is the model in FLOAT, computes with the new biases too: keep a copy to
     compare with. Quantizers keep their ranges, names and states.
 
-    The data is run three times as a whole, and once for each layer as far as the layer, in eval
-    mode and without gradients, all quantizers in VALIDATION. If it is a single batch, one run is
-    enough for all layers: where memory allows it, pass one large batch. A few hundred samples, such
-    as those of the calibration, are enough. The float model's outputs stay in memory.
+    The data is run three times as a whole, and for each layer once as far as the layer and once as
+    a whole, in eval mode and without gradients, all quantizers in VALIDATION. With ``keep="all"``
+    the second is not needed, and of a single batch one run is enough for all layers. A few hundred
+    samples, such as those of the calibration, are enough. The float model's outputs stay in memory.
 
     Without data the means come from the model: where a batch norm, and perhaps a ReLU, makes what a
     layer reads, its beta and gamma tell the mean of each input channel (those of a normal
@@ -132,6 +145,8 @@ def correct_bias(
         model: calibrated.
         data: batches as ``calibrate`` takes them, which can be run over again (a list, a DataLoader
             without shuffling); None computes from batch norms.
+        keep: ``"closer"``, the corrections that bring the model's outputs closer to the float
+            model's on the data, or ``"all"``. Without data, or without floating outputs, all.
         pattern: of quantizers, as in ``set_fake_quantize``: layers whose weight's quantizer
             matches; by default all.
         forward, device: as in ``calibrate``.
@@ -145,22 +160,24 @@ def correct_bias(
 
     Raises:
         TypeError: ``model`` is no module, or data cannot be run over again.
-        ValueError: the model has no quantizers, or none of a layer's weight; two layers share a
-            bias; the data is empty, gives a channel a single value, or gives other batches the
-            second time; a layer's outputs are not finite; a checkpoint of another run; without
-            data, no batch norm tells what a layer reads.
+        ValueError: the model has no quantizers, or none of a layer's weight; an unknown ``keep``;
+            two layers share a bias; the data is empty, gives a channel a single value, or gives
+            other batches the second time; a layer's outputs are not finite; a checkpoint of another
+            run; without data, no batch norm tells what a layer reads.
         RuntimeError: a quantizer has no range; or a layer does not read the bias that it got.
 
     If it raises, the model is as it was.
     """
     prepared = PreparedModel(_WHO, model)
+    if keep not in get_args(Keep):
+        raise ValueError(f"{_WHO}: unknown keep {bounded(keep)}; known: {joined(get_args(Keep))}")
     if data is None:
         _check_without_data(forward=forward, device=device, checkpoint=checkpoint)
         return _without_data(prepared, pattern)
     walk = LayerWalk(prepared, data, pattern=pattern, forward=forward, device=device)
     chosen, left = bias_problems(_WHO, prepared.root, walk.layers)
     with walk.guarded():
-        run = _Run(walk, chosen)
+        run = _Run(walk, chosen, keep)
         run.measure()
         names = [name for name in walk.order if name in chosen and name not in run.unread]
         if not names:
@@ -168,7 +185,7 @@ def correct_bias(
                 f"{_WHO}: expected layers whose bias can be corrected, got "
                 f"{_reasons(walk.left | left | run.unread)}"
             )
-        about = fingerprint(prepared, walk.digests, names)
+        about = fingerprint(prepared, walk.digests, [keep, *names])
         kept = LayerCheckpoint(_WHO, checkpoint, about)
         with restored_biases({name: walk.layers[name].module for name in names}):
             run.correct(names, kept, progress)
@@ -204,16 +221,17 @@ def _without_data(prepared: PreparedModel, pattern: Pattern | None) -> BiasCorre
     for name, shift in shifts.items():
         add_to_bias(chosen[name], shift)
         largest = float(shift.abs().max())
-        rows.append(BiasRow(name, len(shift), name in created, largest, math.nan, math.nan))
+        rows.append(BiasRow(name, len(shift), name in created, True, largest, math.nan, math.nan))
     return BiasCorrection(tuple(rows), left, math.nan, math.nan)
 
 
 class _Run:
     """The measurements and corrections of one call."""
 
-    def __init__(self, walk: LayerWalk, chosen: Mapping[str, WalkedLayer]) -> None:
+    def __init__(self, walk: LayerWalk, chosen: Mapping[str, WalkedLayer], keep: Keep) -> None:
         self.walk = walk
         self.chosen = chosen
+        self.keep = keep
         self.floating, self.before, self.after = (ChannelSums() for _ in range(3))
         self.unread: dict[str, str] = {}  # layers that do not read their bias
         self.shifts: dict[str, Tensor] = {}
@@ -247,30 +265,66 @@ class _Run:
             if (known := kept.get(name, like)) is None:
                 break
             self.shifts[name] = known[_SHIFT]
-            add_to_bias(layers[name], known[_SHIFT])
+            if self._is_kept(name):
+                add_to_bias(layers[name], known[_SHIFT])
             done.append(name)
+        left = names[len(done) :]
+        error = self.errors[0].value
+        if self.keep == "all" or math.isnan(error):
+            steps = self._all(left, kept)
+        else:
+            steps = self._closer(left, kept, self._output_error() if done else error)
+        for _ in progress_bar(itertools.chain(done, steps), len(names), _WHO, progress):
+            pass
+        self.walk.run(self._add_after, self.errors[1].add)
+        self._check(self.after, "the corrected model")
+
+    def _all(self, names: list[str], kept: LayerCheckpoint) -> Iterator[str]:
+        """Corrects each layer; gives its name."""
         sums = ChannelSums()
 
         def finish(name: str) -> None:
             shift = self.floating.mean(name) - sums.mean(name)
             self.shifts[name] = shift
-            add_to_bias(layers[name], shift)
+            add_to_bias(self.walk.layers[name], shift)
             kept.put(name, {_SHIFT: shift})
 
-        visit = functools.partial(_add, sums)
-        steps = self.walk.sequentially(names[len(done) :], visit, finish)
-        for _ in progress_bar(itertools.chain(done, steps), len(names), _WHO, progress):
-            pass
-        self.walk.run(self._add_after, self.errors[1].add)
-        self._check(self.after, "the corrected model")
+        return self.walk.sequentially(names, functools.partial(_add, sums), finish)
+
+    def _closer(self, names: list[str], kept: LayerCheckpoint, error: float) -> Iterator[str]:
+        """Corrects each layer if the outputs' error, now ``error``, falls by it; gives its name."""
+        for name in names:
+            sums = ChannelSums()
+            self.walk.collect(name, functools.partial(_add, sums))
+            shift = self.floating.mean(name) - sums.mean(name)
+            restore = bias_keeper(self.walk.layers[name].module)
+            add_to_bias(self.walk.layers[name], shift)
+            corrected = self._output_error()
+            if corrected < error:
+                error = corrected
+            else:
+                restore()
+                shift = torch.zeros_like(shift)
+            self.shifts[name] = shift
+            kept.put(name, {_SHIFT: shift})
+            yield name
+
+    def _output_error(self) -> float:
+        found = self.outputs.compared()
+        self.walk.run(None, found.add)
+        return found.value
+
+    def _is_kept(self, name: str) -> bool:
+        return bool(self.shifts[name].any())
 
     def rows(self, names: list[str]) -> list[BiasRow]:
         rows = []
         for name in names:
             before, after = (self._mean_error(name, sums) for sums in (self.before, self.after))
             shift = self.shifts[name]
-            largest = float(shift.abs().max())
-            rows.append(BiasRow(name, len(shift), name in self.created, largest, before, after))
+            largest, is_kept = float(shift.abs().max()), self._is_kept(name)
+            created = is_kept and name in self.created
+            rows.append(BiasRow(name, len(shift), created, is_kept, largest, before, after))
         return rows
 
     def _add_before(self, call: LayerCall) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -62,20 +62,27 @@ def add_to_bias(layer: WalkedLayer, shift: Tensor) -> None:
         bias.copy_(bias + shift)
 
 
+def bias_keeper(module: nn.Module) -> Callable[[], None]:
+    """What gives a module back the bias that it has now, or none."""
+    bias = module._parameters[_BIAS]
+    values = None if bias is None else bias.detach().clone()
+
+    @torch.no_grad()
+    def restore() -> None:
+        if bias is not None and values is not None:
+            bias.copy_(values)
+        module._parameters[_BIAS] = bias
+
+    return restore
+
+
 @contextlib.contextmanager
 def restored_biases(modules: Mapping[str, nn.Module]) -> Iterator[None]:
     """Gives the modules the biases back that they had, or none, if the body raises."""
-    before = [
-        (module, bias, None if bias is None else bias.detach().clone())
-        for module in modules.values()
-        for bias in [module._parameters[_BIAS]]
-    ]
+    before = [bias_keeper(module) for module in modules.values()]
     try:
         yield
     except BaseException:
-        with torch.no_grad():
-            for module, bias, values in before:
-                if bias is not None and values is not None:
-                    bias.copy_(values)
-                module._parameters[_BIAS] = bias
+        for restore in before:
+            restore()
         raise
