@@ -235,8 +235,8 @@ NETS: dict[str, Net] = {
         (
             *("* mse", "W?A8 correct_bias", "* torchao*", "W8A8 min_max", "W8A8 percentile"),
             *("W8A8 nncf", "W8A8 onnxruntime minmax", "W8A8 onnxruntime percentile"),
-            *("W6A8 gptq", "W4A8 min_max, *", "W4A8 gptq", "W4A? gptq, correct_bias"),
-            "W4A8 adaround, correct_bias",
+            *("W6A8 gptq", "W4A8 min_max, *", "W4A? gptq"),
+            "W4A8 adaround",
         ),
     ),
     "efficientnet_lite1": Net(

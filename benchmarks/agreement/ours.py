@@ -121,14 +121,10 @@ def equalized_corrected(task: Task) -> nn.Module:
     return model
 
 
-def rounded(
-    method: str, *, correct: bool = False, equalize: bool = False
-) -> Callable[[Task], nn.Module]:
+def rounded(method: str, *, equalize: bool = False) -> Callable[[Task], nn.Module]:
     def make(task: Task) -> nn.Module:
         model = equalized(task) if equalize else calibrated(task)
         torch_ext.reconstruct(model, [task.calibration], method, progress=False)
-        if correct:
-            torch_ext.correct_bias(model, [task.calibration], progress=False)
         return model
 
     return make
@@ -161,22 +157,16 @@ RECIPES: dict[str, Recipe] = {
         equalized_corrected, "`equalize`, `mse`, `correct_bias`", ("equalize", "correct_bias"), 4
     ),
     **{
-        ", ".join(filter(None, (equal, method, bias))): Recipe(
-            rounded(method, correct=bool(bias), equalize=bool(equal)),
+        ", ".join(filter(None, (equal, method))): Recipe(
+            rounded(method, equalize=bool(equal)),
             ", ".join(
-                f"`{step}`"
-                for step in (equal, "mse", f'reconstruct(method="{method}")', bias)
-                if step
+                f"`{step}`" for step in (equal, "mse", f'reconstruct(method="{method}")') if step
             ),
-            ("reconstruct", *filter(None, (equal, bias))),
+            ("reconstruct", *filter(None, (equal,))),
             cost,
             FEW,
         )
         for method, cost in (("gptq", 8), ("adaround", 20))
-        for equal, bias in (
-            ("", ""),
-            ("", "correct_bias"),
-            ("equalize", "correct_bias"),
-        )
+        for equal in ("", "equalize")
     },
 }

@@ -131,3 +131,48 @@ def test_without_ranges_it_raises() -> None:
         correct_bias(model)
     assert same(snapshot(model), before)
     assert len(model.bn1.bias) == CHANNELS
+
+
+class OverLength(nn.Module):
+    """Linear layers over the length of a signal, and over the channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(4, 8, 3, padding=1)
+        self.norm = nn.BatchNorm1d(8)
+        self.length = nn.Linear(8, 6)
+        self.flat = nn.Linear(48, 5)
+        self.flat_norm = nn.BatchNorm1d(5)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.length(torch.relu(self.norm(self.conv(x))))  # 8 values of length, and 8 channels
+        out: Tensor = self.head(torch.relu(self.flat_norm(self.flat(x.flatten(1)))))
+        return out
+
+
+def test_a_linear_layer_reads_the_last_axis() -> None:
+    net = filled(OverLength())
+    model = calibrated(net, [torch.randn(16, 4, 8)], WEIGHTS)
+    report = correct_bias(model)
+    assert [row.name for row in report.rows] == ["head"]
+    assert set(report.left) == {"conv", "length", "flat"}
+
+
+class Scaled(Normed):
+    def __init__(self, alpha: int) -> None:
+        super().__init__()
+        self.alpha = alpha
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = torch.relu(self.bn1(self.conv1(x)))
+        keys = {} if self.alpha == 1 else {"alpha": self.alpha}
+        out: Tensor = self.conv2(torch.add(made, made, **keys))
+        return out
+
+
+def test_a_sum_of_multiples_is_not_followed() -> None:
+    report = correct_bias(calibrated(filled(Scaled(1)), DATA, WEIGHTS))
+    assert [row.name for row in report.rows] == ["conv2"]
+    with pytest.raises(ValueError, match="expected data, or layers whose input batch norms descr"):
+        correct_bias(calibrated(filled(Scaled(2)), DATA, WEIGHTS))

@@ -128,7 +128,10 @@ def correct_bias(
     without a bias gets one, a parameter ``bias``, so ``state_dict()`` has a key more, and loads
     into models that have the bias too; after :func:`fuse` convolutions with a norm have one. The
     float model, that is the model in FLOAT, computes with the new biases too: keep a copy to
-    compare with. Quantizers keep their ranges, names and states.
+    compare with, and call this once: a second call would compare with the corrected biases. It does
+    not combine with :func:`recalibrate_norms` and :func:`reconstruct` for the same reason, so
+    choose one of the three; layers whose weight was reconstructed are left as they are. Quantizers
+    keep their ranges, names and states.
 
     The data is run three times as a whole, and for each layer once as far as the layer and once as
     a whole, in eval mode and without gradients, all quantizers in VALIDATION. With ``keep="all"``

@@ -48,10 +48,14 @@ _AVERAGES = ("flatten", "mean", *(f"adaptive_avg_pool{n}d" for n in (1, 2, 3)))
 
 
 class _Channels(NamedTuple):
-    """Mean and standard deviation of each channel, float64; None where the latter is unknown."""
+    """Mean and standard deviation of each channel, float64; None where the latter is unknown.
+
+    Linear layers read the last axis: ``last`` says whether it is known to be the channels'.
+    """
 
     mean: Tensor
     deviation: Tensor | None
+    last: bool = False
 
 
 def clipped_mean(mean: Tensor, deviation: Tensor, low: float, high: float) -> Tensor:
@@ -84,15 +88,24 @@ def input_means(root: nn.Module, names: Sequence[str]) -> tuple[dict[str, Tensor
     known: dict[fx.Node, _Channels] = {}
     means: dict[str, Tensor] = {}
     calls: dict[str, int] = {}
+    linear: set[fx.Node] = set()
     for node in graph.nodes:
         module = model.get_submodule(node.target) if node.op == "call_module" else None
         if isinstance(module, LAYERS):
             name = str(node.target)
             calls[name] = calls.get(name, 0) + 1
-            if (read := _known(known, _first(node))) is not None:
+            if isinstance(module, nn.Linear):
+                linear.add(node)
+            read = _known(known, _first(node))
+            if read is not None and (read.last or not isinstance(module, nn.Linear)):
                 means[name] = read.mean
-        elif (made := _made(node, module, known)) is not None:
-            known[node] = made
+            continue
+        made = _made(node, module, known, _first(node) in linear)
+        # What an operation in place writes to is another value from then on.
+        for value in (node, _first(node)) if _is_in_place(node, module) else (node,):
+            known.pop(value, None)
+            if made is not None:
+                known[value] = made
     found = {name: means[name] for name in names if name in means and calls[name] == 1}
     left = {}
     for name in names:
@@ -151,14 +164,17 @@ def _mean_output(module: nn.Module, weight: Tensor, mean: Tensor) -> Tensor:
 
 
 def _made(
-    node: fx.Node, module: nn.Module | None, known: Mapping[fx.Node, _Channels]
+    node: fx.Node,
+    module: nn.Module | None,
+    known: Mapping[fx.Node, _Channels],
+    behind_linear: bool,
 ) -> _Channels | None:
     """What is known of the channels of a node's result; None if nothing is."""
     if isinstance(module, _BatchNorm):
-        return None if has_own_forward(module) else _of_norm(module)
+        return None if has_own_forward(module) else _of_norm(module, behind_linear)
     name = _name(node, module)
     if name == "add":
-        return _sum([_known(known, arg) for arg in node.args[:2]])
+        return None if node.kwargs else _sum([_known(known, arg) for arg in node.args[:2]])
     read = _known(known, _first(node))
     if read is None:
         return None
@@ -166,10 +182,17 @@ def _made(
         return read
     if name in _CLIPS and read.deviation is not None:
         low, high = _CLIPS[name]
-        return _Channels(clipped_mean(read.mean, read.deviation, low, high), None)
+        return _Channels(clipped_mean(read.mean, read.deviation, low, high), None, read.last)
     if name in _AVERAGES and _keeps_channels(node, name):
-        return _Channels(read.mean, None)
+        keeps_axes = name == "mean" and (len(node.args) > 2 or "keepdim" in node.kwargs)
+        return _Channels(read.mean, None, name in ("flatten", "mean") and not keeps_axes)
     return None
+
+
+def _is_in_place(node: fx.Node, module: nn.Module | None) -> bool:
+    if node.op == "call_method":
+        return str(node.target).endswith("_")
+    return bool(getattr(module, "inplace", False) or node.kwargs.get("inplace"))
 
 
 def _name(node: fx.Node, module: nn.Module | None) -> str:
@@ -200,13 +223,13 @@ def _keeps_channels(node: fx.Node, name: str) -> bool:
     return set(axes) in ({2, 3}, {-1, -2}, {2})
 
 
-def _of_norm(norm: _BatchNorm) -> _Channels | None:
+def _of_norm(norm: _BatchNorm, last: bool) -> _Channels | None:
     if not isinstance(norm.running_var, Tensor):
         return None
     ones = torch.ones_like(norm.running_var, dtype=torch.float64)
     gamma, beta = (None if t is None else t.detach().double() for t in (norm.weight, norm.bias))
     mean = torch.zeros_like(ones) if beta is None else beta
-    return _Channels(mean, ones if gamma is None else gamma.abs())
+    return _Channels(mean, ones if gamma is None else gamma.abs(), last)
 
 
 def _sum(operands: Sequence[_Channels | None]) -> _Channels | None:
@@ -215,4 +238,4 @@ def _sum(operands: Sequence[_Channels | None]) -> _Channels | None:
         return None
     if first.mean.shape != others[0].mean.shape:
         return None
-    return _Channels(first.mean + others[0].mean, None)
+    return _Channels(first.mean + others[0].mean, None, first.last and others[0].last)

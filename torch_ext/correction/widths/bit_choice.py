@@ -17,6 +17,7 @@ from torch_ext.ops.registry_names import Rule
 from torch_ext.quantizers.find import PreparedModel
 from torch_ext.quantizers.restore import restored_on_error
 from torch_ext.quantizers.state_table import FakeQuantState
+from torch_ext.quantizers.transition import change_state
 from torch_ext.utils.text import shown, text_table
 
 #: A number of bits, or ``"float"`` for a quantizer that is off.
@@ -140,15 +141,11 @@ class BitChoice:
         )
         with restored_on_error(quantizers):
             set_widths(prepared, widths)
-            without = [name for name in widths if not bool(quantizers[name].solved)]
-            if without:
-                raise RuntimeError(
-                    f"{who}: expected every quantizer to have a range, got none for "
-                    f"{shown(without)}; calibrate first"
-                )
+            on = {name: quantizers[name] for name in widths}
+            change_state(who, on, FakeQuantState.VALIDATION, prepared.read_weight)
             for name, quantizer in quantizers.items():
-                on = name in widths
-                quantizer.enter(FakeQuantState.VALIDATION if on else FakeQuantState.FLOAT)
+                if name not in widths:
+                    quantizer.enter(FakeQuantState.FLOAT)
 
     def save(self, path: PathLike) -> None:
         """Writes the choice to a JSON file, which :meth:`load` reads; completely or not at all.
