@@ -50,6 +50,29 @@ class TestApplied:
         set_fake_quantize(net, "validation")
         assert same(snapshot(net), want)
 
+    def test_weights_that_changed_in_float(self) -> None:
+        _, net = self.chosen()
+        set_fake_quantize(net, "float")
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.mul_(3)
+        found = choose_bits(net, DATA, 0.7)
+        found.apply(net)
+        quantizers = [named_quantizers(net)[row.name] for row in found.rows]
+        scales = [quantizer.scale.clone() for quantizer in quantizers]
+        set_fake_quantize(net, "validation")
+        assert all(torch.equal(q.scale, scale) for q, scale in zip(quantizers, scales, strict=True))
+
+    def test_a_model_that_was_left_in_calibration(self) -> None:
+        net = net_of("mse", weight_observer="mse")
+        set_fake_quantize(net, "calibration")
+        for batch in DATA:
+            net(batch)
+        found = choose_bits(net, DATA, 0.7)
+        found.apply(net)
+        set_fake_quantize(net, "validation")  # those of activations, which the choice leaves
+        assert output_error(net) == pytest.approx(found.chosen, rel=1e-12)
+
     def test_a_choice_after_another(self) -> None:
         _, net = self.chosen()
         fresh = snapshot(net)

@@ -160,3 +160,14 @@ def test_held_quantizers_say_so() -> None:
     assert "holds its range" in repr(quantizer)
     quantizer.reset_parameters()
     assert not quantizer.holds_range
+
+
+def test_correct_bias_leaves_what_was_reconstructed() -> None:
+    """The float model has the rounded weights, so there is nothing to compare with."""
+    model = made()
+    reconstruct(model, data(), progress=False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for given in (data(), None):
+        with pytest.raises(ValueError, match=r"correct_bias: expected .*reconstruct rounded its"):
+            torch_ext.correct_bias(model, given)
+    assert all(same_bits(value, before[name]) for name, value in model.state_dict().items())
