@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -231,6 +232,26 @@ def test_a_layer_that_is_called_twice() -> None:
     assert {"conv.activation_quantizer", "conv.activation_quantizer_1"} <= made
     made = names(prepared(Twice(), "onnxruntime", example=False))
     assert "conv.activation_quantizer" in made  # for both calls
+
+
+class Locked(Twice):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.lock:
+            return super().forward(x)
+
+
+def test_of_a_model_that_cannot_be_copied_nothing_is_known() -> None:
+    config = get_default_qconfig(backend="onnxruntime")
+    model = Locked().eval()
+    model.qconfig = config  # type: ignore[assignment]
+    made = torch_ext.prepare_qat(model, inplace=True)
+    assert made is model
+    assert "conv.activation_quantizer" not in names(made)
+    assert {"conv.parametrizations.weight.0", "conv.input_quantizers.input"} <= names(made)
 
 
 def test_a_stub_behind_a_layer_is_enough() -> None:

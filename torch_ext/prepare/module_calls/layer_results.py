@@ -58,7 +58,7 @@ def traced_results(
     """Names of layers whose results are to be quantized, by symbolic traces of the forwards.
 
     Where that of the model cannot be traced, those of its parts are; what reads the result of a
-    part is not known then.
+    part is not known then. Nothing is known of a model that cannot be copied.
 
     Args:
         who: the function that errors name.
@@ -70,7 +70,10 @@ def traced_results(
     asking = [name for name in names if (config := configs.of(name)) and config.results]
     if not any(target_of(model.get_submodule(name)) for name in asking):
         return
-    twin = copied(who, model).eval()  # tracing runs the forward, which may change the model
+    try:
+        twin = copied(who, model).eval()  # tracing runs the forward, which may change the model
+    except Exception:  # of the user's objects: anything may come
+        return
     found: set[nn.Module] = set()
     with undisturbed(twin):
         for prefix, run in _traces("", twin):
