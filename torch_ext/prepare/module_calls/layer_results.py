@@ -95,7 +95,7 @@ def _find_traced(
 
     def is_quantized(reader: fx.Node, value: fx.Node) -> bool:
         if reader.op != "call_module":
-            return run.functions.get(reader) in _ASK_NO_VALUE
+            return False
         name = f"{prefix}{reader.target}"
         stub = is_quant_stub(run.model.get_submodule(str(reader.target)))
         config = configs.of(name)
@@ -201,7 +201,7 @@ class _Readers:
 
         What the model returns is none: ``output_qconfig`` says whether that is quantized.
         """
-        readers = list(value.users)
+        readers = [r for r in value.users if self.run.functions.get(r) not in _ASK_NO_VALUE]
         if len(readers) > 1 and not branches and any(self._moves(r, value) for r in readers):
             return True
         return any(self._reads_float(r, value, activations, branches) for r in readers)
