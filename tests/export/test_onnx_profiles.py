@@ -139,6 +139,41 @@ def test_layers_behind_joined_values(tmp_path: Path) -> None:
     assert noted == export.read_onnx_metadata(plain)["quantizers"]
 
 
+class LinearTwice(nn.Module):
+    """A linear layer that is called on two scales."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(432, 432)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.fc(9 * self.fc(x.flatten(1)))
+        return result
+
+
+def test_a_linear_layer_that_is_called_twice(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    path, plain, net = tmp_path / "net.onnx", tmp_path / "plain.onnx", calibrated(LinearTwice())
+    export.onnx(net, pictures(), path, profile="onnxruntime")
+    export.onnx(net, pictures(), plain)
+    assert [layer.op for layer in onnxruntime_layers(path)] == ["QGemm", "QGemm"]
+    constants = {
+        tensor.name: onnx.numpy_helper.to_array(tensor)
+        for tensor in onnx.load(path).graph.initializer
+    }
+    want = net.get_submodule("0.fc").bias.detach().double()  # type: ignore[union-attr, operator]
+    scales = []
+    for name, levels in constants.items():
+        if levels.dtype == "int32":
+            scales.append(torch.tensor(constants[name.removesuffix("int32") + "scale"]).double())
+            off = torch.tensor(levels) * scales[-1] - want
+            assert bool((off.abs() <= 0.5001 * scales[-1]).all())
+    assert len(scales) == 2
+    assert not torch.equal(*scales)
+    have, same = run(path, pictures())[0], run(plain, pictures())[0]
+    assert (have - same).abs().max() < 0.01 * same.abs().max()
+
+
 def test_a_bias_beyond_32_bits_stays_in_float(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     net = calibrated(nn.Flatten(), nn.Linear(432, 3))

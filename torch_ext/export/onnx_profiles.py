@@ -158,10 +158,12 @@ def _int32_bias(
         levels = np.rint(bias.astype(np.float64) / scale)
     if not bool((np.abs(levels) < 2**31).all()):  # NaN too
         return None
-    name = f"{node.input[2]}/dequantized"
+    # After the bias, for the eye, and the use: a layer called twice has an input scale for each.
+    use = f"{node.input[2]}/{node.output[0]}"
+    name = f"{use}/dequantized"
     tensors = [
-        packages.numpy_helper.from_array(levels.astype(np.int32), f"{node.input[2]}/int32"),
-        packages.numpy_helper.from_array(scale, f"{node.input[2]}/scale"),
+        packages.numpy_helper.from_array(levels.astype(np.int32), f"{use}/int32"),
+        packages.numpy_helper.from_array(scale, f"{use}/scale"),
     ]
     inputs = [tensor.name for tensor in tensors]
     keys = {"axis": 0} if scale.ndim else {}
