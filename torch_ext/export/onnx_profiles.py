@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from torch_ext.export.common.entries import TO_FLOAT, Entry, refuse
-from torch_ext.export.engines.file_tensors import CARRIERS
+from torch_ext.export.engines.file_tensors import CARRIERS, reads
 from torch_ext.export.engines.integer_layers import EngineLayer, layers_in_onnxruntime
 from torch_ext.export.engines.openvino_runs import openvino_compiled, openvino_layers
 from torch_ext.export.onnx_qdq import OnnxGrid
@@ -130,7 +130,7 @@ def quantize_biases(packages: Any, proto: Any) -> None:
             graph.initializer.extend(tensors)
             pairs.append(pair)
             node.input[2] = pair.output[0]
-    read = {name for node in graph.node for name in node.input}
+    read = {name for node in graph.node for name in reads(node)}
     for name, tensor in constants.items():
         if pairs and name not in read and name.endswith("bias"):
             graph.initializer.remove(tensor)
@@ -225,7 +225,7 @@ def _turn_pads(packages: Any, graph: Any) -> dict[str, str]:
     constants = {tensor.name: tensor for tensor in graph.initializer}
     readers: dict[str, list[Any]] = {output.name: [None] for output in graph.output}
     for node in graph.node:
-        for name in node.input:
+        for name in reads(node):
             readers.setdefault(name, []).append(node)
 
     def per_tensor(node: Any) -> bool:
