@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -53,7 +54,7 @@ class Store:
 
     def write(self, name: str, found: Outcome, *, rival: bool) -> None:
         path = self.path(f"{name}.json", rival=rival)
-        partial = path.with_suffix(".partial")
+        partial = _partial(path)
         partial.write_text(json.dumps(asdict(found)))
         partial.replace(path)
 
@@ -64,9 +65,14 @@ class Store:
 
     def keep_logits(self, name: str, values: Tensor) -> None:
         path = self.path(f"{name}.pt", rival=True)
-        partial = path.with_suffix(".partial")
+        partial = _partial(path)
         torch.save(values, partial)
         partial.replace(path)
+
+
+def _partial(path: Path) -> Path:
+    """Where a file grows: another process may be writing the same one."""
+    return path.with_suffix(f".{os.getpid()}.partial")
 
 
 def _digest(sizes: str, paths: Iterable[Path]) -> str:

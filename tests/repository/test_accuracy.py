@@ -6,6 +6,7 @@ import importlib.util
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -164,6 +165,29 @@ def test_the_store_keeps_results(tmp_path: object, monkeypatch: pytest.MonkeyPat
     assert Store("a").read("name", rival=True) == found
     assert Store("a").read("name", rival=False) is None
     assert Store("other sizes").read("name", rival=True) is None
+
+
+def test_two_processes_may_store_one_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agreement.store.FOLDER", tmp_path)
+    store, save = Store("a"), torch.save
+    ours, theirs = torch.ones(3), torch.zeros(3)
+
+    def interrupted(values: torch.Tensor, path: Path) -> None:
+        """Another process stores its own before ours is in its place."""
+        save(values, path)
+        with monkeypatch.context() as other:
+            other.setattr("os.getpid", lambda: 1)
+            other.setattr(torch, "save", save)
+            store.keep_logits("draw", theirs)
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    store.keep_logits("draw", ours)
+    have = store.logits("draw")
+    assert have is not None
+    assert torch.equal(have, ours)
+    assert [path.name for path in tmp_path.rglob("*.*")] == ["draw.pt"]
 
 
 def program(*arguments: str) -> subprocess.CompletedProcess[str]:
