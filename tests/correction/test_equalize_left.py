@@ -276,6 +276,16 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         'no layer or norm matches pattern "conv*"; known',
     ),
     "no text": ({"pattern": [3]}, TypeError, "equalize: expected pattern to be text, got 3"),
+    "number": (
+        {"pattern": 5},
+        TypeError,
+        "equalize: expected pattern to be text or a list of texts, got 5",
+    ),
+    "no pattern": (
+        {"pattern": []},
+        ValueError,
+        "equalize: expected pattern to name layers or norms, got an empty list",
+    ),
     "forward": ({"forward": 3}, TypeError, "equalize: expected forward to be a function"),
     "device": ({"device": "nowhere"}, ValueError, "equalize: expected device to be a device"),
 }

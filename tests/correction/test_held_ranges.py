@@ -16,6 +16,7 @@ from rounded_net import INT4, data, made, net, weights
 from snapshots import same_bits
 from torch_ext import (
     FakeQuantize,
+    calibrate,
     get_default_qconfig,
     load_float_state_dict,
     load_observer_params,
@@ -138,6 +139,47 @@ def test_other_weights_on_other_grids_do_not_take_the_hold(tmp_path: Path) -> No
     other = prepare_qat(other, example_inputs=data()[0])
     load_observer_params(model, other, verbose=False)
     assert not any(quantizer.holds_range for quantizer in named_quantizers(other).values())
+
+
+def learning(model: nn.Module, folder: Path) -> nn.Module:
+    """The rounded model's ranges and weights, in a model that learns the weights' scales."""
+    save_observer_params(model, folder / "file")
+    other = net()
+    other.qconfig = get_default_qconfig("fake_quant", "lsq", weight_qkwargs=INT4)
+    other = prepare_qat(other, example_inputs=data()[0])
+    load_observer_params(folder / "file", other, verbose=False)
+    load_float_state_dict(other, torch_ext.float_state_dict(model))
+    return other
+
+
+def test_training_of_scales_starts_from_held_ranges(tmp_path: Path) -> None:
+    model = made()
+    with torch.no_grad():  # a channel of zeros waits for its first value
+        model.get_parameter("first.parametrizations.weight.original")[2] = 0
+    calibrate(model, data(), progress=False)
+    reconstruct(model, data(), progress=False)
+    other = learning(model, tmp_path)
+    set_fake_quantize(other, "qat")
+    other.train()
+    other(data()[0])
+    save_observer_params(other, tmp_path / "learned")
+    for quantizer in named_quantizers(other).values():
+        assert quantizer.solved.tolist() == [1]
+        assert not quantizer.holds_range
+    load_observer_params(tmp_path / "learned", made(), verbose=False)
+
+
+def test_scales_that_are_learned_can_be_calibrated_again(tmp_path: Path) -> None:
+    model = made()
+    reconstruct(model, data(), progress=False)
+    other = learning(model, tmp_path)
+    with torch.no_grad():
+        weight = other.get_parameter("first.parametrizations.weight.original")
+        weight *= 3
+    calibrate(other, data(), progress=False)
+    quantizer = named_quantizers(other)["first.parametrizations.weight.0"]
+    want = 2 * weight.detach().abs().flatten(1).amax(1) / 15
+    torch.testing.assert_close(quantizer.scale.detach(), want, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("quantized", [False, True])

@@ -95,6 +95,23 @@ def test_norms_that_weights_are_quantized_with(scheme: torch.qscheme) -> None:
     assert same(snapshot(model), before)
 
 
+def test_norms_folded_into_rounded_weights_are_refused() -> None:
+    """Their factor would take the weights off the grid that the quantizers hold."""
+    model = calibrated(filled(Normed()), DATA, fold_batch_norms=True)
+    torch_ext.reconstruct(model, DATA, pattern="conv2.*", progress=False)
+    before = snapshot(model)
+    want = (
+        "recalibrate_norms: expected norms whose layer's weight was not rounded by reconstruct, "
+        "got bn2; recalibrate before reconstruct, or leave them out by pattern"
+    )
+    for pattern in (None, "bn2"):
+        with pytest.raises(RuntimeError, match=f"^{want}$"):
+            recalibrate_norms(model, DATA, pattern=pattern)
+        assert same(snapshot(model), before)
+    rows = recalibrate_norms(model, DATA, pattern=["bn1", "bn3"]).rows
+    assert [row.name for row in rows] == ["bn1", "bn3"]
+
+
 def test_chosen_norms() -> None:
     model = calibrated(filled(Normed()), DATA)
     before = snapshot(model)

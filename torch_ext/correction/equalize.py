@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,7 +24,7 @@ from torch_ext.prepare.batch_norms.outputs import Outputs
 from torch_ext.prepare.insertion.record_runs import examples_of, record_modes
 from torch_ext.prepare.module_classes import copied
 from torch_ext.prepare.remove_quantizers import remove_quantizers
-from torch_ext.quantizers.find import Pattern, check_model, named_quantizers
+from torch_ext.quantizers.find import Pattern, check_model, matching_names, named_quantizers
 from torch_ext.quantizers.restore import one_call_at_a_time, restored, restored_on_error
 from torch_ext.quantizers.state_table import FakeQuantState
 from torch_ext.utils.arguments import (
@@ -137,8 +136,9 @@ def equalize(
 
     Run it on a float model before :func:`prepare_qat`, after :func:`fuse`; or on a prepared one.
     There it sets all quantizers to FLOAT, and those whose values or weights it scaled forget range
-    and statistic: calibrate again. The weights and biases that change are the model's own, so its
-    FLOAT outputs stay, but not its float ``state_dict``. An optimizer's state of them is stale.
+    and statistic: calibrate again. If it scales nothing, they keep their states. The weights
+    and biases that change are the model's own, so its FLOAT outputs stay, but not its float
+    ``state_dict``. An optimizer's state of them is stale.
 
     Args:
         model: float or prepared; wrapped or not.
@@ -325,18 +325,8 @@ def _carry_out(
 
 def _chosen(found: ScaleSites, pattern: Pattern | None, clipped: Clipped) -> ScaleSites:
     """The sites that match, and may be scaled."""
-    patterns = (
-        ["*"] if pattern is None else [pattern] if isinstance(pattern, str) else list(pattern)
-    )
     known = [*found.sites, *found.left]
-    for text in patterns:
-        if not isinstance(text, str):
-            raise TypeError(f"{_WHO}: expected pattern to be text, got {bounded(text)}")
-        if pattern is not None and not fnmatch.filter(known, text):
-            raise ValueError(
-                f'{_WHO}: no layer or norm matches pattern "{text}"; known: {shown(known)}'
-            )
-    matching = {name for text in patterns for name in known if fnmatch.fnmatchcase(name, text)}
+    matching = set(matching_names(_WHO, known, pattern, "layer or norm"))
     sites = {name: site for name, site in found.sites.items() if name in matching}
     left = {name: why for name, why in found.left.items() if name in matching}
     for name, site in list(sites.items()):

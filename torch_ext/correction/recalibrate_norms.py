@@ -103,8 +103,10 @@ def recalibrate_norms(
 
     A model whose norms :func:`fuse` has folded has none; :func:`correct_bias` corrects means there.
     Norms that stay beside their layer, also those of ``fold_batch_norms=True``, are recalibrated;
-    the ranges of weights that are quantized with one folded are solved again. The model in FLOAT
-    computes with the new statistics too. ``num_batches_tracked`` stays.
+    the ranges of weights that are quantized with one folded are solved again, but for those that
+    are learned, given or frozen (``averaging_constant=0``), which stay. Recalibrate before
+    :func:`reconstruct`, whose rounded weights are on the grid of one factor only. The model in
+    FLOAT computes with the new statistics too. ``num_batches_tracked`` stays.
 
     The data is run three times as a whole, and once for each norm as far as the norm; a single
     batch is run once for all. It should have hundreds of samples: few give other statistics than
@@ -127,14 +129,16 @@ def recalibrate_norms(
         ValueError: the model has no quantizers, or no batch norm with running statistics; the data
             is empty, gives a channel a single value, or gives other batches the second time; a
             norm's inputs are not finite; a checkpoint of another run.
-        RuntimeError: a quantizer has no range.
+        RuntimeError: a quantizer has no range, or one that is held (by :func:`reconstruct`) is of a
+            weight that is quantized with a chosen norm folded.
 
     If it raises, the model is as it was.
     """
     prepared = PreparedModel(_WHO, model)
     norms = select(_WHO, _norms(prepared.root), pattern, kind="norm")
-    walk = NormWalk(prepared, data, norms, forward=forward, device=device)
     folded = _folded(prepared)
+    _check_none_held(norms, folded)
+    walk = NormWalk(prepared, data, norms, forward=forward, device=device)
     with walk.guarded():
         run = _NormRun(walk, folded)
         run.measure()
@@ -175,6 +179,16 @@ def _folded(prepared: PreparedModel) -> dict[str, dict[str, FakeQuantize]]:
             if isinstance(step, FoldedWeight):
                 found.setdefault(step.norm_name, {})[names[quantizer]] = quantizer
     return found
+
+
+def _check_none_held(norms: Iterable[str], folded: dict[str, dict[str, FakeQuantize]]) -> None:
+    """Raises RuntimeError for norms whose new factor would take a rounded weight off its grid."""
+    held = [n for n in norms if any(q.holds_range for q in folded.get(n, {}).values())]
+    if held:
+        raise RuntimeError(
+            f"{_WHO}: expected norms whose layer's weight was not rounded by reconstruct, got "
+            f"{shown(held)}; recalibrate before reconstruct, or leave them out by pattern"
+        )
 
 
 def _refresh(prepared: PreparedModel, quantizers: dict[str, FakeQuantize]) -> None:

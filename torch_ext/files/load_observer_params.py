@@ -108,8 +108,8 @@ def load_observer_params(
 
     A weight's range is replaced by that of the model's own weight when the model enters VALIDATION,
     or now if it is in VALIDATION, except where it is learned, frozen or held (by
-    :func:`reconstruct`, and on the same grid). Ranges of weights in ``from_model`` are first solved
-    from its present weights.
+    :func:`reconstruct`, and on the same grid; a quantizer that learns starts from that range).
+    Ranges of weights in ``from_model`` are first solved from its present weights.
 
     Args:
         from_model: a prepared model, or the path of a file of :func:`save_observer_params`.

@@ -179,9 +179,10 @@ class FakeQuantize(nn.Module):
         return self._holds
 
     def hold_range(self) -> None:
-        """Keeps the range until another is set; for a weight that was rounded to its grid."""
-        self._holds = True
-        self.solved.fill_(HELD)
+        """Keeps a rounded weight's range until another is set; a learned one goes on learning."""
+        if not fake_quant_info(self.method)["learned"]:
+            self._holds = True
+            self.solved.fill_(HELD)
 
     @property
     def accumulates_data(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -145,23 +145,28 @@ def select(
         TypeError: a pattern is not text.
         ValueError: a pattern matches no quantizer, or the list of patterns is empty.
     """
+    matching = set(matching_names(who, list(quantizers), pattern, kind))
+    return {name: quantizer for name, quantizer in quantizers.items() if name in matching}
+
+
+def matching_names(who: str, known: list[str], pattern: Pattern | None, kind: str) -> list[str]:
+    """Those of the known names that :func:`select` takes; errors name their ``kind``."""
     if pattern is None:
-        return dict(quantizers)
+        return known
+    if not isinstance(pattern, Iterable):
+        raise TypeError(
+            f"{who}: expected pattern to be text or a list of texts, got {bounded(pattern)}"
+        )
     patterns = [pattern] if isinstance(pattern, str) else list(pattern)
     for text in patterns:
         if not isinstance(text, str):
             raise TypeError(f"{who}: expected pattern to be text, got {bounded(text)}")
-        if not any(fnmatch.fnmatchcase(name, text) for name in quantizers):
-            raise ValueError(
-                f'{who}: no {kind} matches pattern "{text}"; known: {shown(list(quantizers))}'
-            )
+        if not any(fnmatch.fnmatchcase(name, text) for name in known):
+            raise ValueError(f'{who}: no {kind} matches pattern "{text}"; known: {shown(known)}')
     if not patterns:
-        raise ValueError(f"{who}: expected pattern to name {kind}s, got an empty list")
-    return {
-        name: quantizer
-        for name, quantizer in quantizers.items()
-        if any(fnmatch.fnmatchcase(name, text) for text in patterns)
-    }
+        plural = " or ".join(f"{word}s" for word in kind.split(" or "))
+        raise ValueError(f"{who}: expected pattern to name {plural}, got an empty list")
+    return [name for name in known if any(fnmatch.fnmatchcase(name, text) for text in patterns)]
 
 
 class WeightSource(NamedTuple):
