@@ -19,8 +19,10 @@ import torch_ext
 from corrections import (
     INT4,
     ORDER,
+    Interrupted,
     Normed,
     Several,
+    Stopping,
     all_at_once,
     batches,
     calibrated,
@@ -268,139 +270,6 @@ def test_wrappers_do_not_matter() -> None:
     assert same_bits(*outputs)
 
 
-class Interrupted(Exception):
-    pass
-
-
-class TestCloser:
-    """By default what does not bring the outputs closer is taken back."""
-
-    @pytest.fixture
-    def data(self) -> list[Tensor]:
-        """Mostly a constant, whose rounding error is the mean error of what reads it."""
-        found = batches()
-        for batch in found:
-            batch[..., : batch.shape[-1] * 3 // 4] = 0.37
-        return found
-
-    @BOTH_WAYS
-    def test_no_correction_makes_the_outputs_worse(
-        self, data: list[Tensor], captured: bool
-    ) -> None:
-        net = filled(depthwise())
-        given = calibrated(net, data, captured=captured)
-        every, closer = copy.deepcopy(given), copy.deepcopy(given)
-        correct_bias(every, data)
-        report = torch_ext.correct_bias(closer, data)
-        errors = [output_error(net, model, data) for model in (given, every, closer)]
-        assert errors[2] < min(errors[:2])
-        assert report.before == pytest.approx(errors[0], rel=1e-6)
-        assert report.after == pytest.approx(errors[2], rel=1e-6)
-        assert {row.kept for row in report.rows} == {True, False}
-
-    def test_each_was_kept_for_what_it_gives(self, data: list[Tensor]) -> None:
-        """Against a loop of the test's own, which takes means by hooks."""
-        net = filled(depthwise())
-        model = calibrated(net, data)
-        own = copy.deepcopy(model)
-        report = torch_ext.correct_bias(model, data)
-        want = channel_means(net, data)
-        for row in report.rows:
-            tried = copy.deepcopy(own)
-            layer = tried.get_submodule(row.name)
-            shift = want[row.name] - channel_means(own, data)[row.name]
-            before = 0.0 if layer.bias is None else layer.bias.detach()
-            layer.bias = nn.Parameter((before + shift).float())
-            closer = output_error(net, tried, data) < output_error(net, own, data)
-            assert row.kept == closer == (row.shift > 0), row.name
-            own = tried if closer else own
-        torch.testing.assert_close(model(data[0]), own(data[0]))
-
-    def test_a_bias_that_was_created_in_vain_is_gone(self, data: list[Tensor]) -> None:
-        net = filled(Normed())
-        model = calibrated(net, data)
-        report = torch_ext.correct_bias(model, data)
-        for row in report.rows:
-            bias = model.get_submodule(row.name).bias
-            was = net.get_submodule(row.name).bias
-            assert row.created == (was is None and row.kept)
-            if not row.kept:
-                assert (bias is None) == (was is None)
-                assert was is None or same_bits(bias, was)
-
-    def test_an_unknown_name(self) -> None:
-        model = calibrated(filled(depthwise()), DATA)
-        before = snapshot(model)
-        text = message(lambda: torch_ext.correct_bias(model, DATA, keep="best"))  # type: ignore[arg-type]
-        assert text == "correct_bias: unknown keep 'best'; known: closer, all"
-        assert same(snapshot(model), before)
-
-
-@pytest.mark.parametrize("keep", ["all", "closer"])
-@pytest.mark.parametrize("data", [DATA, [torch.cat(DATA)]], ids=["several", "one batch"])
-def test_an_interrupted_run_goes_on(tmp_path: Path, data: list[Tensor], keep: Any) -> None:
-    """At every forward once; the result has the bits of a run without interruptions."""
-    net = filled(Several())
-    whole = calibrated(net, data)
-    want = correct_bias(whole, data, keep=keep)
-    path = tmp_path / "run.safetensors"
-    model = calibrated(net, data)
-    before = snapshot(model)
-    forwards, limit, interruptions = 0, 1, 0
-
-    def forward(net: nn.Module, batch: Any) -> Any:
-        nonlocal forwards
-        forwards += 1
-        if forwards > limit:
-            raise Interrupted
-        return net(batch)
-
-    while True:
-        forwards = 0
-        try:
-            report = correct_bias(model, data, keep=keep, forward=forward, checkpoint=path)
-            break
-        except Interrupted:
-            interruptions += 1
-            limit += 1
-            assert same(snapshot(model), before)
-    assert interruptions > 3
-    assert same(snapshot(model), snapshot(whole))
-    assert report == want
-    assert not path.exists()
-
-
-def test_a_checkpoint_of_something_else(tmp_path: Path) -> None:
-    net = filled(Several())
-    model, path = calibrated(net, DATA), tmp_path / "run.safetensors"
-    forwards = 0
-
-    def forward(net: nn.Module, batch: Any) -> Any:
-        nonlocal forwards
-        forwards += 1
-        if forwards > 11:
-            raise Interrupted
-        return net(batch)
-
-    with pytest.raises(Interrupted):
-        correct_bias(model, DATA, forward=forward, checkpoint=path)
-    content = path.read_bytes()
-    before = snapshot(model)
-    other = batches(seed=9)
-    calls: list[Callable[[], object]] = [
-        lambda: correct_bias(model, other, checkpoint=path),
-        lambda: correct_bias(model, DATA, checkpoint=path, pattern="fc.*"),
-        lambda: torch_ext.recalibrate_norms(model, DATA, checkpoint=path),
-    ]
-    for call in calls:
-        text = message(call, torch_ext.FileError)
-        assert "another model, other data" in text or "kind: expected" in text
-        assert same(snapshot(model), before)
-    path.write_bytes(content[:-3])
-    message(lambda: correct_bias(model, DATA, checkpoint=path), torch_ext.FileError)
-    assert same(snapshot(model), before)
-
-
 class TestBadInput:
     @pytest.fixture
     def model(self) -> nn.Module:
@@ -476,16 +345,8 @@ class TestBadInput:
         assert 'expected "0" to read the bias that it got' in text
 
     def test_a_forward_that_fails_at_last(self, model: nn.Module) -> None:
-        count = 0
-
-        def forward(net: nn.Module, batch: Any) -> Any:
-            nonlocal count
-            count += 1
-            if count == 27:  # of 3 * 3 + 6 * 3, in the last run over the data
-                raise Interrupted
-            return net(batch)
-
         before = snapshot(model)
+        stopping = Stopping(26)  # of 3 * 3 + 6 * 3, in the last run over the data
         with pytest.raises(Interrupted):
-            correct_bias(model, DATA, forward=forward)
+            correct_bias(model, DATA, forward=stopping)
         assert same(snapshot(model), before)

@@ -13,11 +13,14 @@ from torch import Tensor, nn
 import torch_ext
 from corrections import (
     INT4,
+    Interrupted,
     Normed,
+    Stopping,
     batches,
     calibrated,
     depthwise,
     filled,
+    interrupted_at_every_forward,
     output_error,
     seen_by_hooks,
 )
@@ -122,31 +125,14 @@ def test_chosen_norms() -> None:
     assert changed == {"bn3.running_mean", "bn3.running_var"}
 
 
-class Interrupted(Exception):
-    pass
-
-
 def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
     whole, model = (calibrated(filled(Normed()), DATA, fold_batch_norms=True) for _ in range(2))
     want = recalibrate_norms(whole, DATA)
-    before, path, forwards, limit = snapshot(model), tmp_path / "run.safetensors", 0, 1
-
-    def forward(net: nn.Module, batch: Any) -> Any:
-        nonlocal forwards
-        forwards += 1
-        if forwards > limit:
-            raise Interrupted
-        return net(batch)
-
-    while True:
-        forwards = 0
-        try:
-            report = recalibrate_norms(model, DATA, forward=forward, checkpoint=path)
-            break
-        except Interrupted:
-            limit += 1
-            assert same(snapshot(model), before)
-    assert limit > 9
+    path = tmp_path / "run.safetensors"
+    report, interruptions = interrupted_at_every_forward(
+        model, lambda forward: recalibrate_norms(model, DATA, forward=forward, checkpoint=path)
+    )
+    assert interruptions > 8
     assert report == want
     assert same(snapshot(model), snapshot(whole))
     assert not path.exists()
@@ -196,17 +182,9 @@ class TestBadInput:
     @pytest.mark.parametrize("count", [7, 12, 18])
     def test_a_forward_that_fails(self, count: int) -> None:
         model = calibrated(filled(Normed()), DATA, fold_batch_norms=True)
-        before, forwards = snapshot(model), 0
-
-        def forward(net: nn.Module, batch: Any) -> Any:
-            nonlocal forwards
-            forwards += 1
-            if forwards == count:
-                raise Interrupted
-            return net(batch)
-
+        before = snapshot(model)
         with pytest.raises(Interrupted):
-            recalibrate_norms(model, DATA, forward=forward)
+            recalibrate_norms(model, DATA, forward=Stopping(count - 1))
         assert same(snapshot(model), before)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import torch_ext
+from snapshots import same, snapshot
 
 CHANNELS = 8
 INT4 = torch_ext.get_default_qconfig(weight_qkwargs={"dtype": "int4"})
@@ -165,3 +166,35 @@ def output_error(net: nn.Module, model: nn.Module, data: list[Tensor]) -> float:
     """The squared error of the outputs, relative to the sum of their squares."""
     want, have = (torch.cat([m(x) for x in data]).double() for m in (net, model))
     return float((have - want).square().sum() / want.square().sum())
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Stopping:
+    """A ``forward`` that is interrupted after so many calls."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.calls = 0
+
+    def __call__(self, net: nn.Module, batch: Any) -> Any:
+        self.calls += 1
+        if self.calls > self.limit:
+            raise Interrupted
+        return net(batch)
+
+
+def interrupted_at_every_forward(model: nn.Module, run: Callable[[Stopping], Any]) -> Any:
+    """Runs until it gets through, a forward more each time; each interruption changes nothing.
+
+    Returns what the last run gives, and the number of interruptions.
+    """
+    before, limit = snapshot(model), 1
+    while True:
+        try:
+            return run(Stopping(limit)), limit - 1
+        except Interrupted:
+            limit += 1
+            assert same(snapshot(model), before)
