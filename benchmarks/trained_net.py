@@ -62,8 +62,8 @@ def photos() -> list[Image.Image]:
     return found
 
 
-def crops(pictures: list[Image.Image], count: int, seed: int) -> Tensor:
-    """Crops of random sides, places and mirrorings: [count, 3, 240, 240], as the net wants them."""
+def crops(pictures: list[Image.Image], count: int, seed: int, size: int = SIZE) -> Tensor:
+    """Crops of random sides, places and mirrorings: [count, 3, size, size], as the net wants."""
     random = np.random.default_rng(seed)
     made = []
     for i in range(count):
@@ -72,7 +72,7 @@ def crops(pictures: list[Image.Image], count: int, seed: int) -> Tensor:
         left = int(random.integers(0, picture.width - side + 1))
         top = int(random.integers(0, picture.height - side + 1))
         box = (left, top, left + side, top + side)
-        pixels = np.asarray(picture.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box))
+        pixels = np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC, box))
         pixels = pixels[:, ::-1] if random.random() < 0.5 else pixels
         made.append(torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1))
     return (torch.stack(made) - MEAN) / STD

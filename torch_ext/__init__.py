@@ -10,6 +10,22 @@ from torch_ext.analysis.sweep import Sweep, SweepRow, sweep
 from torch_ext.calibration.calibrate import CalibrationSummary, QuantizerSummary, calibrate
 from torch_ext.calibration.distributed import keep_statistics_local, sync_observers
 from torch_ext.calibration.resolve import resolve
+from torch_ext.correction.choose_bits import choose_bits
+from torch_ext.correction.correct_bias import BiasCorrection, BiasRow, correct_bias
+from torch_ext.correction.equalization.channel_limits import ChannelLimits
+from torch_ext.correction.equalize import Equalization, EqualizationRow, equalize
+from torch_ext.correction.recalibrate_norms import (
+    NormRecalibration,
+    NormRow,
+    recalibrate_norms,
+)
+from torch_ext.correction.reconstruct import (
+    ReconstructedLayer,
+    Reconstruction,
+    reconstruct,
+)
+from torch_ext.correction.widths.bit_choice import BitChoice, BitChoiceRow
+from torch_ext.correction.widths.bit_search import BitPoint
 from torch_ext.files.load_observer_params import LoadReport, load_observer_params
 from torch_ext.files.merge import MergeReport, merge_observer_params
 from torch_ext.files.observer_params import save_observer_params
@@ -44,10 +60,18 @@ cmake_prefix_path = str(loader.FOLDER / "share" / "cmake")
 
 __all__ = [
     "Add",
+    "BiasCorrection",
+    "BiasRow",
+    "BitChoice",
+    "BitChoiceRow",
+    "BitPoint",
     "CalibrationSummary",
     "Cat",
+    "ChannelLimits",
     "Choice",
     "Description",
+    "Equalization",
+    "EqualizationRow",
     "FakeQuantState",
     "FakeQuantize",
     "FileError",
@@ -56,12 +80,16 @@ __all__ = [
     "MatMul",
     "MergeReport",
     "Mul",
+    "NormRecalibration",
+    "NormRow",
     "Observer",
     "QConfig",
     "QuantStub",
     "QuantizationWarning",
     "QuantizerRow",
     "QuantizerSummary",
+    "ReconstructedLayer",
+    "Reconstruction",
     "ReportSummary",
     "SavedQuantizers",
     "Sensitivity",
@@ -70,8 +98,11 @@ __all__ = [
     "SweepRow",
     "build_info",
     "calibrate",
+    "choose_bits",
     "cmake_prefix_path",
+    "correct_bias",
     "describe",
+    "equalize",
     "export",
     "fake_quantize_states",
     "fake_quants",
@@ -90,6 +121,8 @@ __all__ = [
     "prepare_qat",
     "quantization_parameters",
     "read_quantizers",
+    "recalibrate_norms",
+    "reconstruct",
     "remove_quantizers",
     "report",
     "reset_statistics",

@@ -110,7 +110,7 @@ TORCH_LIBRARY_IMPL(torch_ext, Autograd, m) {
   m.impl("_fake_quant_backward", TORCH_FN(masked_autograd));
   // Not differentiable: statistics, ranges and qparams are constants of a training step.
   for (const char* op :
-       {"observe_", "merge_", "follow_", "solve", "solve_many", "qparams", "kl_threshold"})
+       {"observe_", "merge_", "follow_", "solve", "solve_many", "qparams", "kl_threshold", "gptq"})
     m.impl(op, torch::CppFunction::makeFallthrough());
   for (const RuleRow& rule : rules()) m.impl(rule.name, torch::CppFunction::makeFallthrough());
 }

@@ -263,6 +263,32 @@ observers::KlVariant check_kl_threshold(const at::Tensor& counts, const at::Tens
   return variant;
 }
 
+GptqContract check_gptq(const at::Tensor& weight, const at::Tensor& factor, const at::Tensor& scale,
+                        const at::Tensor& zero_point, c10::string_view grid_text) {
+  constexpr const char* op = "gptq";
+  const core::DType dtype = check_data(op, "weight", weight);
+  expect(dtype == core::DType::f32 || dtype == core::DType::f64, op, "weight", "Float or Double",
+         weight.scalar_type());
+  expect(weight.dim() == 3, op, "weight", "of shape [groups, rows, inputs]", weight.sym_sizes());
+  const auto check = [&](const char* argument, const at::Tensor& t, at::ScalarType type,
+                         const c10::SymInt& rows) {
+    check_device(op, argument, t);
+    expect(t.device() == weight.device(), op, argument, "on the weight's device", t.device());
+    expect(t.scalar_type() == type, op, argument, type, t.scalar_type());
+    expect(t.dim() == 3 && holds(t.sym_size(0).sym_eq(weight.sym_size(0))) &&
+               holds(t.sym_size(1).sym_eq(rows)) && holds(t.sym_size(2).sym_eq(weight.sym_size(2))),
+           op, argument,
+           argument == std::string_view("factor") ? "of shape [groups, inputs, inputs]"
+                                                  : "of the weight's shape",
+           t.sym_sizes());
+  };
+  check("factor", factor, at::kDouble, weight.sym_size(2));
+  check("scale", scale, at::kFloat, weight.sym_size(1));
+  check("zero_point", zero_point, at::kInt, weight.sym_size(1));
+  const QuantizingGrid grid = check_quantizing_grid({op, text(grid_text)});
+  return {dtype, grid.codes, grid.rounding};
+}
+
 OneShot check_one_shot(const c10::OperatorHandle& handle, const torch::jit::Stack& stack) {
   const std::string name = handle.schema().name().substr(sizeof("torch_ext::") - 1);
   const char* const op = name.c_str();

@@ -75,6 +75,14 @@ core::Grid check_qparams(const at::Tensor& range, c10::string_view grid);
 observers::KlVariant check_kl_threshold(const at::Tensor& counts, const at::Tensor& bin_width,
                                         int64_t levels, c10::string_view variant);
 
+struct GptqContract {
+  core::DType dtype;
+  core::Codes codes;
+  core::Rounding rounding;
+};
+GptqContract check_gptq(const at::Tensor& weight, const at::Tensor& factor, const at::Tensor& scale,
+                        const at::Tensor& zero_point, c10::string_view grid);
+
 // The arguments of a rule's one-shot op, which depend on its options.
 struct OneShot {
   at::Tensor x;

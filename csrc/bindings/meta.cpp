@@ -121,6 +121,12 @@ std::tuple<at::Tensor, at::Tensor> kl_threshold(const at::Tensor& counts,
           at::empty_symint({counts.sym_size(0)}, bin_width.options())};
 }
 
+at::Tensor gptq(const at::Tensor& weight, const at::Tensor& factor, const at::Tensor& scale,
+                const at::Tensor& zero_point, Text grid) {
+  check_gptq(weight, factor, scale, zero_point, grid);
+  return at::empty_symint(weight.sym_sizes(), weight.options());
+}
+
 void one_shot(const c10::OperatorHandle& handle, torch::jit::Stack* stack) {
   const OneShot call = check_one_shot(handle, *stack);
   at::Tensor range = at::empty_symint({call.channels, 2}, call.x.options().dtype(at::kFloat));
@@ -144,6 +150,7 @@ TORCH_LIBRARY_IMPL(torch_ext, Meta, m) {
   impl<SolveManyOp, solve_many>(m);
   m.impl("qparams", TORCH_FN(qparams));
   m.impl("kl_threshold", TORCH_FN(kl_threshold));
+  m.impl("gptq", TORCH_FN(gptq));
   for (const RuleRow& rule : rules())
     m.impl(rule.name, torch::CppFunction::makeFromBoxedFunction<&one_shot>());
 }

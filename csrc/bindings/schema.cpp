@@ -104,6 +104,8 @@ TORCH_LIBRARY(torch_ext, m) {
       "kl_threshold(Tensor counts, Tensor bin_width, int levels=128, str variant=\"slides\") -> "
       "(Tensor index, Tensor threshold)",
       tags);
+  m.def("gptq(Tensor weight, Tensor factor, Tensor scale, Tensor zero_point, str grid) -> Tensor",
+        tags);
   for (const torch_ext::RuleRow& rule : torch_ext::rules())
     m.def(one_shot_schema(rule).c_str(), tags);
 }

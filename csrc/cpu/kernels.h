@@ -2,6 +2,7 @@
 
 #include "cpu/accumulate.h"
 #include "cpu/capability.h"
+#include "cpu/gptq.h"
 #include "cpu/map.h"
 #include "cpu/map_reduce.h"
 #include "cpu/solve.h"
@@ -16,6 +17,7 @@ struct Kernels {
   MapKernels map;
   MapReduceKernels map_reduce;
   SolveKernels solve;
+  GptqKernels gptq;
 };
 
 // Those of chosen(); throws as it does.

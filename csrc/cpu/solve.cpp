@@ -159,7 +159,8 @@ void solve(const SolveJob* jobs, int64_t count) {
     });
   }
   for (int64_t j = 0; j < count; ++j)
-    if (jobs[j].solved != nullptr && is_solved(jobs[j])) *jobs[j].solved = 1;
+    if (jobs[j].solved != nullptr && *jobs[j].solved == 0 && is_solved(jobs[j]))
+      *jobs[j].solved = 1;
 }
 
 }  // namespace torch_ext::cpu

@@ -100,7 +100,8 @@ struct Steps {
 
   TE_GPU void mark(int64_t index) const {
     const Row row = row_of(index);
-    if (row.task.job.solved != nullptr && row.is_solved()) *row.task.job.solved = 1;
+    uint8_t* const flag = row.task.job.solved;
+    if (flag != nullptr && *flag == 0 && row.is_solved()) *flag = 1;
   }
 
   // ---- steps

@@ -50,6 +50,7 @@ def draw_losses(losses: Mapping[str, Sequence[Sequence[float]]], path: Path, tit
     except ImportError:
         return False
     matplotlib.use("Agg")  # writes files, needs no screen
+    matplotlib.rcParams["svg.hashsalt"] = "torch_ext"
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(9, 5), dpi=120)
@@ -67,7 +68,8 @@ def draw_losses(losses: Mapping[str, Sequence[Sequence[float]]], path: Path, tit
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
-    figure.savefig(path)
+    # The same losses give the same file.
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     pyplot.close(figure)
     return True
 

@@ -206,13 +206,13 @@ TEST(Solve, MoreJobsThanALaunchTakes) {
 }
 
 // Ranges that follow: first batch, averaging, averaging constant 1, frozen; channels without
-// values.
+// values. A flag that is set, to 2 for a range that is held, stays.
 TEST(Solve, RangesFollow) {
   Random random(45);
   for (const char* name : {"min_max", "percentile", "mse", "fixed_scale"}) {
     int32_t rule = 0;
     while (std::string(rules()[rule].name) != name) ++rule;
-    for (const uint8_t solved : {0, 1}) {
+    for (const uint8_t solved : {0, 1, 2}) {
       for (const double constant : {0.0, 0.01, 1.0}) {
         use_some_machine(random);
         std::vector<Quantizer> quantizers;
@@ -226,13 +226,19 @@ TEST(Solve, RangesFollow) {
           q.averaging_constant = constant;
         }
         // The CPU's op stops before a frozen range is solved.
-        if (constant == 0 && solved == 1) {
+        if (constant == 0 && solved != 0) {
           const std::vector<Quantizer> before = quantizers;
           solve_on_device(quantizers);
           for (size_t i = 0; i < before.size(); ++i) ASSERT_TRUE(quantizers[i] == before[i]);
         } else {
           expect_parity(quantizers);
           if (HasFatalFailure()) return;
+          solve_on_device(quantizers);
+          for (const Quantizer& q : quantizers) {
+            if (solved != 0) {
+              ASSERT_EQ(q.solved, solved) << name;
+            }
+          }
         }
       }
     }

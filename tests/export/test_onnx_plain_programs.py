@@ -15,6 +15,7 @@ from torch.export import Dim, ExportedProgram
 
 import export_models
 from nets.tiny_net import images
+from onnx_runs import run
 from torch_ext import named_quantizers
 from torch_ext.export.common.plain_program import spare_tracing
 from torch_ext.export.common.trace import symbols, trace
@@ -120,7 +121,11 @@ OTHERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 def traced(function: Callable[[Tensor, Tensor], Tensor], dynamic: bool) -> ExportedProgram:
     torch.manual_seed(0)
-    net = Net(function).eval()
+    return traced_net(Net(function), dynamic)
+
+
+def traced_net(net: nn.Module, dynamic: bool) -> ExportedProgram:
+    net = net.eval()
     shapes = {"input": {0: Dim("batch")}} if dynamic else None
     with torch.no_grad():
         return torch.export.export(net, (X,), dynamic_shapes=shapes)
@@ -171,6 +176,44 @@ def test_the_file_is_that_of_torch_onnx(name: str, dynamic: bool) -> None:
     have = exported(program)
     assert not again
     assert structure(have) == structure(exported(traced(PLAIN[name], dynamic)))
+
+
+class Several(nn.Module):
+    """Several results, of two convolutions."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], tuple[Tensor, ...]]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.function = function
+
+    def forward(self, input: Tensor) -> tuple[Tensor, ...]:
+        return self.function(self.first(input), self.second(input))
+
+
+# Pairs of which one takes the name that the other had: `relu_` becomes `relu`, and `relu` `relu_1`.
+SEVERAL: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, ...]]] = {
+    "relu": lambda a, b: (F.relu_(a), F.relu(b)),
+    "relu, the other way": lambda a, b: (F.relu(b), F.relu_(a)),
+    "add": lambda a, b: (a.add_(b), a + b),
+    "mean": lambda a, b: (F.adaptive_avg_pool2d(a, 1), b.mean((2, 3))),
+    "clamp": lambda a, b: (F.hardtanh(a, 0.0, 6.0, inplace=True), b.clamp(-0.5, 2.0)),
+    "one twice": lambda a, b: (F.relu_(a), F.relu(b), a),
+}
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_several_results(name: str) -> None:
+    net = Several(SEVERAL[name])
+    program = traced_net(net, True)
+    again = spared(program)
+    have = exported(program)
+    assert not again
+    assert structure(have) == structure(exported(traced_net(net, True)))
+    with torch.no_grad():
+        want = net(X)
+    for result, tensor in zip(run(have, X), want, strict=True):
+        torch.testing.assert_close(result, tensor)
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from onnx_runs import run
 from torch_ext import QuantizationWarning, export, get_default_qconfig, prepare_qat, resolve
 from torch_ext.export.engines.float_twin import float_twin
 from torch_ext.export.engines.integer_layers import onnxruntime_layers
+from torch_ext.export.onnx_profiles import quantize_before_pads, quantize_biases
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -137,6 +139,101 @@ def test_layers_behind_joined_values(tmp_path: Path) -> None:
     assert torch.equal(run(path, pictures())[0], run(plain, pictures())[0])
     noted = export.read_onnx_metadata(path)["quantizers"]
     assert noted == export.read_onnx_metadata(plain)["quantizers"]
+
+
+class LinearTwice(nn.Module):
+    """A linear layer that is called on two scales."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(432, 432)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.fc(9 * self.fc(x.flatten(1)))
+        return result
+
+
+def test_a_linear_layer_that_is_called_twice(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    path, plain, net = tmp_path / "net.onnx", tmp_path / "plain.onnx", calibrated(LinearTwice())
+    export.onnx(net, pictures(), path, profile="onnxruntime")
+    export.onnx(net, pictures(), plain)
+    assert [layer.op for layer in onnxruntime_layers(path)] == ["QGemm", "QGemm"]
+    constants = {
+        tensor.name: onnx.numpy_helper.to_array(tensor)
+        for tensor in onnx.load(path).graph.initializer
+    }
+    want = net.get_submodule("0.fc").bias.detach().double()  # type: ignore[union-attr, operator]
+    scales = []
+    for name, levels in constants.items():
+        if levels.dtype == "int32":
+            scales.append(torch.tensor(constants[name.removesuffix("int32") + "scale"]).double())
+            off = torch.tensor(levels) * scales[-1] - want
+            assert bool((off.abs() <= 0.5001 * scales[-1]).all())
+    assert len(scales) == 2
+    assert not torch.equal(*scales)
+    have, same = run(path, pictures())[0], run(plain, pictures())[0]
+    assert (have - same).abs().max() < 0.01 * same.abs().max()
+
+
+def with_reader_in_a_body(nodes: list[Any], tensors: dict[str, Any], read: str, rank: int) -> Any:
+    """A model of x with the result y, and an If whose branches read a tensor outside."""
+    make, info = onnx.helper, onnx.helper.make_tensor_value_info
+    branches = {
+        f"{way}_branch": make.make_graph(
+            [make.make_node(op, [read], [f"{way}_result"])], way, [],
+            [info(f"{way}_result", onnx.TensorProto.FLOAT, None)],
+        )
+        for way, op in (("then", "Neg"), ("else", "Identity"))
+    }  # fmt: skip
+    graph = make.make_graph(
+        [*nodes, make.make_node("If", ["way"], ["z"], **branches)], "net",
+        [info("x", onnx.TensorProto.FLOAT, [2, 3])],
+        [info(name, onnx.TensorProto.FLOAT, [None] * n) for name, n in (("y", 2), ("z", rank))],
+        [
+            onnx.numpy_helper.from_array(np.asarray(value), name)
+            for name, value in {**tensors, "way": np.array(True)}.items()
+        ],
+    )  # fmt: skip
+    return make.make_model(graph, opset_imports=[make.make_opsetid("", 18)], ir_version=8)
+
+
+def test_bodies_of_an_if_read_tensors_too() -> None:
+    pytest.importorskip("onnxruntime")
+    node = onnx.helper.make_node
+    x = torch.tensor([[0.5, -1.2, 3.0], [2.2, 0.1, -0.4]])
+    grid = {"s": np.float32(0.1), "zero": np.uint8(20)}
+
+    def pair(name: str) -> list[Any]:
+        return [
+            node("QuantizeLinear", [name, "s", "zero"], [f"{name}/q"]),
+            node("DequantizeLinear", [f"{name}/q", "s", "zero"], [f"{name}/d"]),
+        ]
+
+    padded = [node("Pad", ["x", "by"], ["p"]), *pair("p"), node("Neg", ["p/d"], ["y"])]
+    proto = with_reader_in_a_body(padded, {**grid, "by": np.array([0, 1, 0, 1])}, "p", 2)
+    want = run(proto, x)
+    assert quantize_before_pads(onnx, proto) == {}
+    onnx.checker.check_model(proto)
+    assert all(map(torch.equal, run(proto, x), want))
+
+    tensors = {
+        **grid, "w": np.array([[3, -5], [7, 1], [-2, 4]], np.int8), "ws": np.float32(0.02),
+        "w0": np.int8(0), "fc.bias": np.array([0.25, -1.5], np.float32),
+    }  # fmt: skip
+    linear = [
+        *pair("x"),
+        node("DequantizeLinear", ["w", "ws", "w0"], ["w/d"]),
+        node("Gemm", ["x/d", "w/d", "fc.bias"], ["y"]),
+    ]
+    proto = with_reader_in_a_body(linear, tensors, "fc.bias", 1)
+    want = run(proto, x)
+    quantize_biases(onnx, proto)
+    assert any(tensor.data_type == onnx.TensorProto.INT32 for tensor in proto.graph.initializer)
+    onnx.checker.check_model(proto)
+    have = run(proto, x)
+    torch.testing.assert_close(have[0], want[0], rtol=0, atol=0.5001 * 0.002)
+    assert torch.equal(have[1], want[1])
 
 
 def test_a_bias_beyond_32_bits_stays_in_float(tmp_path: Path) -> None:

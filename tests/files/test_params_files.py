@@ -119,7 +119,7 @@ class TestFiles:
             ("scale", torch.nan, "scale: expected values to be finite and above 0, got nan"),
             ("range", torch.inf, "range: expected values to be finite"),
             ("zero_point", 300, "zero_point: expected values to be on the grid, got 300"),
-            ("solved", 7, "solved: expected values to be 0 or 1, got 7"),
+            ("solved", 7, "solved: expected values to be 0, 1 or 2, got 7"),
             ("observer.tally", -1, "observer.tally: expected values to be at least 0"),
             ("observer.extrema", torch.nan, "observer.extrema: expected values to be min <= max"),
             ("observer.counts", -1, "observer.counts: expected values to be at least 0"),

@@ -260,6 +260,35 @@ def tangent_clauses() -> list[Clause]:
     return wrong
 
 
+def gptq_clauses() -> list[Clause]:
+    """Of a weight [2, 3, 4]."""
+    shape = (2, 3, 4)
+    off = torch.ones(shape)
+    off[1, 2, 3] = 0
+    broken = torch.eye(4, dtype=F64).repeat(2, 1, 1)
+    broken[1, 2, 2] = 0
+    return [
+        ("integer weight", "weight", {"weight": torch.ones(shape, dtype=I32)}),
+        ("half weight", "weight", {"weight": torch.ones(shape, dtype=torch.half)}),
+        ("weight rank", "weight", {"weight": torch.ones(3, 4)}),
+        ("factor dtype", "factor", {"factor": torch.ones(2, 4, 4)}),
+        ("factor rank", "factor", {"factor": torch.ones(4, 4, dtype=F64)}),
+        ("factor groups", "factor", {"factor": torch.ones(1, 4, 4, dtype=F64)}),
+        ("factor size", "factor", {"factor": torch.ones(2, 4, 5, dtype=F64)}),
+        ("factor without a pivot", "factor", {"factor": broken}),
+        ("factor with a NaN", "factor", {"factor": broken.log()}),
+        ("scale dtype of a weight", "scale", {"scale": torch.ones(shape, dtype=F64)}),
+        ("scale shape", "scale", {"scale": torch.ones(2, 3, 1)}),
+        ("scale rank of a weight", "scale", {"scale": torch.ones(3)}),
+        ("one scale of a weight zero", "scale", {"scale": off}),
+        ("one scale of a weight NaN", "scale", {"scale": off.log().mul(NAN)}),
+        ("zero point type", "zero_point", {"zero_point": torch.ones(shape)}),
+        ("zero point shape", "zero_point", {"zero_point": torch.ones(2, 3, 5, dtype=I32)}),
+        ("one zero point off", "zero_point", {"zero_point": off.to(I32) * 8}),
+        *grid_text_clauses(),
+    ]
+
+
 CLAUSES: dict[str, list[Clause]] = {
     "fake_quant": [*data_clauses(3), *qparams_clauses(), *grid_clauses()],
     "_fake_quant_forward": [*data_clauses(3), *qparams_clauses(), *grid_clauses()],
@@ -322,6 +351,7 @@ CLAUSES: dict[str, list[Clause]] = {
     "follow_": follow_clauses(),
     "follow_fake_quant": [*follow_clauses(), *MASK_CLAUSES],
     "_follow_fake_quant_forward": [*follow_clauses(), *MASK_CLAUSES],
+    "gptq": gptq_clauses(),
     "kl_threshold": [
         ("counts dtype", "counts", {"counts": torch.ones(2, 256)}),
         ("counts rank", "counts", {"counts": torch.ones(256, dtype=I64)}),

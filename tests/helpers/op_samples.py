@@ -128,6 +128,21 @@ def tangent_of(make: Make) -> Make:
     return made
 
 
+def gptq(*shape: int, dtype: torch.dtype = torch.float32, **more: Any) -> Arguments:
+    """A weight of [groups, rows, inputs]."""
+    groups, rows, inputs = shape
+    factor = torch.full((groups, inputs, inputs), 0.125, dtype=torch.float64).triu()
+    scale = torch.linspace(0.25, 0.5, groups * rows).view(groups, rows, 1).expand(shape)
+    return {
+        "weight": data(*shape, dtype=dtype),
+        "factor": factor,
+        "scale": scale,
+        "zero_point": torch.ones(shape, dtype=torch.int32),
+        "grid": "[-8,7]",
+        **more,
+    }
+
+
 LSQ: list[Make] = [
     lambda: learned(
         data(2, 3), torch.full((3,), 0.25), torch.zeros(3, dtype=torch.int32), ch_axis=1
@@ -232,6 +247,12 @@ SAMPLES: dict[str, list[Make]] = {
         },
     ],
 }
+SAMPLES["gptq"] = [
+    lambda: gptq(2, 3, 4),
+    lambda: gptq(1, 2, 70, dtype=torch.float64, grid="[-8,7] rounding=half_away"),
+    lambda: gptq(0, 3, 4),
+    lambda: gptq(1, 4, 3) | {"weight": data(1, 3, 4).mT},
+]
 for _rule in torch_ext.observers():
     SAMPLES[_rule] = [
         lambda: {"x": data(2, 3), "ch_axis": 1},

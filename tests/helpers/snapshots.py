@@ -10,7 +10,7 @@ import torch_ext
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
-    """Every tensor, state, rule and mode, to compare before and after."""
+    """Every tensor, state, rule, grid and mode, to compare before and after."""
     found: dict[str, Any] = {name: t.clone() for name, t in model.state_dict().items()}
     for name, module in model.named_modules():
         found[f"{name}.training"] = module.training
@@ -18,6 +18,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
             rule = module.observer
             found[f"{name}.state"] = (module.state, module.passes_through)
             found[f"{name}.rule"] = (rule.name, rule.options)
+            found[f"{name}.grid"] = (rule.grid, rule.scale_rule, rule.power_of_two)
     return found
 
 

@@ -31,6 +31,7 @@ FUNCTIONS = [
     ops.follow_,
     ops.follow_fake_quant,
     ops.kl_threshold,
+    ops.gptq,
 ]
 
 GRID = ("quant_min", "quant_max", "symmetric", "scale_rule", "power_of_two", "rounding")

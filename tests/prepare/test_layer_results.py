@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -96,6 +97,9 @@ FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
     "clamp from 1": (lambda x: x.clamp(1, 4), True),
     "max_pool2d": (lambda x: F.max_pool2d(x, 3, 1, 1), False),
     "nothing": (lambda x: x, False),
+    "size": (lambda x: (y := F.max_pool2d(x.relu(), 3, 1, 1)).view(y.size(0), 4, 4, 6), False),
+    "shape": (lambda x: F.relu(x).reshape(x.shape[0], 4, 4, 6), False),
+    "size and silu": (lambda x: F.silu(x).view(x.size(0), 4, 4, 6), True),
 }
 
 
@@ -231,6 +235,26 @@ def test_a_layer_that_is_called_twice() -> None:
     assert {"conv.activation_quantizer", "conv.activation_quantizer_1"} <= made
     made = names(prepared(Twice(), "onnxruntime", example=False))
     assert "conv.activation_quantizer" in made  # for both calls
+
+
+class Locked(Twice):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.lock:
+            return super().forward(x)
+
+
+def test_of_a_model_that_cannot_be_copied_nothing_is_known() -> None:
+    config = get_default_qconfig(backend="onnxruntime")
+    model = Locked().eval()
+    model.qconfig = config  # type: ignore[assignment]
+    made = torch_ext.prepare_qat(model, inplace=True)
+    assert made is model
+    assert "conv.activation_quantizer" not in names(made)
+    assert {"conv.parametrizations.weight.0", "conv.input_quantizers.input"} <= names(made)
 
 
 def test_a_stub_behind_a_layer_is_enough() -> None:

@@ -265,6 +265,7 @@ def test_the_gradient_mode_of_calibration_does_not_matter(mode: Any) -> None:
         ({"pattern": "head*"}, ValueError, 'no quantizer matches pattern "head*"; known: conv1'),
         ({"pattern": ["fc.*", "head"]}, ValueError, 'no quantizer matches pattern "head"'),
         ({"pattern": [3]}, TypeError, "pattern to be text, got 3"),
+        ({"pattern": 5}, TypeError, "expected pattern to be text or a list of texts, got 5"),
         ({"pattern": []}, ValueError, "pattern to name quantizers, got an empty list"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import math
 import re
 import struct
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 import fashion_mnist
 import low_bits
+import qat_start
 import torch_ext
 from common import data as example_data
 from common import net, replay, report, rivals
@@ -288,9 +290,29 @@ def test_few_bits_on_a_small_slice(bits: int, folder: Path) -> None:
     assert len(few) == 10 + 9  # ReLUs, and weights between the first and the last
 
 
+def test_the_starts_of_short_training(folder: Path) -> None:
+    starts = {
+        start: qat_start.train(qat_start.Training(str(folder), 4, "lsq", start, 1e-3, 0, 2, 5))
+        for start in qat_start.STARTS
+    }
+    without, calibrated, rounded = starts.values()
+    assert math.isnan(without.before)
+    assert all(0 <= done.after <= 100 and len(done.losses) == 2 for done in starts.values())
+    assert len({done.losses[0] for done in (without, calibrated, rounded)}) == 3
+    weights = qat_start.started(str(folder), 4, qat_start.STARTS[2]).residual1.body[0].weight
+    assert max(len(channel.unique()) for channel in weights.detach()) <= 16
+
+
 @pytest.mark.parametrize(
     "script",
-    ["fashion_mnist.py", "eleven_steps.py", "train_float.py", "low_bits.py", "export_onnx.py"],
+    [
+        "fashion_mnist.py",
+        "eleven_steps.py",
+        "train_float.py",
+        "low_bits.py",
+        "export_onnx.py",
+        "qat_start.py",
+    ],
 )
 def test_wrong_folder_ends_the_script_with_its_name(script: str, tmp_path: Path) -> None:
     done = run_example(f"examples/{script}", "--data", str(tmp_path / "nowhere"))

@@ -97,7 +97,7 @@ def test_links_lead_to_files(page: str) -> None:
 
 
 def test_links_lead_to_every_page_of_the_guide() -> None:
-    links = set(re.findall(r"\]\((docs/[^)#]+)\)", README))
+    links = set(re.findall(r"\]\((docs/[^)#]+\.md)\)", README))
     assert links == {str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md")}
 
 

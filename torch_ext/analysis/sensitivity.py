@@ -3,40 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from torch_ext.analysis.measurements import Results, fingerprint
 from torch_ext.analysis.svg import bar_picture
+from torch_ext.calibration.change_bits import check_bits, parse_bits
+from torch_ext.calibration.switched_model import Metric, SwitchedModel, name_of
+from torch_ext.files.measurements import Results, fingerprint
 from torch_ext.files.storage import PathLike, write_atomically
-from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import Pattern, PreparedModel, role_of
 from torch_ext.quantizers.restore import restored
 from torch_ext.quantizers.set_state import change_states
 from torch_ext.quantizers.state_table import FakeQuantState
 from torch_ext.utils.arguments import bounded, check_callable, parse_flag
-from torch_ext.utils.batches import (
-    Forward,
-    check_batches,
-    default_forward,
-    model_device,
-    tensors_in,
-    to_device,
-)
-from torch_ext.utils.modes import eval_mode, forked_rng
+from torch_ext.utils.batches import Forward, check_batches, default_forward, model_device
+from torch_ext.utils.modes import eval_mode
 from torch_ext.utils.progress import progress_bar
 from torch_ext.utils.text import text_table
 
 _WHO = "sensitivity"
 Way = Literal["on", "off"]
 _WAYS: tuple[Way, ...] = ("on", "off")
-Metric = Callable[[nn.Module, Any], Any]
 
 
 @dataclass(frozen=True)
@@ -55,6 +47,8 @@ class SensitivityRow:
     loss: float
     #: How much better ``off`` is than the quantized model.
     gain: float
+    #: ``loss`` at other widths: by the numbers of bits that were asked for.
+    losses: Mapping[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -71,23 +65,27 @@ class Sensitivity:
     ways: tuple[Way, ...]
     #: The metric's name.
     metric: str
+    #: The numbers of bits that were measured beside the quantizers' own.
+    bits: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         header = ["quantizer", "of"]
         header += ["alone", "loss"] * ("on" in self.ways) + ["all but it", "gain"] * (
             "off" in self.ways
         )
+        header += _titles(self.bits)
         rows = []
         for row in self.rows:
             cells = [row.name, row.of]
             cells += [f"{row.on:.4g}", f"{row.loss:+.4g}"] * ("on" in self.ways)
             cells += [f"{row.off:.4g}", f"{row.gain:+.4g}"] * ("off" in self.ways)
+            cells += [f"{row.losses[bits]:+.4g}" for bits in self.bits]
             rows.append(cells)
         text = f"{self.metric}: float {self.floating:.4g}, quantized {self.quantized:.4g}\n"
         return text + text_table(header, rows)
 
     def save_picture(self, path: PathLike, most: int | None = None) -> None:
-        """Writes an SVG with bars of loss and gain.
+        """Writes an SVG with bars of loss and gain, and of the loss at each number of bits.
 
         Args:
             path: the file; appears complete or not at all.
@@ -101,11 +99,19 @@ class Sensitivity:
         words = {"on": "loss with it alone", "off": "gain without it"}
         fields = {"on": "loss", "off": "gain"}
         bars = [
-            (row.name, [float(getattr(row, fields[way])) for way in self.ways], row.of)
+            (
+                row.name,
+                [
+                    *(float(getattr(row, fields[way])) for way in self.ways),
+                    *(row.losses[bits] for bits in self.bits),
+                ],
+                row.of,
+            )
             for row in self.rows[:most]
         ]
         title = f"{_WHO}: {self.metric}, float {self.floating:.4g}, quantized {self.quantized:.4g}"
-        picture = bar_picture(title, [words[way] for way in self.ways], bars)
+        series = [*(words[way] for way in self.ways), *_titles(self.bits)]
+        picture = bar_picture(title, series, bars)
         write_atomically(path, picture.encode())
 
 
@@ -114,7 +120,8 @@ def sensitivity(
     data: Any,
     metric: Metric | None = None,
     *,
-    ways: Way | Sequence[Way] = _WAYS,
+    ways: Way | Sequence[Way] | None = None,
+    bits: int | Sequence[int] | None = None,
     pattern: Pattern | None = None,
     higher_is_better: bool = True,
     forward: Forward | None = None,
@@ -130,6 +137,7 @@ def sensitivity(
 
         result = sensitivity(model, batches)            # error relative to the float outputs
         result = sensitivity(model, loader, accuracy)   # accuracy(model, loader) gives a number
+        result = sensitivity(model, batches, bits=(4, 8, 16))   # each alone, at these widths
         print(result)
 
     Args:
@@ -140,7 +148,11 @@ def sensitivity(
             the model's floating outputs, divided by the sum of squares of the float model's
             outputs, which stay in memory. Lower is then better, and the errors of quantizers about
             add up.
-        ways: ``"on"`` (this quantizer alone), ``"off"`` (all but this one), or both (default).
+        ways: ``"on"`` (this quantizer alone), ``"off"`` (all but this one), or both, which is the
+            default unless ``bits`` are given.
+        bits: numbers of bits, 2 to 16. Each quantizer is also measured alone on a grid of its kind
+            with so many, solved without data from what it has seen, by its own rule; by ``min_max``
+            where that does not take so many bits.
         pattern: which quantizers to switch, as in ``set_fake_quantize``; by default all.
         higher_is_better: whether a higher ``metric`` is better, by default True; the default
             metric ignores it.
@@ -155,12 +167,14 @@ def sensitivity(
         TypeError: if the metric returns no number, or data cannot be run over again.
         ValueError: for an unknown way or pattern; for data that gives other batches the second
             time; if the float model's outputs are not finite or all zero; for a checkpoint of
-            another run.
+            another run; by name, for quantizers that cannot change to one of ``bits``: with a
+            learned, given or frozen range, or a range but no statistic.
         RuntimeError: if a quantizer has no range.
     """
     prepared = PreparedModel(_WHO, model)
     quantizers, chosen = prepared.quantizers, prepared.select(pattern)
-    chosen_ways = _parse_ways(ways)
+    widths = () if bits is None else parse_bits(_WHO, bits)
+    chosen_ways = _parse_ways(ways, widths)
     check_callable(_WHO, "metric", metric)
     check_callable(_WHO, "forward", forward)
     if metric is None:
@@ -173,137 +187,73 @@ def sensitivity(
         stack.enter_context(torch.no_grad())
         results = Results(_WHO, checkpoint, fingerprint(prepared))
         change_states(_WHO, model, FakeQuantState.VALIDATION)
-        active = {
-            name: quantizer
-            for name, quantizer in quantizers.items()
-            if not quantizer.passes_through
-        }
-        run = _SensitivityRun(model, active, data, results)
-        run.begin(metric, forward or default_forward(_WHO), where)
-        switches = [(name, way) for name in chosen if name in active for way in chosen_ways]
-        for name, way in progress_bar(switches, len(switches), _WHO, progress):
-            run.switch(name, way)
+        names = [name for name in chosen if not quantizers[name].passes_through]
+        check_bits(_WHO, {name: quantizers[name] for name in names}, widths)
+        run = _SensitivityRun(
+            SwitchedModel(
+                prepared, model, data, metric, forward or default_forward(_WHO), where, results
+            )
+        )
+        steps = [(name, key) for name in names for key in (*chosen_ways, *widths)]
+        for name, key in progress_bar(steps, len(steps), _WHO, progress):
+            run.measure(name, key)
     results.finish()
     sign = 1.0 if metric is None or not higher_is_better else -1.0
-    rows = [run.row(name, sign) for name in chosen if name in active]
+    rows = [run.row(name, sign, widths) for name in names]
     rows.sort(key=lambda row: _order(row, chosen_ways))
-    title = "relative squared error of the outputs" if metric is None else _name(metric)
-    return Sensitivity(tuple(rows), run.floating, run.quantized, chosen_ways, title)
+    title = "relative squared error of the outputs" if metric is None else name_of(metric)
+    floating = run.switched.floating
+    return Sensitivity(tuple(rows), floating, run.quantized, chosen_ways, title, widths)
 
 
 class _SensitivityRun:
-    """The measurements of one call; `active` are the quantizers that quantize, by name.
+    """The measurements of one call: the quantized model's first, then those of `measure`."""
 
-    Call `begin` first, then `switch`, then `row` for each quantizer.
-    """
+    def __init__(self, switched: SwitchedModel) -> None:
+        self.switched = switched
+        self.quantized = switched.measure("the quantized model", switched.active)
+        self.measured: dict[tuple[str, Way | int], float] = {}
 
-    def __init__(
-        self, model: nn.Module, active: Mapping[str, FakeQuantize], data: Any, results: Results
-    ) -> None:
-        self.model = model
-        self.active = active
-        self.data = data
-        self.results = results
-        self.floating = self.quantized = 0.0
-        self.measured: dict[str, float] = {}
-
-    def begin(self, metric: Metric | None, forward: Forward, device: torch.device) -> None:
-        """Measures the float and the quantized model."""
-        self._enter(self.active, FakeQuantState.FLOAT)
-        if metric is None:
-            error = _OutputError(self.model, self.data, forward, device)
-            self.metric: Metric = error
-            self.results.measure("the power of the float outputs", lambda: error.power)
+    def measure(self, name: str, key: Way | int) -> None:
+        """Measures one quantizer in a way, or alone at a number of bits."""
+        if isinstance(key, int):
+            value = self.switched.measure(f"{key} bits {name}", [name], {name: key})
         else:
-            self.metric = metric
-            self.floating = self.results.measure("the float model", self._call)
-        self._enter(self.active, FakeQuantState.VALIDATION)
-        self.quantized = self.results.measure("the quantized model", self._call)
+            others = [other for other in self.switched.active if other != name]
+            value = self.switched.measure(f"{key} {name}", [name] if key == "on" else others)
+        self.measured[name, key] = value
 
-    def switch(self, name: str, way: str) -> None:
-        """Measures with one quantizer on in the float model, or off in the quantized one."""
-        state, others = FakeQuantState.VALIDATION, FakeQuantState.FLOAT
-        if way == "off":
-            state, others = others, state
-        self._enter(self.active, others)
-        self._enter([name], state)
-        self.measured[f"{way} {name}"] = self.results.measure(f"{way} {name}", self._call)
-
-    def row(self, name: str, sign: float) -> SensitivityRow:
+    def row(self, name: str, sign: float, bits: Sequence[int]) -> SensitivityRow:
         """A quantizer's row; `sign` is 1 if a lower metric is better, else -1."""
-        on, off = (self.measured.get(f"{way} {name}", math.nan) for way in _WAYS)
-        loss, gain = sign * (on - self.floating), sign * (self.quantized - off)
-        return SensitivityRow(name, role_of(name, self.active[name]), on, off, loss, gain)
-
-    def _enter(self, names: Iterable[str], state: FakeQuantState) -> None:
-        for name in names:
-            self.active[name].enter(state)
-
-    def _call(self) -> Any:
-        with forked_rng(self.model):
-            return self.metric(self.model, self.data)
+        floating = self.switched.floating
+        on, off = (self.measured.get((name, way), math.nan) for way in _WAYS)
+        loss, gain = sign * (on - floating), sign * (self.quantized - off)
+        losses = {width: sign * (self.measured[name, width] - floating) for width in bits}
+        of = role_of(name, self.switched.active[name])
+        return SensitivityRow(name, of, on, off, loss, gain, losses)
 
 
-def _parse_ways(ways: Way | Sequence[Way]) -> tuple[Way, ...]:
+def _parse_ways(ways: Way | Sequence[Way] | None, bits: tuple[int, ...]) -> tuple[Way, ...]:
     """The ways in the order of ``_WAYS``; raises ValueError for unknown ones and for none."""
+    if ways is None:
+        return () if bits else _WAYS
     given = [ways] if isinstance(ways, str) else list(ways)
     for way in given:
         if way not in _WAYS:
             raise ValueError(f"{_WHO}: unknown way {way!r}; known: {', '.join(_WAYS)}")
-    if not given:
+    if not given and not bits:
         raise ValueError(f"{_WHO}: expected ways to be on, off or both, got none")
     return tuple(way for way in _WAYS if way in given)
 
 
-def _name(metric: Metric) -> str:
-    return str(getattr(metric, "__name__", type(metric).__name__))
+def _titles(bits: Sequence[int]) -> list[str]:
+    return [f"loss, {width} bits" for width in bits]
 
 
 def _order(row: SensitivityRow, ways: tuple[str, ...]) -> tuple[tuple[bool, float], ...]:
-    """Sort key: NaN first (the metric is no number), then the highest loss, then the gain."""
-    values = [row.loss if way == "on" else row.gain for way in ways]
-    return tuple((not math.isnan(value), -value) for value in values)
+    """Sort key: NaN first (the metric is no number), then the highest loss, then the gain.
 
-
-class _OutputError:
-    """The default metric: squared error of the floating outputs over the float model's power.
-
-    Runs the model, which has to be in FLOAT, over the data and keeps its outputs. `power` is the
-    sum of their squares. Raises TypeError for data that can be run over only once, and ValueError
-    if `power` is not positive and finite.
+    Last come the losses at few bits before those at more.
     """
-
-    def __init__(self, model: nn.Module, data: Any, forward: Forward, device: torch.device) -> None:
-        if isinstance(data, Iterator):
-            raise TypeError(
-                f"{_WHO}: expected data to be batches that can be run over again, such as a list, "
-                f"got {type(data).__name__}"
-            )
-        self._forward = forward
-        self._device = device
-        with forked_rng(model):
-            self._wanted = list(self._outputs(model, data))
-        self.power = sum(float(want.double().square().sum()) for want in self._wanted)
-        if not 0 < self.power < math.inf:
-            raise ValueError(
-                f"{_WHO}: expected the float model's outputs to be finite and not all zero, got "
-                f"{len(self._wanted)} tensors whose squares sum to {self.power:g}"
-            )
-
-    def __call__(self, model: nn.Module, data: Any) -> float:
-        error = 0.0
-        outputs = self._outputs(model, data)
-        for have, want in itertools.zip_longest(outputs, self._wanted):
-            if have is None or want is None or have.shape != want.shape:
-                raise ValueError(
-                    f"{_WHO}: expected data to give the same batches each time it is run over, got "
-                    "outputs of other shapes"
-                )
-            error += float((have.double() - want.double()).square().sum())
-        return error / self.power
-
-    def _outputs(self, model: nn.Module, data: Iterable[Any]) -> Iterator[Tensor]:
-        """The floating tensors in the outputs of all batches."""
-        for batch in data:
-            out = self._forward(model, to_device(batch, self._device))
-            yield from (tensor for tensor in tensors_in(out) if tensor.is_floating_point())
+    values = [row.loss if way == "on" else row.gain for way in ways]
+    return tuple((not math.isnan(value), -value) for value in (*values, *row.losses.values()))

@@ -93,7 +93,7 @@ def bar_picture(
     picture.text((10, 18), title, size=13)
     x = 10.0
     for index, name in enumerate(series):
-        picture.rectangle((x, 26), 9, 9, COLOURS[index])
+        picture.rectangle((x, 26), 9, 9, COLOURS[index % len(COLOURS)])
         picture.text((x + 13, 35), name)
         x += 30 + 6.4 * len(name)
     finite = [v for _, values, _ in rows for v in values if abs(v) < float("inf")]
@@ -108,7 +108,9 @@ def bar_picture(
             if abs(value) < float("inf"):
                 start = zero + min(value, 0.0) * unit
                 corner = (start, y + bar * place)
-                picture.rectangle(corner, abs(value) * unit, bar - 1, COLOURS[place], f"{value:g}")
+                picture.rectangle(
+                    corner, abs(value) * unit, bar - 1, COLOURS[place % len(COLOURS)], f"{value:g}"
+                )
         picture.text((labels + width + 16, middle), note)
     picture.line([(zero, top - 4), (zero, top + step * len(rows))], GREY)
     return picture.render()

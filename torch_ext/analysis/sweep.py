@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from torch_ext.analysis.measurements import Results, fingerprint
 from torch_ext.analysis.rule_choices import Candidates, Choice, parse_candidates, usual_candidates
 from torch_ext.analysis.svg import bar_picture
 from torch_ext.calibration.resolve import plan_resolve, resolve
+from torch_ext.files.measurements import Results, fingerprint
 from torch_ext.files.storage import PathLike, write_atomically
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import Pattern, PreparedModel

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 
+import torch
+
 from torch_ext.ops.registry import fake_quant_info
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.grid import Grid, dtype_name, parse_dtype, parse_qscheme
@@ -37,7 +39,8 @@ def changed_grids(
     problems = {
         name: problem
         for name, quantizer in chosen.items()
-        if (problem := _problem(quantizer, wanted[name]))
+        if not _same(quantizer.observer, wanted[name])
+        and (problem := why_grid_stays(quantizer, wanted[name]))
     }
     if problems:
         lines = [f"  {label_of(name)}: {why}" for name, why in problems.items()]
@@ -46,22 +49,22 @@ def changed_grids(
             f", got {len(problems)} that cannot; prepare with get_default_qconfig(backend="
             f'"{backend}") and calibrate, or leave them out by pattern\n' + "\n".join(lines)
         )
-    before = {
-        quantizer.observer: (
-            quantizer.observer.grid,
-            quantizer.observer.scale_rule,
-            quantizer.observer.power_of_two,
-        )
-        for quantizer in chosen.values()
-    }
+    before = [quantizer.observer.kept_settings() for quantizer in chosen.values()]
     try:
         for name, quantizer in chosen.items():
             quantizer.observer.set_grid(wanted[name])
         yield
     except BaseException:
-        for observer, (grid, scale_rule, power_of_two) in before.items():
-            observer.set_grid(grid, scale_rule, power_of_two)
+        for restore in before:
+            restore()
         raise
+
+
+def on_backend_grid(
+    who: str, quantizer: FakeQuantize, grids: tuple[BackendGrid, BackendGrid]
+) -> bool:
+    """Whether a quantizer has the grid of a backend, given those of activations and weights."""
+    return _same(quantizer.observer, _wanted(who, quantizer, grids))
 
 
 def _wanted(who: str, quantizer: FakeQuantize, grids: tuple[BackendGrid, BackendGrid]) -> Grid:
@@ -77,26 +80,30 @@ def _wanted(who: str, quantizer: FakeQuantize, grids: tuple[BackendGrid, Backend
     return Grid(dtype, qscheme, keys["quant_min"], keys["quant_max"], *channels)
 
 
-def _problem(quantizer: FakeQuantize, wanted: Grid) -> str:
-    """Why a quantizer cannot change to a grid; empty if it can."""
+def why_grid_stays(quantizer: FakeQuantize, wanted: Grid) -> str:
+    """Why a quantizer cannot change to another grid without data; empty if it can."""
     observer = quantizer.observer
-    if _same(observer, wanted):
-        return ""
     grid = f"{dtype_name(wanted.dtype)} [{wanted.quant_min}, {wanted.quant_max}]"
     if fake_quant_info(quantizer.method)["learned"]:
         return f"it learns its range ({quantizer.method}), on another grid than {grid}"
     if observer.statistic == "none":
         return f"its scale is given ({observer.name}), for another grid than {grid}"
-    if observer.ch_axis >= 0 and not quantizer.transient:
+    if observer.ch_axis >= 0 and not quantizer.transient and _is_per_tensor(wanted):
         return (
             f"its statistic is per channel (axis {observer.ch_axis}), and the grid, {grid}, is per "
             "tensor"
         )
     if not quantizer.transient and bool(quantizer.solved) and not observer.saw_data:
         return f"it has a range but no statistic to solve {grid} from"
+    if quantizer.holds_range:
+        return f"its weight was rounded (reconstruct), to another grid than {grid}"
     if quantizer.transient and quantizer.averaging_constant == 0:
         return f"it keeps its range (averaging_constant=0), for another grid than {grid}"
     return ""
+
+
+def _is_per_tensor(grid: Grid) -> bool:
+    return grid.qscheme in (torch.per_tensor_symmetric, torch.per_tensor_affine)
 
 
 def _same(observer: Observer, wanted: Grid) -> bool:

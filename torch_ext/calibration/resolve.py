@@ -44,7 +44,8 @@ def resolve(
 
     A rule that reads a histogram (``percentile``, ``kl``, ...) needs one: calibrate with such a
     rule, or with ``histogram=True`` in ``activation_qkwargs`` of the qconfig. Quantizers that saw
-    no data, and those whose qconfig gives a scale (``fixed_scale``), are left as they are.
+    no data, and those whose qconfig gives a scale (``fixed_scale``), are left as they are; so are
+    weights that :func:`reconstruct` rounded, unless a ``weight_observer`` is given.
 
     Args:
         model: a prepared and calibrated model, wrapped or not.
@@ -109,7 +110,11 @@ def plan_resolve(
     selected = prepared.select(pattern)
     wanted = {False: activation_observer, True: weight_observer}
     sides = _sides(activation_observer, weight_observer)
-    chosen = {name: q for name, q in selected.items() if q.transient in sides and _has_data(q)}
+    chosen = {
+        name: q
+        for name, q in selected.items()
+        if q.transient in sides and _has_data(q) and (weight_observer or not q.holds_range)
+    }
     if not chosen:
         raise ValueError(f"{_WHO}: expected quantizers that saw data, found none; calibrate first")
 

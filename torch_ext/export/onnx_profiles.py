@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from torch_ext.export.common.entries import TO_FLOAT, Entry, refuse
-from torch_ext.export.engines.file_tensors import CARRIERS
+from torch_ext.export.engines.file_tensors import CARRIERS, reads
 from torch_ext.export.engines.integer_layers import EngineLayer, layers_in_onnxruntime
 from torch_ext.export.engines.openvino_runs import openvino_compiled, openvino_layers
 from torch_ext.export.onnx_grid import OnnxGrid
@@ -140,7 +140,7 @@ def quantize_biases(packages: Any, proto: Any) -> None:
             graph.initializer.extend(tensors)
             pairs.append(pair)
             node.input[2] = pair.output[0]
-    read = {name for node in graph.node for name in node.input}
+    read = {name for node in graph.node for name in reads(node)}
     for name, tensor in constants.items():
         if pairs and name not in read and name.endswith("bias"):
             graph.initializer.remove(tensor)
@@ -168,10 +168,12 @@ def _int32_bias(
         levels = np.rint(bias.astype(np.float64) / scale)
     if not bool((np.abs(levels) < 2**31).all()):  # NaN too
         return None
-    name = f"{node.input[2]}/dequantized"
+    # After the bias, for the eye, and the use: a layer called twice has an input scale for each.
+    use = f"{node.input[2]}/{node.output[0]}"
+    name = f"{use}/dequantized"
     tensors = [
-        packages.numpy_helper.from_array(levels.astype(np.int32), f"{node.input[2]}/int32"),
-        packages.numpy_helper.from_array(scale, f"{node.input[2]}/scale"),
+        packages.numpy_helper.from_array(levels.astype(np.int32), f"{use}/int32"),
+        packages.numpy_helper.from_array(scale, f"{use}/scale"),
     ]
     inputs = [tensor.name for tensor in tensors]
     keys = {"axis": 0} if scale.ndim else {}
@@ -233,7 +235,7 @@ def _turn_pads(packages: Any, graph: Any) -> dict[str, str]:
     constants = {tensor.name: tensor for tensor in graph.initializer}
     readers: dict[str, list[Any]] = {output.name: [None] for output in graph.output}
     for node in graph.node:
-        for name in node.input:
+        for name in reads(node):
             readers.setdefault(name, []).append(node)
 
     def per_tensor(node: Any) -> bool:

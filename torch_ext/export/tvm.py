@@ -25,7 +25,7 @@ from torch_ext.export.common.entries import (
 )
 from torch_ext.files.storage import FileError, PathLike, name_problem, read_object, write_atomically
 from torch_ext.quantizers.find import PreparedModel
-from torch_ext.quantizers.grid import dtype_name
+from torch_ext.quantizers.grid import dtype_bits
 from torch_ext.utils.arguments import bounded
 from torch_ext.utils.text import label_of
 
@@ -129,7 +129,7 @@ def _positive(value: object) -> bool:
 
 def _largest(entry: Entry) -> int:
     """The greatest level of a quantizer's dtype if it is signed: 127 for int8 and uint8."""
-    bits = int(dtype_name(entry.quantizer.observer.dtype).partition("int")[2])
+    bits = dtype_bits(entry.quantizer.observer.dtype)
     return int(2 ** (bits - 1)) - 1
 
 

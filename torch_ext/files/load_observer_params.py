@@ -107,8 +107,9 @@ def load_observer_params(
     histogram layout agree. A quantizer with a given scale (``fixed_scale``) keeps it.
 
     A weight's range is replaced by that of the model's own weight when the model enters VALIDATION,
-    or now if it is in VALIDATION, except where it is learned or frozen. Ranges of weights in
-    ``from_model`` are first solved from its present weights.
+    or now if it is in VALIDATION, except where it is learned, frozen or held (by
+    :func:`reconstruct`, and on the same grid; a quantizer that learns starts from that range).
+    Ranges of weights in ``from_model`` are first solved from its present weights.
 
     Args:
         from_model: a prepared model, or the path of a file of :func:`save_observer_params`.
@@ -181,6 +182,7 @@ class _Change:
 
     quantizer: FakeQuantize
     solution: Solution | None
+    held: bool
     statistic: Mapping[str, Tensor]
     synced: bool
 
@@ -188,6 +190,8 @@ class _Change:
     def apply(self) -> None:
         if self.solution is not None:
             self.quantizer.take_(self.solution)
+            if self.held:
+                self.quantizer.hold_range()
         for name, value in self.statistic.items():
             self.quantizer.get_buffer(name).copy_(value)
             self.quantizer.observer.synced = self.synced
@@ -220,7 +224,9 @@ def _changes(
         statistic, skipped = _statistic(params, params_of(quantizer))
         if skipped:
             report.statistics_skipped[name] = skipped
-        changes.append(_Change(quantizer, solution, statistic, params.synced))
+        # Converted to another grid, the range is no reason to keep it.
+        held = params.held and name not in report.converted
+        changes.append(_Change(quantizer, solution, held, statistic, params.synced))
     return changes
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch_ext.ops.registry import observer_info
 from torch_ext.ops.registry_names import Rule
 from torch_ext.ops.statistics import ScaleRule
-from torch_ext.quantizers.fake_quantize import FakeQuantize
+from torch_ext.quantizers.fake_quantize import HELD, FakeQuantize
 from torch_ext.quantizers.grid import dtype_name, is_float, parse_grid, text_of_grid
 from torch_ext.quantizers.learned import LearnedFakeQuantize
 from torch_ext.utils.text import joined
@@ -57,6 +57,11 @@ class Params:
     def solved(self) -> bool:
         """Whether there is a range."""
         return bool(self.tensors["solved"])
+
+    @property
+    def held(self) -> bool:
+        """Whether the range stays when the weight changes; see ``FakeQuantize.hold_range``."""
+        return int(self.tensors["solved"]) == HELD
 
     def on_cpu(self) -> Params:
         """A detached copy on the CPU, which stays when the quantizer changes."""
@@ -257,7 +262,7 @@ def check_parameters(params: Params) -> None:
     inside = (zero_point >= params.quant_min) & (zero_point <= params.quant_max)
     inside &= (zero_point == 0) if params.is_float else True
     _require("zero_point", bool(inside.all()), "on the grid", zero_point)
-    _require("solved", int(params["solved"]) in (0, 1), "0 or 1", params["solved"])
+    _require("solved", int(params["solved"]) in (0, 1, HELD), "0, 1 or 2", params["solved"])
 
 
 def check_statistic(tensors: Mapping[str, Tensor]) -> None:

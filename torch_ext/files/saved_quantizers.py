@@ -55,6 +55,8 @@ def _restored(params: Params) -> FakeQuantize:
     quantizer = quantizer_of(params)
     if params.solved:
         quantizer.take_(Solution(params["range"], params["scale"], params["zero_point"]))
+        if params.held:
+            quantizer.hold_range()
         quantizer.enter(FakeQuantState.VALIDATION)
     elif quantizer.transient or quantizer.observer.saw_data:
         quantizer.enter(FakeQuantState.CALIBRATION)

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch_ext.ops.quantizing import fake_quant as fake_quant
 from torch_ext.ops.quantizing import follow_ as follow_
 from torch_ext.ops.quantizing import follow_fake_quant as follow_fake_quant
+from torch_ext.ops.quantizing import gptq as gptq
 from torch_ext.ops.quantizing import learned_fake_quant as learned_fake_quant
 from torch_ext.ops.quantizing import lsq as lsq
 from torch_ext.ops.quantizing import pact as pact

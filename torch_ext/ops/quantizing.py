@@ -250,6 +250,44 @@ def follow_fake_quant(
     )
 
 
+def gptq(
+    weight: Tensor,
+    factor: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int | None = None,
+    quant_max: int | None = None,
+    grid: str | None = None,
+) -> Tensor:
+    """Rounds the rows of a weight to a grid, one input after the other (GPTQ).
+
+    The error of each value is fed to the inputs after it, so that they make up for it: with
+    ``inverse = factor.mT @ factor`` the inverse Hessian of a group (Frantar et al. 2022, arXiv
+    2210.17323), after value j of a row the values k behind it lose
+    ``(value - rounded) / factor[j, j] * factor[j, k]``. With the identity each value becomes the
+    nearest of its grid, as by :func:`fake_quant`. Computed in float64; a row's result does not
+    depend on other rows nor on the number of threads. On CUDA tensors it is computed on the CPU,
+    and waits for the device.
+
+    Args:
+        weight: float32 or float64 [groups, rows, inputs].
+        factor: float64 [groups, inputs, inputs], upper triangular, above 0 on the diagonal; what
+            is below the diagonal is not read.
+        scale: float32 of the weight's shape, any strides, above 0 and finite.
+        zero_point: int32 of the weight's shape, between ``quant_min`` and ``quant_max``; 0 on a
+            float format.
+        grid: in place of ``quant_min`` and ``quant_max``, as in :func:`fake_quant`.
+
+    Returns:
+        The values of the grid, in the shape and dtype of the weight.
+
+    Raises:
+        RuntimeError: an argument is not as above.
+    """
+    text = grid_text(quant_min, quant_max, grid=grid)
+    return NATIVE.gptq(weight, factor, scale, zero_point, text)  # type: ignore[no-any-return]
+
+
 def _option_values(rule: str, options: Options | None) -> list[float]:
     """Encodes names and values; numbers are passed on, since this runs at every training step."""
     if options is None or isinstance(options, Mapping):

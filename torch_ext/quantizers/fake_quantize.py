@@ -16,7 +16,7 @@ from torch_ext.ops.registry import fake_quant_info, observer_info
 from torch_ext.ops.registry_names import Method, Rule
 from torch_ext.quantizers.observer import KEYS as OBSERVER_KEYS
 from torch_ext.quantizers.observer import Observer, TensorMap, check_keys, keep_dtype
-from torch_ext.quantizers.solve import Solution, WeightSolution
+from torch_ext.quantizers.solve import Solution, WeightSolution, weight_solution
 from torch_ext.quantizers.state_table import (
     ACCUMULATE,
     FOLLOW,
@@ -35,6 +35,7 @@ from torch_ext.utils.text import span
 _CLASSES: dict[bool, type[FakeQuantize]] = {}
 _IDLE = FakeQuantState.FLOAT.value
 _STATE = "state"  # the key of a checkpoint's metadata
+HELD = 2  # the value of `solved` for a range that is held
 
 
 class FakeQuantize(nn.Module):
@@ -66,7 +67,7 @@ class FakeQuantize(nn.Module):
         range: float32 [C,2], buffer.
         scale: float32 [C], buffer.
         zero_point: int32 [C], buffer.
-        solved: uint8 [1], buffer: whether there is a range.
+        solved: uint8 [1], buffer: 1 if there is a range, 2 if it is held, see ``hold_range``.
         observer: the :class:`Observer`, a child module.
         label: the name in the model, set by ``set_fake_quantize``.
     """
@@ -111,6 +112,7 @@ class FakeQuantize(nn.Module):
         )
         self.optional = parse_flag("FakeQuantize", "optional", optional)
         self.unobserved_allowed = False
+        self._holds = False  # what `solved` says, as reading that would wait for a GPU
         self._state = FakeQuantState.FLOAT
         self._action = FakeQuantState.FLOAT.value
         self.label = ""
@@ -159,7 +161,6 @@ class FakeQuantize(nn.Module):
     @state.setter
     def state(self, state: FakeQuantState | StateName) -> None:
         who = "FakeQuantize.state"
-        # The module does not know its model, so there is no weight to read.
         change_state(who, {self.label: self}, parse_state(who, state), lambda _: None)
 
     @property
@@ -170,7 +171,18 @@ class FakeQuantize(nn.Module):
     @property
     def keeps_range(self) -> bool:
         """Whether the range that it has stays when the weight that it quantizes changes."""
-        return self.averaging_constant == 0 or self.observer.statistic == "none"
+        return self._holds or self.averaging_constant == 0 or self.observer.statistic == "none"
+
+    @property
+    def holds_range(self) -> bool:
+        """Whether :meth:`hold_range` was called since its range was set."""
+        return self._holds
+
+    def hold_range(self) -> None:
+        """Keeps a rounded weight's range until another is set; a learned one goes on learning."""
+        if not fake_quant_info(self.method)["learned"]:
+            self._holds = True
+            self.solved.fill_(HELD)
 
     @property
     def accumulates_data(self) -> bool:
@@ -254,7 +266,7 @@ class FakeQuantize(nn.Module):
         buffers: Any = self._buffers
         if action in FOLLOW and observer.statistic != "none":
             tensors = (buffers["range"], buffers["scale"], buffers["zero_point"], buffers["solved"])
-            constant = self.averaging_constant
+            constant = 0.0 if self._holds else self.averaging_constant
             return ops.follow_fake_quant(x, *tensors, constant, **self._follow_arguments())
         qparams, axis = (buffers["scale"], buffers["zero_point"]), observer.ch_axis
         return ops.fake_quant(x, *qparams, ch_axis=axis, grid=observer.grid_text)
@@ -271,26 +283,9 @@ class FakeQuantize(nn.Module):
             "grid": observer.grid_text,
         }
 
-    @torch.no_grad()
     def solve_weight(self, weight: Tensor) -> WeightSolution:
         """Computes the range and statistic of ``weight``, without changing the quantizer."""
-        observer = self.observer
-        fresh = Observer(
-            "min_max",
-            qscheme=observer.qscheme,
-            ch_axis=observer.ch_axis,
-            channel_len=observer.channel_len,
-        ).to(self.solved.device)
-        fresh(weight)
-        if observer.statistic == "none":
-            given = Solution(observer.range(), *observer.calculate_qparams())
-            return WeightSolution(given, fresh.extrema, fresh.tally)
-        # Written to by follow_; a channel without a finite value keeps the range (0,0).
-        solution = Solution.nothing(observer.channel_len, self.solved.device)
-        solved = torch.zeros_like(self.solved)  # 0: the range becomes that of the weight
-        # With the constant 0 follow_ would not take the range of a weight that is all zero.
-        ops.follow_(weight, *solution, solved, 1.0, **self._follow_arguments())
-        return WeightSolution(solution if bool(solved) else None, fresh.extrema, fresh.tally)
+        return weight_solution(self.observer, weight, self._follow_arguments())
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """The scale [C] float32 and zero point [C] int32 that it quantizes with."""
@@ -300,6 +295,7 @@ class FakeQuantize(nn.Module):
     def take_(self, solution: Solution) -> Self:
         """Copies a range, scale and zero point into the quantizer; it is solved then."""
         self._set(solution)
+        self._holds = False
         self.solved.fill_(1)
         if self.passes_through:
             self.enter(self._state)
@@ -327,6 +323,7 @@ class FakeQuantize(nn.Module):
 
         Deferred initialization calls it after ``to_empty``.
         """
+        self._holds = False
         self.observer.reset_()
         self._set(Solution.nothing(self.observer.channel_len, self.solved.device))
         self.solved.zero_()
@@ -345,6 +342,7 @@ class FakeQuantize(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *more: Any
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *more)
+        self._holds = not self.solved.is_meta and int(self.solved) == HELD
         warn_of_state(local_metadata.get(_STATE), self._state)
         if self._state is not FakeQuantState.VALIDATION:
             return
@@ -361,6 +359,7 @@ class FakeQuantize(nn.Module):
         words.append(f"averaging_constant={self.averaging_constant}")
         words += ["optional"] if self.optional else []
         words += ["passes through"] if self.passes_through else []
+        words += ["holds its range"] if self._holds else []
         words += [self.range_text()]
         return ", ".join(words)
 

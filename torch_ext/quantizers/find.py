@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from torch_ext.utils.text import shown
 
 _COMPILED = "_orig_mod."
 Pattern = str | Sequence[str]
+M = TypeVar("M", bound=nn.Module)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -49,7 +50,7 @@ def check_model(who: str, model: object, argument: str = "model") -> nn.Module:
 
 def clean_name(name: str) -> str:
     """A module's name without the ``_orig_mod.`` that torch.compile adds for a submodule."""
-    return name.replace(_COMPILED, "")
+    return f"{name}.".replace(_COMPILED, "")[:-1]
 
 
 def named_quantizers(model: nn.Module) -> dict[str, FakeQuantize]:
@@ -134,31 +135,38 @@ class PreparedModel:
 
 
 def select(
-    who: str, quantizers: Mapping[str, FakeQuantize], pattern: Pattern | None
-) -> dict[str, FakeQuantize]:
+    who: str, quantizers: Mapping[str, M], pattern: Pattern | None, kind: str = "quantizer"
+) -> dict[str, M]:
     """The quantizers whose names match a pattern (``fnmatch``) or one of several; None: all.
+
+    Or modules of another kind, as errors name it.
 
     Raises:
         TypeError: a pattern is not text.
         ValueError: a pattern matches no quantizer, or the list of patterns is empty.
     """
+    matching = set(matching_names(who, list(quantizers), pattern, kind))
+    return {name: quantizer for name, quantizer in quantizers.items() if name in matching}
+
+
+def matching_names(who: str, known: list[str], pattern: Pattern | None, kind: str) -> list[str]:
+    """Those of the known names that :func:`select` takes; errors name their ``kind``."""
     if pattern is None:
-        return dict(quantizers)
+        return known
+    if not isinstance(pattern, Iterable):
+        raise TypeError(
+            f"{who}: expected pattern to be text or a list of texts, got {bounded(pattern)}"
+        )
     patterns = [pattern] if isinstance(pattern, str) else list(pattern)
     for text in patterns:
         if not isinstance(text, str):
             raise TypeError(f"{who}: expected pattern to be text, got {bounded(text)}")
-        if not any(fnmatch.fnmatchcase(name, text) for name in quantizers):
-            raise ValueError(
-                f'{who}: no quantizer matches pattern "{text}"; known: {shown(list(quantizers))}'
-            )
+        if not any(fnmatch.fnmatchcase(name, text) for name in known):
+            raise ValueError(f'{who}: no {kind} matches pattern "{text}"; known: {shown(known)}')
     if not patterns:
-        raise ValueError(f"{who}: expected pattern to name quantizers, got an empty list")
-    return {
-        name: quantizer
-        for name, quantizer in quantizers.items()
-        if any(fnmatch.fnmatchcase(name, text) for text in patterns)
-    }
+        plural = " or ".join(f"{word}s" for word in kind.split(" or "))
+        raise ValueError(f"{who}: expected pattern to name {plural}, got an empty list")
+    return [name for name in known if any(fnmatch.fnmatchcase(name, text) for text in patterns)]
 
 
 class WeightSource(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,7 +13,7 @@ from torch_ext.ops.grid_text import grid_text, words
 from torch_ext.utils.arguments import parse_integer
 
 _NAME = re.compile(r"(?:torch\.)?q?(u?)int(\d+)")
-_MIN_BITS, _MAX_BITS = 2, 16
+MIN_BITS, MAX_BITS = 2, 16
 _KNOWN_DTYPES = (
     "int4, uint4, int8, uint8, int16, uint16 and others of 2 to 16 bits, float8_e4m3, float8_e5m2"
 )
@@ -60,7 +60,7 @@ def parse_dtype(who: str, dtype: object) -> tuple[DType, int, int]:
             return floats, -largest, largest
     match = _NAME.fullmatch(str(dtype)) if isinstance(dtype, (str, torch.dtype)) else None
     bits = int(match[2]) if match and len(match[2]) < 3 else 0
-    if not match or not _MIN_BITS <= bits <= _MAX_BITS:
+    if not match or not MIN_BITS <= bits <= MAX_BITS:
         raise ValueError(f"{who}: unknown dtype {dtype!r}; known: {_KNOWN_DTYPES}")
     name = f"{match[1]}int{bits}"
     low, high = (0, 2**bits - 1) if match[1] else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
@@ -93,6 +93,11 @@ def text_of_grid(
     """A quantizer's grid as the text that ops take."""
     how = (symmetric, scale_rule, power_of_two)
     return f"{dtype}{words(*how)}" if is_float(dtype) else grid_text(quant_min, quant_max, *how)
+
+
+def dtype_bits(dtype: DType) -> int:
+    """The number of bits of a dtype that :func:`parse_dtype` accepts."""
+    return 8 if is_float(dtype) else int(dtype_name(dtype).partition("int")[2])
 
 
 def parse_qscheme(who: str, qscheme: object) -> torch.qscheme:
@@ -138,6 +143,22 @@ def _check_float(
     for name, (given, end) in ends.items():
         if given is not None and given != end:
             raise ValueError(f"{who}: expected {name} to be {end} with {dtype}, got {given}")
+
+
+def grid_of_bits(grid: Grid, bits: int) -> Grid:
+    """The same kind of grid with 2 to 16 bits: of its signedness, scheme and channels.
+
+    [-127, 127] becomes [-7, 7] with 4 bits, [-128, 127] becomes [-8, 7]. Of its own width it is
+    the grid itself, which may be narrower than its dtype. Another width than that of a float format
+    is an integer grid's.
+    """
+    if bits == dtype_bits(grid.dtype):
+        return grid
+    sign = "u" if dtype_name(grid.dtype).startswith("u") else ""
+    dtype, low, high = parse_dtype("grid_of_bits", f"{sign}int{bits}")
+    if grid.quant_min in (0, -grid.quant_max):
+        low = 0 if grid.quant_min == 0 else -high
+    return replace(grid, dtype=dtype, quant_min=low, quant_max=high)
 
 
 def parse_grid(

@@ -302,7 +302,8 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
             octaves=observer.octaves,
         )
         if by_channel:
-            self.solved.bitwise_or_(done)  # 1 if any channel has started
+            # 1 if any channel has started; 2 stays, as a held range has.
+            self.solved.copy_(torch.maximum(self.solved, done))
 
     def _set(self, solution: Solution) -> None:
         self.start_range.copy_(solution.range)

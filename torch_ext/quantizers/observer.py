@@ -237,6 +237,17 @@ class Observer(nn.Module):
         self.quant_min, self.quant_max = grid.quant_min, grid.quant_max
         self.scale_rule, self.power_of_two = scale_rule, power
 
+    def kept_settings(self) -> Callable[[], None]:
+        """The function that it returns sets the grid and the rule that there are now again."""
+        grid = (self.grid, self.scale_rule, self.power_of_two)
+        name, options = self.name, self.options
+
+        def restore() -> None:
+            self.set_grid(*grid)
+            self.set_rule(name, **options)
+
+        return restore
+
     def check_rule(self, name: Rule, **options: OptionValue) -> list[float]:
         """Raises unless the rule supports the options, this grid and this histogram layout.
 

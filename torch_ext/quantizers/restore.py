@@ -21,7 +21,7 @@ _BUSY_LOCK = threading.Lock()
 
 @contextlib.contextmanager
 def restored_on_error(quantizers: Mapping[str, FakeQuantize]) -> Iterator[None]:
-    """Restores the quantizers' buffers, rules and states if the body raises."""
+    """Restores the quantizers' buffers, grids, rules and states if the body raises."""
     restore = _snapshot(quantizers)
     try:
         yield
@@ -32,7 +32,7 @@ def restored_on_error(quantizers: Mapping[str, FakeQuantize]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def restored(quantizers: Mapping[str, FakeQuantize]) -> Iterator[None]:
-    """Restores the quantizers' buffers, rules and states when the body ends or raises."""
+    """Restores the quantizers' buffers, grids, rules and states when the body ends or raises."""
     restore = _snapshot(quantizers)
     try:
         yield
@@ -41,15 +41,12 @@ def restored(quantizers: Mapping[str, FakeQuantize]) -> Iterator[None]:
 
 
 def _snapshot(quantizers: Mapping[str, FakeQuantize]) -> Callable[[], None]:
-    """Copies the quantizers' buffers, rules and states; the function returned restores them."""
+    """Copies the quantizers' buffers, grids, rules and states; the result restores them."""
     states = {
         name: (quantizer.state, quantizer.passes_through, quantizer.observer.synced)
         for name, quantizer in quantizers.items()
     }
-    rules = {
-        name: (quantizer.observer.name, quantizer.observer.options)
-        for name, quantizer in quantizers.items()
-    }
+    settings = {name: quantizer.observer.kept_settings() for name, quantizer in quantizers.items()}
     tensors = {
         name: {key: value.clone() for key, value in quantizer.state_dict().items()}
         for name, quantizer in quantizers.items()
@@ -58,9 +55,8 @@ def _snapshot(quantizers: Mapping[str, FakeQuantize]) -> Callable[[], None]:
     def restore() -> None:
         for name, quantizer in quantizers.items():
             state, passes_through, synced = states[name]
-            rule, options = rules[name]
             quantizer.enter(FakeQuantState.FLOAT)
-            quantizer.observer.set_rule(rule, **options)
+            settings[name]()
             quantizer.load_state_dict(tensors[name])
             quantizer.observer.synced = synced
             quantizer.enter(state, pass_through=passes_through)

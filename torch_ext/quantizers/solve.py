@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -58,10 +58,39 @@ class Quantizer(Protocol):
     def transient(self) -> bool: ...
     @property
     def keeps_range(self) -> bool: ...
+    @property
+    def holds_range(self) -> bool: ...
     def check_enters(self, who: str, name: str, state: FakeQuantState) -> None: ...
     def enter(self, state: FakeQuantState, *, pass_through: bool = False) -> None: ...
     def take_(self, solution: Solution) -> Self: ...
     def solve_weight(self, weight: Tensor) -> WeightSolution: ...
+
+
+@torch.no_grad()
+def weight_solution(
+    observer: Observer, weight: Tensor, follow_arguments: Mapping[str, Any]
+) -> WeightSolution:
+    """Computes a weight's range and statistic.
+
+    Args:
+        observer: of the weight's quantizer; it does not change.
+        weight: what the quantizer reads.
+        follow_arguments: the arguments of ``ops.follow_`` after ``averaging_constant``, by name.
+    """
+    device, channels = observer.extrema.device, observer.channel_len
+    scheme = observer.qscheme
+    fresh = Observer("min_max", qscheme=scheme, ch_axis=observer.ch_axis, channel_len=channels)
+    fresh.to(device)
+    fresh(weight)
+    if observer.statistic == "none":
+        given = Solution(observer.range(), *observer.calculate_qparams())
+        return WeightSolution(given, fresh.extrema, fresh.tally)
+    # Written to by follow_; a channel without a finite value keeps the range (0,0).
+    solution = Solution.nothing(channels, device)
+    solved = torch.zeros(1, dtype=torch.uint8, device=device)  # 0: takes that of the weight
+    # With the constant 0 follow_ would not take the range of a weight that is all zero.
+    ops.follow_(weight, *solution, solved, 1.0, **follow_arguments)
+    return WeightSolution(solution if bool(solved) else None, fresh.extrema, fresh.tally)
 
 
 Q = TypeVar("Q", bound=Quantizer)

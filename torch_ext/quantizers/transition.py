@@ -38,7 +38,7 @@ def change_state(
     read_weight: ReadWeight[Q],
     allow_unobserved: bool = False,
 ) -> None:
-    """Changes the state of quantizers; those that leave CALIBRATION are solved.
+    """Changes the state of quantizers; those that leave CALIBRATION are solved, but for held ones.
 
     For VALIDATION every weight is solved, whatever state its quantizer leaves; see
     :func:`solve_weights`.
@@ -64,6 +64,7 @@ def change_state(
         for name, quantizer in chosen.items()
         if quantizer.state is FakeQuantState.CALIBRATION
         and target is not FakeQuantState.CALIBRATION
+        and not quantizer.holds_range
     }
     solutions = solve_quantizers(leaving, read_weight)
     if target is FakeQuantState.VALIDATION:

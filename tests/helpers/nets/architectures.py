@@ -44,12 +44,17 @@ NORMS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "resnetv2_18": (lambda: _timm("resnetv2_18", num_classes=10), 48),
 }
 
+# With a clip behind each layer.
+CLIPS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "mobilenet_v2": (lambda: _torchvision("mobilenet_v2", num_classes=10), 32),
+}
+
 
 def architecture(name: str, count: int = 2) -> tuple[nn.Module, Tensor]:
     """A model without zeros for weights, so that what is not quantized shows, and images."""
     operators.declare()
     torch.manual_seed(0)
-    make, size = (ZOO | NORMS)[name]
+    make, size = (ZOO | NORMS | CLIPS)[name]
     model = make()
     for parameter in model.parameters():
         if not bool(parameter.any()):

@@ -99,8 +99,10 @@ class _Decomposition:
             raise _NotPlain
         self.made.node_copy(output, self.nodes.__getitem__)
         self.made.eliminate_dead_code()
-        for name, node in [(n.name, n) for n in nodes if n in results]:
-            signature.replace_all_uses(name, self.nodes[node].name)
+        # All at once: a name of the one graph may stand for something else in the other.
+        names = {node.name: self.nodes[node].name for node in nodes if node in results}
+        for spec in signature.output_specs:
+            spec.arg.name = names.get(spec.arg.name, spec.arg.name)
         return self.made
 
     def _copied_input(self, node: fx.Node) -> fx.Node:

@@ -7,7 +7,7 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch_ext.export.common.entries import SMALL_SCALE, check_path
 from torch_ext.export.common.packages import load_onnx
@@ -183,9 +183,9 @@ def check(
     found = []
     with named_file(packages, proto, target) as file:
         for name in chosen:
-            given = (file, target, packages, proto, twin, feeds, threads, seconds)
+            given = (name, file, target, packages, proto, twin, feeds, threads, seconds)
             try:
-                found.append(_ENGINE_CHECKS[name](*given))
+                found.append(_check_engine(*given))
             except ValueError as error:
                 problem = str(error).removeprefix(f"{_WHO}: ")
                 found.append(EngineCheck(name, _version(name), (), None, None, problem))
@@ -243,7 +243,8 @@ def _version(engine: str) -> str:
     return str(importlib.import_module(engine).__version__).partition("-")[0]
 
 
-def _check_onnxruntime(
+def _check_engine(
+    name: str,
     file: Path,
     path: Path,
     packages: Any,
@@ -253,43 +254,14 @@ def _check_onnxruntime(
     threads: int,
     seconds: float,
 ) -> EngineCheck:
-    session = onnxruntime_session(_WHO, file, path, threads=threads)
-    layers = tuple(layers_in_onnxruntime(_WHO, packages, proto, file, path))
+    engine = _ENGINE_CALLS[name]
+    loaded, run = engine.load(file, path, threads)
+    layers = tuple(engine.layers(loaded, packages, proto, file, path))
     times: tuple[float | None, float | None] = (None, None)
     if twin:
-        floating = onnxruntime_session(_WHO, twin, f"{path} in float", threads=threads)
-        times = _timed(
-            "onnxruntime",
-            lambda: session.run(None, feeds),
-            lambda: floating.run(None, feeds),
-            seconds,
-        )
-    return EngineCheck("onnxruntime", _version("onnxruntime"), layers, *times, "")
-
-
-def _check_openvino(
-    file: Path,
-    path: Path,
-    packages: Any,
-    proto: Any,
-    twin: bytes,
-    feeds: Any,
-    threads: int,
-    seconds: float,
-) -> EngineCheck:
-    compiled = openvino_compiled(_WHO, file, path, threads)
-    layers = tuple(openvino_layers(compiled, packages, proto))
-    times: tuple[float | None, float | None] = (None, None)
-    if twin:
-        floating = openvino_compiled(_WHO, twin, f"{path} in float", threads)
-        requests = [one.create_infer_request() for one in (compiled, floating)]
-        times = _timed(
-            "OpenVINO",
-            lambda: requests[0].infer(feeds),
-            lambda: requests[1].infer(feeds),
-            seconds,
-        )
-    return EngineCheck("openvino", _version("openvino"), layers, *times, "")
+        _, run_float = engine.load(twin, f"{path} in float", threads)
+        times = _timed(engine.title, lambda: run(feeds), lambda: run_float(feeds), seconds)
+    return EngineCheck(name, _version(name), layers, *times, "")
 
 
 def _timed(
@@ -304,7 +276,39 @@ def _timed(
         ) from error
 
 
-_ENGINE_CHECKS: dict[str, Callable[..., EngineCheck]] = {
-    "onnxruntime": _check_onnxruntime,
-    "openvino": _check_openvino,
+class _EngineCalls(NamedTuple):
+    """An engine: its name in errors, what loads a model and gives a way to run it, and layers."""
+
+    title: str
+    load: Callable[[Path | bytes, object, int], tuple[Any, Callable[[Any], object]]]
+    layers: Callable[[Any, Any, Any, Path, Path], list[EngineLayer]]
+
+
+def _load_in_onnxruntime(
+    model: Path | bytes, label: object, threads: int
+) -> tuple[Any, Callable[[Any], object]]:
+    session = onnxruntime_session(_WHO, model, label, threads=threads)
+    return session, lambda feeds: session.run(None, feeds)
+
+
+def _load_in_openvino(
+    model: Path | bytes, label: object, threads: int
+) -> tuple[Any, Callable[[Any], object]]:
+    compiled = openvino_compiled(_WHO, model, label, threads)
+    return compiled, compiled.create_infer_request().infer
+
+
+_ENGINE_CALLS = {
+    "onnxruntime": _EngineCalls(
+        "onnxruntime",
+        _load_in_onnxruntime,
+        lambda _, packages, proto, file, path: layers_in_onnxruntime(
+            _WHO, packages, proto, file, path
+        ),
+    ),
+    "openvino": _EngineCalls(
+        "OpenVINO",
+        _load_in_openvino,
+        lambda compiled, packages, proto, *_: openvino_layers(compiled, packages, proto),
+    ),
 }

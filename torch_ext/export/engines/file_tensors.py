@@ -1,9 +1,9 @@
-"""The quantized tensors of an ONNX file, and a file's inputs from a batch."""
+"""The tensors of an ONNX file: quantized ones, those that nodes read, and inputs from a batch."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,3 +102,18 @@ _TYPES = {"float32": "float", "float64": "double"}  # onnxruntime's names, where
 
 def _is_bfloat16(tensor: Any) -> bool:
     return str(tensor.dtype) == "torch.bfloat16"
+
+
+def reads(node: Any) -> Iterator[str]:
+    """Names of what a node reads; bodies of If and Loop read tensors around them, too."""
+    yield from node.input
+    for graph in bodies(node):
+        for inner in graph.node:
+            yield from reads(inner)
+        yield from (value.name for value in graph.output)
+
+
+def bodies(node: Any) -> Iterator[Any]:
+    """The graphs in a node's attributes."""
+    for attribute in node.attribute:
+        yield from (attribute.g, *attribute.graphs)

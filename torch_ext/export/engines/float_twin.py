@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from torch_ext.export.common.onnx_bytes import model_bytes, model_copy
-from torch_ext.export.engines.file_tensors import CARRIERS
+from torch_ext.export.engines.file_tensors import CARRIERS, bodies, reads
 
 _TOO_LARGE = "so it is not timed against itself in float"
 _MOVERS = (*CARRIERS, "Pad")
@@ -47,7 +46,7 @@ class _Twin:
         self.producers = {name: node for node in graph.node for name in node.output}
         self.readers: dict[str, list[Any]] = {}
         for node in graph.node:
-            for name in set(_reads(node)):
+            for name in set(reads(node)):
                 self.readers.setdefault(name, []).append(node)
         self.renamed: dict[str, str] = {}
         self.moved: set[str] = set()  # results of what moved integers and now moves floats
@@ -153,7 +152,7 @@ class _Twin:
         for node in reversed(nodes):
             if any(name in needed for name in node.output):
                 kept.append(type(node).FromString(node.SerializeToString()))
-                needed.update(_reads(node))
+                needed.update(reads(node))
         kept.reverse()
         constants = [
             type(tensor).FromString(tensor.SerializeToString())
@@ -182,19 +181,6 @@ def _spread(values: Any, shape: tuple[int, ...], given: dict[str, int]) -> Any:
 def _rename(node: Any, names: dict[str, str]) -> None:
     for i, name in enumerate(node.input):
         node.input[i] = names.get(name, name)
-    for graph in _bodies(node):
+    for graph in bodies(node):
         for inner in graph.node:
             _rename(inner, names)
-
-
-def _reads(node: Any) -> Iterator[str]:
-    yield from node.input
-    for graph in _bodies(node):
-        for inner in graph.node:
-            yield from _reads(inner)
-        yield from (value.name for value in graph.output)
-
-
-def _bodies(node: Any) -> Iterator[Any]:
-    for attribute in node.attribute:
-        yield from (attribute.g, *attribute.graphs)

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, fx
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_map
 
 from torch_ext.prepare.batch_norms.look_alikes import look_alikes, whole_call
 from torch_ext.prepare.batch_norms.pair import (
@@ -27,6 +26,7 @@ from torch_ext.prepare.batch_norms.pair import (
 from torch_ext.prepare.batch_norms.steps import steps_behind
 from torch_ext.prepare.insertion.operations import operation, weight_of
 from torch_ext.prepare.insertion.recording import Recording
+from torch_ext.prepare.insertion.run_graph import run_node
 from torch_ext.utils.operations import KEEP_VALUES
 
 # The axis of a layer's output that holds its channels.
@@ -242,28 +242,13 @@ def _keeps_channels(
     shape = [-1 if i == axis else 1 for i in range(value.dim())]
     moved: object = numbers.view(shape).expand(value.shape).contiguous()
     for step in reversed(moves):
-        moved = _run(recording, step, moved)
+        if len(step.all_input_nodes) != 1:
+            return False
+        moved = run_node(recording, step, dict.fromkeys(step.all_input_nodes, moved))
     if not isinstance(moved, Tensor) or moved.dim() < 2 or moved.shape[1] != count:
         return False
     wanted = numbers.view([-1 if i == 1 else 1 for i in range(moved.dim())])
     return bool((moved == wanted).all())
-
-
-def _run(recording: Recording, node: fx.Node, value: object) -> object:
-    """What a node that moves values makes of others; None if that is not known."""
-    if len(node.all_input_nodes) != 1:
-        return None
-    args, kwargs = tree_map(
-        lambda v: value if isinstance(v, fx.Node) else v, (node.args, node.kwargs)
-    )
-    try:
-        if node.op == "call_module":
-            module = recording.model.get_submodule(str(node.target))
-            return type(module).forward(module, *args, **kwargs)
-        assert callable(node.target)
-        return node.target(*args, **kwargs)
-    except (RuntimeError, TypeError, ValueError, IndexError):
-        return None  # an argument that a graph does not hold
 
 
 def _shown(recording: Recording, node: fx.Node) -> str:

@@ -27,7 +27,9 @@ from torch_ext.prepare.module_classes import copied
 from torch_ext.utils.modes import undisturbed
 
 
-class _Tracer(fx.Tracer):
+class LayerTracer(fx.Tracer):
+    """Traces layers and batch norms, of whatever class, as one node each."""
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, (*LAYERS, _BatchNorm)) or super().is_leaf_module(
             m, module_qualified_name
@@ -41,7 +43,7 @@ def traced_norms(model: nn.Module) -> Norms:
     twin = copied("fuse", model).eval()  # tracing runs the forward, which may change the model
     try:
         with undisturbed(twin):
-            graph = _Tracer().trace(twin)
+            graph = LayerTracer().trace(twin)
     except Exception as error:  # the user's forward: anything may come
         before = _before_in_sequentials(model)
         text = str(error).partition("\n")[0]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 # The size of what these return depends on values.
 _SIZED = ("nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "nms", "bincount")
@@ -53,6 +54,24 @@ class RunGraph:
         self.owners: dict[fx.Node, str] = {}
         self.functions: dict[fx.Node, str] = {}
         self.written: dict[fx.Node, fx.Node] = {}
+
+
+def run_node(run: RunGraph, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    """What a node makes of other values; None if that is not known.
+
+    ``values``: of the nodes that it reads. What it changes of its module is not restored.
+    """
+    args, kwargs = tree_map(
+        lambda v: values[v] if isinstance(v, fx.Node) else v, (node.args, node.kwargs)
+    )
+    try:
+        if node.op == "call_module":
+            module = run.model.get_submodule(str(node.target))
+            return type(module).forward(module, *args, **kwargs)
+        assert callable(node.target)
+        return node.target(*args, **kwargs)
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        return None  # an argument that a graph does not hold
 
 
 def sized_by_data(run: RunGraph) -> set[fx.Node]:

@@ -58,7 +58,7 @@ def traced_results(
     """Names of layers whose results are to be quantized, by symbolic traces of the forwards.
 
     Where that of the model cannot be traced, those of its parts are; what reads the result of a
-    part is not known then.
+    part is not known then. Nothing is known of a model that cannot be copied.
 
     Args:
         who: the function that errors name.
@@ -70,7 +70,10 @@ def traced_results(
     asking = [name for name in names if (config := configs.of(name)) and config.results]
     if not any(target_of(model.get_submodule(name)) for name in asking):
         return
-    twin = copied(who, model).eval()  # tracing runs the forward, which may change the model
+    try:
+        twin = copied(who, model).eval()  # tracing runs the forward, which may change the model
+    except Exception:  # of the user's objects: anything may come
+        return
     found: set[nn.Module] = set()
     with undisturbed(twin):
         for prefix, run in _traces("", twin):
@@ -92,7 +95,7 @@ def _find_traced(
 
     def is_quantized(reader: fx.Node, value: fx.Node) -> bool:
         if reader.op != "call_module":
-            return run.functions.get(reader) in _ASK_NO_VALUE
+            return False
         name = f"{prefix}{reader.target}"
         stub = is_quant_stub(run.model.get_submodule(str(reader.target)))
         config = configs.of(name)
@@ -198,7 +201,7 @@ class _Readers:
 
         What the model returns is none: ``output_qconfig`` says whether that is quantized.
         """
-        readers = list(value.users)
+        readers = [r for r in value.users if self.run.functions.get(r) not in _ASK_NO_VALUE]
         if len(readers) > 1 and not branches and any(self._moves(r, value) for r in readers):
             return True
         return any(self._reads_float(r, value, activations, branches) for r in readers)

@@ -1,0 +1,1 @@
+"""Corrects what quantization shifted: biases, norms and weights of a calibrated model."""

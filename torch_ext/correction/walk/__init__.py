@@ -1,0 +1,1 @@
+"""What corrections share: walks over layers, what they see, and checkpoints of it."""
