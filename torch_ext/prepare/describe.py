@@ -33,7 +33,8 @@ class QuantizerRow:
     method: str
     #: The rule with its options, such as ``"percentile(percentile=99.9)"``.
     observer: str
-    #: The dtype, its integers and the scheme, as ``int8 [-128, 127], per tensor symmetric``.
+    #: The dtype, its integers and the scheme, as ``int8 [-128, 127], per tensor symmetric`` or
+    #: ``int4 [-8, 7], groups of 32 symmetric``.
     grid: str
     #: The value of its :class:`FakeQuantState`.
     state: str
@@ -96,6 +97,8 @@ def _row(name: str, quantizer: FakeQuantize) -> QuantizerRow:
     observer = quantizer.observer
     options = ", ".join(f"{key}={value}" for key, value in observer.options.items())
     scheme = str(observer.qscheme).removeprefix("torch.").replace("_", " ")
+    if observer.group_size is not None:
+        scheme = scheme.replace("per channel", f"groups of {observer.group_size}")
     return QuantizerRow(
         name=name,
         of=role_of(name, quantizer),
