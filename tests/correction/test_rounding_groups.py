@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_gptq_op import by_definition, hessian  # type: ignore[import-not-found]
 from torch import Tensor, nn
 
 from corrections import output_error
+from gptq_definition import by_definition, hessian
 from snapshots import same_bits
 from torch_ext import (
     calibrate,
@@ -118,7 +118,7 @@ def test_other_corrections_and_searches_run() -> None:
     model = solved()
     table = sensitivity(model, x, progress=False)
     assert len(table.rows) == len(named_quantizers(model))
-    choice = choose_bits(model, x, size=0.8, progress=False)
+    choice = choose_bits(model, x, 0.8, progress=False)
     choice.apply(model)
     for q in named_quantizers(model).values():
         assert q.observer.group_size == (4 if q.transient else None)
