@@ -21,6 +21,7 @@ from torch_ext import (
     named_quantizers,
     prepare_qat,
 )
+from zoo import operators
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -172,9 +173,10 @@ def test_other_exports_refuse_by_name(tmp_path: Path) -> None:
 
 
 def test_resnet_without_its_first_layer(tmp_path: Path) -> None:
-    torchvision = pytest.importorskip("torchvision")
+    operators.declare()
+    models = pytest.importorskip("torchvision.models", reason="needs torchvision: run `make test`")
     torch.manual_seed(0)
-    net = torchvision.models.resnet18(num_classes=10).eval()
+    net = models.resnet18(num_classes=10).eval()
     keys = {"dtype": "int4", "group_size": 32}
     net.qconfig = get_default_qconfig(weight_qkwargs=keys)
     x = torch.randn(2, 3, 64, 64)

@@ -30,6 +30,8 @@ from torch_ext import (
     save_observer_params,
     set_fake_quantize,
 )
+from torch_ext.files.compare import compare
+from torch_ext.files.quantizer_params import params_from, params_of, spec_of, tensors_of
 from torch_ext.quantizers import groups
 
 WEIGHT = (6, 8, 3, 2)  # of a convolution: [outputs, inputs, height, width]
@@ -330,6 +332,25 @@ def test_resolve_and_report(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"fc.*a scale for each group of 4"):
         resolve(net, backend="tensorrt")
     assert torch.equal(quantizer.range, before)
+
+
+def test_files_with_wrong_groups() -> None:
+    """A file claims groups that no quantizer has."""
+    quantizer = named_quantizers(solved())["fc.parametrizations.weight.0"]
+    tensors, spec = tensors_of(quantizer), spec_of(quantizer)
+    assert params_from(tensors, spec).group_size == 4
+    wrong = [1, -4, "4", 2.5, True, 2**40]
+    for given, text in (*((size, "group_size") for size in wrong), (None, "observer.extrema")):
+        with pytest.raises(ValueError, match=text):
+            params_from(tensors, {**spec, "group_size": given})
+    with pytest.raises(ValueError, match="group_size to be None but for a weight"):
+        params_from(tensors, {**spec, "transient": False})
+    three_rows = {**tensors, "observer.tally": tensors["observer.tally"].expand(3, 5)}
+    with pytest.raises(ValueError, match=r"observer.tally: expected"):
+        params_from(three_rows, spec)
+    other = params_of(named_quantizers(solved(group_size=None))["fc.parametrizations.weight.0"])
+    (row,) = compare({"fc": params_of(quantizer)}, {"fc": other}).rows
+    assert row.note == "groups of 4 and no groups"
 
 
 # ---- refusals

@@ -235,11 +235,7 @@ def _mismatch(params: Params, quantizer: FakeQuantize) -> str:
     """Why the range cannot be loaded: other channels or groups; else empty."""
     observer = quantizer.observer
     if params.group_size != observer.group_size:
-        kinds = [
-            "no groups" if size is None else f"groups of {size}"
-            for size in (params.group_size, observer.group_size)
-        ]
-        return f"{kinds[0]} for {kinds[1]}"
+        return f"{params.groups} for {params_of(quantizer).groups}"
     if params.group_size is not None and params.channels != observer.channel_len:
         return f"{params.channels} groups for {observer.channel_len}"
     have, want = params.channels, observer.channel_len

@@ -82,6 +82,11 @@ class Params:
         return size
 
     @property
+    def groups(self) -> str:
+        """The groups, for messages."""
+        return "no groups" if self.group_size is None else f"groups of {self.group_size}"
+
+    @property
     def is_float(self) -> bool:
         """Whether the grid is of a float format."""
         return is_float(self.spec["dtype"])
