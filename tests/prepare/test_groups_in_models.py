@@ -22,7 +22,7 @@ def by_hand(weight: Tensor, axis: int, size: int) -> Tensor:
     rows = weight.detach().movedim(axis, -1)
     groups = rows.reshape(-1, size)
     scale = (groups.abs().amax(1, keepdim=True).double() / 7.5).float()
-    made = (groups / scale).round().clamp(-8, 7) * scale
+    made = ((groups / scale).round() + 0.0).clamp(-8, 7) * scale
     return made.reshape(rows.shape).movedim(-1, axis)
 
 

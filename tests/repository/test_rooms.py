@@ -42,6 +42,7 @@ INSIDE: dict[str, set[str]] = {
         "prepare.qconfig",
         "prepare.quantizable_modules",
     },
+    "quantizers.parts": {"quantizers.solve"},
     "prepare.batch_norms": {"prepare.insertion", "prepare.module_classes"},
     "export.common": set(),
     "export.engines": {"export.common"},

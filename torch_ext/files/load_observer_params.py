@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from torch_ext import ops
+from torch_ext.files.float_state_dict import float_state_dict, load_float_state_dict
 from torch_ext.files.observer_params import read_observer_params
 from torch_ext.files.quantizer_params import STATISTIC, Params, params_of
 from torch_ext.files.storage import PathLike
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import PreparedModel
-from torch_ext.quantizers.float_state_dict import float_state_dict, load_float_state_dict
 from torch_ext.quantizers.solve import Solution
 from torch_ext.utils.arguments import bounded, parse_flag
 

@@ -14,12 +14,12 @@ from typing_extensions import Self
 from torch_ext import ops
 from torch_ext.ops.registry import fake_quant_info, observer_info
 from torch_ext.ops.registry_names import Method, Rule
-from torch_ext.quantizers.groups import check_groups, follow_rows_
-from torch_ext.quantizers.keep_dtype import TensorMap, keep_dtype
-from torch_ext.quantizers.keys import check_keys
 from torch_ext.quantizers.observer import KEYS as OBSERVER_KEYS
 from torch_ext.quantizers.observer import Observer
-from torch_ext.quantizers.range_text import range_text
+from torch_ext.quantizers.parts.groups import check_groups, follow_rows_
+from torch_ext.quantizers.parts.keep_dtype import TensorMap, keep_dtype
+from torch_ext.quantizers.parts.keys import check_keys
+from torch_ext.quantizers.parts.range_and_scale import range_and_scale
 from torch_ext.quantizers.solve import Solution, WeightSolution, weight_solution
 from torch_ext.quantizers.state_table import (
     ACCUMULATE,
@@ -374,7 +374,7 @@ class FakeQuantize(nn.Module):
         words += ["optional"] if self.optional else []
         words += ["passes through"] if self.passes_through else []
         words += ["holds its range"] if self._holds else []
-        words += [range_text(self)]
+        words += [range_and_scale(self)]
         return ", ".join(words)
 
 
