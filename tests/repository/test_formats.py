@@ -42,17 +42,16 @@ def row(values: list[float], size: int = 32) -> Tensor:
         ("MXFP4, floor", [7.0, 0.6, -2.6], [6.0, 0.5, -3.0]),
         # 7 / 6 rounded up to a power of two is 2; 3.5 is halfway, and 4 has the even mantissa.
         ("MXFP4, ceil", [7.0, 0.6, -2.6], [8.0, 1.0, -3.0]),
-        # 449 is from 256 to 512, as is 448: scale 1, saturated; rounded up, the scale is 2.
-        ("MXFP8 E4M3, floor", [449.0, 17.0], [448.0, 16.0]),
-        ("MXFP8 E4M3, ceil", [449.0, 17.0], [448.0, 16.0]),
+        # 481 is from 256 to 512, as is 448: scale 1, saturated; rounded up, the scale is 2.
+        ("MXFP8 E4M3, floor", [481.0, 17.0], [448.0, 16.0]),
         ("MXFP8 E4M3, ceil", [481.0, 17.0], [480.0, 16.0]),
         # k / 64 times 2 to the exponent of the largest.
         ("MXINT8", [1.9, 0.016, -1.999], [122 / 64, 1 / 64, -127 / 64]),
         ("MXINT8", [3.0, 0.016], [3.0, 1 / 32]),
         # 7.9 is below 8 and above 7.5, which E2M3 ends with.
         ("MXFP6 E2M3, floor", [7.9, 0.13], [7.5, 0.125]),
-        # 33 is from 32 to 64 and the largest power of two of E3M2 is 16: scale 2.
-        ("MXFP6 E3M2, floor", [33.0, 8.9], [32.0, 8.0]),
+        # 63 is from 32 to 64 and the largest power of two of E3M2 is 16: scale 2, and 28 saturates.
+        ("MXFP6 E3M2, floor", [63.0, 8.9], [56.0, 8.0]),
         ("MXFP4, floor", [], []),
     ],
 )
