@@ -156,3 +156,34 @@ def test_the_fitted_target_is_the_least_squares_solution() -> None:
     # The more damping, the nearer to the weight.
     strong = fitted_target(given, h, wanted, 1e9)
     assert torch.allclose(strong, given.double(), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "format_"),
+    [("float8_e4m3", torch.float8_e4m3fn), ("float8_e5m2", torch.float8_e5m2)],
+)
+def test_float_formats_by_the_definition(name: str, format_: torch.dtype) -> None:
+    """Each value cast by torch, and the values behind it moved to where the cost is least."""
+    largest = torch.finfo(format_).max
+    generator = torch.Generator().manual_seed(4)
+    weight = torch.randn(1, 5, 16, generator=generator)
+    scale = (torch.rand(1, 5, 1, generator=generator) * 1e-3 + 2e-4).expand(weight.shape)
+    h = hessian(1, 16, seed=5)
+    zeros = torch.zeros(weight.shape, dtype=torch.int32)
+    have = ops.gptq(weight, inverse_factor(h), scale, zeros, grid=name)
+    for r in range(5):
+        w = weight[0, r].double().numpy().copy()
+        for j in range(16):
+            value = torch.tensor(w[j]).float() / scale[0, r, j]
+            value = value.clamp(-largest, largest).to(format_).float() * scale[0, r, j]
+            assert float(have[0, r, j]) == float(value), (r, j)
+            inverse = np.linalg.inv(h[0].numpy()[j:, j:])
+            w[j:] -= (w[j] - float(value)) * inverse[:, 0] / inverse[0, 0]
+
+
+def test_a_zero_point_on_a_float_format_is_refused() -> None:
+    weight = torch.ones(1, 1, 2)
+    one = torch.ones(1, 1, 2, dtype=torch.int32)
+    message = "gptq: expected zero_point to be 0 on a float format, got 1"
+    with pytest.raises(RuntimeError, match=message):
+        ops.gptq(weight, torch.eye(2, dtype=F64)[None], weight, one, grid="float8_e4m3")

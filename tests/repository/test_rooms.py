@@ -47,7 +47,6 @@ INSIDE: dict[str, set[str]] = {
     "export.engines": {"export.common"},
     "export.programs": {"export.common"},
     "export.tensorrt": {"export.common", "export.onnx_grid"},
-    "export.tensorrt": {"export.common", "export.onnx_qdq"},
     "correction.widths": set(),
     "correction.equalization": set(),
     "correction.walk": set(),

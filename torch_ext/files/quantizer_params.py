@@ -89,8 +89,8 @@ class Params:
     def grid(self) -> str:
         """The grid as the text that ops take."""
         ends = (self.quant_min, self.quant_max)
-        how = (self.symmetric, self.scale_rule, self.power_of_two)
-        return text_of_grid(self.spec["dtype"], *ends, *how)
+        dtype, symmetric = self.spec["dtype"], self.symmetric
+        return text_of_grid(dtype, *ends, symmetric, self.scale_rule, self.power_of_two)
 
 
 def tensors_of(quantizer: FakeQuantize) -> dict[str, Tensor]:
