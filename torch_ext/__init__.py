@@ -37,6 +37,7 @@ from torch_ext.prepare.fuse import fuse
 from torch_ext.prepare.prepare_qat import prepare_qat
 from torch_ext.prepare.qconfig import QConfig, get_default_calib_qconfig, get_default_qconfig
 from torch_ext.prepare.remove_quantizers import remove_quantizers
+from torch_ext.quantizers.dynamic import DynamicFakeQuantize
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import named_quantizers
 from torch_ext.quantizers.float_state_dict import float_state_dict, load_float_state_dict
@@ -70,6 +71,7 @@ __all__ = [
     "ChannelLimits",
     "Choice",
     "Description",
+    "DynamicFakeQuantize",
     "Equalization",
     "EqualizationRow",
     "FakeQuantState",

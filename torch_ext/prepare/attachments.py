@@ -13,6 +13,7 @@ from torch_ext.prepare import attach
 from torch_ext.prepare.batch_norms.pair import Norms, Pair
 from torch_ext.prepare.fuse import find_norms
 from torch_ext.prepare.insertion.assign import Assignment, Names, make_plan, tracked_modules
+from torch_ext.prepare.insertion.dynamic_axes import DynamicAxes
 from torch_ext.prepare.insertion.placement import Placement, Site
 from torch_ext.prepare.insertion.plan import Link, Place
 from torch_ext.prepare.insertion.record_runs import record_modes
@@ -40,9 +41,13 @@ from torch_ext.prepare.quantizable_modules import (
     Reads,
     Target,
     grouped_shape,
+    axis_of_argument,
+    is_float_functional,
     is_out_proj,
+    is_sum,
     target_of,
 )
+from torch_ext.quantizers.dynamic import DynamicFakeQuantize
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.folded_weight import FoldedWeight, OutputChannels
 from torch_ext.quantizers.transition import INPUTS, OUTPUTS
@@ -63,6 +68,8 @@ class Attachments:
         self.steps: list[Callable[[], Undo]] = []
         self.first_steps: list[Callable[[], Undo]] = []
         self.built: list[FakeQuantize] = []
+        self.named: dict[str, FakeQuantize] = {}  # the last one built for each name
+        self.dynamic = DynamicAxes()
         self.reads: dict[str, dict[str, FakeQuantize]] = {}  # by module and argument
         self.norms = Norms([], {})
 
@@ -106,7 +113,7 @@ class Attachments:
         assignment = Assignment(make)
         done: set[tuple[str, str]] = set()
         for recording in recordings:
-            placement = Placement(recording, self.configs, inputs)
+            placement = Placement(recording, self.configs, inputs, self.dynamic)
             quantize_results(placement, folded)
             for key, weight in placement.weights.items():
                 if key not in done:
@@ -115,6 +122,7 @@ class Attachments:
                     self._add_weight(weight.owner, module, *weight[1:], pair=pair)
                 done.add(key)
             assignment.add(placement)
+        self._set_axes()
         if self.built:
             link = Link(make_plan(self.root.forward, recordings, self._layers()))
             for name in tracked_modules(self.root, recordings, link.plan):
@@ -149,6 +157,14 @@ class Attachments:
             )
         planned = None if results is None else keys
         self.first_steps.append(lambda: attach_outputs(host, quantizers, planned))
+
+    def _set_axes(self) -> None:
+        """Tells quantizers with dynamic scales along which axis groups lie, or refuses by name."""
+        self.dynamic.refuse(_WHO)
+        for name, axes in self.dynamic.found.items():
+            quantizer = self.named[name]
+            if isinstance(quantizer, DynamicFakeQuantize) and len(axes) == 1:
+                (quantizer.axis,) = axes  # else each read has its own
 
     def _layers(self) -> frozenset[str]:
         """Modules whose every call reads something quantized."""
@@ -211,6 +227,7 @@ class Attachments:
                 self.first_steps.append(functools.partial(swap_class, module, class_layer_by_layer))
             elif name in self.reads:
                 self.first_steps.append(functools.partial(swap_class, module, class_with_inputs))
+        self._set_axes()
         if outputs is not None:
             self.add_outputs(outputs, None)
 
@@ -227,14 +244,35 @@ class Attachments:
                 self._add_weight(name, module, parameter, target, config.weight)
         if config.activation is None:
             return
+        template = self.dynamic.quantizer(config.activation)
+        if template is not None and (is_sum(module) or is_float_functional(module)):
+            return
         parent = self.root.get_submodule(name.rpartition(".")[0])
         # Attention of another forward than torch's reads this weight in a way that is not known.
         called = not is_out_proj(parent, module) or has_fused_path(parent)
         if target.reads is not Reads.NOTHING and called:
             arguments = read_arguments(_WHO, name, module, target.reads)
             self._add_reads(name, module, arguments, config.activation, target.reads is Reads.PAIR)
+            if template is not None and not template.axis_given:
+                self._add_axes(name, module, template, arguments)
         if target.output:
             self._add_output(name, module, config.activation)
+
+    def _add_axes(
+        self,
+        name: str,
+        module: nn.Module,
+        template: DynamicFakeQuantize,
+        arguments: Mapping[str, bool],
+    ) -> None:
+        """Notes along which axis a module sums over what it reads."""
+        for i, argument in enumerate(arguments):
+            axis = axis_of_argument(module, i)
+            where = f"{name}.{INPUTS}.{key_for(argument)}".strip(".")
+            size = getattr(module, "in_features", getattr(module, "in_channels", None))
+            # Of other modules the size is not known before they are called.
+            shape = [size or template.group_size or 1] * -axis
+            self.dynamic.check(where, f"{type(module).__name__} reads", template, shape, axis)
 
     def _add_output(self, name: str, module: nn.Module, factory: Factory) -> None:
         """Plans the quantizer of a module's result."""
@@ -346,4 +384,5 @@ class Attachments:
                 "got one that it made before; pass one such as functools.partial(FakeQuantize, ...)"
             )
         self.built.append(quantizer)
+        self.named[where] = quantizer
         return quantizer.to(device)

@@ -30,9 +30,9 @@ from torch_ext.utils.arguments import bounded, parse_flag, parse_fraction
 from torch_ext.utils.modes import is_exporting
 from torch_ext.utils.text import span
 
-# Under True the class of methods that learn their range, registered when it is defined; all others
-# are FakeQuantize itself.
-_CLASSES: dict[bool, type[FakeQuantize]] = {}
+# The classes of methods that learn their range, and of quantizers whose scales are dynamic, which
+# are registered when they are defined; all others are FakeQuantize itself.
+_CLASSES: dict[str, type[FakeQuantize]] = {}
 _IDLE = FakeQuantState.FLOAT.value
 _STATE = "state"  # the key of a checkpoint's metadata
 HELD = 2  # the value of `solved` for a range that is held
@@ -58,6 +58,10 @@ class FakeQuantize(nn.Module):
         use_grad_scaling: lsq: multiply the gradient of the scale by ``1 / sqrt(N * quant_max)``.
         learn_zero_point: lsq with an affine qscheme: learn the zero point too (LSQ+).
         alpha: pact: the clipping level to start from without a calibration; None is 6.
+        dynamic: compute the scales from the values of each call, without a calibration; creates a
+            :class:`DynamicFakeQuantize`, for activations.
+        scale_dtype: with ``dynamic`` and ``group_size``: ``"float8_e4m3"`` rounds the groups'
+            scales to that format, relative to a calibrated one of the tensor (NVFP4).
         **keys: the other arguments of :class:`Observer`, options of the rule included.
 
     Raises:
@@ -79,15 +83,21 @@ class FakeQuantize(nn.Module):
     zero_point: Tensor
     solved: Tensor
 
-    def __init_subclass__(cls, learns: bool = False, **keys: Any) -> None:
-        """``FakeQuantize(method)`` creates the subclass with ``learns=True`` for lsq and pact."""
+    is_dynamic = False  # whether the scales come from the values of each call
+
+    def __init_subclass__(cls, learns: bool = False, dynamic: bool = False, **keys: Any) -> None:
+        """``FakeQuantize(...)`` creates the subclass with ``learns`` for lsq and pact.
+
+        And that with ``dynamic`` for ``dynamic=True``.
+        """
         super().__init_subclass__(**keys)
-        if learns:
-            _CLASSES[True] = cls
+        if learns or dynamic:
+            _CLASSES["dynamic" if dynamic else "learned"] = cls
 
     def __new__(cls, method: Method = "fake_quant", *args: Any, **keys: Any) -> FakeQuantize:
         if cls is FakeQuantize:
-            return super().__new__(_CLASSES.get(fake_quant_info(method)["learned"], cls))
+            learned = "learned" if fake_quant_info(method)["learned"] else ""
+            return super().__new__(_CLASSES.get("dynamic" if keys.get("dynamic") else learned, cls))
         return super().__new__(cls)
 
     def __init__(
@@ -100,6 +110,9 @@ class FakeQuantize(nn.Module):
         use_grad_scaling: bool = True,
         learn_zero_point: bool = False,
         alpha: float | None = None,
+        dynamic: bool = False,
+        scale_dtype: str | torch.dtype | None = None,
+        group_size: int | None = None,
         **keys: Any,
     ) -> None:
         super().__init__()
@@ -116,10 +129,25 @@ class FakeQuantize(nn.Module):
         self._state = FakeQuantState.FLOAT
         self._action = FakeQuantState.FLOAT.value
         self.label = ""
-        self.observer = Observer(observer, **keys)
+        if parse_flag("FakeQuantize", "dynamic", dynamic) != self.is_dynamic:
+            raise ValueError(
+                f"{type(self).__name__}: expected dynamic to be {self.is_dynamic}, got {dynamic}"
+            )
+        if group_size is not None:
+            keys["group_size"] = group_size
+        self.observer = self._make_observer(observer, scale_dtype, keys)
         self.register_buffer("solved", torch.empty(1, dtype=torch.uint8))
         self._allocate(use_grad_scaling, learn_zero_point, alpha)
         self.reset_parameters()
+
+    def _make_observer(self, rule: Rule, scale_dtype: object, keys: dict[str, Any]) -> Observer:
+        """The observer, of the keys that are not of the quantizer alone."""
+        if scale_dtype is not None:
+            raise ValueError(
+                f"FakeQuantize({self.method}): expected scale_dtype to be None without "
+                f"dynamic=True, got {bounded(scale_dtype)}"
+            )
+        return Observer(rule, **keys)
 
     def _allocate(
         self, use_grad_scaling: bool, learn_zero_point: bool, alpha: float | None

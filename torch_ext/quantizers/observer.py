@@ -16,14 +16,21 @@ from torch_ext import ops
 from torch_ext.ops.registry import OptionValue, encode_options, observer_info
 from torch_ext.ops.registry_names import Rule
 from torch_ext.ops.statistics import ScaleRule
-from torch_ext.quantizers.grid import DType, Grid, dtype_name, parse_grid, text_of_grid
+from torch_ext.quantizers.grid import (
+    DType,
+    Grid,
+    dtype_name,
+    needs_groups,
+    parse_grid,
+    text_of_grid,
+)
 from torch_ext.utils.arguments import parse_flag, parse_integer
 from torch_ext.utils.text import joined
 
 # Mantissa bits and octaves of the histogram, which takes 256 KiB, or 24 KiB per channel.
 _LAYOUT_PER_TENSOR = (10, 16)
 _LAYOUT_PER_CHANNEL = (7, 12)
-_SCALE_RULES = ("grid", "tvm")
+_SCALE_RULES = ("grid", "tvm", "floor", "even")
 
 TensorMap = Callable[[Tensor], Tensor]
 
@@ -61,6 +68,7 @@ class Observer(nn.Module):
         dtype: the integers of the grid: ``torch.int8``, ``"uint8"``, ``"int4"``, ``"qint8"`` or
             others of 2 to 16 bits. Or a float format, ``"float8_e4m3"`` or ``"float8_e5m2"``,
             which is symmetric: the scale takes the range to its largest number, 448 or 57344.
+            ``"float6_e2m3"``, ``"float6_e3m2"`` and ``"float4_e2m1"`` only in groups.
         qscheme: ``torch.per_tensor_symmetric``, ``per_tensor_affine``, ``per_channel_symmetric``
             or ``per_channel_affine``, or the name as text.
         ch_axis: the axis of the channels, with a per-channel scheme; else -1.
@@ -91,6 +99,7 @@ class Observer(nn.Module):
     """
 
     _version = 1
+    _in_groups = False  # whether a few values each share a scale
 
     extrema: Tensor
     tally: Tensor
@@ -120,6 +129,11 @@ class Observer(nn.Module):
         info = observer_info(name)
         check_keys(who, options, name, KEYS)
         grid = parse_grid(who, dtype, qscheme, ch_axis, channel_len, quant_min, quant_max)
+        if needs_groups(grid.dtype) and not self._in_groups:
+            raise ValueError(
+                f"{who}: expected group_size with {dtype_name(grid.dtype)}, got None: one scale "
+                "for a whole tensor or channel does not suit so few levels"
+            )
         if scale_rule not in _SCALE_RULES:
             known = joined(_SCALE_RULES)
             raise ValueError(f"{who}: unknown scale_rule {scale_rule!r}; known: {known}")

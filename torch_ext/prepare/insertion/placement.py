@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from torch_ext.prepare.insertion.dynamic_axes import DynamicAxes
 from torch_ext.prepare.insertion.operations import (
     ASKING,
     DROPOUTS,
+    SUMS,
     Kind,
     added_weight,
     inputs_of,
@@ -64,10 +66,15 @@ class Placement:
     """
 
     def __init__(
-        self, recording: Recording, configs: QConfigMapping, inputs: Factory | bool | None
+        self,
+        recording: Recording,
+        configs: QConfigMapping,
+        inputs: Factory | bool | None,
+        dynamic: DynamicAxes,
     ) -> None:
         """``inputs``: of the model's arguments; True: as for other values; None: not quantized."""
         self.recording = recording
+        self.dynamic = dynamic
         self.configs = configs
         self.inputs = inputs
         self.weights: dict[tuple[str, str], WeightSite] = {}
@@ -143,6 +150,8 @@ class Placement:
         if config.activation is None:
             return
         kind = self._kinds[node]
+        if kind in SUMS and self.dynamic.quantizer(config.activation) is not None:
+            return
         asked = kind is Kind.STUB or (node.op == "call_module" and self._is_asked_for(node))
         if asked and self._is_floating(node):
             self.outputs[node] = None
