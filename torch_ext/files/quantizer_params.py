@@ -14,6 +14,7 @@ from torch import Tensor
 from torch_ext.ops.registry import observer_info
 from torch_ext.ops.registry_names import Rule
 from torch_ext.ops.statistics import ScaleRule
+from torch_ext.quantizers.dynamic import DynamicFakeQuantize
 from torch_ext.quantizers.fake_quantize import HELD, FakeQuantize
 from torch_ext.quantizers.grid import dtype_name, is_float, parse_grid, text_of_grid
 from torch_ext.quantizers.learned import LearnedFakeQuantize
@@ -56,7 +57,17 @@ class Params:
     @property
     def solved(self) -> bool:
         """Whether there is a range."""
-        return bool(self.tensors["solved"])
+        return bool(self.tensors["solved"]) and not self.rangeless
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether scales come from the values of each call."""
+        return bool(self.spec.get("dynamic", False))
+
+    @property
+    def rangeless(self) -> bool:
+        """Whether there is nothing else than such scales."""
+        return self.is_dynamic and self.spec["scale_dtype"] is None
 
     @property
     def held(self) -> bool:
@@ -148,7 +159,7 @@ def spec_of(quantizer: FakeQuantize) -> dict[str, Any]:
         "octaves": observer.octaves,
         "histogram": observer.has_histogram,
         "transient": observer.transient,
-    }
+    } | (quantizer.keys_beside_observer() if isinstance(quantizer, DynamicFakeQuantize) else {})
 
 
 def params_from(tensors: Mapping[str, Tensor], spec: Any, histogram: bool = True) -> Params:
@@ -169,8 +180,10 @@ def params_from(tensors: Mapping[str, Tensor], spec: Any, histogram: bool = True
     if not isinstance(synced, bool):
         raise ValueError(f"synced: expected true or false, got {str(synced)[:80]}")
     keys = ("dtype", "qscheme", "ch_axis", "channel_len", "quant_min", "quant_max")
+    # The axis of dynamic groups is not one of channels.
+    statistic = spec | {"ch_axis": -1} if spec.get("dynamic") is True else spec
     try:
-        grid = parse_grid("description", *(spec.get(key) for key in keys))
+        grid = parse_grid("description", *(statistic.get(key) for key in keys))
         check_shapes(tensors, FIELDS, grid.channel_len)
         bins = _histogram_of(json.dumps(spec))
     except TypeError as error:

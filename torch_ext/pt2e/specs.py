@@ -16,6 +16,8 @@ from torch_ext.quantizers.observer import check_keys
 
 # Keys that a spec cannot have, because the number of channels and the role depend on the graph.
 _SET_BY_GRAPH = ("channel_len", "transient", "optional")
+# Those of scales that no QuantizationSpec holds.
+_DYNAMIC = ("dynamic", "scale_dtype", "group_size")
 # The dtype of a converted graph, by whether the grid is signed and has more than 8 bits. int4 is
 # stored in int8.
 _STORED_IN = {
@@ -109,7 +111,7 @@ def fake_quant_spec(
 
 def _check(who: str, keys: dict[str, Any], observer: str, known: tuple[str, ...]) -> None:
     """Raises ValueError for keys that a spec does not take."""
-    check_keys(who, keys, observer, [key for key in known if key not in _SET_BY_GRAPH])
+    check_keys(who, keys, observer, [k for k in known if k not in (*_SET_BY_GRAPH, *_DYNAMIC)])
 
 
 def _spec(who: str, adapter: type[Any], keys: dict[str, Any]) -> QuantizationSpec:

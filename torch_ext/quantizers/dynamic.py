@@ -23,8 +23,6 @@ _PER_TENSOR = ("per_tensor_symmetric", "per_tensor_affine")
 # The format of block scales that are relative to a tensor's: NVFP4's.
 _SCALE_DTYPE = "float8_e4m3"
 _LEAST_SCALE = 2.0**-126
-# Keys of an Observer that say what is accumulated, and how.
-_OF_STATISTICS = ("mantissa_bits", "octaves", "histogram")
 
 
 class DynamicObserver(Observer):
@@ -126,8 +124,10 @@ class DynamicFakeQuantize(FakeQuantize, dynamic=True):
                 f"{who}: expected a quantizer of activations, got transient=True: the scales of a "
                 "weight come from the weight without it; give group_size alone"
             )
-        if given := [key for key in _OF_STATISTICS if keys.get(key) is not None]:
-            raise ValueError(f"{who}: expected no {', '.join(given)}: nothing is accumulated")
+        if keys.get("histogram"):
+            raise ValueError(
+                f"{who}: expected histogram to be False, got True: nothing is observed"
+            )
         return DynamicObserver(rule, **keys)
 
     def _allocate(
@@ -135,6 +135,14 @@ class DynamicFakeQuantize(FakeQuantize, dynamic=True):
     ) -> None:
         super()._allocate(use_grad_scaling, learn_zero_point, alpha)
         self._check_grid()
+        if self.rangeless:
+            # Nothing to save; loaded where a range is needed, these would pass for one.
+            for module in (self, self.observer):
+                module._non_persistent_buffers_set.update(module._buffers)
+
+    @property
+    def rangeless(self) -> bool:
+        return self.scale_dtype is None
 
     def _check_grid(self) -> None:
         """Lets the op check the grid, as :meth:`Observer.check_rule` does."""
@@ -226,9 +234,7 @@ class DynamicFakeQuantize(FakeQuantize, dynamic=True):
         }
 
     def range_text(self) -> str:
-        if self.scale_dtype is None:
-            return "scales of each call"
-        return super().range_text()
+        return "scales of each call" if self.rangeless else super().range_text()
 
     def extra_repr(self) -> str:
         more = f", scale_dtype={self.scale_dtype}" if self.scale_dtype else ""

@@ -192,6 +192,11 @@ class FakeQuantize(nn.Module):
         change_state(who, {self.label: self}, parse_state(who, state), lambda _: None)
 
     @property
+    def rangeless(self) -> bool:
+        """Whether it has no range at all, as the values of each call give the scales."""
+        return False
+
+    @property
     def transient(self) -> bool:
         """Whether it quantizes a weight, from which the range is computed when it is needed."""
         return self.observer.transient

@@ -11,7 +11,10 @@ from torch_ext.utils.text import joined
 Backend = Literal["onnxruntime", "openvino", "tensorrt", "ncnn", "x86", "xnnpack", "horizon"]
 
 # Keys of a quantizer that a backend decides.
-GRID_KEYS = ("dtype", "qscheme", "quant_min", "quant_max", "scale_rule", "power_of_two")
+GRID_KEYS = (
+    "dtype", "qscheme", "quant_min", "quant_max", "scale_rule", "power_of_two", "group_size",
+    "dynamic", "scale_dtype",
+)  # fmt: skip
 # Products of two weights of 7 bits and two activations of uint8 fit into 16 bits.
 _SEVEN_BITS = 63
 
