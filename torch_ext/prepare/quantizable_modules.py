@@ -129,5 +129,4 @@ def axis_of_argument(module: nn.Module, position: int) -> int:
     """The axis, from the end, that a layer sums over in what it reads."""
     if isinstance(module, MatMul):
         return -1 - position
-    convolution = isinstance(module, _Convolution)
-    return -1 - len(module.kernel_size) if convolution else -1
+    return -1 - len(module.kernel_size) if isinstance(module, _Convolution) else -1

@@ -17,7 +17,6 @@ from torch_ext.prepare.insertion.user_lines import (
     traced_lines,
     traced_nearest_line,
 )
-from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.utils.text import label_of
 
 _OTHERWISE = (
