@@ -72,7 +72,7 @@ def _wanted(who: str, quantizer: FakeQuantize, grids: tuple[BackendGrid, Backend
     observer, keys = quantizer.observer, grids[quantizer.transient].keys()
     if quantizer.transient and observer.ch_axis < 0:  # engines take a weight per tensor too
         keys["qscheme"] = keys["qscheme"].replace("per_channel", "per_tensor")
-    channels = (observer.ch_axis, observer.channel_len)
+    channels = (observer.ch_axis, observer.channel_len)  # a backend has no groups
     dtype, qscheme = (
         parse_dtype(who, keys["dtype"])[0],
         parse_qscheme(who, keys["qscheme"]),
@@ -91,6 +91,8 @@ def why_grid_stays(quantizer: FakeQuantize, wanted: Grid) -> str:
     """Why a quantizer cannot change to another grid without data; empty if it can."""
     observer = quantizer.observer
     grid = f"{dtype_name(wanted.dtype)} [{wanted.quant_min}, {wanted.quant_max}]"
+    if observer.group_size != wanted.group_size:
+        return f"it has a scale for each group of {observer.group_size}, and {grid} one per channel"
     if fake_quant_info(quantizer.method)["learned"]:
         return f"it learns its range ({quantizer.method}), on another grid than {grid}"
     if quantizer.is_dynamic:

@@ -122,7 +122,8 @@ def _read_statistic(
     values = {field: tensors[key] for field, key in keys.items() if key in tensors}
     shapes = {field: FIELDS[field] for field in STATISTIC}
     try:
-        check_shapes(values, shapes, quantizer.observer.channel_len)
+        rows = len(quantizer.observer.extrema)
+        check_shapes(values, shapes, quantizer.observer.channel_len, rows)
         check_statistic(values)
         want, have = quantizer.observer.counts.shape, values["observer.counts"].shape
         if want != have:

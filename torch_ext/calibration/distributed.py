@@ -174,7 +174,7 @@ def _merge(ranks: Ranks, observers: list[Observer]) -> Commit:
     device = ranks.collective_device(observers[0].extrema.device)
     keys = torch.cat([_keys(observer.extrema).to(device) for observer in observers])
     all_extrema = _extrema(ranks.reduce_(keys, dist.ReduceOp.MAX))
-    extrema = torch.split(all_extrema, [observer.channel_len for observer in observers])
+    extrema = torch.split(all_extrema, [len(observer.extrema) for observer in observers])
 
     sizes = [size for o in observers for size in (o.tally.numel(), o.counts.numel())]
     flat = torch.empty(sum(sizes), dtype=torch.int64, device=device)

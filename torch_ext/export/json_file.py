@@ -34,7 +34,10 @@ SCHEMA = Path(__file__).with_name("calibration.schema.json")
 
 @dataclass(frozen=True)
 class QuantizerRecord:
-    """A quantizer of a file of :func:`json`; C is its number of channels, 1 per tensor."""
+    """A quantizer of a file of :func:`json`.
+
+    C is its number of channels, 1 per tensor, or of groups, whose statistic is of all together.
+    """
 
     #: ``"input"``, ``"output"`` or ``"weight"``, whichever it quantizes.
     of: str
@@ -176,7 +179,7 @@ _SPEC = (
     "channel_len", "quant_min", "quant_max", "scale_rule", "power_of_two", "mantissa_bits",
     "octaves", "histogram", "transient", "synced",
 )  # fmt: skip
-_LEARNED = ("use_grad_scaling", "learn_zero_point")
+_OPTIONAL = ("use_grad_scaling", "learn_zero_point", "group_size")
 
 
 def _check_keys(path: PathLike, where: str, have: Mapping[str, Any], want: set[str]) -> None:
@@ -199,7 +202,7 @@ def _parse_record(record: Any) -> QuantizerRecord:
     if not isinstance(record, dict):
         raise ValueError(f"expected an object, got {_shown(record)}")
     want = {"of", *_SPEC, *_VALUES, "statistic"}
-    if problem := _key_problem(record, want, _LEARNED):
+    if problem := _key_problem(record, want, _OPTIONAL):
         raise ValueError(problem)
     if record["of"] not in _ROLES:
         raise ValueError(f"of: expected one of {', '.join(_ROLES)}, got {_shown(record['of'])}")
@@ -217,9 +220,9 @@ def _parse_record(record: Any) -> QuantizerRecord:
     tensors["solved"] = torch.ones(1, dtype=torch.uint8)
     tensors["observer.extrema"] = _extrema(statistic["extrema"])
     tensors["observer.tally"] = _tensor("statistic.tally", statistic["tally"], torch.int64)
-    channels = len(tensors["scale"])
-    tensors["observer.counts"] = torch.empty(channels, 2, 0, 0, dtype=torch.int64)
-    spec = {key: record[key] for key in (*_SPEC, *_LEARNED) if key in record}
+    rows = len(tensors["observer.extrema"])
+    tensors["observer.counts"] = torch.empty(rows, 2, 0, 0, dtype=torch.int64)
+    spec = {key: record[key] for key in (*_SPEC, *_OPTIONAL) if key in record}
     params: Params = params_from(tensors, spec, histogram=False)
     return QuantizerRecord(
         of=record["of"],

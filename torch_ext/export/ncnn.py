@@ -217,6 +217,8 @@ def _write(
 def _grid_problem(entry: Entry) -> str:
     """Why ncnn cannot use a quantizer's grid; empty if it can."""
     grid = entry.params
+    if entry.groups:
+        return entry.groups
     if (grid.quant_min, grid.quant_max) != (-127, 127):
         return f"its grid is {grid.values}, not [-127, 127]"
     if bool(entry.zero_point.any()):

@@ -11,7 +11,7 @@ from torch_ext.quantizers.grid import dtype_name, parse_dtype
 
 PLAIN_OPSET = 18  # the least that torch.onnx exports
 _FLOAT_OPSET = 19  # the first whose QuantizeLinear has float8
-_WIDE_OPSET = 21  # the first whose QuantizeLinear has 4 and 16 bits
+_WIDE_OPSET = 21  # the first whose QuantizeLinear has 4 and 16 bits, and blocks
 # A float format -> the name of ONNX's type in small letters, and Torch's dtype.
 _FLOATS = {
     "float8_e4m3": ("float8e4m3fn", torch.float8_e4m3fn),
@@ -28,8 +28,9 @@ class OnnxGrid:
     most: int  # value of the type
     quant_min: int
     quant_max: int
-    axis: int  # of the channels; -1: per tensor
+    axis: int  # of the channels, or along which blocks lie; -1: per tensor
     dtype: torch.dtype | None = None  # Torch's dtype of a float format
+    block: int | None = None  # so many values along the axis share a scale
 
     @classmethod
     def of(cls, quantizer: FakeQuantize) -> OnnxGrid:
@@ -39,12 +40,12 @@ class OnnxGrid:
         ends = (observer.quant_min, observer.quant_max)
         if name in _FLOATS:
             kind, dtype = _FLOATS[name]
-            return cls(kind, *ends, *ends, observer.ch_axis, dtype)
+            return cls(kind, *ends, *ends, observer.ch_axis, dtype, observer.group_size)
         bits = int(name.partition("int")[2])
         size = next(size for size in (4, 8, 16) if bits <= size)
         kind = f"{'u' if name.startswith('u') else ''}int{size}"
         _, least, most = parse_dtype("export.onnx", kind)
-        return cls(kind, least, most, *ends, observer.ch_axis)
+        return cls(kind, least, most, *ends, observer.ch_axis, None, observer.group_size)
 
     @property
     def is_float(self) -> bool:
@@ -52,7 +53,9 @@ class OnnxGrid:
 
     @property
     def opset(self) -> int:
-        """The least opset whose QuantizeLinear has the type."""
+        """The least opset whose QuantizeLinear has the type and the blocks."""
+        if self.block is not None:
+            return _WIDE_OPSET
         if self.is_float:
             return _FLOAT_OPSET
         return PLAIN_OPSET if self.type.endswith("int8") else _WIDE_OPSET

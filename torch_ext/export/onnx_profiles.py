@@ -61,11 +61,15 @@ def refuse_file(who: str, profile: Profile | None, packages: Any, proto: Any, da
 
 def _onnxruntime_problem(entry: Entry, grid: OnnxGrid) -> str:
     """Why onnxruntime computes with a quantizer's grid in float; empty if that is not known."""
+    if entry.groups:
+        return f"{entry.groups}, which it computes in float"
     return f"its type is {grid.type}, which it computes in float" if grid.is_float else ""
 
 
 def _openvino_problem(entry: Entry, grid: OnnxGrid) -> str:
     """Why OpenVINO does not compute with a quantizer's grid in integers; empty if it does."""
+    if entry.groups:
+        return entry.groups
     if grid.type not in ("int8", "uint8"):
         return f"its type is {grid.type}, not int8 or uint8"
     if entry.is_weight and bool(entry.zero_point.any()):

@@ -14,6 +14,7 @@ from torch_ext.export.common.trace import BATCH, SYMBOL, TracedInput
 from torch_ext.export.onnx_grid import OnnxGrid
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import AnyWeightSource
+from torch_ext.quantizers.groups import blocks_of, spread
 
 _HALF = {torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16"}
 
@@ -46,6 +47,7 @@ class Rewriter:
         self.quantized_weights = quantized_weights
         self.nodes: list[Any] = []
         self.weights: dict[str, str] = {}  # a weight's quantizer -> the tensor in its place
+        self.shapes: dict[str, torch.Size] = {}  # a weight's quantizer -> the weight's shape
         self.tensors: dict[str, dict[str, Any]] = {}
         self.renamed: dict[str, str] = {}
         self.labels: set[str] = set()  # of the calls of quantizers
@@ -129,15 +131,14 @@ class Rewriter:
         weight = source.read()
         if not bool(weight.isfinite().all()):
             raise ValueError(f"export.onnx: expected {label} to be finite, got other values")
+        self.shapes[entry.name] = weight.shape
         if self.quantized_weights:
             name = self._levels(entry, weight, label)
             y = self._dequantize(entry, name, entry.name)
         else:
-            low, high = self._bounds(entry)
-            shape = _broadcast(weight.dim(), self.grids[entry.name].axis)
             plain = weight.detach().cpu().float()
             if not self.grids[entry.name].whole:
-                plain = plain.clamp(low.view(shape), high.view(shape))
+                plain = plain.clamp(*(_spread(entry, end, plain) for end in self._bounds(entry)))
             name = self._constant(label, plain)
             y = self._pair(entry, name, entry.name)
         self._note(entry.name, name)
@@ -148,8 +149,9 @@ class Rewriter:
         grid = self.grids[entry.name]
         with torch.no_grad():
             values = entry.quantizer(weight.float()).cpu().double()
-        shape = _broadcast(weight.dim(), grid.axis)
-        scale, zero_point = entry.scale.double().view(shape), entry.zero_point.view(shape)
+        scale, zero_point = (
+            _spread(entry, t, values) for t in (entry.scale.double(), entry.zero_point)
+        )
         if grid.dtype is not None:
             # The quotient is a number of the format but for the rounding of the product.
             numbers = (values / scale).float().to(grid.dtype)
@@ -205,15 +207,21 @@ class Rewriter:
         return self._add("DequantizeLinear", inputs, f"{label}/dequantized", **self._axis(entry))
 
     def _axis(self, entry: Entry) -> dict[str, Any]:
-        axis = self.grids[entry.name].axis
-        return {} if axis < 0 else {"axis": axis}
+        grid = self.grids[entry.name]
+        if grid.block is not None:
+            return {"axis": grid.axis, "block_size": grid.block}
+        return {} if grid.axis < 0 else {"axis": grid.axis}
 
     def _parameters(self, entry: Entry) -> list[str]:
-        """The tensors of scale and zero point; scalars if the grid is per tensor."""
+        """The tensors of scale and zero point: scalars per tensor, of blocks in their layout."""
         grid = self.grids[entry.name]
-        shape = (-1,) if grid.axis >= 0 else ()
-        scale = self._constant(f"{entry.name}/scale", entry.scale.reshape(shape))
-        zero_point = entry.zero_point.reshape(shape).numpy()
+        tensors = [entry.scale, entry.zero_point]
+        if grid.block is not None:
+            layout = (self.shapes[entry.name], grid.axis, grid.block)
+            tensors = [blocks_of(tensor, *layout).contiguous() for tensor in tensors]
+        elif grid.axis < 0:
+            tensors = [tensor.reshape(()) for tensor in tensors]
+        scale, zero_point = self._constant(f"{entry.name}/scale", tensors[0]), tensors[1].numpy()
         return [scale, self._initializer(f"{entry.name}/zero_point", grid.type, zero_point)]
 
     def _constant(self, name: str, value: Tensor) -> str:
@@ -273,6 +281,7 @@ class Rewriter:
                 "quant_min": grid.quant_min,
                 "quant_max": grid.quant_max,
                 "axis": grid.axis,
+                **({} if grid.block is None else {"block_size": grid.block}),
                 "weight": self.chosen[name].is_weight,
             },
         )
@@ -330,6 +339,11 @@ def _bytes_of(numbers: Tensor) -> Any:
 def _label(source: AnyWeightSource) -> str:
     """A weight's name in the model, such as ``conv1.weight``."""
     return f"{source.owner}.{source.parameter}".strip(".")
+
+
+def _spread(entry: Entry, values: Tensor, like: Tensor) -> Tensor:
+    """One value a channel or a group of a weight as one for each of its values."""
+    return spread(values, like.shape, entry.params.ch_axis, entry.params.group_size)
 
 
 def _broadcast(rank: int, axis: int) -> list[int]:

@@ -147,6 +147,8 @@ def _record(entry: Entry) -> dict[str, Any]:
 def _problem(entry: Entry, weight_scale: str, global_scale: float | None) -> str:
     """Why TVM cannot represent a quantizer; empty if it can."""
     grid = entry.params
+    if entry.groups:
+        return entry.groups
     if grid.is_float:
         return f"its grid is {grid.values}, not of integers"
     largest = _largest(entry)

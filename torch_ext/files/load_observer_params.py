@@ -34,7 +34,8 @@ class LoadReport:
     missing: list[str] = field(default_factory=list)
     #: In the source, but not in the model.
     unexpected: list[str] = field(default_factory=list)
-    #: Not loaded, as the number or the axis of the channels differs; with the difference.
+    #: Not loaded, as the number or the axis of the channels or the size of the groups differs;
+    #: with the difference.
     mismatched: dict[str, str] = field(default_factory=dict)
     #: Loaded for another grid or number of channels, and what was done.
     converted: dict[str, str] = field(default_factory=dict)
@@ -233,8 +234,16 @@ def _changes(
 
 
 def _mismatch(params: Params, quantizer: FakeQuantize) -> str:
-    """Why the range cannot be loaded: other channels; else empty."""
+    """Why the range cannot be loaded: other channels or groups; else empty."""
     observer = quantizer.observer
+    if params.group_size != observer.group_size:
+        kinds = [
+            "no groups" if size is None else f"groups of {size}"
+            for size in (params.group_size, observer.group_size)
+        ]
+        return f"{kinds[0]} for {kinds[1]}"
+    if params.group_size is not None and params.channels != observer.channel_len:
+        return f"{params.channels} groups for {observer.channel_len}"
     have, want = params.channels, observer.channel_len
     if 1 not in (have, want) and have != want:
         return f"{have} channels for {want}"

@@ -20,15 +20,16 @@ from torch_ext.quantizers.grid import dtype_name, is_float, parse_grid, text_of_
 from torch_ext.quantizers.learned import LearnedFakeQuantize
 from torch_ext.utils.text import joined
 
-# Field -> dtype and shape; C is the number of channels, None any size.
+# Field -> dtype and shape; C is the number of channels or groups, S that of the statistic's rows,
+# which is 1 with groups; None any size.
 FIELDS: Mapping[str, tuple[torch.dtype, tuple[str | int | None, ...]]] = {
     "range": (torch.float32, ("C", 2)),
     "scale": (torch.float32, ("C",)),
     "zero_point": (torch.int32, ("C",)),
     "solved": (torch.uint8, (1,)),
-    "observer.extrema": (torch.float32, ("C", 2)),
-    "observer.tally": (torch.int64, ("C", 5)),
-    "observer.counts": (torch.int64, ("C", 2, None, None)),
+    "observer.extrema": (torch.float32, ("S", 2)),
+    "observer.tally": (torch.int64, ("S", 5)),
+    "observer.counts": (torch.int64, ("S", 2, None, None)),
 }
 STATISTIC = ("observer.extrema", "observer.tally", "observer.counts")
 
@@ -83,7 +84,13 @@ class Params:
 
     @property
     def channels(self) -> int:
+        """The number of channels, or of groups."""
         return self.tensors["range"].shape[0]
+
+    @property
+    def group_size(self) -> int | None:
+        size: int | None = self.spec.get("group_size")
+        return size
 
     @property
     def is_float(self) -> bool:
@@ -159,7 +166,10 @@ def spec_of(quantizer: FakeQuantize) -> dict[str, Any]:
         "octaves": observer.octaves,
         "histogram": observer.has_histogram,
         "transient": observer.transient,
-    } | (quantizer.keys_beside_observer() if isinstance(quantizer, DynamicFakeQuantize) else {})
+        # Without groups as it was before there were any.
+        **({} if observer.group_size is None else {"group_size": observer.group_size}),
+        **(quantizer.keys_beside_observer() if isinstance(quantizer, DynamicFakeQuantize) else {}),
+    }
 
 
 def params_from(tensors: Mapping[str, Tensor], spec: Any, histogram: bool = True) -> Params:
@@ -179,12 +189,13 @@ def params_from(tensors: Mapping[str, Tensor], spec: Any, histogram: bool = True
     synced = spec.pop("synced", False)
     if not isinstance(synced, bool):
         raise ValueError(f"synced: expected true or false, got {str(synced)[:80]}")
-    keys = ("dtype", "qscheme", "ch_axis", "channel_len", "quant_min", "quant_max")
-    # The axis of dynamic groups is not one of channels.
-    statistic = spec | {"ch_axis": -1} if spec.get("dynamic") is True else spec
+    keys = ("dtype", "qscheme", "ch_axis", "channel_len", "quant_min", "quant_max", "group_size")
+    # Dynamic groups have no channels, and no range that is kept.
+    fixed = spec | {"ch_axis": -1, "group_size": None} if spec.get("dynamic") is True else spec
     try:
-        grid = parse_grid("description", *(statistic.get(key) for key in keys))
-        check_shapes(tensors, FIELDS, grid.channel_len)
+        grid = parse_grid("description", *(fixed.get(key) for key in keys))
+        rows = grid.channel_len if grid.group_size is None else 1
+        check_shapes(tensors, FIELDS, grid.channel_len, rows)
         bins = _histogram_of(json.dumps(spec))
     except TypeError as error:
         raise ValueError(str(error)) from error
@@ -251,13 +262,18 @@ def check_shapes(
     tensors: Mapping[str, Tensor],
     fields: Mapping[str, tuple[torch.dtype, tuple[str | int | None, ...]]],
     channels: int,
+    rows: int,
 ) -> None:
-    """Raises ValueError for a tensor that is missing, or of another dtype or shape."""
+    """Raises ValueError for a tensor that is missing, or of another dtype or shape.
+
+    ``channels`` and ``rows`` are the sizes C and S in ``FIELDS``.
+    """
+    sizes: Mapping[str | int | None, int] = {"C": channels, "S": rows}
     for field, (dtype, shape) in fields.items():
         if field not in tensors:
             raise ValueError(f"{field}: missing")
         tensor = tensors[field]
-        want = [channels if size == "C" else size for size in shape]
+        want = [sizes.get(size, size) for size in shape]
         fits = len(want) == tensor.dim() and all(
             size in (None, have) for size, have in zip(want, tensor.shape, strict=True)
         )

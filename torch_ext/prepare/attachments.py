@@ -72,6 +72,8 @@ class Attachments:
         self.dynamic = DynamicAxes()
         self.reads: dict[str, dict[str, FakeQuantize]] = {}  # by module and argument
         self.norms = Norms([], {})
+        # Weights that groups do not divide: the module's name, and what is wrong.
+        self.undivided: list[tuple[str, str]] = []
 
     def carry_out(self) -> None:
         """Attaches everything, or, if a step raises, nothing."""
@@ -320,7 +322,7 @@ class Attachments:
         weight = getattr(module, parameter)
         where = f"{name}.{parameter}".strip(".")
         groups, shape = grouped_shape(module, weight.shape)
-        keys = self._weight_keys(where, factory, weight.device, target.ch_axis, shape)
+        keys = self._weight_keys(where, factory, weight.device, target, shape, name)
         quantizer = self._build(where, factory, weight.device, **keys)
         if attach.is_hooked(module, parameter):
             attach.check_called(_WHO, self.root, name, parameter)
@@ -342,21 +344,47 @@ class Attachments:
         for step in chain:
             self.steps.append(functools.partial(attach.attach_weight, module, parameter, step))
 
+    def check_groups(self) -> None:
+        """Raises ValueError with the names of all weights that groups do not divide."""
+        if not self.undivided:
+            return
+        names = ", ".join(dict.fromkeys(f'"{name}"' for name, _ in self.undivided))
+        weights = "\n".join(f"  {problem}" for _, problem in self.undivided)
+        raise ValueError(
+            f"{_WHO}: expected group_size to divide every weight, got {len(self.undivided)} that "
+            f"it does not; leave them float with mapping=dict.fromkeys([{names}]), or give them a "
+            f"QConfig without group_size in the same way: dict.fromkeys([...], qconfig)\n{weights}"
+        )
+
     def _weight_keys(
-        self, where: str, factory: Factory, device: torch.device, ch_axis: int, shape: torch.Size
+        self,
+        where: str,
+        factory: Factory,
+        device: torch.device,
+        target: Target,
+        shape: torch.Size,
+        owner: str = "",
     ) -> dict[str, object]:
-        """The keys that a factory gets for a weight with its output channels on ``ch_axis``."""
-        axis = self._build(where, factory, device).observer.ch_axis
+        """The keys that a factory gets for a weight of a module, with its axes as in ``target``."""
+        observer = self._build(where, factory, device).observer
+        axis, size = observer.ch_axis, observer.group_size
         if axis < 0:
             return {"transient": True}
-        # Axis 0 in a QConfig means the output channels.
-        axis = ch_axis if axis == 0 else axis
+        # Axis 0 in a QConfig means the output channels, and 1 of groups the inputs.
+        if axis == 0:
+            axis = target.ch_axis
+        elif axis == 1 and size is not None:
+            axis = target.in_axis
         if axis >= len(shape):
             raise ValueError(
                 f"{_WHO}: {where}: expected ch_axis to be below {len(shape)}, got {axis}; 0 means "
                 "the output channels of every layer"
             )
-        return {"transient": True, "ch_axis": axis, "channel_len": shape[axis]}
+        channels = shape[axis] if size is None else max(1, shape.numel() // size)
+        if size is not None and shape[axis] % size:
+            problem = f"{where}: {shape[axis]} on axis {axis}, group_size {size}"
+            self.undivided.append((owner, problem))
+        return {"transient": True, "ch_axis": axis, "channel_len": channels}
 
     def _device(self, module: nn.Module) -> torch.device:
         """The device of the module's first tensor, or, if it has none, of the model's."""

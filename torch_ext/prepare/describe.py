@@ -35,7 +35,7 @@ class QuantizerRow:
     #: The rule with its options, such as ``"percentile(percentile=99.9)"``.
     observer: str
     #: The dtype, its integers and the scheme, as ``int8 [-128, 127], per tensor symmetric`` or
-    #: ``int8 [-128, 127], dynamic per token symmetric``.
+    #: ``int8 [-128, 127], dynamic per token symmetric`` or ``int4 [-8, 7], groups of 32 symmetric``.
     grid: str
     #: The value of its :class:`FakeQuantState`.
     state: str
@@ -101,6 +101,8 @@ def _row(name: str, quantizer: FakeQuantize) -> QuantizerRow:
     scheme = str(observer.qscheme).removeprefix("torch.").replace("_", " ")
     if isinstance(quantizer, DynamicFakeQuantize):
         scheme = scheme.replace("per tensor", f"dynamic {quantizer.scales_text}")
+    elif observer.group_size is not None:
+        scheme = scheme.replace("per channel", f"groups of {observer.group_size}")
     return QuantizerRow(
         name=name,
         of=role_of(name, quantizer),

@@ -106,8 +106,9 @@ def prepare_qat(
         TypeError: ``model`` is no module, or holds what cannot be copied; or an argument or a
             QConfig has a wrong type.
         ValueError: the model is prepared already, wrapped, has no QConfig or nothing to quantize; a
-            name in ``mapping`` matches no module; a weight cannot be parametrized; or the model
-            does not run on the example, in which case the message has the line.
+            name in ``mapping`` matches no module; a weight cannot be parametrized; ``group_size``
+            does not divide weights, which the message names; or the model does not run on the
+            example, in which case the message has the line.
 
     If it raises, the model is unchanged.
     """
@@ -144,6 +145,7 @@ def prepare_qat(
             f"{_WHO}: expected model to have modules to quantize, found none with a QConfig that "
             "has a factory; functions are found with example_inputs"
         )
+    plan.check_groups()
     warn_of_left(_WHO, plan.norms.left, has_example=True)
     plan.carry_out()
     if verbose:

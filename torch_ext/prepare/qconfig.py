@@ -17,7 +17,7 @@ from torch_ext.ops.registry import fake_quant_info, observer_info
 from torch_ext.ops.registry_names import Method, Rule
 from torch_ext.prepare.quantizable_modules import NOTHING, is_activation, target_of
 from torch_ext.quantizers.fake_quantize import KEYS, FakeQuantize
-from torch_ext.quantizers.observer import check_keys
+from torch_ext.quantizers.keys import check_keys
 from torch_ext.utils.arguments import bounded, parse_flag
 from torch_ext.utils.backends import (
     BACKENDS,
@@ -107,7 +107,8 @@ def get_default_qconfig(
     By default, activations are int8, per tensor, symmetric, with averaging constant 0.01. Weights
     are int8, per output channel (per tensor with ``pact``), symmetric, with averaging constant 1.
     ``ch_axis=0`` of a weight means its output channels: ``prepare_qat`` uses axis 1 for transposed
-    convolutions.
+    convolutions. With ``group_size`` in ``weight_qkwargs`` so many inputs of an output channel
+    share a scale; ``ch_axis=1``, the default then, means the inputs of every layer.
 
     Args:
         activation_fake_quant: the method for activations, one of ``torch_ext.fake_quants()``; None
@@ -239,7 +240,9 @@ def make_factory(
         given.setdefault("qscheme", default)
     check_keys(f"{who}: {side}_qkwargs", given, observer, KEYS)
     probe_keys = keys | given
-    if side == "weight" and "ch_axis" not in given and not _is_per_tensor(given["qscheme"]):
+    grouped = given.get("group_size") is not None
+    free = "ch_axis" not in given and not grouped
+    if side == "weight" and free and not _is_per_tensor(given["qscheme"]):
         probe_keys["ch_axis"] = 0
     factory = functools.partial(FakeQuantize, method, observer, **probe_keys)
     factory()

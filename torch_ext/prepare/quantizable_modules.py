@@ -30,12 +30,13 @@ class Target(NamedTuple):
     ch_axis: int = 0  # the axis of the weights' output channels
     reads: Reads = Reads.NOTHING
     output: bool = False  # whether the output is quantized
+    in_axis: int = 1  # the axis of the weights' inputs
 
 
 OUTPUT_ONLY = Target((), output=True)
 WEIGHTED = Target(("weight",), 0, Reads.FIRST)
 # Weights are [in, out / groups, ...]; see `grouped_shape`.
-TRANSPOSED = Target(("weight",), 1, Reads.FIRST)
+TRANSPOSED = Target(("weight",), 1, Reads.FIRST, in_axis=0)
 _EMBEDDING = Target(("weight",))
 _ATTENTION = Target(
     ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"), 0, Reads.EACH

@@ -11,13 +11,12 @@ from torch_ext.ops.registry_names import Method, Rule
 from torch_ext.pt2e.adapters import PT2EFakeQuantize, PT2EObserver
 from torch_ext.quantizers.fake_quantize import KEYS as FAKE_QUANT_KEYS
 from torch_ext.quantizers.grid import DType, is_float, parse_dtype
+from torch_ext.quantizers.keys import check_keys
 from torch_ext.quantizers.observer import KEYS as OBSERVER_KEYS
-from torch_ext.quantizers.observer import check_keys
 
-# Keys that a spec cannot have, because the number of channels and the role depend on the graph.
-_SET_BY_GRAPH = ("channel_len", "transient", "optional")
-# Those of scales that no QuantizationSpec holds.
-_DYNAMIC = ("dynamic", "scale_dtype", "group_size")
+# Keys that a spec cannot have, because the number of channels and the role depend on the graph, and
+# its quantized graphs have neither groups nor dynamic scales.
+_SET_BY_GRAPH = ("channel_len", "transient", "optional", "group_size", "dynamic", "scale_dtype")
 # The dtype of a converted graph, by whether the grid is signed and has more than 8 bits. int4 is
 # stored in int8.
 _STORED_IN = {
@@ -111,7 +110,7 @@ def fake_quant_spec(
 
 def _check(who: str, keys: dict[str, Any], observer: str, known: tuple[str, ...]) -> None:
     """Raises ValueError for keys that a spec does not take."""
-    check_keys(who, keys, observer, [k for k in known if k not in (*_SET_BY_GRAPH, *_DYNAMIC)])
+    check_keys(who, keys, observer, [key for key in known if key not in _SET_BY_GRAPH])
 
 
 def _spec(who: str, adapter: type[Any], keys: dict[str, Any]) -> QuantizationSpec:

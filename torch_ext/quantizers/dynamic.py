@@ -14,7 +14,8 @@ from torch_ext.ops.registry import OptionValue
 from torch_ext.ops.registry_names import Rule
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.grid import dtype_name, is_float, needs_groups, parse_dtype
-from torch_ext.quantizers.observer import Observer, TensorMap
+from torch_ext.quantizers.keep_dtype import TensorMap
+from torch_ext.quantizers.observer import Observer
 from torch_ext.quantizers.solve import Solution
 from torch_ext.quantizers.state_table import FOLLOW, QUANTIZE
 from torch_ext.utils.arguments import bounded, parse_integer
@@ -104,7 +105,7 @@ class DynamicFakeQuantize(FakeQuantize, dynamic=True):
             )
         size = keys.pop("group_size", None)
         self.group_size: int | None = (
-            None if size is None else parse_integer(who, "group_size", size, 1, 2**31 - 1)
+            None if size is None else parse_integer(who, "group_size", size, 2, 2**31 - 1)
         )
         self.axis_given = "ch_axis" in keys
         self.axis = parse_integer(who, "ch_axis", keys.pop("ch_axis", -1), -64, 63)

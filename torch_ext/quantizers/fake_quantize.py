@@ -14,8 +14,12 @@ from typing_extensions import Self
 from torch_ext import ops
 from torch_ext.ops.registry import fake_quant_info, observer_info
 from torch_ext.ops.registry_names import Method, Rule
+from torch_ext.quantizers.groups import check_groups, follow_rows_
+from torch_ext.quantizers.keep_dtype import TensorMap, keep_dtype
+from torch_ext.quantizers.keys import check_keys
 from torch_ext.quantizers.observer import KEYS as OBSERVER_KEYS
-from torch_ext.quantizers.observer import Observer, TensorMap, check_keys, keep_dtype
+from torch_ext.quantizers.observer import Observer
+from torch_ext.quantizers.range_text import range_text
 from torch_ext.quantizers.solve import Solution, WeightSolution, weight_solution
 from torch_ext.quantizers.state_table import (
     ACCUMULATE,
@@ -28,7 +32,6 @@ from torch_ext.quantizers.state_table import (
 from torch_ext.quantizers.transition import change_state, check_copied, check_export, warn_of_state
 from torch_ext.utils.arguments import bounded, parse_flag, parse_fraction
 from torch_ext.utils.modes import is_exporting
-from torch_ext.utils.text import span
 
 # The classes of methods that learn their range, and of quantizers whose scales are dynamic, which
 # are registered when they are defined; all others are FakeQuantize itself.
@@ -112,7 +115,6 @@ class FakeQuantize(nn.Module):
         alpha: float | None = None,
         dynamic: bool = False,
         scale_dtype: str | torch.dtype | None = None,
-        group_size: int | None = None,
         **keys: Any,
     ) -> None:
         super().__init__()
@@ -133,9 +135,8 @@ class FakeQuantize(nn.Module):
             raise ValueError(
                 f"{type(self).__name__}: expected dynamic to be {self.is_dynamic}, got {dynamic}"
             )
-        if group_size is not None:
-            keys["group_size"] = group_size
         self.observer = self._make_observer(observer, scale_dtype, keys)
+        check_groups(f"FakeQuantize({method})", self.observer.group_size, self.transient)
         self.register_buffer("solved", torch.empty(1, dtype=torch.uint8))
         self._allocate(use_grad_scaling, learn_zero_point, alpha)
         self.reset_parameters()
@@ -294,14 +295,24 @@ class FakeQuantize(nn.Module):
             del self.__dict__["_quantize"]
 
     def _quantize(self, x: Tensor, action: str) -> Tensor:
+        observer: Any = self._modules["observer"]
+        if observer.group_size is None:
+            return self._quantize_rows(x, action)
+        made: Tensor = observer.from_rows(self._quantize_rows(observer.as_rows(x), action), x)
+        return made
+
+    def _quantize_rows(self, x: Tensor, action: str) -> Tensor:
+        """Quantizes what ops get: ``x``, or with groups one group a row."""
         # Module.__getattr__ takes as long as the rest of this function; its dicts do not.
         observer: Any = self._modules["observer"]
         buffers: Any = self._buffers
         if action in FOLLOW and observer.statistic != "none":
             tensors = (buffers["range"], buffers["scale"], buffers["zero_point"], buffers["solved"])
             constant = 0.0 if self._holds else self.averaging_constant
-            return ops.follow_fake_quant(x, *tensors, constant, **self._follow_arguments())
-        qparams, axis = (buffers["scale"], buffers["zero_point"]), observer.ch_axis
+            if not observer.solves_in_parts:
+                return ops.follow_fake_quant(x, *tensors, constant, **self._follow_arguments())
+            follow_rows_(x, *tensors, constant, **self._follow_arguments())
+        qparams, axis = (buffers["scale"], buffers["zero_point"]), observer.scale_axis
         return ops.fake_quant(x, *qparams, ch_axis=axis, grid=observer.grid_text)
 
     def _follow_arguments(self) -> dict[str, Any]:
@@ -310,7 +321,7 @@ class FakeQuantize(nn.Module):
         return {
             "rule": observer.name,
             "options": observer.encoded_options,
-            "ch_axis": observer.ch_axis,
+            "ch_axis": observer.scale_axis,
             "mantissa_bits": observer.mantissa_bits,
             "octaves": observer.octaves,
             "grid": observer.grid_text,
@@ -393,22 +404,8 @@ class FakeQuantize(nn.Module):
         words += ["optional"] if self.optional else []
         words += ["passes through"] if self.passes_through else []
         words += ["holds its range"] if self._holds else []
-        words += [self.range_text()]
+        words += [range_text(self)]
         return ", ".join(words)
-
-    def range_text(self) -> str:
-        """Range and scale as text; with several channels their least and greatest values."""
-        with contextlib.suppress(RuntimeError):  # meta and fake tensors have no values
-            if not bool(self.solved):
-                return "not solved"
-            try:
-                low, high = self.range.unbind(1)
-                scale = self.calculate_qparams()[0].tolist()
-            except ValueError:  # a learned parameter became infinite or NaN
-                return "range not finite"
-            channels = f" ({len(scale)} channels)" if len(scale) > 1 else ""
-            return f"range=[{low.min():.6g}, {high.max():.6g}], scale={span(scale)}{channels}"
-        return "no values"
 
 
 # help() would show the signature of __new__, which only chooses the class.

@@ -11,6 +11,7 @@ import torch
 
 from torch_ext import _C
 from torch_ext.ops.grid_text import grid_text, words
+from torch_ext.quantizers.groups import INPUT_AXIS
 from torch_ext.utils.arguments import parse_integer
 
 _NAME = re.compile(r"(?:torch\.)?q?(u?)int(\d+)")
@@ -35,6 +36,11 @@ _SCHEMES = {
         torch.per_channel_symmetric,
         torch.per_channel_affine,
     )
+}
+
+_PER_CHANNEL = {
+    torch.per_tensor_symmetric: torch.per_channel_symmetric,
+    torch.per_tensor_affine: torch.per_channel_affine,
 }
 
 DType = torch.dtype | str
@@ -119,7 +125,8 @@ def parse_qscheme(who: str, qscheme: object) -> torch.qscheme:
 class Grid:
     """A checked grid, and the axis of its channels.
 
-    The ends of a float format are its least and its largest number.
+    The ends of a float format are its least and its largest number. With ``group_size`` each group
+    of values along ``ch_axis`` counts as a channel, and the qscheme is one per channel.
     """
 
     dtype: DType
@@ -128,6 +135,7 @@ class Grid:
     quant_max: int
     ch_axis: int  # -1: per tensor
     channel_len: int
+    group_size: int | None = None
 
     @property
     def symmetric(self) -> bool:
@@ -174,10 +182,12 @@ def parse_grid(
     channel_len: object,
     quant_min: object,
     quant_max: object,
+    group_size: object = None,
 ) -> Grid:
     """Checks the arguments of an :class:`Observer` that describe its grid.
 
-    ``quant_min`` and ``quant_max`` may be None, for the ends of the dtype.
+    ``quant_min`` and ``quant_max`` may be None, for the ends of the dtype. With ``group_size`` the
+    scheme only says whether the grid is symmetric.
 
     Raises:
         TypeError: a number is no int.
@@ -198,6 +208,10 @@ def parse_grid(
         )
     axis = parse_integer(who, "ch_axis", ch_axis, -1, 63)
     channels = parse_integer(who, "channel_len", channel_len, 1, 2**31 - 1)
+    if group_size is not None:
+        size = parse_integer(who, "group_size", group_size, 2, 2**31 - 1)
+        axis = INPUT_AXIS if axis < 0 else axis
+        return Grid(parsed, _PER_CHANNEL.get(scheme, scheme), least, most, axis, channels, size)
     per_channel = scheme in (torch.per_channel_symmetric, torch.per_channel_affine)
     name = str(scheme).removeprefix("torch.")
     if per_channel and axis < 0:

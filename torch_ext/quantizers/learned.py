@@ -14,6 +14,7 @@ from torch_ext.ops.registry_names import LearnedMethod, Rule
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import PreparedModel
 from torch_ext.quantizers.grid import is_float
+from torch_ext.quantizers.groups import follow_rows_
 from torch_ext.quantizers.solve import Solution
 from torch_ext.quantizers.state_table import DIFFERENTIATE, FOLLOW, QUANTIZE, FakeQuantState
 from torch_ext.utils.arguments import bounded, parse_flag
@@ -106,6 +107,8 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
             )
         if self._per_channel:
             return
+        if observer.group_size is not None:
+            raise ValueError(f"{who}: expected group_size to be None, got {observer.group_size}")
         if not observer.symmetric or observer.ch_axis >= 0:
             scheme = str(observer.qscheme).removeprefix("torch.")
             raise ValueError(f"{who}: expected qscheme to be per_tensor_symmetric, got {scheme}")
@@ -251,7 +254,7 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
     def _fixed(self, action: str) -> str:
         return action  # the range is learned from every value that is quantized
 
-    def _quantize(self, x: Tensor, action: str) -> Tensor:
+    def _quantize_rows(self, x: Tensor, action: str) -> Tensor:
         # As in FakeQuantize: Module.__getattr__ is slow.
         observer: Any = self._modules["observer"]
         start_zero_point: Any = self._buffers["start_zero_point"]
@@ -274,7 +277,7 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
                 cast("LearnedMethod", self.method),
                 parameter if learns else parameter.detach(),
                 zero_point,
-                ch_axis=observer.ch_axis,
+                ch_axis=observer.scale_axis,
                 use_grad_scaling=self.use_grad_scaling,
                 batch_axis=batch_axis,
                 grid=observer.grid_text,
@@ -291,16 +294,9 @@ class LearnedFakeQuantize(FakeQuantize, learns=True):
         if by_channel:
             done = self._started().all().to(torch.uint8).view(1)
         tensors = (x, self.start_range, parameter, self.start_zero_point, done)
-        ops.follow_(
-            *tensors,
-            0.0,
-            _START,
-            grid=observer.grid_text,
-            options=(),
-            ch_axis=observer.ch_axis,
-            mantissa_bits=observer.mantissa_bits,
-            octaves=observer.octaves,
-        )
+        arguments = self._follow_arguments() | {"rule": _START, "options": ()}
+        follow = ops.follow_ if observer.group_size is None else follow_rows_
+        follow(*tensors, 0.0, **arguments)
         if by_channel:
             # 1 if any channel has started; 2 stays, as a held range has.
             self.solved.copy_(torch.maximum(self.solved, done))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +24,9 @@ from torch_ext.quantizers.grid import (
     parse_grid,
     text_of_grid,
 )
+from torch_ext.quantizers.groups import from_rows, rows_of
+from torch_ext.quantizers.keep_dtype import TensorMap, keep_dtype
+from torch_ext.quantizers.keys import check_keys
 from torch_ext.utils.arguments import parse_flag, parse_integer
 from torch_ext.utils.text import joined
 
@@ -31,30 +34,6 @@ from torch_ext.utils.text import joined
 _LAYOUT_PER_TENSOR = (10, 16)
 _LAYOUT_PER_CHANNEL = (7, 12)
 _SCALE_RULES = ("grid", "tvm", "floor", "even")
-
-TensorMap = Callable[[Tensor], Tensor]
-
-
-def keep_dtype(fn: TensorMap) -> TensorMap:
-    """Wraps the function that ``Module._apply`` gets so that it changes devices but not dtypes.
-
-    Statistics stay int64 and float32 whatever the model computes in; ``model.half()`` would round
-    scales to float16.
-    """
-
-    def moved(tensor: Tensor) -> Tensor:
-        out = fn(tensor)
-        return out if out.dtype == tensor.dtype else tensor.to(out.device)
-
-    return moved
-
-
-def check_keys(who: str, given: Iterable[str], rule: str, known: Iterable[str]) -> None:
-    """Raises ValueError for a key that is neither in ``known`` nor an option of the rule."""
-    names = [*known, *(row["name"] for row in observer_info(rule)["options"])]
-    for key in given:
-        if key not in names:
-            raise ValueError(f'{who}: unknown key "{key}"; known: {joined(names)}')
 
 
 class Observer(nn.Module):
@@ -71,8 +50,10 @@ class Observer(nn.Module):
             ``"float6_e2m3"``, ``"float6_e3m2"`` and ``"float4_e2m1"`` only in groups.
         qscheme: ``torch.per_tensor_symmetric``, ``per_tensor_affine``, ``per_channel_symmetric``
             or ``per_channel_affine``, or the name as text.
-        ch_axis: the axis of the channels, with a per-channel scheme; else -1.
-        channel_len: the number of channels C; 1 with a per-tensor scheme.
+        ch_axis: the axis of the channels, with a per-channel scheme; else -1. With ``group_size``
+            the axis that groups lie along, 1 by default.
+        channel_len: the number of channels C; 1 with a per-tensor scheme. With ``group_size`` the
+            number of groups.
         quant_min, quant_max: the ends of the grid; None: those of the dtype. With [-127,127] a
             symmetric scale is the largest magnitude divided by 127.
         scale_rule: ``"grid"``, or ``"tvm"`` to divide by 2^(bits-1).
@@ -83,6 +64,9 @@ class Observer(nn.Module):
             solved later from the same statistic.
         transient: keep no histogram although the rule reads one. For weights, whose range is
             computed from the weight itself.
+        group_size: so many consecutive values along ``ch_axis`` share a scale; ``qscheme`` then
+            only says whether the grid is symmetric. For weights: the statistic is that of the whole
+            tensor, and :meth:`range` raises; see :class:`FakeQuantize`.
         **options: options of the rule, such as ``percentile=99.9``.
 
     Raises:
@@ -122,14 +106,16 @@ class Observer(nn.Module):
         octaves: int | None = None,
         histogram: bool | None = None,
         transient: bool = False,
+        group_size: int | None = None,
         **options: OptionValue,
     ) -> None:
         super().__init__()
         who = f"Observer({name})"
         info = observer_info(name)
         check_keys(who, options, name, KEYS)
-        grid = parse_grid(who, dtype, qscheme, ch_axis, channel_len, quant_min, quant_max)
-        if needs_groups(grid.dtype) and not self._in_groups:
+        ends = (quant_min, quant_max)
+        grid = parse_grid(who, dtype, qscheme, ch_axis, channel_len, *ends, group_size)
+        if needs_groups(grid.dtype) and grid.group_size is None and not self._in_groups:
             raise ValueError(
                 f"{who}: expected group_size with {dtype_name(grid.dtype)}, got None: one scale "
                 "for a whole tensor or channel does not suit so few levels"
@@ -142,10 +128,14 @@ class Observer(nn.Module):
             keeps_histogram = parse_flag(who, "histogram", histogram) or keeps_histogram
         if parse_flag(who, "transient", transient) and histogram:
             raise ValueError(f"{who}: expected histogram to be False with transient, got True")
+        if group_size is not None and histogram:
+            raise ValueError(f"{who}: expected histogram to be False with group_size, got True")
+        keeps_histogram &= not transient and group_size is None
 
         self.dtype, self.qscheme = grid.dtype, grid.qscheme
         self.quant_min, self.quant_max = grid.quant_min, grid.quant_max
-        self.ch_axis = grid.ch_axis
+        self.ch_axis, self.channel_len = grid.ch_axis, grid.channel_len
+        self.group_size = grid.group_size
         self.scale_rule: ScaleRule = scale_rule
         self.power_of_two = parse_flag(who, "power_of_two", power_of_two)
         layout = _LAYOUT_PER_CHANNEL if grid.per_channel else _LAYOUT_PER_TENSOR
@@ -155,10 +145,11 @@ class Observer(nn.Module):
         self.octaves = parse_integer(who, "octaves", octaves, 4, 32)
         self.transient = transient
         self.set_rule(name, **options)
-        self._allocate(grid, keeps_histogram and not transient)
+        self._allocate(keeps_histogram)
 
-    def _allocate(self, grid: Grid, histogram: bool) -> None:
-        channels = grid.channel_len
+    def _allocate(self, histogram: bool) -> None:
+        # A statistic for each group would take half as much memory as the weight.
+        channels = 1 if self.group_size is not None else self.channel_len
         bins = (self.octaves, 2**self.mantissa_bits) if histogram else (0, 0)
         self.register_buffer("extrema", torch.empty(channels, 2, dtype=torch.float32))
         self.register_buffer("tally", torch.empty(channels, 5, dtype=torch.int64))
@@ -170,8 +161,21 @@ class Observer(nn.Module):
         return self.qscheme in (torch.per_tensor_symmetric, torch.per_channel_symmetric)
 
     @property
-    def channel_len(self) -> int:
-        return self.extrema.shape[0]
+    def scale_axis(self) -> int:
+        """The axis of the C scales in what ops get: 0 with groups, which are rows there."""
+        return self.ch_axis if self.group_size is None else 0
+
+    @property
+    def solves_in_parts(self) -> bool:
+        """Whether there are too many rows to have the histograms of all of them at a time."""
+        return self.group_size is not None and self._statistic == "histogram"
+
+    def as_rows(self, x: Tensor) -> Tensor:
+        """What ops get of ``x``: with groups one group a row, otherwise ``x`` itself.
+
+        Raises RuntimeError if groups do not fill the axis that they lie along.
+        """
+        return x if self.group_size is None else rows_of(x, self.ch_axis, self.group_size)
 
     @property
     def statistic(self) -> str:
@@ -197,6 +201,10 @@ class Observer(nn.Module):
         """The options as numbers, as ops take them; see ``ops.registry.encode_options``."""
         return self._encoded
 
+    def from_rows(self, rows: Tensor, x: Tensor) -> Tensor:
+        """The inverse of :meth:`as_rows`, for what an op made of the rows of ``x``."""
+        return rows if self.group_size is None else from_rows(rows, x, self.ch_axis)
+
     def set_rule(self, name: Rule, **options: OptionValue) -> None:
         """Changes the rule or its options; the statistic stays. If it raises, nothing changes.
 
@@ -220,7 +228,7 @@ class Observer(nn.Module):
     @property
     def grid(self) -> Grid:
         """The grid: dtype, qscheme, ends, channels; change it with :meth:`set_grid`."""
-        channels = (self.ch_axis, self.channel_len)
+        channels = (self.ch_axis, self.channel_len, self.group_size)
         return Grid(self.dtype, self.qscheme, self.quant_min, self.quant_max, *channels)
 
     @property
@@ -246,7 +254,8 @@ class Observer(nn.Module):
             scale_rule: how the scale is computed, as at construction.
             power: ``power_of_two``, likewise.
         """
-        assert (grid.ch_axis, grid.channel_len) == (self.ch_axis, self.channel_len)
+        channels = (self.ch_axis, self.channel_len, self.group_size)
+        assert (grid.ch_axis, grid.channel_len, grid.group_size) == channels
         self.dtype, self.qscheme = grid.dtype, grid.qscheme
         self.quant_min, self.quant_max = grid.quant_min, grid.quant_max
         self.scale_rule, self.power_of_two = scale_rule, power
@@ -289,13 +298,14 @@ class Observer(nn.Module):
         if self._statistic != "none":
             buffers: Any = self._buffers  # Module.__getattr__ is slow
             statistic = (buffers["extrema"], buffers["tally"], buffers["counts"])
-            ops.observe_(x, *statistic, self.ch_axis)
+            ops.observe_(x, *statistic, self.ch_axis if self.group_size is None else -1)
         return x
 
     def range(self) -> Tensor:
         """The range [C,2] float32 of the statistic; (0,0) for channels without a finite value.
 
-        Raises RuntimeError if the rule reads a histogram and ``transient`` leaves it out.
+        Raises RuntimeError if the rule reads a histogram and ``transient`` leaves it out, and for
+        groups, whose ranges come from the values.
         """
         return self._solve()[0]
 
@@ -317,6 +327,11 @@ class Observer(nn.Module):
                 f"Observer({self.name}): expected a histogram, got none, because transient is True;"
                 " compute the range from the data with ops.follow_"
             )
+        if self.group_size is not None and self._statistic != "none":
+            raise RuntimeError(
+                f"Observer({self.name}): expected group_size to be None, got {self.group_size}: "
+                "its statistic is of the whole tensor; a FakeQuantize solves groups from a weight"
+            )
         ranges, scales, zero_points = ops.solve_many(
             [self.name],
             [self.extrema],
@@ -325,7 +340,10 @@ class Observer(nn.Module):
             options=[self._encoded],
             grids=[self.grid_text],
         )
-        return ranges[0], scales[0], zero_points[0]
+        count = 1 if self.group_size is None else self.channel_len  # of groups all are the same
+        return (
+            ranges[0].repeat(count, 1), scales[0].repeat(count), zero_points[0].repeat(count)
+        )  # fmt: skip
 
     @torch.no_grad()
     def merge_(self, other: Observer) -> Self:
@@ -380,6 +398,7 @@ class Observer(nn.Module):
         words += [f"[{self.quant_min}, {self.quant_max}]"]
         if self.ch_axis >= 0:
             words.append(f"ch_axis={self.ch_axis}, channel_len={self.channel_len}")
+        words += [f"group_size={self.group_size}"] if self.group_size is not None else []
         words += [f"{name}={value}" for name, value in self._options.items()]
         words += ["transient"] if self.transient else []
         return ", ".join(words)

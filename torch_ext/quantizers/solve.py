@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from torch_ext import ops
+from torch_ext.quantizers.groups import follow_rows_
 from torch_ext.quantizers.observer import Observer
 from torch_ext.quantizers.state_table import FakeQuantState
 from torch_ext.utils.mask_values import mask_advice, mask_fill
@@ -64,6 +65,7 @@ class Quantizer(Protocol):
     def enter(self, state: FakeQuantState, *, pass_through: bool = False) -> None: ...
     def take_(self, solution: Solution) -> Self: ...
     def solve_weight(self, weight: Tensor) -> WeightSolution: ...
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]: ...
 
 
 @torch.no_grad()
@@ -78,8 +80,11 @@ def weight_solution(
         follow_arguments: the arguments of ``ops.follow_`` after ``averaging_constant``, by name.
     """
     device, channels = observer.extrema.device, observer.channel_len
-    scheme = observer.qscheme
-    fresh = Observer("min_max", qscheme=scheme, ch_axis=observer.ch_axis, channel_len=channels)
+    layout: dict[str, Any] = {}
+    if observer.group_size is None:
+        layout = {"ch_axis": observer.ch_axis, "channel_len": channels}
+        layout["qscheme"] = observer.qscheme
+    fresh = Observer("min_max", **layout)
     fresh.to(device)
     fresh(weight)
     if observer.statistic == "none":
@@ -89,7 +94,8 @@ def weight_solution(
     solution = Solution.nothing(channels, device)
     solved = torch.zeros(1, dtype=torch.uint8, device=device)  # 0: takes that of the weight
     # With the constant 0 follow_ would not take the range of a weight that is all zero.
-    ops.follow_(weight, *solution, solved, 1.0, **follow_arguments)
+    follow = follow_rows_ if observer.solves_in_parts else ops.follow_
+    follow(observer.as_rows(weight), *solution, solved, 1.0, **follow_arguments)
     return WeightSolution(solution if bool(solved) else None, fresh.extrema, fresh.tally)
 
 
@@ -302,7 +308,8 @@ def findings(solved: Mapping[str, tuple[Observer, Tensor]]) -> list[str]:
         one_sided = observer.symmetric and observer.quant_min >= 0
         dead = dead_channels(range_.cpu(), one_sided)
         if dead:
-            where = "" if len(range_) == 1 else f" in {listed(dead)} of {len(range_)} channels"
+            kind = "channels" if observer.group_size is None else "groups"
+            where = "" if len(range_) == 1 else f" in {listed(dead)} of {len(range_)} {kind}"
             notes.append(f"  {label}: nothing to scale{where}, scale 1")
         if one_sided and bool((extrema[:, 0] < 0).any()):
             least = float(extrema[:, 0].min())

@@ -93,8 +93,9 @@ def _range_notes(subject: QuantizerReport) -> list[Note]:
         range_notes.append(Note("mask", text))
     dead = dead_channels(params["range"], one_sided)
     if 0 < len(dead) < params.channels:
+        kind = "Channels" if params.group_size is None else "Groups"
         text = (
-            f"Channels {listed(dead)} of {params.channels} hold nothing to scale (scale 1). They "
+            f"{kind} {listed(dead)} of {params.channels} hold nothing to scale (scale 1). They "
             "cost no accuracy; pruning them saves time."
         )
         range_notes.append(Note("", text))

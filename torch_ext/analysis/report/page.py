@@ -242,7 +242,8 @@ def _rules(subject: QuantizerReport) -> str:
     cells = "".join(f"<th>{title}</th>" for title in head)
     caption = ""
     if subject.compared < subject.channels:
-        caption = f"<caption>on {subject.compared} of {subject.channels} channels</caption>"
+        kind = "channels" if subject.params.group_size is None else "groups"
+        caption = f"<caption>on {subject.compared} of {subject.channels} {kind}</caption>"
     return f"<table>{caption}<thead><tr>{cells}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 

@@ -19,6 +19,7 @@ from torch_ext.analysis.rule_choices import Choice, choice, rules_that_look
 from torch_ext.files.quantizer_params import Params
 from torch_ext.ops.registry import observer_info
 from torch_ext.quantizers.grid import largest_step
+from torch_ext.quantizers.groups import rows_of
 
 # The error curve: its number of thresholds, and how many octaves below the largest magnitude the
 # least of them is.
@@ -127,10 +128,16 @@ class RuleLine:
     quality: Quality
 
 
-def weight_sample(weight: Tensor, ch_axis: int) -> Sample:
-    """The values of a weight by channel (`ch_axis` -1: one); those not finite are there 0 times."""
-    x = weight.float()
-    x = x.movedim(ch_axis, 0).flatten(1) if ch_axis >= 0 else x.reshape(1, -1)
+def weight_rows(weight: Tensor, ch_axis: int, group_size: int | None = None) -> Tensor:
+    """A weight as one channel (`ch_axis` -1: one), or with `group_size` one group, a row."""
+    if group_size is not None:
+        return rows_of(weight, ch_axis, group_size)
+    return weight.movedim(ch_axis, 0).flatten(1) if ch_axis >= 0 else weight.reshape(1, -1)
+
+
+def weight_sample(weight: Tensor, ch_axis: int, group_size: int | None = None) -> Sample:
+    """The values of a weight by channel or group; those not finite are there 0 times."""
+    x = weight_rows(weight.float(), ch_axis, group_size)
     if x.shape[1] == 0:
         return Sample(x, torch.zeros(len(x), 2))
     finite = x.isfinite()

@@ -25,6 +25,7 @@ from torch_ext.analysis.report.quality import (
     line_of,
     quality_of,
     rule_lines,
+    weight_rows,
     weight_sample,
 )
 from torch_ext.files.quantizer_params import STATISTIC, Params, spec_of
@@ -147,7 +148,7 @@ def measured(
         return subject
     if weight is not None:
         weight = weight.detach().cpu()
-        sample: Sample | None = weight_sample(weight, params.ch_axis)
+        sample: Sample | None = weight_sample(weight, params.ch_axis, params.group_size)
         subject.source = "the weight"
         if params.channels == 1 and weight.dim() > 1:
             subject.largest = weight.float().abs().flatten(1).amax(1)
@@ -175,12 +176,14 @@ def _compare(subject: QuantizerReport, sample: Sample, weight: Tensor | None) ->
     params = subject.params
     step = -(-params.channels // _CHANNELS)
     channels = torch.arange(0, params.channels, step)
-    statistic = subject.statistic.pick(channels)
-    if weight is not None:
+    if weight is None:
+        statistic = subject.statistic.pick(channels)
+    else:
         # A weight's statistic is not kept, so it is collected again.
-        part = weight if params.ch_axis < 0 else weight.index_select(params.ch_axis, channels)
-        observer = _histogram_observer(params.spec, len(channels))
-        observer(part)
+        rows = weight_rows(weight, params.ch_axis, params.group_size)[channels]
+        per_row = {"qscheme": "per_channel_symmetric", "ch_axis": 0}
+        observer = _histogram_observer({**params.spec, **per_row}, len(channels))
+        observer(rows)
         statistic = _statistic(observer)
     picked = sample.pick(channels)
     subject.compared = len(channels)

@@ -13,6 +13,7 @@ from torch_ext import ops
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import AnyWeightSource, WeightSource
 from torch_ext.quantizers.folded_weight import OutputChannels, WeightStep
+from torch_ext.quantizers.groups import spread
 from torch_ext.quantizers.learned import LearnedFakeQuantize
 from torch_ext.quantizers.solve import Solution
 
@@ -54,10 +55,9 @@ class WeightGrid:
 
     def qparams(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point of each value, in the shape of the weight."""
-        shape = self._source.read().shape
-        axis = self.quantizer.observer.ch_axis
-        sizes = [-1 if i == axis else 1 for i in range(len(shape))]
-        scale, zero_point = (t.view(sizes).expand(shape) for t in self._qparams)
+        shape, observer = self._source.read().shape, self.quantizer.observer
+        layout = (shape, observer.ch_axis, observer.group_size)
+        scale, zero_point = (spread(t, *layout) for t in self._qparams)
         return self._arranged(scale), self._arranged(zero_point)
 
     def nearest(self) -> Tensor:
@@ -101,8 +101,10 @@ class WeightGrid:
         return True
 
     def _quantized(self, weight: Tensor) -> Tensor:
-        axis = self.quantizer.observer.ch_axis
-        return ops.fake_quant(weight, *self._qparams, ch_axis=axis, grid=self.text)
+        observer = self.quantizer.observer
+        rows = observer.as_rows(weight)
+        made = ops.fake_quant(rows, *self._qparams, ch_axis=observer.scale_axis, grid=self.text)
+        return observer.from_rows(made, weight)
 
     def _arranged(self, weight: Tensor) -> Tensor:
         """From the order of channels that the quantizer sees to the layer's."""

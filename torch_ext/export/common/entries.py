@@ -42,6 +42,12 @@ class Entry:
         return self.quantizer.transient
 
     @property
+    def groups(self) -> str:
+        """Why a format that has no groups cannot hold it; empty if it has none."""
+        size = self.params.group_size
+        return "" if size is None else f"it has a scale for each group of {size} values"
+
+    @property
     def scale(self) -> Tensor:
         """float32 [C]."""
         return self.params["scale"]

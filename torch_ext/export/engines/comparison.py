@@ -26,6 +26,7 @@ from torch_ext.export.engines.tensor_runs import (
 )
 from torch_ext.files.storage import PathLike
 from torch_ext.quantizers.find import PreparedModel
+from torch_ext.quantizers.groups import spread
 from torch_ext.utils.arguments import bound_arguments, bounded
 from torch_ext.utils.text import label_of, shown, text_table
 
@@ -306,9 +307,8 @@ def _steps(name: str, ours: Tensor, theirs: Tensor, entry: Entry) -> tuple[float
             f"{_WHO}: expected {label_of(name)} to quantize a tensor of shape {list(ours.shape)} "
             f"as in VALIDATION, got {list(theirs.shape)} in the file; export it again"
         )
-    axis = entry.quantizer.observer.ch_axis
-    shape = [-1 if i == axis else 1 for i in range(ours.dim())] if axis >= 0 else []
-    scale = entry.scale.cpu().double().reshape(shape)
+    axis, groups = entry.params.ch_axis, entry.params.group_size
+    scale = spread(entry.scale.double(), ours.shape, axis, groups)
     theirs = theirs.to(ours.dtype)  # a model in float16 quantizes to float16
     difference = (theirs.double() - ours.double()).abs() / scale
     same = (theirs == ours) | (theirs.isnan() & ours.isnan())

@@ -58,6 +58,8 @@ PROGRAM_ENGINES = {
 def engine_problem(entry: Entry, engine: ProgramEngine) -> str:
     """Why the engine does not take a quantizer's grid; empty if it does."""
     params, channels = entry.params, len(entry.scale)
+    if entry.groups:
+        return entry.groups
     if entry.is_weight:
         if bool(entry.zero_point.any()):
             return "its zero point is not 0"

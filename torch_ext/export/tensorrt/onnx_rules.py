@@ -21,6 +21,8 @@ _LEAST_OPSET = 13  # the first with an axis
 
 def grid_problem(entry: Entry, grid: OnnxGrid) -> str:
     """Why TensorRT does not take a quantizer's grid; empty if it does."""
+    if entry.groups:
+        return entry.groups
     if grid.type != "int8":
         return f"its type is {grid.type}, not int8"
     if bool(entry.zero_point.any()):

@@ -48,9 +48,9 @@ class Ask(NamedTuple):
 class Site:
     """A quantizer of values: of one, or of those that share a scale."""
 
-    def __init__(self, factory: Factory, weight: tuple[int, torch.Size] | None = None) -> None:
+    def __init__(self, factory: Factory, weight: tuple[Target, torch.Size] | None = None) -> None:
         self.factory = factory
-        self.weight = weight  # output axis and shape, of a weight that the forward computes
+        self.weight = weight  # its axes and shape, of a weight that the forward computes
         self.values: dict[fx.Node, None] = {}
         self.named_after: fx.Node | None = None
 
@@ -296,12 +296,13 @@ class Placement:
         target = TRANSPOSED if transposed else WEIGHTED
         source, shift = weight_source(self.recording, weight)
         if shift:
-            target = target._replace(ch_axis=target.ch_axis + shift)
+            axes = (target.ch_axis + shift, target.in_axis + shift)
+            target = target._replace(ch_axis=axes[0], in_axis=axes[1])
         if self._place_parameter(source, target):
             return
         if weight not in self.site_of:
             shape = self.recording.values[weight].shape
-            site = self.site_of[weight] = Site(factory, (target.ch_axis, shape))
+            site = self.site_of[weight] = Site(factory, (target, shape))
             site.values[weight] = None
         self.asks[node, weight] = Ask(node, weight, weight)
 
