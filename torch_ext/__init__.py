@@ -32,6 +32,7 @@ from torch_ext.files.observer_params import save_observer_params
 from torch_ext.files.saved_quantizers import SavedQuantizers, read_quantizers
 from torch_ext.files.storage import FileError
 from torch_ext.modules import Add, Cat, MatMul, Mul, QuantStub
+from torch_ext.prepare.block_qconfig import get_block_qconfig
 from torch_ext.prepare.describe import Description, QuantizerRow, describe
 from torch_ext.prepare.fuse import fuse
 from torch_ext.prepare.prepare_qat import prepare_qat
@@ -111,6 +112,7 @@ __all__ = [
     "float_parameters",
     "float_state_dict",
     "fuse",
+    "get_block_qconfig",
     "get_default_calib_qconfig",
     "get_default_qconfig",
     "keep_statistics_local",

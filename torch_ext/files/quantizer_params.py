@@ -89,8 +89,9 @@ class Params:
 
     @property
     def group_size(self) -> int | None:
+        """Of groups that each have a range; dynamic ones have none."""
         size: int | None = self.spec.get("group_size")
-        return size
+        return None if self.is_dynamic else size
 
     @property
     def is_float(self) -> bool:
@@ -191,9 +192,10 @@ def params_from(tensors: Mapping[str, Tensor], spec: Any, histogram: bool = True
         raise ValueError(f"synced: expected true or false, got {str(synced)[:80]}")
     keys = ("dtype", "qscheme", "ch_axis", "channel_len", "quant_min", "quant_max", "group_size")
     # Dynamic groups have no channels, and no range that is kept.
-    fixed = spec | {"ch_axis": -1, "group_size": None} if spec.get("dynamic") is True else spec
+    dynamic = spec.get("dynamic") is True
+    fixed = spec | {"ch_axis": -1, "group_size": None} if dynamic else spec
     try:
-        grid = parse_grid("description", *(fixed.get(key) for key in keys))
+        grid = parse_grid("description", *(fixed.get(key) for key in keys), in_groups=dynamic)
         rows = grid.channel_len if grid.group_size is None else 1
         check_shapes(tensors, FIELDS, grid.channel_len, rows)
         bins = _histogram_of(json.dumps(spec))

@@ -40,14 +40,13 @@ from torch_ext.prepare.quantizable_modules import (
     OUTPUT_ONLY,
     Reads,
     Target,
-    axis_of_argument,
     grouped_shape,
     is_float_functional,
     is_out_proj,
     is_sum,
     target_of,
 )
-from torch_ext.quantizers.dynamic import DynamicFakeQuantize
+from torch_ext.prepare.weight_axes import WeightAxes
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.folded_weight import FoldedWeight, OutputChannels
 from torch_ext.quantizers.transition import INPUTS, OUTPUTS
@@ -72,8 +71,7 @@ class Attachments:
         self.dynamic = DynamicAxes()
         self.reads: dict[str, dict[str, FakeQuantize]] = {}  # by module and argument
         self.norms = Norms([], {})
-        # Weights that groups do not divide: the module's name, and what is wrong.
-        self.undivided: list[tuple[str, str]] = []
+        self.weight_axes = WeightAxes(_WHO)
 
     def carry_out(self) -> None:
         """Attaches everything, or, if a step raises, nothing."""
@@ -124,7 +122,7 @@ class Attachments:
                     self._add_weight(weight.owner, module, *weight[1:], pair=pair)
                 done.add(key)
             assignment.add(placement)
-        self._set_axes()
+        self.dynamic.set_axes(_WHO, self.named)
         if self.built:
             link = Link(make_plan(self.root.forward, recordings, self._layers()))
             for name in tracked_modules(self.root, recordings, link.plan):
@@ -159,14 +157,6 @@ class Attachments:
             )
         planned = None if results is None else keys
         self.first_steps.append(lambda: attach_outputs(host, quantizers, planned))
-
-    def _set_axes(self) -> None:
-        """Tells quantizers with dynamic scales along which axis groups lie, or refuses by name."""
-        self.dynamic.refuse(_WHO)
-        for name, axes in self.dynamic.found.items():
-            quantizer = self.named[name]
-            if isinstance(quantizer, DynamicFakeQuantize) and len(axes) == 1:
-                (quantizer.axis,) = axes  # else each read has its own
 
     def _layers(self) -> frozenset[str]:
         """Modules whose every call reads something quantized."""
@@ -229,7 +219,7 @@ class Attachments:
                 self.first_steps.append(functools.partial(swap_class, module, class_layer_by_layer))
             elif name in self.reads:
                 self.first_steps.append(functools.partial(swap_class, module, class_with_inputs))
-        self._set_axes()
+        self.dynamic.set_axes(_WHO, self.named)
         if outputs is not None:
             self.add_outputs(outputs, None)
 
@@ -255,26 +245,11 @@ class Attachments:
         if target.reads is not Reads.NOTHING and called:
             arguments = read_arguments(_WHO, name, module, target.reads)
             self._add_reads(name, module, arguments, config.activation, target.reads is Reads.PAIR)
-            if template is not None and not template.axis_given:
-                self._add_axes(name, module, template, arguments)
+            if template is not None:
+                names = [f"{name}.{INPUTS}.{key_for(a)}".strip(".") for a in arguments]
+                self.dynamic.of_module(module, template, names)
         if target.output:
             self._add_output(name, module, config.activation)
-
-    def _add_axes(
-        self,
-        name: str,
-        module: nn.Module,
-        template: DynamicFakeQuantize,
-        arguments: Mapping[str, bool],
-    ) -> None:
-        """Notes along which axis a module sums over what it reads."""
-        for i, argument in enumerate(arguments):
-            axis = axis_of_argument(module, i)
-            where = f"{name}.{INPUTS}.{key_for(argument)}".strip(".")
-            size = getattr(module, "in_features", getattr(module, "in_channels", None))
-            # Of other modules the size is not known before they are called.
-            shape = [size or template.group_size or 1] * -axis
-            self.dynamic.check(where, f"{type(module).__name__} reads", template, shape, axis)
 
     def _add_output(self, name: str, module: nn.Module, factory: Factory) -> None:
         """Plans the quantizer of a module's result."""
@@ -344,18 +319,6 @@ class Attachments:
         for step in chain:
             self.steps.append(functools.partial(attach.attach_weight, module, parameter, step))
 
-    def check_groups(self) -> None:
-        """Raises ValueError with the names of all weights that groups do not divide."""
-        if not self.undivided:
-            return
-        names = ", ".join(dict.fromkeys(f'"{name}"' for name, _ in self.undivided))
-        weights = "\n".join(f"  {problem}" for _, problem in self.undivided)
-        raise ValueError(
-            f"{_WHO}: expected group_size to divide every weight, got {len(self.undivided)} that "
-            f"it does not; leave them float with mapping=dict.fromkeys([{names}]), or give them a "
-            f"QConfig without group_size in the same way: dict.fromkeys([...], qconfig)\n{weights}"
-        )
-
     def _weight_keys(
         self,
         where: str,
@@ -366,25 +329,8 @@ class Attachments:
         owner: str = "",
     ) -> dict[str, object]:
         """The keys that a factory gets for a weight of a module, with its axes as in ``target``."""
-        observer = self._build(where, factory, device).observer
-        axis, size = observer.ch_axis, observer.group_size
-        if axis < 0:
-            return {"transient": True}
-        # Axis 0 in a QConfig means the output channels, and 1 of groups the inputs.
-        if axis == 0:
-            axis = target.ch_axis
-        elif axis == 1 and size is not None:
-            axis = target.in_axis
-        if axis >= len(shape):
-            raise ValueError(
-                f"{_WHO}: {where}: expected ch_axis to be below {len(shape)}, got {axis}; 0 means "
-                "the output channels of every layer"
-            )
-        channels = shape[axis] if size is None else max(1, shape.numel() // size)
-        if size is not None and shape[axis] % size:
-            problem = f"{where}: {shape[axis]} on axis {axis}, group_size {size}"
-            self.undivided.append((owner, problem))
-        return {"transient": True, "ch_axis": axis, "channel_len": channels}
+        made = self._build(where, factory, device)
+        return self.weight_axes.keys(where, made, target, shape, owner)
 
     def _device(self, module: nn.Module) -> torch.device:
         """The device of the module's first tensor, or, if it has none, of the model's."""

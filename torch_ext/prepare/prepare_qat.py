@@ -145,7 +145,7 @@ def prepare_qat(
             f"{_WHO}: expected model to have modules to quantize, found none with a QConfig that "
             "has a factory; functions are found with example_inputs"
         )
-    plan.check_groups()
+    plan.weight_axes.refuse()
     warn_of_left(_WHO, plan.norms.left, has_example=True)
     plan.carry_out()
     if verbose:

@@ -13,7 +13,13 @@ from torch_ext.ops.grid_text import words
 from torch_ext.ops.registry import OptionValue
 from torch_ext.ops.registry_names import Rule
 from torch_ext.quantizers.fake_quantize import FakeQuantize
-from torch_ext.quantizers.grid import dtype_name, is_float, needs_groups, parse_dtype
+from torch_ext.quantizers.grid import (
+    dtype_name,
+    is_float,
+    needs_groups,
+    parse_dtype,
+    text_of_grid,
+)
 from torch_ext.quantizers.keep_dtype import TensorMap
 from torch_ext.quantizers.observer import Observer
 from torch_ext.quantizers.solve import Solution
@@ -23,6 +29,7 @@ from torch_ext.utils.arguments import bounded, parse_integer
 _PER_TENSOR = ("per_tensor_symmetric", "per_tensor_affine")
 # The format of block scales that are relative to a tensor's: NVFP4's.
 _SCALE_DTYPE = "float8_e4m3"
+_LARGEST_SCALE = _C.float_formats()[_SCALE_DTYPE]["largest"]
 _LEAST_SCALE = 2.0**-126
 
 
@@ -161,8 +168,10 @@ class DynamicFakeQuantize(FakeQuantize, dynamic=True):
         observer = self.observer
         if self.scale_dtype is None:
             return observer.grid_text
-        plain = Observer.grid_text.fget(observer)  # type: ignore[attr-defined]
-        return f"{plain} scale_dtype={self.scale_dtype}"
+        values = text_of_grid(
+            observer.dtype, observer.quant_min, observer.quant_max, observer.symmetric
+        )
+        return f"{values} scale_dtype={self.scale_dtype}"
 
     @property
     def scales_text(self) -> str:
@@ -220,9 +229,7 @@ class DynamicFakeQuantize(FakeQuantize, dynamic=True):
         if not is_float(observer.dtype):
             largest = (observer.quant_max - observer.quant_min) / 2
         reach = self.range.abs().amax(1)
-        scale = (reach / (_C.float_formats()[_SCALE_DTYPE]["largest"] * largest)).clamp(
-            min=_LEAST_SCALE
-        )
+        scale = (reach / (_LARGEST_SCALE * largest)).clamp(min=_LEAST_SCALE)
         return torch.where(reach > 0, scale, torch.ones_like(scale))
 
     def keys_beside_observer(self) -> dict[str, Any]:
@@ -233,9 +240,6 @@ class DynamicFakeQuantize(FakeQuantize, dynamic=True):
             "scale_dtype": self.scale_dtype,
             "ch_axis": self.axis,
         }
-
-    def range_text(self) -> str:
-        return "scales of each call" if self.rangeless else super().range_text()
 
     def extra_repr(self) -> str:
         more = f", scale_dtype={self.scale_dtype}" if self.scale_dtype else ""

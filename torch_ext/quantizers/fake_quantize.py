@@ -16,7 +16,7 @@ from torch_ext.ops.registry import fake_quant_info, observer_info
 from torch_ext.ops.registry_names import Method, Rule
 from torch_ext.quantizers.groups import check_groups, follow_rows_
 from torch_ext.quantizers.keep_dtype import TensorMap, keep_dtype
-from torch_ext.quantizers.keys import check_keys
+from torch_ext.quantizers.keys import check_dynamic, check_keys, check_learned_arguments
 from torch_ext.quantizers.observer import KEYS as OBSERVER_KEYS
 from torch_ext.quantizers.observer import Observer
 from torch_ext.quantizers.range_text import range_text
@@ -30,7 +30,7 @@ from torch_ext.quantizers.state_table import (
     parse_state,
 )
 from torch_ext.quantizers.transition import change_state, check_copied, check_export, warn_of_state
-from torch_ext.utils.arguments import bounded, parse_flag, parse_fraction
+from torch_ext.utils.arguments import parse_flag, parse_fraction
 from torch_ext.utils.modes import is_exporting
 
 # The classes of methods that learn their range, and of quantizers whose scales are dynamic, which
@@ -89,10 +89,7 @@ class FakeQuantize(nn.Module):
     is_dynamic = False  # whether the scales come from the values of each call
 
     def __init_subclass__(cls, learns: bool = False, dynamic: bool = False, **keys: Any) -> None:
-        """``FakeQuantize(...)`` creates the subclass with ``learns`` for lsq and pact.
-
-        And that with ``dynamic`` for ``dynamic=True``.
-        """
+        """``FakeQuantize(...)`` creates these subclasses, for lsq and pact and ``dynamic=True``."""
         super().__init_subclass__(**keys)
         if learns or dynamic:
             _CLASSES["dynamic" if dynamic else "learned"] = cls
@@ -131,10 +128,7 @@ class FakeQuantize(nn.Module):
         self._state = FakeQuantState.FLOAT
         self._action = FakeQuantState.FLOAT.value
         self.label = ""
-        if parse_flag("FakeQuantize", "dynamic", dynamic) != self.is_dynamic:
-            raise ValueError(
-                f"{type(self).__name__}: expected dynamic to be {self.is_dynamic}, got {dynamic}"
-            )
+        check_dynamic(type(self).__name__, dynamic, self.is_dynamic, scale_dtype)
         self.observer = self._make_observer(observer, scale_dtype, keys)
         check_groups(f"FakeQuantize({method})", self.observer.group_size, self.transient)
         self.register_buffer("solved", torch.empty(1, dtype=torch.uint8))
@@ -142,12 +136,6 @@ class FakeQuantize(nn.Module):
         self.reset_parameters()
 
     def _make_observer(self, rule: Rule, scale_dtype: object, keys: dict[str, Any]) -> Observer:
-        """The observer, of the keys that are not of the quantizer alone."""
-        if scale_dtype is not None:
-            raise ValueError(
-                f"FakeQuantize({self.method}): expected scale_dtype to be None without "
-                f"dynamic=True, got {bounded(scale_dtype)}"
-            )
         return Observer(rule, **keys)
 
     def _allocate(
@@ -160,18 +148,7 @@ class FakeQuantize(nn.Module):
                 f"{type(self).__name__}: expected method to be one that learns no range, got "
                 f'"{self.method}"; derive the class from LearnedFakeQuantize'
             )
-        if not parse_flag(who, "use_grad_scaling", use_grad_scaling):
-            raise ValueError(
-                f"{who}: expected use_grad_scaling to be True, got False: only lsq scales gradients"
-            )
-        if parse_flag(who, "learn_zero_point", learn_zero_point):
-            raise ValueError(
-                f"{who}: expected learn_zero_point to be False, got True: only lsq learns one"
-            )
-        if alpha is not None:
-            raise ValueError(
-                f"{who}: expected alpha to be None, got {bounded(alpha)}: only pact has one"
-            )
+        check_learned_arguments(who, use_grad_scaling, learn_zero_point, alpha)
         channels = self.observer.channel_len
         self.register_buffer("range", torch.empty(channels, 2, dtype=torch.float32))
         self.register_buffer("scale", torch.empty(channels, dtype=torch.float32))
@@ -399,8 +376,7 @@ class FakeQuantize(nn.Module):
         return super()._apply(keep_dtype(fn), recurse)  # type: ignore[no-untyped-call,no-any-return]
 
     def extra_repr(self) -> str:
-        words = [f"{self.method}, {self._state.value}"]
-        words.append(f"averaging_constant={self.averaging_constant}")
+        words = [self.method, self._state.value, f"averaging_constant={self.averaging_constant}"]
         words += ["optional"] if self.optional else []
         words += ["passes through"] if self.passes_through else []
         words += ["holds its range"] if self._holds else []

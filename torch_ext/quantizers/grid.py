@@ -183,11 +183,13 @@ def parse_grid(
     quant_min: object,
     quant_max: object,
     group_size: object = None,
+    in_groups: bool = False,
 ) -> Grid:
     """Checks the arguments of an :class:`Observer` that describe its grid.
 
     ``quant_min`` and ``quant_max`` may be None, for the ends of the dtype. With ``group_size`` the
-    scheme only says whether the grid is symmetric.
+    scheme only says whether the grid is symmetric. ``in_groups``: scales are of a few values each
+    although there is no ``group_size``, as they are computed elsewhere.
 
     Raises:
         TypeError: a number is no int.
@@ -195,6 +197,11 @@ def parse_grid(
     """
     parsed, low, high = parse_dtype(who, dtype)
     scheme = parse_qscheme(who, qscheme)
+    if needs_groups(parsed) and group_size is None and not in_groups:
+        raise ValueError(
+            f"{who}: expected group_size with {parsed}, got None: one scale for a whole tensor or "
+            "channel does not suit so few levels"
+        )
     if is_float(parsed):
         ends = {"quant_min": (quant_min, low), "quant_max": (quant_max, high)}
         _check_float(who, parsed, scheme, ends)

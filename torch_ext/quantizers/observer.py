@@ -16,14 +16,7 @@ from torch_ext import ops
 from torch_ext.ops.registry import OptionValue, encode_options, observer_info
 from torch_ext.ops.registry_names import Rule
 from torch_ext.ops.statistics import ScaleRule
-from torch_ext.quantizers.grid import (
-    DType,
-    Grid,
-    dtype_name,
-    needs_groups,
-    parse_grid,
-    text_of_grid,
-)
+from torch_ext.quantizers.grid import DType, Grid, dtype_name, parse_grid, text_of_grid
 from torch_ext.quantizers.groups import from_rows, rows_of
 from torch_ext.quantizers.keep_dtype import TensorMap, keep_dtype
 from torch_ext.quantizers.keys import check_keys
@@ -113,13 +106,8 @@ class Observer(nn.Module):
         who = f"Observer({name})"
         info = observer_info(name)
         check_keys(who, options, name, KEYS)
-        ends = (quant_min, quant_max)
-        grid = parse_grid(who, dtype, qscheme, ch_axis, channel_len, *ends, group_size)
-        if needs_groups(grid.dtype) and grid.group_size is None and not self._in_groups:
-            raise ValueError(
-                f"{who}: expected group_size with {dtype_name(grid.dtype)}, got None: one scale "
-                "for a whole tensor or channel does not suit so few levels"
-            )
+        layout = (ch_axis, channel_len, quant_min, quant_max, group_size, self._in_groups)
+        grid = parse_grid(who, dtype, qscheme, *layout)
         if scale_rule not in _SCALE_RULES:
             known = joined(_SCALE_RULES)
             raise ValueError(f"{who}: unknown scale_rule {scale_rule!r}; known: {known}")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from torch import fx
+from torch import fx, nn
 
 from torch_ext.prepare.insertion.operations import operation, summed_axis
 from torch_ext.prepare.insertion.run_graph import RunGraph
 from torch_ext.prepare.qconfig import Factory
+from torch_ext.prepare.quantizable_modules import axis_of_argument
 from torch_ext.quantizers.dynamic import DynamicFakeQuantize
+from torch_ext.quantizers.fake_quantize import FakeQuantize
 
 
 class DynamicAxes:
@@ -66,8 +68,20 @@ class DynamicAxes:
                 f"{quantizer.group_size}"
             )
 
-    def refuse(self, who: str) -> None:
-        """Raises ValueError that lists the problems, if there are some."""
+    def of_module(
+        self, module: nn.Module, quantizer: DynamicFakeQuantize, names: Sequence[str]
+    ) -> None:
+        """Notes along which axis a module sums over what it reads through quantizers of names."""
+        size = getattr(module, "in_features", getattr(module, "in_channels", None))
+        for i, name in enumerate(names):
+            axis = axis_of_argument(module, i)
+            if not quantizer.axis_given:
+                # Of other modules the size is not known before they are called.
+                shape = [size or quantizer.group_size or 1] * -axis
+                self.check(name, f"{type(module).__name__} reads", quantizer, shape, axis)
+
+    def set_axes(self, who: str, named: Mapping[str, FakeQuantize]) -> None:
+        """Tells quantizers along which axis groups lie; raises ValueError where they do not fit."""
         if self.problems:
             lines = [f"  {name}: {why}" for name, why in self.problems.items()]
             raise ValueError(
@@ -75,3 +89,7 @@ class DynamicAxes:
                 f"{len(lines)} that do not; give these modules qconfig=None, or another by "
                 "mapping\n" + "\n".join(lines)
             )
+        for name, axes in self.found.items():
+            quantizer = named[name]
+            if isinstance(quantizer, DynamicFakeQuantize) and len(axes) == 1:
+                (quantizer.axis,) = axes  # else each read has its own
