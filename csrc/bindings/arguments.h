@@ -39,6 +39,30 @@ struct FakeQuantForwardOp {
   using Signature = FakeQuantSignature<std::tuple<at::Tensor, at::Tensor>, at::IntArrayRef>;
 };
 
+struct DynamicArguments {
+  const at::Tensor& x;
+  int64_t group_size;  // -1: the whole last axis
+  c10::string_view grid;
+  const std::optional<at::Tensor>& tensor_scale;
+  // Of _dynamic_fake_quant_forward: the order that out has, and by its last axis the mask
+  // (layout.h).
+  at::IntArrayRef order = {};
+};
+template <class Result, class... Order>
+using DynamicSignature = Result(const at::Tensor&, int64_t, c10::string_view,
+                                const std::optional<at::Tensor>&, Order...);
+
+struct DynamicOp {
+  static constexpr const char* name = "torch_ext::dynamic_fake_quant";
+  using Arguments = DynamicArguments;
+  using Signature = DynamicSignature<at::Tensor>;
+};
+struct DynamicForwardOp {
+  static constexpr const char* name = "torch_ext::_dynamic_fake_quant_forward";
+  using Arguments = DynamicArguments;
+  using Signature = DynamicSignature<std::tuple<at::Tensor, at::Tensor>, at::IntArrayRef>;
+};
+
 struct LearnedArguments {
   const at::Tensor& x;
   c10::string_view method;

@@ -59,6 +59,21 @@ void check_constants(const at::Tensor& first, const Others&...) {
            "one that requires a gradient; detach it, or learn it with lsq");
 }
 
+// Dynamic scales are taken as constants, too.
+template <class Op, class... Others>
+void check_constants(int64_t, c10::string_view, const std::optional<at::Tensor>& tensor_scale,
+                     const Others&...) {
+  expect(!tensor_scale || !differentiates(*tensor_scale), "dynamic_fake_quant", "tensor_scale",
+         "a constant", "one that requires a gradient; detach it");
+}
+
+// The order of the mask of an op whose output has this one.
+template <class Op>
+at::IntArrayRef order_of_mask(at::IntArrayRef order, const at::Tensor& x) {
+  constexpr bool kInGroups = std::is_same_v<typename Op::Arguments, DynamicArguments>;
+  return kInGroups ? order_by_last_axis(order, x.dim()) : order;
+}
+
 // Autograd kernel of an op whose only gradient is that of its first argument x, [shape of x]. Where
 // x has none, Op runs; else ForwardOp, which also returns the packed mask of the elements whose
 // gradient passes. kExtra: what ForwardOp takes after the arguments of Op.
@@ -82,6 +97,7 @@ using FakeQuantAutograd = Quantizing<FakeQuantOp, FakeQuantForwardOp, FakeQuantO
 constexpr bool kWithMask = true;
 using FollowFakeQuantAutograd =
     Quantizing<FollowFakeQuantOp, FollowForwardOp, FollowFakeQuantOp::Signature, kWithMask>;
+using DynamicAutograd = Quantizing<DynamicOp, DynamicForwardOp, DynamicOp::Signature>;
 
 // Autograd kernel of an op that returns its output and the packed mask. Its last argument is the
 // order of memory.
@@ -96,7 +112,7 @@ struct WithMask<Op, std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, Types.
       return call_op<Op>(x, others...);
     }();
     const at::IntArrayRef order = std::get<sizeof...(Types) - 1>(std::tie(others...));
-    differentiate(std::get<0>(results), x, std::get<1>(results), order);
+    differentiate(std::get<0>(results), x, std::get<1>(results), order_of_mask<Op>(order, x));
     return results;
   }
 };
@@ -105,6 +121,8 @@ TORCH_LIBRARY_IMPL(torch_ext, Autograd, m) {
   register_learned_autograd(m);
   m.impl(FakeQuantOp::name, TORCH_FN(FakeQuantAutograd::call));
   m.impl(FakeQuantForwardOp::name, TORCH_FN(WithMask<FakeQuantForwardOp>::call));
+  m.impl(DynamicOp::name, TORCH_FN(DynamicAutograd::call));
+  m.impl(DynamicForwardOp::name, TORCH_FN(WithMask<DynamicForwardOp>::call));
   m.impl(FollowFakeQuantOp::name, TORCH_FN(FollowFakeQuantAutograd::call));
   m.impl(FollowForwardOp::name, TORCH_FN(WithMask<FollowForwardOp>::call));
   m.impl("_fake_quant_backward", TORCH_FN(masked_autograd));

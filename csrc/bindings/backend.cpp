@@ -9,6 +9,7 @@
 #include "bindings/enqueue.h"
 #include "core/qparams.h"
 #include "cpu/driver.h"
+#include "cpu/dynamic.h"
 #include "cpu/map.h"
 #include "cpu/map_reduce.h"
 
@@ -64,19 +65,23 @@ void Backend::solve(const std::vector<core::SolveJob>& jobs) const {
   });
 }
 
-void Backend::qparams(const at::Tensor& range, const core::Grid& grid, at::Tensor& scale,
+void Backend::qparams(const at::Tensor& range, const core::Grid& grid,
+                      const std::optional<at::Tensor>& tensor_scale, at::Tensor& scale,
                       at::Tensor& zero_point) const {
   const int64_t channels = range.size(0);
   const float* const ends = range.const_data_ptr<float>();
   float* const scales = scale.mutable_data_ptr<float>();
   int32_t* const zero_points = zero_point.mutable_data_ptr<int32_t>();
+  const float* const unit =
+      grid.has_tensor_scale() ? tensor_scale->const_data_ptr<float>() : nullptr;
   if (is_cuda())
-    return on_stream([&] { cuda::qparams(ends, channels, grid, scales, zero_points, stream_); });
+    return on_stream(
+        [&] { cuda::qparams(ends, channels, grid, unit, scales, zero_points, stream_); });
   for (int64_t c = 0; c < channels; ++c) {
     const core::Range ends_of{ends[2 * c], ends[2 * c + 1]};
     expect(core::is_valid_range(ends_of), op_, "range", "finite and in order", ends_of.lo, " to ",
            ends_of.hi, " in channel ", c);
-    const core::QParams q = core::qparams(ends_of, grid);
+    const core::QParams q = core::qparams(ends_of, grid, unit == nullptr ? 0 : *unit);
     scales[c] = q.scale;
     zero_points[c] = q.zero_point;
   }
@@ -102,6 +107,14 @@ void Backend::kl_threshold(const at::Tensor& counts, const at::Tensor& bin_width
 void Backend::fake_quant_forward(core::DType dtype, const core::FakeQuantJob& job) const {
   if (!is_cuda()) return cpu::fake_quant_forward(dtype, job);
   on_stream([&] { cuda::fake_quant_forward(dtype, job, stream_); });
+}
+
+void Backend::dynamic_fake_quant(core::DType dtype, const core::DynamicJob& job) const {
+  if (!is_cuda()) return cpu::dynamic_fake_quant(dtype, job);
+  on_stream([&] {
+    const at::Tensor memory = scratch(cuda::dynamic_scratch(job));
+    cuda::dynamic_fake_quant(dtype, job, memory.mutable_data_ptr(), stream_);
+  });
 }
 
 bool Backend::follows_on_chip(int32_t rule, core::DType dtype,

@@ -23,11 +23,13 @@ class Backend {
                cuda::ObserveMode mode = {}) const;
   void merge(const core::Statistic& into, const core::Statistic& from) const;
   void solve(const std::vector<core::SolveJob>& jobs) const;
-  void qparams(const at::Tensor& range, const core::Grid& grid, at::Tensor& scale,
+  void qparams(const at::Tensor& range, const core::Grid& grid,
+               const std::optional<at::Tensor>& tensor_scale, at::Tensor& scale,
                at::Tensor& zero_point) const;
   void kl_threshold(const at::Tensor& counts, const at::Tensor& bin_width, int64_t levels,
                     observers::KlVariant variant, at::Tensor& index, at::Tensor& threshold) const;
   void fake_quant_forward(core::DType dtype, const core::FakeQuantJob& job) const;
+  void dynamic_fake_quant(core::DType dtype, const core::DynamicJob& job) const;
   // Whether follow_on_chip() can run: it moves the range and quantizes the data in one pass over
   // memory. On the CPU job.statistic has to be initialised.
   bool follows_on_chip(int32_t rule, core::DType dtype, const core::FakeQuantJob& map) const;

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "bindings/grid_text.h"
+#include "core/qparams.h"
 #include "cpu/subnormals.h"
 
 namespace torch_ext::bindings {
@@ -63,6 +64,58 @@ core::DType check_fake_quant_backward(const at::Tensor& grad, const at::Tensor& 
   check_per_channel(op, "mask", mask, at::kByte, (grad.sym_numel() + 7) / 8, grad.device());
   check_order(op, order, grad);
   return dtype;
+}
+
+namespace {
+
+// The scale of the whole tensor, which is there if the grid has one. On CUDA reading its value
+// would wait for the device: there the output becomes NaN instead.
+void check_tensor_scale(const char* op, const std::optional<at::Tensor>& t, const core::Grid& grid,
+                        const at::Device& device) {
+  if (!grid.has_tensor_scale())
+    return expect(!t, op, "tensor_scale", "None, as the grid has no scale_dtype", "a tensor");
+  expect(t.has_value(), op, "tensor_scale", "Float of shape [1], as the grid has a scale_dtype",
+         "None");
+  check_per_channel(op, "tensor_scale", *t, at::kFloat, 1, device);
+  if (!t->is_cpu()) return;
+  const cpu::KeepSubnormals keep;
+  const float value = *t->const_data_ptr<float>();
+  const core::Range valid = core::tensor_scales(grid);
+  expect(core::is_tensor_scale(value, grid), op, "tensor_scale",
+         c10::str("between ", valid.lo, " and ", valid.hi), value);
+}
+
+// Raises for a grid whose scales need one of the whole tensor, which the op does not take.
+void refuse_tensor_scale(const char* op, const core::Grid& grid) {
+  expect(!grid.has_tensor_scale(), op, "grid",
+         "without scale_dtype, as the op takes no tensor_scale",
+         std::string("scale_dtype=") + (grid.has_tensor_scale() ? name_of(grid.scale_format) : ""));
+}
+// The same for a rule that tries scales out.
+void refuse_tensor_scale(const char* op, const core::Grid& grid, int32_t rule) {
+  if (rules()[rule].search_words != nullptr || rules()[rule].composite)
+    refuse_tensor_scale(op, grid);
+}
+
+}  // namespace
+
+DynamicContract check_dynamic(const DynamicArguments& a) {
+  constexpr const char* op = "dynamic_fake_quant";
+  const core::DType dtype = check_data(op, "x", a.x);
+  expect(a.x.dim() >= 1, op, "x", "of one axis or more, along the last of which groups lie",
+         "a scalar");
+  const c10::SymInt length = a.x.sym_size(-1);
+  if (a.group_size != -1) {
+    expect(a.group_size >= 1, op, "group_size", "-1 (the whole last axis) or at least 1",
+           a.group_size);
+    if (!holds((length % a.group_size).sym_eq(0)))
+      expect(false, op, "group_size", c10::str("a divisor of the last axis, ", length),
+             a.group_size);
+  }
+  const SolvingGrid grid = check_solving_grid({op, text(a.grid)});
+  check_tensor_scale(op, a.tensor_scale, grid.grid, a.x.device());
+  check_order(op, a.order, a.x);
+  return {dtype, a.group_size == -1 ? length : c10::SymInt(a.group_size), grid.grid, grid.rounding};
 }
 
 // ---- learned fake-quants
@@ -130,6 +183,7 @@ FollowContract check_follow(const char* op, const FollowArguments& a) {
          "between 0 and 1", a.averaging_constant);
   contract.rule = check_rule(op, text(a.rule));
   const SolvingGrid grid = check_solving_grid({op, text(a.grid)});
+  refuse_tensor_scale(op, grid.grid);
   contract.grid = grid.grid;
   contract.rounding = grid.rounding;
   contract.mask = parse_mask(op, text(a.mask));
@@ -171,6 +225,7 @@ SolveContract check_solve(const SolveArguments& a) {
   const core::Statistic statistic =
       check_statistic(op, Access::read, a.extrema, a.tally, a.counts, std::nullopt);
   const core::Grid grid = check_solving_grid({op, text(a.grid)}).grid;
+  refuse_tensor_scale(op, grid, rule);
   check_rule_use(op, rule, grid, statistic.layout, a.options.data(),
                  static_cast<int64_t>(a.options.size()));
   return {rule, grid, statistic, a.options.data()};
@@ -195,6 +250,7 @@ std::vector<SolveContract> check_solve_many(const SolveManyArguments& a) {
     expect(a.extrema[i].device() == a.extrema[0].device(), op, "extrema", a.extrema[0].device(),
            a.extrema[i].device());
     const core::Grid grid = check_solving_grid({op, a.grids[i], static_cast<int64_t>(i)}).grid;
+    refuse_tensor_scale(op, grid);
     const size_t own = static_cast<size_t>(option_count_of(rule));
     if (a.options.size() < used + own)
       expect(false, op, "options", std::to_string(used + own) + " values or more",
@@ -209,10 +265,13 @@ std::vector<SolveContract> check_solve_many(const SolveManyArguments& a) {
   return contracts;
 }
 
-core::Grid check_qparams(const at::Tensor& range, c10::string_view grid) {
+core::Grid check_qparams(const at::Tensor& range, c10::string_view grid_text,
+                         const std::optional<at::Tensor>& tensor_scale) {
   constexpr const char* op = "qparams";
   check_range(op, range, std::nullopt, range.device());
-  return check_solving_grid({op, text(grid)}).grid;
+  const core::Grid grid = check_solving_grid({op, text(grid_text)}).grid;
+  check_tensor_scale(op, tensor_scale, grid, range.device());
+  return grid;
 }
 
 // ---- rules of one tensor
@@ -302,6 +361,7 @@ OneShot check_one_shot(const c10::OperatorHandle& handle, const torch::jit::Stac
   call.x = argument(0).toTensor();
   check_data(op, "x", call.x);
   call.grid = check_solving_grid({op, argument(1).toStringRef()}).grid;
+  refuse_tensor_scale(op, call.grid, call.rule);
   call.ch_axis = argument(2).toInt();
   call.channels = check_axis(op, call.x, call.ch_axis);
   for (const core::Option& option : rules()[call.rule].options)

@@ -24,6 +24,14 @@ FakeQuantContract check_fake_quant(const char* op, const FakeQuantArguments& a);
 core::DType check_fake_quant_backward(const at::Tensor& grad, const at::Tensor& mask,
                                       at::IntArrayRef order);
 
+struct DynamicContract {
+  core::DType dtype;
+  c10::SymInt group_size;  // 0 if there are no values
+  core::Grid grid;
+  core::Rounding rounding;
+};
+DynamicContract check_dynamic(const DynamicArguments& a);
+
 struct LearnedContract {
   const FakeQuantRow& row;
   core::DType dtype;
@@ -70,7 +78,8 @@ SolveContract check_solve(const SolveArguments& a);
 // One for each quantizer.
 std::vector<SolveContract> check_solve_many(const SolveManyArguments& a);
 
-core::Grid check_qparams(const at::Tensor& range, c10::string_view grid);
+core::Grid check_qparams(const at::Tensor& range, c10::string_view grid,
+                         const std::optional<at::Tensor>& tensor_scale);
 
 observers::KlVariant check_kl_threshold(const at::Tensor& counts, const at::Tensor& bin_width,
                                         int64_t levels, c10::string_view variant);

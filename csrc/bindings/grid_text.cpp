@@ -10,6 +10,12 @@ namespace {
 
 // In the order of core::Rounding.
 constexpr const char* kRoundings[] = {"half_even", "half_away", "floor_half_up"};
+// The format that scales can have.
+constexpr const core::NamedFormat& kScaleFormat = *core::format_named("float8_e4m3");
+// In the order of core::ScaleRule.
+constexpr const char* kScaleRules[] = {"grid", "tvm", "floor", "even"};
+
+const char* name_of(core::ScaleRule rule) { return kScaleRules[static_cast<int32_t>(rule)]; }
 
 // A text of any length as a part of a message. It is cut between characters of UTF-8, as Python
 // decodes the message.
@@ -47,8 +53,8 @@ std::string known_formats() {
   TORCH_CHECK(
       false, source.op, ": expected grid to be [quant_min,quant_max] or a float format (",
       known_formats(),
-      ") and words among symmetric, affine, scale_rule=, power_of_two, rounding=, each kind "
-      "once, such as \"[-128,127] symmetric\", got ",
+      ") and words among symmetric, affine, scale_rule=, power_of_two, scale_dtype=, rounding=, "
+      "each kind once, such as \"[-128,127] symmetric\", got ",
       have.empty() ? "nothing" : shown(have), place_of(source));
 }
 
@@ -63,9 +69,10 @@ int64_t take_integer(const GridSource& source, std::string_view& rest, char end)
 }
 
 core::ScaleRule parse_scale_rule(const GridSource& source, std::string_view name) {
-  if (name == "grid") return core::ScaleRule::grid;
-  expect_of(name == "tvm", source, "scale_rule", "one of grid, tvm", shown(name));
-  return core::ScaleRule::tvm;
+  for (int32_t i = 0; i < 4; ++i)
+    if (name == kScaleRules[i]) return static_cast<core::ScaleRule>(i);
+  expect_of(false, source, "scale_rule", "one of grid, tvm, floor, even", shown(name));
+  return core::ScaleRule::grid;
 }
 
 core::Rounding parse_rounding(const GridSource& source, std::string_view name) {
@@ -97,6 +104,11 @@ uint32_t parse_word(const GridSource& source, std::string_view word, ParsedGrid&
     grid.rounding = parse_rounding(source, value);
     return 8;
   }
+  if (has_value && key == "scale_dtype") {
+    expect_of(value == kScaleFormat.name, source, "scale_dtype", kScaleFormat.name, shown(value));
+    grid.scale_format = kScaleFormat.format;
+    return 16;
+  }
   refuse(source, word);
 }
 
@@ -125,10 +137,19 @@ void parse_values(const GridSource& source, std::string_view& rest, ParsedGrid& 
 void check_float_words(const GridSource& source, const ParsedGrid& grid) {
   expect_of(grid.symmetric.value_or(true), source, "grid",
             "symmetric, as a float format has no zero point", "affine");
-  expect_of(grid.scale_rule == core::ScaleRule::grid, source, "scale_rule",
-            "grid on a float format", "tvm");
+  expect_of(grid.scale_rule != core::ScaleRule::tvm, source, "scale_rule",
+            "grid, floor or even on a float format", "tvm");
   expect_of(grid.rounding == core::Rounding::half_even, source, "rounding",
             "half_even on a float format", kRoundings[static_cast<int32_t>(grid.rounding)]);
+}
+
+// Raises for words that rounded scales do not take.
+void check_scale_words(const GridSource& source, const ParsedGrid& grid) {
+  if (grid.scale_format.bits == 0) return;
+  expect_of(grid.symmetric.value_or(true), source, "grid", "symmetric with scale_dtype", "affine");
+  expect_of(grid.scale_rule == core::ScaleRule::grid, source, "scale_rule", "grid with scale_dtype",
+            name_of(grid.scale_rule));
+  expect_of(!grid.power_of_two, source, "power_of_two", "left out with scale_dtype", "both");
 }
 
 }  // namespace
@@ -156,7 +177,10 @@ ParsedGrid parse_grid(const GridSource& source) {
   if (grid.is_float()) check_float_words(source, grid);
   const bool is_affine = grid.symmetric.has_value() && !*grid.symmetric;
   expect_of(!is_affine || grid.scale_rule == core::ScaleRule::grid, source, "scale_rule",
-            "grid on an affine grid", "tvm");
+            "grid on an affine grid", name_of(grid.scale_rule));
+  expect_of(grid.is_float() || grid.scale_rule != core::ScaleRule::even, source, "scale_rule",
+            "grid, tvm or floor on integers, which have no mantissa", "even");
+  check_scale_words(source, grid);
   return grid;
 }
 
@@ -185,7 +209,8 @@ core::Codes check_learned_grid(const GridSource& source) {
 SolvingGrid check_solving_grid(const GridSource& source) {
   const ParsedGrid grid = parse_grid(source);
   if (grid.is_float())
-    return {{codes_of(grid), true, grid.scale_rule, grid.power_of_two}, grid.rounding};
+    return {{codes_of(grid), true, grid.scale_rule, grid.power_of_two, grid.scale_format},
+            grid.rounding};
   expect_of(grid.quant_min >= -32768 && grid.quant_min <= 0, source, "quant_min",
             "between -32768 and 0", grid.quant_min);
   expect_of(grid.quant_max >= 0 && grid.quant_max <= 65535, source, "quant_max",
@@ -195,7 +220,8 @@ SolvingGrid check_solving_grid(const GridSource& source) {
   expect_of(grid.quant_max - grid.quant_min <= 65535, source, "quant_max",
             "at most quant_min + 65535", grid.quant_max);
   expect_of(grid.symmetric.has_value(), source, "grid", "symmetric or affine", "neither");
-  return {{codes_of(grid), *grid.symmetric, grid.scale_rule, grid.power_of_two}, grid.rounding};
+  return {{codes_of(grid), *grid.symmetric, grid.scale_rule, grid.power_of_two, grid.scale_format},
+          grid.rounding};
 }
 
 }  // namespace torch_ext::bindings

@@ -11,14 +11,18 @@
 //
 //   grid = ( "[" quant_min "," quant_max "]" | format ) { " " word }
 //   format = a name in core/float_format.h, such as "float8_e4m3"
-//   word = "symmetric" | "affine" | "scale_rule=" ( "grid" | "tvm" ) | "power_of_two"
+//   word = "symmetric" | "affine" | "scale_rule=" ( "grid" | "tvm" | "floor" | "even" )
+//        | "power_of_two"
+//        | "scale_dtype=float8_e4m3"
 //        | "rounding=" ( "half_even" | "half_away" | "floor_half_up" )
 //
 // such as "[-128,127] symmetric" or "[0,255] affine rounding=half_away" or "float8_e4m3". Words
 // come in any order, no kind of them twice; those left out are scale_rule=grid and
-// rounding=half_even. A float format is symmetric, whether its text says so or not, takes no other
-// scale_rule and no other rounding. Every op takes every word, and reads those that concern it: a
-// quantizer has one text for all ops. Another kind of grid is another word, and no other schema.
+// rounding=half_even. A float format is symmetric, whether its text says so or not, and takes
+// neither tvm nor another rounding; integers do not take even. With scale_dtype= scales are rounded
+// to that format, in units of one scale of the whole tensor. Every op takes every word, and reads
+// those that concern it: a quantizer has one text for all ops. Another kind of grid is another
+// word, and no other schema.
 namespace torch_ext::bindings {
 
 struct ParsedGrid {
@@ -27,6 +31,7 @@ struct ParsedGrid {
   std::optional<bool> symmetric;            // none: neither word
   core::ScaleRule scale_rule = core::ScaleRule::grid;
   bool power_of_two = false;
+  core::FloatFormat scale_format = {0, 0, 0, 0};
   core::Rounding rounding = core::Rounding::half_even;
 
   bool is_float() const { return format.bits != 0; }

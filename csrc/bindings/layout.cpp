@@ -31,6 +31,10 @@ std::vector<int64_t> order_of(const at::Tensor& x) {
   return order;
 }
 
+at::IntArrayRef order_by_last_axis(at::IntArrayRef order, int64_t axes) {
+  return !order.empty() && order.back() == axes - 1 ? order : at::IntArrayRef();
+}
+
 at::Tensor empty_in(at::IntArrayRef order, const at::Tensor& x) {
   if (order.empty()) return at::empty_symint(x.sym_sizes(), x.options());
   std::vector<c10::SymInt> sizes;

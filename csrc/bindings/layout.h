@@ -14,6 +14,10 @@ namespace torch_ext::bindings {
 // is for x that is expanded. Sizes and strides may be symbolic.
 std::vector<int64_t> order_of(const at::Tensor& x);
 
+// The order in which an op on the last of so many axes works, whose values have to lie together:
+// their own order, which is empty, where they do not in this one.
+at::IntArrayRef order_by_last_axis(at::IntArrayRef order, int64_t axes);
+
 // An uninitialised dense tensor of x's sizes and type, in an order of memory.
 at::Tensor empty_in(at::IntArrayRef order, const at::Tensor& x);
 

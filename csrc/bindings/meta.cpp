@@ -36,6 +36,16 @@ at::Tensor backward(const at::Tensor& grad, const at::Tensor& mask, at::IntArray
   return empty_in(order, grad);
 }
 
+at::Tensor dynamic_fake_quant(const DynamicArguments& a) {
+  check_dynamic(a);
+  return like(a.x);
+}
+
+std::tuple<at::Tensor, at::Tensor> dynamic_forward(const DynamicArguments& a) {
+  check_dynamic(a);
+  return {empty_in(a.order, a.x), mask_of(a.x)};
+}
+
 at::Tensor learned_fake_quant(const LearnedArguments& a) {
   check_learned(a);
   return like(a.x);
@@ -108,8 +118,9 @@ std::tuple<Tensors, Tensors, Tensors> solve_many(const SolveManyArguments& a) {
   return {range, scale, zero_point};
 }
 
-std::tuple<at::Tensor, at::Tensor> qparams(const at::Tensor& range, Text grid) {
-  check_qparams(range, grid);
+std::tuple<at::Tensor, at::Tensor> qparams(const at::Tensor& range, Text grid,
+                                           const std::optional<at::Tensor>& tensor_scale) {
+  check_qparams(range, grid, tensor_scale);
   return qparams_of(range);
 }
 
@@ -138,6 +149,8 @@ TORCH_LIBRARY_IMPL(torch_ext, Meta, m) {
   impl<FakeQuantOp, fake_quant>(m);
   impl<FakeQuantForwardOp, forward>(m);
   m.impl("_fake_quant_backward", TORCH_FN(backward));
+  impl<DynamicOp, dynamic_fake_quant>(m);
+  impl<DynamicForwardOp, dynamic_forward>(m);
   impl<LearnedOp, learned_fake_quant>(m);
   impl<LearnedBackwardOp, learned_fake_quant_backward>(m);
   impl<LearnedTangentOp, learned_fake_quant_tangent>(m);

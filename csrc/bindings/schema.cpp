@@ -52,6 +52,13 @@ TORCH_LIBRARY(torch_ext, m) {
       "str mask=\"rounded\", int[] order=[]) -> (Tensor, Tensor)",
       tags);
   m.def("_fake_quant_backward(Tensor grad, Tensor mask, int[] order=[]) -> Tensor", tags);
+  m.def(
+      "dynamic_fake_quant(Tensor x, int group_size, str grid, Tensor? tensor_scale=None) -> Tensor",
+      tags);
+  m.def(
+      "_dynamic_fake_quant_forward(Tensor x, int group_size, str grid, Tensor? tensor_scale=None, "
+      "int[] order=[]) -> (Tensor, Tensor)",
+      tags);
 
   const std::string learned =
       "Tensor x, str method, Tensor parameter, Tensor? zero_point, str grid, int ch_axis=-1, "
@@ -86,7 +93,10 @@ TORCH_LIBRARY(torch_ext, m) {
       "solve_many(str[] rules, Tensor[] extrema, Tensor[] tally, Tensor[] counts, str[] grids, "
       "float[] options) -> (Tensor[] range, Tensor[] scale, Tensor[] zero_point)",
       tags);
-  m.def("qparams(Tensor range, str grid) -> (Tensor scale, Tensor zero_point)", tags);
+  m.def(
+      "qparams(Tensor range, str grid, Tensor? tensor_scale=None) -> (Tensor scale, "
+      "Tensor zero_point)",
+      tags);
   // `follow`: how a range is moved towards those of the batches. `quantize`: what else the ops take
   // that also quantize x.
   const std::string follow =

@@ -52,12 +52,13 @@ std::tuple<Tensors, Tensors, Tensors> solve_many(const SolveManyArguments& a) {
   return {std::move(range), std::move(scale), std::move(zero_point)};
 }
 
-std::tuple<at::Tensor, at::Tensor> qparams(const at::Tensor& range, c10::string_view grid_text) {
-  const core::Grid grid = check_qparams(range, grid_text);
+std::tuple<at::Tensor, at::Tensor> qparams(const at::Tensor& range, c10::string_view grid_text,
+                                           const std::optional<at::Tensor>& tensor_scale) {
+  const core::Grid grid = check_qparams(range, grid_text, tensor_scale);
   const int64_t channels = range.size(0);
   at::Tensor scale = at::empty({channels}, range.options());
   at::Tensor zero_point = at::empty({channels}, range.options().dtype(at::kInt));
-  Backend("qparams", range).qparams(range, grid, scale, zero_point);
+  Backend("qparams", range).qparams(range, grid, tensor_scale, scale, zero_point);
   return {scale, zero_point};
 }
 

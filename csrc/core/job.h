@@ -76,6 +76,27 @@ struct FakeQuantJob {
   int32_t learned = -1;
 };
 
+// Fake-quant of contiguous data in groups of `group_size` values, each with the scale and the zero
+// point of its own extrema; x and out must not overlap. A group with a value that is not finite in
+// float32 becomes NaN.
+struct DynamicJob {
+  const void* x;
+  void* out;
+  uint8_t* mask;  // as in FakeQuantJob, of Mask::rounded; or null
+  int64_t groups;
+  int64_t group_size;
+  Grid grid;
+  Rounding rounding;
+  const float* tensor_scale;  // [1] of a grid that has one; else null
+};
+
+// The part of a DynamicJob that has its scales.
+inline FakeQuantJob with_scales(const DynamicJob& job, const float* scale,
+                                const int32_t* zero_point) {
+  return {job.x,    job.out,      job.mask,     {1, job.groups, job.group_size}, scale, zero_point,
+          job.grid, job.rounding, Mask::rounded};
+}
+
 // Backward of a learned fake-quant on contiguous data; dx must not overlap x or grad. Gradients
 // that are null are not computed; d_zero_point and d_mixed need d_parameter.
 struct LearnedJob {

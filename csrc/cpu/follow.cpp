@@ -1,6 +1,5 @@
 #include <algorithm>
 #include <atomic>
-#include <numeric>
 
 #include "cpu/driver.h"
 #include "cpu/map.h"
@@ -21,11 +20,8 @@ constexpr int64_t kPerThread = 1 << 15;
 // With fewer pieces for each thread, some threads would wait for the others.
 constexpr int64_t kPieces = 4;
 
-// The least number of channels whose values fill whole lines of the cache, so that they can be
-// written past the caches, and whole bytes of the mask.
 int64_t unit_of(core::DType dtype, const FakeQuantJob& map) {
-  constexpr int64_t kLine = 64;
-  return kLine / std::gcd(kLine, map.layout.inner * size_of(dtype));
+  return rows_in_lines(map.layout.inner * size_of(dtype));
 }
 
 template <class T>

@@ -2,6 +2,6 @@
 
 namespace torch_ext::cpu::avx512 {
 #include "cpu/isa.inc"
-extern const Kernels table = {"avx512",           accumulate_kernels, map_kernels,
-                              map_reduce_kernels, solve_kernels,      gptq_kernels};
+extern const Kernels table = {"avx512",      accumulate_kernels, map_kernels,    map_reduce_kernels,
+                              solve_kernels, gptq_kernels,       dynamic_kernels};
 }  // namespace torch_ext::cpu::avx512

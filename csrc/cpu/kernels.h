@@ -2,6 +2,7 @@
 
 #include "cpu/accumulate.h"
 #include "cpu/capability.h"
+#include "cpu/dynamic.h"
 #include "cpu/gptq.h"
 #include "cpu/map.h"
 #include "cpu/map_reduce.h"
@@ -18,6 +19,7 @@ struct Kernels {
   MapReduceKernels map_reduce;
   SolveKernels solve;
   GptqKernels gptq;
+  DynamicKernels dynamic;
 };
 
 // Those of chosen(); throws as it does.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <numeric>
 
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
@@ -42,6 +43,11 @@ int64_t size_of(core::DType dtype) {
 
 bool streams(core::DType dtype, int64_t numel, const void* out) {
   return numel * size_of(dtype) >= kStreamBytes && reinterpret_cast<uintptr_t>(out) % 64 == 0;
+}
+
+int64_t rows_in_lines(int64_t bytes) {
+  constexpr int64_t kLine = 64;
+  return kLine / std::gcd(kLine, bytes);
 }
 
 void fake_quant_forward(core::DType dtype, const core::FakeQuantJob& job) {

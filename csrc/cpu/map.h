@@ -52,6 +52,10 @@ void fake_quant_part(core::DType dtype, const core::FakeQuantJob& job, bool stre
 // Whether so many values are written to `out` past the caches.
 bool streams(core::DType dtype, int64_t numel, const void* out);
 
+// The least number of rows of so many bytes that fill whole lines of the cache, so that they can be
+// written past the caches, and whole bytes of the mask.
+int64_t rows_in_lines(int64_t bytes);
+
 // Bytes of a value.
 int64_t size_of(core::DType dtype);
 

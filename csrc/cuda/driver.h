@@ -48,9 +48,10 @@ void merge(const Statistic& into, const Statistic& from, Stream stream);
 size_t solve_scratch(const SolveJob* jobs, int64_t count);
 void solve(const SolveJob* jobs, int64_t count, void* scratch, Stream stream);
 
-// Ranges [channels, 2] to scales and zero points [channels]. An invalid range gives scale NaN.
-void qparams(const float* range, int64_t channels, const core::Grid& grid, float* scale,
-             int32_t* zero_point, Stream stream);
+// Ranges [channels, 2] to scales and zero points [channels]. An invalid range gives scale NaN, and
+// so does an invalid tensor_scale [1], of a grid that has one; else null.
+void qparams(const float* range, int64_t channels, const core::Grid& grid,
+             const float* tensor_scale, float* scale, int32_t* zero_point, Stream stream);
 
 // The kl thresholds of linear histograms counts [rows, bins] with bins of width bin_width [rows]:
 // index [rows], the bins kept, and threshold [rows]. An invalid row gives -1 and NaN.
@@ -63,6 +64,12 @@ void kl_threshold(const int64_t* counts, const double* bin_width, int64_t rows, 
 // out = dequantize(quantize(x)) of contiguous data; where job.mask is not null, also one bit per
 // element: whether its gradient passes. An invalid scale, or a zero point off the grid, gives NaN.
 void fake_quant_forward(core::DType dtype, const core::FakeQuantJob& job, Stream stream);
+
+// Fake-quant of groups with the scales of their own values: in one pass and one launch for groups
+// of multiples of 8 values, aligned to 16 bytes, else in two.
+size_t dynamic_scratch(const core::DynamicJob& job);
+void dynamic_fake_quant(core::DType dtype, const core::DynamicJob& job, void* scratch,
+                        Stream stream);
 
 // dx = grad where the bit is set, else 0.
 void fake_quant_backward(core::DType dtype, const void* grad, const uint8_t* mask, void* dx,

@@ -98,13 +98,15 @@ struct QParamsOf {
   const float* range;
   int64_t channels;
   core::Grid grid;
+  const float* tensor_scale;
   float* scale;
   int32_t* zero_point;
 
   TE_GPU void operator()() const {
     const int64_t c = gpu::block() * kThreads + gpu::thread();
     if (c >= channels) return;
-    const core::QParams q = core::qparams({range[2 * c], range[2 * c + 1]}, grid);
+    const core::QParams q = core::qparams({range[2 * c], range[2 * c + 1]}, grid,
+                                          tensor_scale == nullptr ? 0 : *tensor_scale);
     scale[c] = q.scale;
     zero_point[c] = q.zero_point;
   }
@@ -132,9 +134,9 @@ void solve(const SolveJob* jobs, int64_t count, void* scratch, Stream stream) {
   }
 }
 
-void qparams(const float* range, int64_t channels, const core::Grid& grid, float* scale,
-             int32_t* zero_point, Stream stream) {
-  gpu::launch("qparams", QParamsOf{range, channels, grid, scale, zero_point},
+void qparams(const float* range, int64_t channels, const core::Grid& grid,
+             const float* tensor_scale, float* scale, int32_t* zero_point, Stream stream) {
+  gpu::launch("qparams", QParamsOf{range, channels, grid, tensor_scale, scale, zero_point},
               {(channels + QParamsOf::kThreads - 1) / QParamsOf::kThreads}, stream);
 }
 

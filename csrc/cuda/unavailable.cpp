@@ -17,13 +17,17 @@ void observe(const TensorView&, int32_t, const Statistic&, ObserveMode, void*, S
 void merge(const Statistic&, const Statistic&, Stream) { refuse(); }
 size_t solve_scratch(const SolveJob*, int64_t) { refuse(); }
 void solve(const SolveJob*, int64_t, void*, Stream) { refuse(); }
-void qparams(const float*, int64_t, const core::Grid&, float*, int32_t*, Stream) { refuse(); }
+void qparams(const float*, int64_t, const core::Grid&, const float*, float*, int32_t*, Stream) {
+  refuse();
+}
 size_t kl_threshold_scratch(int64_t, int64_t, int64_t, observers::KlVariant) { refuse(); }
 void kl_threshold(const int64_t*, const double*, int64_t, int64_t, int64_t, observers::KlVariant,
                   int64_t*, double*, void*, Stream) {
   refuse();
 }
 void fake_quant_forward(core::DType, const core::FakeQuantJob&, Stream) { refuse(); }
+size_t dynamic_scratch(const core::DynamicJob&) { refuse(); }
+void dynamic_fake_quant(core::DType, const core::DynamicJob&, void*, Stream) { refuse(); }
 void fake_quant_backward(core::DType, const void*, const uint8_t*, void*, int64_t, Stream) {
   refuse();
 }

@@ -352,7 +352,7 @@ TEST(QParams, AreTheCpus) {
   for (const Grid& grid : solving::kGrids) {
     std::vector<float> scale(6);
     std::vector<int32_t> zero_point(6);
-    cuda::qparams(range.data(), 6, grid, scale.data(), zero_point.data(), nullptr);
+    cuda::qparams(range.data(), 6, grid, nullptr, scale.data(), zero_point.data(), nullptr);
     for (int c = 0; c < 6; ++c) {
       const core::QParams want = core::qparams({range[2 * c], range[2 * c + 1]}, grid);
       EXPECT_EQ(zero_point[c], want.zero_point);

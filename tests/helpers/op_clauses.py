@@ -7,67 +7,20 @@ from typing import Any
 import torch
 
 import torch_ext
+from grid_clauses import (
+    F64,
+    I32,
+    INF,
+    NAN,
+    Clause,
+    data_clauses,
+    grid_clauses,
+    grid_text_clauses,
+    tensor_scale_clauses,
+)
 from op_samples import SAMPLES
 
-NAN, INF = float("nan"), float("inf")
-I32, I64, F64 = torch.int32, torch.int64, torch.float64
-
-# op -> clauses: (what is wrong, arguments that the text may name, the wrong arguments).
-Clause = tuple[str, str, dict[str, Any]]
-
-
-def grid_clauses() -> list[Clause]:
-    """Of every op with a grid, whatever it is for."""
-    return [
-        ("grid upside down", "quant_min|quant_max", {"grid": "[5,4] symmetric"}),
-        ("grid of one level", "quant_min|quant_max", {"grid": "[0,0] symmetric"}),
-        ("grid without 0 above", "quant_min|zero_point", {"grid": "[1,9] symmetric"}),
-        ("grid without 0 below", "quant_max|zero_point", {"grid": "[-9,-1] symmetric"}),
-        ("grid past 16 bits", "quant_min", {"grid": "[-32769,0] affine"}),
-        ("grid past 32 bits", "quant_min|quant_max", {"grid": f"[{-(2**40)},{2**40}] affine"}),
-        ("grid past 64 bits", "quant_min", {"grid": f"[{-(2**63)},{2**63 - 1}] affine"}),
-        *grid_text_clauses(),
-    ]
-
-
-def grid_text_clauses() -> list[Clause]:
-    """Texts that are no grid."""
-    return [
-        ("no grid", "grid", {"grid": ""}),
-        ("grid without brackets", "grid", {"grid": "-128,127 symmetric"}),
-        ("grid with one end", "grid", {"grid": "[127] symmetric"}),
-        ("grid with three ends", "grid", {"grid": "[-128,0,127] symmetric"}),
-        ("grid of a fraction", "grid", {"grid": "[-1.5,127] symmetric"}),
-        ("grid past a number", "grid", {"grid": f"[0,{2**63}] symmetric"}),
-        ("grid with a space", "grid", {"grid": "[-128, 127] symmetric"}),
-        ("grid with two spaces", "grid", {"grid": "[-128,127]  symmetric"}),
-        ("grid with a space behind", "grid", {"grid": "[-128,127] symmetric "}),
-        ("grid cut off", "grid", {"grid": "[-128,12"}),
-        ("grid without a space", "grid", {"grid": "[-128,127]symmetric"}),
-        ("grid with a plus", "grid", {"grid": "[-128,+127] symmetric"}),
-        ("unknown word of a grid", "grid", {"grid": "[-128,127] symetric"}),
-        ("unknown key of a grid", "grid", {"grid": "[-128,127] symmetric=True"}),
-        ("key of a grid alone", "grid", {"grid": "[-128,127] symmetric rounding"}),
-        ("two kinds of a grid", "grid", {"grid": "[-128,127] symmetric affine"}),
-        ("word of a grid twice", "grid", {"grid": "[-128,127] power_of_two affine power_of_two"}),
-        ("unknown scale rule", "scale_rule", {"grid": "[-128,127] symmetric scale_rule=max"}),
-        ("no scale rule", "scale_rule", {"grid": "[-128,127] symmetric scale_rule="}),
-        ("tvm on an affine grid", "scale_rule", {"grid": "[0,255] affine scale_rule=tvm"}),
-        ("unknown rounding", "rounding", {"grid": "[-128,127] symmetric rounding=up"}),
-        ("capitals", "rounding", {"grid": "[-128,127] symmetric rounding=Half_even"}),
-    ]
-
-
-def data_clauses(channels: int) -> list[Clause]:
-    return [
-        ("integer data", "x", {"x": torch.ones(2, channels, dtype=I32)}),
-        ("bool data", "x", {"x": torch.ones(2, channels, dtype=torch.bool)}),
-        ("complex data", "x", {"x": torch.ones(2, channels, dtype=torch.complex64)}),
-        ("axis below -1", "ch_axis", {"ch_axis": -2}),
-        ("axis past the last", "ch_axis", {"ch_axis": 9}),
-        ("axis equal to the rank", "ch_axis", {"ch_axis": 2}),
-        ("axis of a scalar", "ch_axis", {"x": torch.tensor(1.0), "ch_axis": 0}),
-    ]
+I64 = torch.int64
 
 
 def state_clauses(prefix: str = "", written: bool = True) -> list[Clause]:
@@ -180,6 +133,21 @@ def follow_clauses() -> list[Clause]:
         ("other number of channels", "x|range", {"x": torch.ones(2, 4)}),
         *grid_clauses(),
         *rule_clauses(),
+    ]
+
+
+def dynamic_clauses() -> list[Clause]:
+    """Of x [2, 3], in groups of 3."""
+    return [
+        *data_clauses(3)[:3],
+        ("data without an axis", "x", {"x": torch.tensor(1.0)}),
+        ("no group", "group_size", {"group_size": 0}),
+        ("group below -1", "group_size", {"group_size": -3}),
+        ("group that does not divide", "group_size", {"group_size": 2}),
+        ("group past the axis", "group_size", {"group_size": 6}),
+        ("neither symmetric nor affine", "grid", {"grid": "[-128,127]"}),
+        *grid_clauses(),
+        *tensor_scale_clauses(),
     ]
 
 
@@ -299,6 +267,11 @@ CLAUSES: dict[str, list[Clause]] = {
         ("mask too long", "mask", {"mask": torch.zeros(3, dtype=torch.uint8)}),
         ("mask rank", "mask", {"mask": torch.zeros(2, 1, dtype=torch.uint8)}),
     ],
+    "dynamic_fake_quant": dynamic_clauses(),
+    "_dynamic_fake_quant_forward": [
+        *dynamic_clauses(),
+        ("order of other axes", "order", {"order": [0, 2]}),
+    ],
     "observe_": [
         *data_clauses(3),
         *state_clauses(),
@@ -342,6 +315,7 @@ CLAUSES: dict[str, list[Clause]] = {
         ("range infinite", "range", {"range": torch.tensor([[0.0, INF]])}),
         ("neither symmetric nor affine", "grid", {"grid": "[-128,127]"}),
         *grid_clauses(),
+        *tensor_scale_clauses(),
     ],
     "lsq": lsq_clauses(),
     "pact": pact_clauses(),

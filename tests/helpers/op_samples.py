@@ -88,6 +88,22 @@ FAKE_QUANT: list[Make] = [
     lambda: fake_quant(data(4, 5, dtype=HALF), -1),
     lambda: fake_quant(data(4, 5, dtype=torch.float64), 0),
 ]
+
+
+def dynamic(x: Tensor, group_size: int, grid: str = "float8_e4m3", **more: Any) -> Arguments:
+    return {"x": x, "group_size": group_size, "grid": grid, **more}
+
+
+NVFP4 = "float4_e2m1 scale_dtype=float8_e4m3"
+DYNAMIC: list[Make] = [
+    lambda: dynamic(data(2, 3), 3),
+    lambda: dynamic(data(2, 3, 4, 4).to(memory_format=torch.channels_last), 2, "[0,15] affine"),
+    lambda: dynamic(data(4, 3).t(), -1, "[-8,7] symmetric rounding=half_away"),
+    lambda: dynamic(data(3, 32), 16, NVFP4, tensor_scale=torch.full((1,), 0.01)),
+    lambda: dynamic(data(0, 3), -1),
+    lambda: dynamic(data(64, dtype=HALF), 32, "float4_e2m1 scale_rule=floor"),
+    lambda: dynamic(data(4, 5, dtype=torch.float64), 5),
+]
 FOLLOW: list[Make] = [
     lambda: follow(data(2, 3), 1),
     lambda: follow(data(40), -1, solved=0, rule="percentile", options=[99.0]),
@@ -192,6 +208,8 @@ SAMPLES: dict[str, list[Make]] = {
         lambda: {"grad": data(2, 4).t(), "mask": torch.tensor([77], dtype=torch.uint8)},
         lambda: {"grad": data(0), "mask": torch.empty(0, dtype=torch.uint8)},
     ],
+    "dynamic_fake_quant": [*DYNAMIC, *map(with_gradient, DYNAMIC[:4])],
+    "_dynamic_fake_quant_forward": DYNAMIC,
     "lsq": LSQ,
     "pact": PACT,
     "learned_fake_quant": LEARNED,
@@ -227,6 +245,11 @@ SAMPLES: dict[str, list[Make]] = {
             "grid": "[0,255] affine",
         },
         lambda: {"range": torch.zeros(0, 2), "grid": "[-8,7] symmetric"},
+        lambda: {
+            "range": torch.tensor([[-1.0, 2.0], [0.0, 0.0]]),
+            "grid": NVFP4,
+            "tensor_scale": torch.full((1,), 0.01),
+        },
     ],
     "follow_": FOLLOW,
     "follow_fake_quant": [*FOLLOW, lambda: follow(data(3, 8), 0, mask="paper", solved=0)],

@@ -234,7 +234,8 @@ def test_follow_moves_and_quantizes():
 REFUSED = {
     "float8_e4m3 affine": "expected grid to be symmetric, as a float format has no zero point, got "
     'affine in grid "float8_e4m3 affine"',
-    "float8_e4m3 scale_rule=tvm": "expected scale_rule to be grid on a float format, got tvm",
+    "float8_e4m3 scale_rule=tvm": "expected scale_rule to be grid, floor or even on a float "
+    "format, got tvm",
     "float8_e5m2 rounding=half_away": "expected rounding to be half_even on a float format, got "
     "half_away",
     "float8_e4m3fnuz": "float4_e2m1) and words among symmetric",

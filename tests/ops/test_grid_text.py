@@ -19,7 +19,7 @@ from torch_ext.ops.grid_text import grid_text
 NATIVE = torch.ops.torch_ext
 WORDS = '[quant_min,quant_max] or a float format (float8_e4m3, float8_e5m2, float6_e2m3, \
 float6_e3m2, float4_e2m1) and words among symmetric, affine, scale_rule=, power_of_two, \
-rounding=, each kind once, such as "[-128,127] symmetric"'
+scale_dtype=, rounding=, each kind once, such as "[-128,127] symmetric"'
 
 
 @pytest.mark.parametrize(
@@ -107,8 +107,8 @@ REFUSED = {
     '"[-8,-9] affine"',
     "[-8,65530] affine": 'expected quant_max to be at most quant_min + 65535, got 65530 in grid '
     '"[-8,65530] affine"',
-    "[-8,7] symmetric scale_rule=max": 'expected scale_rule to be one of grid, tvm, got max in '
-    'grid "[-8,7] symmetric scale_rule=max"',
+    "[-8,7] symmetric scale_rule=max": 'expected scale_rule to be one of grid, tvm, floor, even, '
+    'got max in grid "[-8,7] symmetric scale_rule=max"',
     "[-8,7] affine scale_rule=tvm": 'expected scale_rule to be grid on an affine grid, got tvm in '
     'grid "[-8,7] affine scale_rule=tvm"',
     "[-8,7] affine rounding=up": 'expected rounding to be one of half_even, half_away, '
@@ -153,8 +153,8 @@ def test_a_long_text_is_cut_in_the_error():
         ({"symmetric": "yes"}, "symmetric='yes' in grid"),
         ({"symmetric": 2}, "symmetric=2 in grid"),
         ({"symmetric": None}, "symmetric or affine, got neither"),
-        ({"scale_rule": "max"}, "scale_rule to be one of grid, tvm, got max in grid"),
-        ({"scale_rule": ""}, "scale_rule to be one of grid, tvm, got  in grid"),
+        ({"scale_rule": "max"}, "scale_rule to be one of grid, tvm, floor, even, got max in grid"),
+        ({"scale_rule": ""}, "scale_rule to be one of grid, tvm, floor, even, got  in grid"),
         ({"power_of_two": "no"}, "power_of_two='no' in grid"),
     ],
 )

@@ -1,11 +1,11 @@
 """The native ops as typed functions, for CPU and CUDA tensors.
 
-The quantizing ops (``fake_quant``, ``lsq``, ``pact``, ``learned_fake_quant`` and
-``follow_fake_quant``) give a tensor of the shape and dtype of ``x`` and are differentiable, any
-number of times, in forward mode too, and under ``torch.func``; the others have no gradient. Ops
-whose names end in ``_``, and ``follow_fake_quant``, write to buffers as torch's in-place ops do:
-autograd finds a buffer that it saved and that was overwritten, and they refuse tensors that require
-a gradient.
+The quantizing ops (``fake_quant``, ``dynamic_fake_quant``, ``lsq``, ``pact``,
+``learned_fake_quant`` and ``follow_fake_quant``) give a tensor of the shape and dtype of ``x`` and
+are differentiable, any number of times, in forward mode too, and under ``torch.func``; the others
+have no gradient. Ops whose names end in ``_``, and ``follow_fake_quant``, write to buffers as
+torch's in-place ops do: autograd finds a buffer that it saved and that was overwritten, and they
+refuse tensors that require a gradient.
 
 Arguments that mean the same everywhere:
 
@@ -35,6 +35,7 @@ synchronize with the host: a bad scale or statistic gives NaN there.
 """
 
 from torch_ext.ops.quantizing import (
+    dynamic_fake_quant,
     fake_quant,
     follow_,
     follow_fake_quant,
@@ -48,6 +49,7 @@ from torch_ext.ops.rule_functions import RuleFunction, rule_function
 from torch_ext.ops.statistics import kl_threshold, merge_, observe_, qparams, solve, solve_many
 
 __all__ = [
+    "dynamic_fake_quant",
     "fake_quant",
     "follow_",
     "follow_fake_quant",

@@ -60,6 +60,49 @@ def fake_quant(
     return out
 
 
+def dynamic_fake_quant(
+    x: Tensor,
+    group_size: int | None = None,
+    quant_min: int | None = None,
+    quant_max: int | None = None,
+    *,
+    symmetric: bool = True,
+    scale_rule: ScaleRule = "grid",
+    power_of_two: bool = False,
+    grid: str | None = None,
+    tensor_scale: Tensor | None = None,
+) -> Tensor:
+    """Quantizes and dequantizes each group of ``x`` with the scale of the group's own values.
+
+    Groups are ``group_size`` consecutive values along the last axis. Gives the numbers of
+    :func:`qparams` of each group's least and greatest value, and then :func:`fake_quant`. Reads
+    ``x`` once. Differentiable in ``x`` (straight-through, mask ``"rounded"``); the scales are
+    constants.
+
+    A group with a NaN or an infinity becomes NaN as a whole, as it has no scale.
+
+    Args:
+        x: any floating dtype and strides, of one axis or more.
+        group_size: a divisor of the last axis; None: the whole axis, which is "per token".
+        symmetric, scale_rule, power_of_two: as in :func:`qparams`.
+        grid: the grid as a text, in place of ``quant_min`` to ``power_of_two``:
+            ``"[-128,127] symmetric"``, ``"float8_e4m3"``, ``"float4_e2m1 scale_rule=floor"``
+            (MXFP4 for groups of 32), ``"float4_e2m1 scale_dtype=float8_e4m3"`` (NVFP4 for groups
+            of 16).
+        tensor_scale: as in :func:`qparams`.
+
+    Raises:
+        TypeError: neither ``grid`` nor an end, or ``grid`` and what it stands for.
+        RuntimeError: an argument is not as above.
+    """
+    # With the defaults the grid alone is given.
+    signs = None if grid is not None and symmetric is True else symmetric
+    text = grid_text(quant_min, quant_max, signs, scale_rule, power_of_two, grid=grid)
+    size = -1 if group_size is None else group_size
+    out: Tensor = NATIVE.dynamic_fake_quant(x, size, text, tensor_scale)
+    return out
+
+
 def lsq(
     x: Tensor,
     scale: Tensor,

@@ -12,7 +12,7 @@ from torch_ext.ops.loader import NATIVE
 from torch_ext.ops.registry import Options, OptionValue, encode_options
 from torch_ext.ops.registry_names import Rule
 
-ScaleRule = Literal["grid", "tvm"]
+ScaleRule = Literal["grid", "tvm", "floor", "even"]
 HistogramVariant = Literal["slides", "modelopt", "ncnn", "tvm", "onnxruntime", "horizon"]
 
 
@@ -155,6 +155,7 @@ def qparams(
     scale_rule: ScaleRule = "grid",
     power_of_two: bool = False,
     grid: str | None = None,
+    tensor_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Computes scales and zero points of ranges. In float64, rounded once.
 
@@ -165,13 +166,23 @@ def qparams(
 
     The range (0,0) gives scale 1.
 
+    With the word ``scale_dtype=float8_e4m3`` in ``grid`` (NVFP4, with ``float4_e2m1`` and groups of
+    16): ``scale = float8_e4m3(clamp(T / largest / tensor_scale, 2^-6, 448)) * tensor_scale``, T
+    being ``max(|lo|, |hi|)``, for the range (0,0) too. Such a ``tensor_scale`` is
+    ``amax / (448 * 6)``.
+
     Args:
         range: float32 [C,2], finite, lower end first.
         scale_rule: ``"grid"``, as above; ``"tvm"`` (symmetric grids only) divides
-            ``max(|lo|, |hi|)`` by 2^(bits-1), on an unsigned grid by 2^bits.
-        power_of_two: rounds the scale up to a power of two.
+            ``max(|lo|, |hi|)`` by 2^(bits-1), on an unsigned grid by 2^bits. ``"floor"`` and
+            ``"even"`` (symmetric grids only) give powers of two: with T the bound above,
+            ``2^(floor(log2 T) - floor(log2 largest))``, the rule of OCP's MX formats, by which
+            values beyond the largest one saturate; ``"even"`` (float formats only) after rounding
+            T to the format's mantissa bits, half up.
+        power_of_two: rounds the scale up to a power of two, by which nothing saturates.
         grid: the grid as a text, in place of all of these: ``"float8_e4m3"``,
             ``"float8_e5m2 power_of_two"``, ``"[0,255] affine"``.
+        tensor_scale: float32 [1], above 0, of a grid with ``scale_dtype``; else None.
 
     Returns:
         Scale [C] float32 and zero point [C] int32.
@@ -180,7 +191,7 @@ def qparams(
         RuntimeError: an argument is not as above.
     """
     text = grid_text(quant_min, quant_max, symmetric, scale_rule, power_of_two, grid=grid)
-    scale, zero_point = NATIVE.qparams(range, text)
+    scale, zero_point = NATIVE.qparams(range, text, tensor_scale)
     return scale, zero_point
 
 
