@@ -30,7 +30,9 @@ _PER_TENSOR = ("per_tensor_symmetric", "per_tensor_affine")
 # The format of block scales that are relative to a tensor's: NVFP4's.
 _SCALE_DTYPE = "float8_e4m3"
 _LARGEST_SCALE = _C.float_formats()[_SCALE_DTYPE]["largest"]
-_LEAST_SCALE = 2.0**-126
+# The bounds between which every block scale is a normal number, and every value finite.
+_LEAST_SCALE = 2.0**-120
+_LARGEST_VALUE = torch.finfo(torch.float32).max * (1 - 2.0**-23)
 
 
 class DynamicObserver(Observer):
@@ -229,7 +231,8 @@ class DynamicFakeQuantize(FakeQuantize, dynamic=True):
         if not is_float(observer.dtype):
             largest = (observer.quant_max - observer.quant_min) / 2
         reach = self.range.abs().amax(1)
-        scale = (reach / (_LARGEST_SCALE * largest)).clamp(min=_LEAST_SCALE)
+        ends = _LARGEST_SCALE * max(-observer.quant_min, observer.quant_max)
+        scale = (reach / (_LARGEST_SCALE * largest)).clamp(_LEAST_SCALE, _LARGEST_VALUE / ends)
         return torch.where(reach > 0, scale, torch.ones_like(scale))
 
     def keys_beside_observer(self) -> dict[str, Any]:
