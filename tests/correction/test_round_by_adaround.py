@@ -21,7 +21,9 @@ def problem(rows: int, inputs: int) -> RowProblem:
     seen = torch.randn(200, inputs, generator=generator).double().relu()
     zero_point = torch.zeros(weight.shape, dtype=torch.int32)
     target = weight.double() + 0.02 * torch.randn(weight.shape, generator=generator)
-    return RowProblem(weight, target, nearest, scale, zero_point, grid_text(*GRID), (seen.T @ seen)[None])
+    return RowProblem(
+        weight, target, nearest, scale, zero_point, grid_text(*GRID), (seen.T @ seen)[None]
+    )
 
 
 def test_it_comes_near_the_best_of_all_ways_and_is_never_worse_than_nearest() -> None:

@@ -34,7 +34,11 @@ def prepared(net: nn.Module, example: Any = None, mapping: Any = None, **keys: A
 def convolutions() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(8, 16, 3), nn.ReLU(), nn.ConvTranspose2d(16, 8, 2), nn.Flatten(), nn.Linear(392, 5)
+        nn.Conv2d(8, 16, 3),
+        nn.ReLU(),
+        nn.ConvTranspose2d(16, 8, 2),
+        nn.Flatten(),
+        nn.Linear(392, 5),
     )
 
 
@@ -107,6 +111,19 @@ def test_sums_stay_float() -> None:
     assert len(named_quantizers(model)) == 3
     modules = nn.ModuleDict({"add": torch_ext.Add(), "cat": torch_ext.Cat(), "m": nn.Linear(8, 8)})
     assert list(named_quantizers(prepared(modules))) == ["m.input_quantizers.input"]
+
+
+def test_behind_dropout() -> None:
+    """A dropout scales what it keeps: in training too, scales are of what the layer reads."""
+    net, x = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.5), nn.Linear(16, 4)), torch.randn(3, 8)
+    model = prepared(net, x)
+    set_fake_quantize(model, "qat")
+    model.train()
+    torch.manual_seed(3)
+    have = model(x)
+    torch.manual_seed(3)
+    hidden = nn.functional.dropout(net[0](in_groups(x, int8)), 0.5)
+    assert torch.equal(have, net[2](in_groups(hidden, int8)))
 
 
 def test_axis_that_is_given() -> None:

@@ -35,7 +35,7 @@ BLOCKS = {"dtype": "float8_e4m3", "group_size": 2, "power_of_two": True, "ch_axi
 
 
 def model(dynamic: bool = True, **keys: Any) -> nn.Module:
-    net = tiny_net()
+    net = tiny_net().eval()
     net.qconfig = get_default_qconfig(activation_qkwargs={"dynamic": dynamic, **keys})
     return prepare_qat(net, example_inputs=images())
 
@@ -138,12 +138,12 @@ def test_to_and_from_static_quantizers(net: nn.Module) -> None:
     static = model(dynamic=False)
     calibrate(static, [images()])
     before = snapshot(static)
-    report = load_observer_params(net, static, verbose=False)
-    assert report.unsolved == activations(net)
+    loaded = load_observer_params(net, static, strict=False, verbose=False)
+    assert sorted(loaded.unsolved) == sorted(activations(net))
+    assert loaded.missing == ["bn2.activation_quantizer"]  # of a sum, which stays float
     assert same(snapshot(static), before)
-    report = load_observer_params(static, net, verbose=False)
-    assert report.kept == activations(net)
-    assert report.complete
+    loaded = load_observer_params(static, net, strict=False, verbose=False)
+    assert sorted(loaded.kept) == sorted(activations(net))
 
 
 @pytest.mark.parametrize("with_data", [False, True])
@@ -192,7 +192,7 @@ def test_every_export_refuses(net: nn.Module, tmp_path: Path) -> None:
         "onnx": lambda: export.onnx(net, x, tmp_path / "net.onnx"),
         "json": lambda: export.json(net, tmp_path / "net.json"),
         "pt2e": lambda: export.pt2e(net, x, backend="x86"),
-        "tensorrt": lambda: export.tensorrt_cache(net, tmp_path / "net.cache"),
+        "tensorrt": lambda: export.tensorrt_cache(net, tmp_path / "net.cache", version="8.6.1"),
     }
     for write in exports.values():
         with pytest.raises(ValueError, match="its scales are dynamic, a file has fixed ones") as e:
@@ -209,9 +209,8 @@ def test_corrections(net: nn.Module) -> None:
     torch_ext.correct_bias(net, [x])
     torch_ext.reconstruct(net, [x])
     with torch.no_grad():
-        error = (net(x) - tiny_net()(x)).norm() / tiny_net()(x).norm()
-    assert float(error) < 0.1
-    net.qconfig = torch_ext.get_block_qconfig("nvfp4")
+        want = tiny_net().eval()(x)
+        assert float((net(x) - want).norm() / want.norm()) < 0.05
     linear = nn.Sequential(nn.Linear(32, 16))
     linear.qconfig = torch_ext.get_block_qconfig("nvfp4")
     blocks = prepare_qat(linear)

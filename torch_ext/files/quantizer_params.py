@@ -195,7 +195,8 @@ def params_from(tensors: Mapping[str, Tensor], spec: Any, histogram: bool = True
     dynamic = spec.get("dynamic") is True
     fixed = spec | {"ch_axis": -1, "group_size": None} if dynamic else spec
     try:
-        grid = parse_grid("description", *(fixed.get(key) for key in keys), in_groups=dynamic)
+        values = [fixed.get(key) for key in keys]
+        grid = parse_grid("description", *values, in_groups=dynamic)  # type: ignore[misc]
         rows = grid.channel_len if grid.group_size is None else 1
         check_shapes(tensors, FIELDS, grid.channel_len, rows)
         bins = _histogram_of(json.dumps(spec))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from torch_ext.ops.registry_names import Rule
-from torch_ext.prepare.qconfig import QConfig, make_factory
+from torch_ext.prepare.qconfig import Factory, QConfig, make_factory
 from torch_ext.utils.arguments import bounded
 from torch_ext.utils.text import joined
 
@@ -97,7 +97,7 @@ def get_block_qconfig(
         sides = [{**keys, "dynamic": True}, keys]
     given = (activation_qkwargs, weight_qkwargs)
     rules = (activation_observer, weight_observer)
-    factories = []
+    factories: list[Factory | None] = []
     for side, own, more, rule in zip(("activation", "weight"), sides, given, rules, strict=True):
         if more is not None and not isinstance(more, Mapping):
             raise TypeError(f"{_WHO}: expected {side}_qkwargs to be a mapping, got {bounded(more)}")
@@ -107,7 +107,8 @@ def get_block_qconfig(
                 "decides; get_default_qconfig takes all keys"
             )
         factories.append(make_factory(_WHO, side, "fake_quant", rule, own | dict(more or {}), None))
-    return QConfig(*factories)
+    activation, weight = factories
+    return QConfig(activation, weight)
 
 
 def _power_of_two(format: str, scale_rule: object) -> dict[str, Any]:

@@ -106,8 +106,8 @@ class Observer(nn.Module):
         who = f"Observer({name})"
         info = observer_info(name)
         check_keys(who, options, name, KEYS)
-        layout = (ch_axis, channel_len, quant_min, quant_max, group_size, self._in_groups)
-        grid = parse_grid(who, dtype, qscheme, *layout)
+        ends = (quant_min, quant_max, group_size, self._in_groups)
+        grid = parse_grid(who, dtype, qscheme, ch_axis, channel_len, *ends)
         if scale_rule not in _SCALE_RULES:
             known = joined(_SCALE_RULES)
             raise ValueError(f"{who}: unknown scale_rule {scale_rule!r}; known: {known}")
