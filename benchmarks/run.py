@@ -122,6 +122,7 @@ def main() -> int:
     import native
     import tables
     from cases import (
+        dynamic,
         fake_quant,
         insertion,
         learned,
@@ -136,6 +137,7 @@ def main() -> int:
         *observe.CASES,
         *observe_sizes.CASES,
         *fake_quant.CASES,
+        *dynamic.CASES,
         *steps.CASES,
         *learned.CASES,
         *solve.CASES,

@@ -107,9 +107,9 @@ def nvfp4(size: int) -> Job:
 
 
 CASES = (
+    Case("dynamic/blocks of 32 mxfp4", functools.partial(blocks, "float4_e2m1")),
+    Case("dynamic/blocks of 32 mxfp8", functools.partial(blocks, "float8_e4m3")),
     Case("dynamic/per token int8", functools.partial(per_token, "[-127,127] symmetric", _int8)),
     Case("dynamic/per token float8_e4m3", functools.partial(per_token, "float8_e4m3", _float8)),
-    Case("dynamic/blocks of 32 mxfp8", functools.partial(blocks, "float8_e4m3")),
-    Case("dynamic/blocks of 32 mxfp4", functools.partial(blocks, "float4_e2m1")),
     Case("dynamic/blocks of 16 nvfp4", nvfp4),
 )
