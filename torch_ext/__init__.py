@@ -26,6 +26,7 @@ from torch_ext.correction.reconstruct import (
 )
 from torch_ext.correction.widths.bit_choice import BitChoice, BitChoiceRow
 from torch_ext.correction.widths.bit_search import BitPoint
+from torch_ext.files.float_state_dict import float_state_dict, load_float_state_dict
 from torch_ext.files.load_observer_params import LoadReport, load_observer_params
 from torch_ext.files.merge import MergeReport, merge_observer_params
 from torch_ext.files.observer_params import save_observer_params
@@ -41,7 +42,6 @@ from torch_ext.prepare.remove_quantizers import remove_quantizers
 from torch_ext.quantizers.dynamic import DynamicFakeQuantize
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import named_quantizers
-from torch_ext.quantizers.float_state_dict import float_state_dict, load_float_state_dict
 from torch_ext.quantizers.learned import (
     LearnedFakeQuantize,
     float_parameters,

@@ -26,8 +26,9 @@ void check_values(const at::Tensor& factor, const cpu::GptqJob& job) {
         const int32_t zero_point = job.zero_point[g * z[0] + r * z[1] + i * z[2]];
         expect(core::is_valid_scale(scale), kOp, "scale", "positive and finite", scale, " in row ",
                r, " of group ", g);
-        expect(codes.quant_min <= zero_point && zero_point <= codes.quant_max, kOp, "zero_point",
-               "between quant_min and quant_max", zero_point, " in row ", r, " of group ", g);
+        expect(codes.has_zero_point(zero_point), kOp, "zero_point",
+               codes.is_float() ? "0 on a float format" : "between quant_min and quant_max",
+               zero_point, " in row ", r, " of group ", g);
       }
     const double* const own = factor.const_data_ptr<double>() + g * job.inputs * job.inputs;
     for (int64_t i = 0; i < job.inputs; ++i) {

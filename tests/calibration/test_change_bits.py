@@ -12,8 +12,8 @@ from nets.tiny_net import TinyNet, calibrated, images
 from snapshots import same, same_bits, snapshot
 from torch_ext import get_default_qconfig, named_quantizers
 from torch_ext.calibration.change_bits import check_bits, set_widths, width_of
+from torch_ext.calibration.restore import restored
 from torch_ext.quantizers.find import PreparedModel
-from torch_ext.quantizers.restore import restored
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -31,6 +31,7 @@ GRIDS: dict[str, dict[str, Any]] = {
     "power of two": {"dtype": "int4", "power_of_two": True},
     "tvm": {"dtype": "int4", "scale_rule": "tvm"},
     "narrow": {"quant_min": -3, "quant_max": 3},
+    "float8_e4m3": {"dtype": "float8_e4m3"},
 }
 
 
@@ -42,6 +43,11 @@ def test_every_grid_keeps_its_scales_and_no_layer_becomes_worse(
 ) -> None:
     model = made(GRIDS[grid], fold_batch_norms=fold)
     before = snapshot(model)
+    if method == "adaround" and grid == "float8_e4m3":
+        with pytest.raises(ValueError, match=f"can be rounded, got none: {ORDER[0]}: adaround ro"):
+            reconstruct(model, data(), method, progress=False)
+        assert same(before, snapshot(model))
+        return
     result = reconstruct(model, data(), method, iterations=200, progress=False)
     assert [row.name for row in result.layers] == ORDER
     assert not result.left

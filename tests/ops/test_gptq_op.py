@@ -5,40 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
+from gptq_definition import by_definition, hessian
 from torch_ext import ops
 from torch_ext.correction.rounding.round_by_gptq import inverse_factor, round_by_gptq
 from torch_ext.correction.rounding.row_problem import RowProblem, damped, fitted_target
 from torch_ext.ops.grid_text import grid_text
 
 F64 = torch.float64
-
-
-def hessian(groups: int, inputs: int, seed: int = 0) -> Tensor:
-    """Of correlated inputs, as neighbours of an image are."""
-    random = np.random.default_rng(seed)
-    found = []
-    for _ in range(groups):
-        mixed = random.normal(size=(inputs, inputs)) / np.sqrt(inputs) + 0.5
-        x = random.normal(size=(40 + 3 * inputs, inputs)) @ mixed
-        found.append(x.T @ x)
-    return torch.from_numpy(np.stack(found))
-
-
-def by_definition(
-    weight: np.ndarray, h: np.ndarray, scale: float, zero_point: int, low: int, high: int
-) -> np.ndarray:
-    """Levels of one row. When value j is fixed, the values behind it move to where the cost, a
-    quadratic form, is least given the error of j: the inverse of what is left of ``h`` says."""
-    w = weight.astype(np.float64).copy()
-    levels = np.zeros(len(w), dtype=np.int64)
-    for j in range(len(w)):
-        levels[j] = np.clip(np.rint(w[j] / scale) + zero_point, low, high)
-        error = w[j] - (levels[j] - zero_point) * scale
-        inverse = np.linalg.inv(h[j:, j:])
-        w[j:] -= error * inverse[:, 0] / inverse[0, 0]
-    return levels
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
@@ -156,3 +130,33 @@ def test_the_fitted_target_is_the_least_squares_solution() -> None:
     # The more damping, the nearer to the weight.
     strong = fitted_target(given, h, wanted, 1e9)
     assert torch.allclose(strong, given.double(), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "format_"),
+    [("float8_e4m3", torch.float8_e4m3fn), ("float8_e5m2", torch.float8_e5m2)],
+)
+def test_float_formats_by_the_definition(name: str, format_: torch.dtype) -> None:
+    """Each value cast by torch, and the values behind it moved to where the cost is least."""
+    largest = torch.finfo(format_).max
+    generator = torch.Generator().manual_seed(4)
+    weight = torch.randn(1, 5, 16, generator=generator)
+    scale = (torch.rand(1, 5, 1, generator=generator) * 1e-3 + 2e-4).expand(weight.shape)
+    h = hessian(1, 16, seed=5)
+    zeros = torch.zeros(weight.shape, dtype=torch.int32)
+    have = ops.gptq(weight, inverse_factor(h), scale, zeros, grid=name)
+    for r in range(5):
+        w = weight[0, r].double().numpy().copy()
+        for j in range(16):
+            value = torch.tensor(w[j]).float() / scale[0, r, j]
+            value = value.clamp(-largest, largest).to(format_).float() * scale[0, r, j]
+            assert float(have[0, r, j]) == float(value), (r, j)
+            inverse = np.linalg.inv(h[0].numpy()[j:, j:])
+            w[j:] -= (w[j] - float(value)) * inverse[:, 0] / inverse[0, 0]
+
+
+def test_a_zero_point_on_a_float_format_is_refused() -> None:
+    weight = torch.ones(1, 1, 2)
+    one = torch.ones(1, 1, 2, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="expected zero_point to be 0 on a float format, got 1"):
+        ops.gptq(weight, torch.eye(2, dtype=F64)[None], weight, one, grid="float8_e4m3")

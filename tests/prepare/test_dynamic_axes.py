@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 import torch_ext
 from block_values import in_groups, int8
-from zoo import operators
 from torch_ext import (
     FakeQuantize,
     describe,
@@ -20,6 +19,7 @@ from torch_ext import (
     prepare_qat,
     set_fake_quantize,
 )
+from zoo import operators
 
 STATES = ["calibration", "qat", "validation", "float"]
 

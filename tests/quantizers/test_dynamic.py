@@ -85,9 +85,9 @@ def test_what_each_state_does() -> None:
 
 def test_loading_between_kinds_is_loud() -> None:
     static, dynamic = FakeQuantize(), FakeQuantize(dynamic=True)
-    with pytest.raises(RuntimeError, match='Missing key.*"range"'):
+    with pytest.raises(RuntimeError, match=r'Missing key.*"range"'):
         static.load_state_dict(dynamic.state_dict())
-    with pytest.raises(RuntimeError, match='Unexpected key.*"range"'):
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"range"'):
         dynamic.load_state_dict(static.state_dict())
 
 

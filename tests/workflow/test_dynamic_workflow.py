@@ -119,7 +119,7 @@ def test_a_file_that_was_tampered_with(tmp_path: Path) -> None:
     path = tmp_path / "net.safetensors"
     save_observer_params(net, path)
     with safe_open(str(path), "pt") as file:
-        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
+        metadata, tensors = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
     (key,) = metadata
     for old, new in (
         ('"dynamic": true', '"dynamic": "yes"'),

@@ -13,11 +13,11 @@ from torch import nn
 
 from torch_ext.analysis.svg import bar_picture
 from torch_ext.calibration.change_bits import check_bits, parse_bits
+from torch_ext.calibration.restore import restored
 from torch_ext.calibration.switched_model import Metric, SwitchedModel, name_of
 from torch_ext.files.measurements import Results, fingerprint
 from torch_ext.files.storage import PathLike, write_atomically
 from torch_ext.quantizers.find import Pattern, PreparedModel, role_of
-from torch_ext.quantizers.restore import restored
 from torch_ext.quantizers.set_state import change_states
 from torch_ext.quantizers.state_table import FakeQuantState
 from torch_ext.utils.arguments import bounded, check_callable, parse_flag

@@ -13,11 +13,11 @@ from torch import nn
 from torch_ext.analysis.rule_choices import Candidates, Choice, parse_candidates, usual_candidates
 from torch_ext.analysis.svg import bar_picture
 from torch_ext.calibration.resolve import plan_resolve, resolve
+from torch_ext.calibration.restore import restored
 from torch_ext.files.measurements import Results, fingerprint
 from torch_ext.files.storage import PathLike, write_atomically
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import Pattern, PreparedModel
-from torch_ext.quantizers.restore import restored
 from torch_ext.quantizers.set_state import change_states
 from torch_ext.quantizers.state_table import FakeQuantState
 from torch_ext.utils.arguments import bounded, parse_flag

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from torch_ext.calibration.checkpoint import Progress, read_progress, write_progress
+from torch_ext.calibration.restore import one_call_at_a_time, restored_on_error, watched
 from torch_ext.files.storage import PathLike, discard_partials
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import PreparedModel
-from torch_ext.quantizers.restore import one_call_at_a_time, restored_on_error, watched
 from torch_ext.quantizers.set_state import change_states
 from torch_ext.quantizers.state_table import FakeQuantState, StateName, parse_state
 from torch_ext.utils.arguments import bounded, check_callable, parse_flag

@@ -109,9 +109,10 @@ def _check_specs(path: PathLike, specs: Any, quantizers: Mapping[str, FakeQuanti
     for name, quantizer in quantizers.items():
         mine = spec_of(quantizer)
         theirs = specs[name] if isinstance(specs[name], dict) else {}
-        for key, value in mine.items():
-            if theirs.get(key) != value:
-                raise FileError(path, f"{name}.{key}: expected {value!r}, got {theirs.get(key)!r}")
+        for key in {**mine, **theirs}:
+            want, have = mine.get(key), theirs.get(key)
+            if want != have:
+                raise FileError(path, f"{name}.{key}: expected {want!r}, got {bounded(have)}")
 
 
 def _read_statistic(

@@ -10,10 +10,10 @@ from torch import nn
 
 from torch_ext.calibration.change_bits import set_widths, width_of
 from torch_ext.calibration.output_error import OutputError
+from torch_ext.calibration.restore import restored
 from torch_ext.files.measurements import Results
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import PreparedModel
-from torch_ext.quantizers.restore import restored
 from torch_ext.quantizers.state_table import FakeQuantState
 from torch_ext.utils.batches import Forward
 from torch_ext.utils.modes import forked_rng

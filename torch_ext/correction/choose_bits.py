@@ -13,6 +13,7 @@ from torch import nn
 
 from torch_ext.calibration.change_bits import bits_of, check_bits, parse_bits, width_of
 from torch_ext.calibration.change_grid import on_backend_grid
+from torch_ext.calibration.restore import one_call_at_a_time, restored
 from torch_ext.calibration.switched_model import Metric, SwitchedModel, name_of
 from torch_ext.correction.widths.bit_choice import BUDGETS, BitChoice, BitChoiceRow, Bits, Budget
 from torch_ext.correction.widths.bit_search import BitSearch
@@ -23,7 +24,6 @@ from torch_ext.files.storage import PathLike
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import Pattern, PreparedModel, role_of
 from torch_ext.quantizers.grid import dtype_bits, parse_dtype
-from torch_ext.quantizers.restore import one_call_at_a_time, restored
 from torch_ext.quantizers.set_state import change_states
 from torch_ext.quantizers.state_table import FakeQuantState
 from torch_ext.utils.arguments import bounded, check_callable, parse_flag

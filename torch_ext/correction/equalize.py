@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from torch_ext.calibration.restore import one_call_at_a_time, restored, restored_on_error
 from torch_ext.correction.equalization.channel_changes import (
     Before,
     ChannelChanges,
@@ -25,7 +26,6 @@ from torch_ext.prepare.insertion.record_runs import examples_of, record_modes
 from torch_ext.prepare.module_classes import copied
 from torch_ext.prepare.remove_quantizers import remove_quantizers
 from torch_ext.quantizers.find import Pattern, check_model, matching_names, named_quantizers
-from torch_ext.quantizers.restore import one_call_at_a_time, restored, restored_on_error
 from torch_ext.quantizers.state_table import FakeQuantState
 from torch_ext.utils.arguments import (
     bounded,

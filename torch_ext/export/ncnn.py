@@ -92,6 +92,8 @@ def ncnn_table(
     target = check_path(who, path, ".table")
     prepared = PreparedModel(who, model)
     chosen, left_out = entries(prepared)
+    grouped = {name: entry.groups for name, entry in chosen.items() if entry.groups}
+    refuse(who, grouped, "ncnn has one scale for an output channel")
     program = trace(who, model, example_inputs, dynamic_batch=False)
     owners = {
         name: prepared.weights[entry.quantizer].owner

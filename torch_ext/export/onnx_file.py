@@ -54,11 +54,12 @@ def onnx(
     Such a pair gives bit for bit what the quantizer gives in VALIDATION, for every finite input.
     Grids of 2 to 4 bits are stored as int4 or uint4, up to 8 bits as int8 or uint8, up to 16 as
     int16 or uint16; before a grid that is narrower than its type, values are clipped. Float formats
-    are stored as float8e4m3fn or float8e5m2, with ``saturate=1``. Groups of a weight
-    (``group_size``) are blocks, ``block_size``. float16 and bfloat16 are cast to float32 to be quantized, as in PyTorch. Nodes and tensors are named after
-    the quantizers (``conv1.activation_quantizer/quantized``); the file's metadata ``torch_ext`` is
-    JSON that lists the quantizers, see :func:`read_onnx_metadata`. The model is traced by
-    ``torch.export`` in eval mode and stays as it was.
+    are stored as float8e4m3fn or float8e5m2, with ``saturate=1``. Groups of a weight are blocks
+    (``block_size``). float16 and bfloat16 are cast to float32 to be quantized, as in PyTorch. Nodes
+    and tensors are named after the quantizers (``conv1.activation_quantizer/quantized``); the
+    file's metadata ``torch_ext`` is JSON that lists the quantizers, see
+    :func:`read_onnx_metadata`. The model is traced by ``torch.export`` in eval mode and stays as it
+    was.
 
     Args:
         model: calibrated, in VALIDATION.
@@ -77,8 +78,9 @@ def onnx(
         quantized_weights: True stores weights as integers with DequantizeLinear alone, in a quarter
             of the size; False (default) stores them in float with both nodes.
         opset: ONNX opset: at least 18, 19 if a grid is of a float format, or 21 if one has less
-            than 5 or more than 8 bits, or groups; by default the least possible. onnxruntime takes int8 beside
-            MaxPool only below 21, or with the session's entry ``session.qdqisint8allowed``.
+            than 5 or more than 8 bits, or groups; by default the least possible. onnxruntime takes
+            int8 beside MaxPool only below 21, or with the session's entry
+            ``session.qdqisint8allowed``.
         dynamic_batch: True (default) leaves the size of the inputs' first axis open; the example
             then needs a size of 2 or more. False keeps the example's size.
 

@@ -14,7 +14,7 @@ from torch_ext.export.common.trace import BATCH, SYMBOL, TracedInput
 from torch_ext.export.onnx_grid import OnnxGrid
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import AnyWeightSource
-from torch_ext.quantizers.groups import blocks_of, spread
+from torch_ext.quantizers.parts.groups import blocks_of, spread
 
 _HALF = {torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16"}
 

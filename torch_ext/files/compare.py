@@ -70,7 +70,9 @@ def compare(first: Mapping[str, Params], second: Mapping[str, Params]) -> Compar
 
 def _difference(name: str, first: Params, second: Params) -> Difference:
     note = ""
-    if not (first.solved and second.solved):
+    if first.group_size != second.group_size:
+        note = f"{first.groups} and {second.groups}"
+    elif not (first.solved and second.solved):
         sides = [side for side, params in (("A", first), ("B", second)) if not params.solved]
         note = f"no range in {' and '.join(sides)}"
     elif 1 not in (first.channels, second.channels) and first.channels != second.channels:

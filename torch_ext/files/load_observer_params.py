@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from torch_ext import ops
+from torch_ext.files.float_state_dict import float_state_dict, load_float_state_dict
 from torch_ext.files.observer_params import read_observer_params
 from torch_ext.files.quantizer_params import STATISTIC, Params, params_of
 from torch_ext.files.storage import PathLike
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import PreparedModel
-from torch_ext.quantizers.float_state_dict import float_state_dict, load_float_state_dict
 from torch_ext.quantizers.solve import Solution
 from torch_ext.utils.arguments import bounded, parse_flag
 
@@ -237,11 +237,7 @@ def _mismatch(params: Params, quantizer: FakeQuantize) -> str:
     """Why the range cannot be loaded: other channels or groups; else empty."""
     observer = quantizer.observer
     if params.group_size != observer.group_size:
-        kinds = [
-            "no groups" if size is None else f"groups of {size}"
-            for size in (params.group_size, observer.group_size)
-        ]
-        return f"{kinds[0]} for {kinds[1]}"
+        return f"{params.groups} for {params_of(quantizer).groups}"
     if params.group_size is not None and params.channels != observer.channel_len:
         return f"{params.channels} groups for {observer.channel_len}"
     have, want = params.channels, observer.channel_len

@@ -178,7 +178,8 @@ def _check_same(
         raise FileError(file, f"quantizers: of another model than {first}: differs in {other}")
     for name, quantizer in quantizers.items():
         want_spec, have_spec = spec_of(merged[name]), spec_of(quantizer)
-        for key, want in want_spec.items():
+        for key in {**want_spec, **have_spec}:
+            want = want_spec.get(key)
             if have_spec.get(key) != want:
                 have = bounded(have_spec.get(key))
                 raise FileError(file, f"{name}.{key}: expected {want!r} as in {first}, got {have}")

@@ -94,6 +94,11 @@ class Params:
         return None if self.is_dynamic else size
 
     @property
+    def groups(self) -> str:
+        """The groups, for messages."""
+        return "no groups" if self.group_size is None else f"groups of {self.group_size}"
+
+    @property
     def is_float(self) -> bool:
         """Whether the grid is of a float format."""
         return is_float(self.spec["dtype"])
@@ -108,8 +113,8 @@ class Params:
     def grid(self) -> str:
         """The grid as the text that ops take."""
         ends = (self.quant_min, self.quant_max)
-        how = (self.symmetric, self.scale_rule, self.power_of_two)
-        return text_of_grid(self.spec["dtype"], *ends, *how)
+        dtype, symmetric = self.spec["dtype"], self.symmetric
+        return text_of_grid(dtype, *ends, symmetric, self.scale_rule, self.power_of_two)
 
 
 def tensors_of(quantizer: FakeQuantize) -> dict[str, Tensor]:

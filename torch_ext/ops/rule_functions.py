@@ -65,7 +65,8 @@ def rule_function(rule: str) -> RuleFunction:
         encode_options(rule, options)  # raises the same errors as `solve`
         given = (quant_min, quant_max, symmetric)
         # With the defaults the grid alone is given.
-        text = grid_text(*(() if grid is not None and given == _INT8 else given), grid=grid)
+        alone = grid is not None and given == _INT8
+        text = grid_text(grid=grid) if alone else grid_text(*given, grid=grid)
         range_: Tensor = op(x, text, ch_axis, **options)
         return range_
 

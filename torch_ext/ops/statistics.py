@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -121,7 +121,7 @@ def solve_many(
     count = len(rules)
     if options is None:
         options = [{}] * count
-    parts = {
+    parts: dict[str, Sequence[Any] | None] = {
         "quant_min": quant_min,
         "quant_max": quant_max,
         "symmetric": symmetric,
@@ -141,7 +141,7 @@ def solve_many(
         for rule, rule_options in zip(rules, options, strict=True)
         for value in encode_options(rule, rule_options)
     ]
-    texts = [grid_text(**{name: given[name][i] for name in given}) for i in range(count)]
+    texts = [grid_text(**{name: part[i] for name, part in given.items()}) for i in range(count)]
     lists = map(list, (rules, extrema, tally, counts))
     ranges, scales, zero_points = NATIVE.solve_many(*lists, texts, values)
     return list(ranges), list(scales), list(zero_points)

@@ -35,7 +35,8 @@ class QuantizerRow:
     #: The rule with its options, such as ``"percentile(percentile=99.9)"``.
     observer: str
     #: The dtype, its integers and the scheme, as ``int8 [-128, 127], per tensor symmetric`` or
-    #: ``int4 [-8, 7], groups of 32 symmetric`` or ``int8 [-128, 127], dynamic per token symmetric``.
+    #: ``int4 [-8, 7], groups of 32 symmetric`` or ``int8 [-128, 127], dynamic per token
+    #: symmetric``.
     grid: str
     #: The value of its :class:`FakeQuantState`.
     state: str

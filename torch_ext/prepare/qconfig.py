@@ -17,7 +17,7 @@ from torch_ext.ops.registry import fake_quant_info, observer_info
 from torch_ext.ops.registry_names import Method, Rule
 from torch_ext.prepare.quantizable_modules import NOTHING, is_activation, target_of
 from torch_ext.quantizers.fake_quantize import KEYS, FakeQuantize
-from torch_ext.quantizers.keys import check_keys
+from torch_ext.quantizers.parts.keys import check_keys
 from torch_ext.utils.arguments import bounded, parse_flag
 from torch_ext.utils.backends import (
     BACKENDS,

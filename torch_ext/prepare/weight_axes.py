@@ -7,7 +7,7 @@ import torch
 from torch_ext.prepare.quantizable_modules import Target
 from torch_ext.quantizers.dynamic import DynamicFakeQuantize
 from torch_ext.quantizers.fake_quantize import FakeQuantize
-from torch_ext.quantizers.groups import INPUT_AXIS
+from torch_ext.quantizers.parts.groups import INPUT_AXIS
 
 
 class WeightAxes:

@@ -11,8 +11,8 @@ from torch_ext.ops.registry_names import Method, Rule
 from torch_ext.pt2e.adapters import PT2EFakeQuantize, PT2EObserver
 from torch_ext.quantizers.fake_quantize import KEYS as FAKE_QUANT_KEYS
 from torch_ext.quantizers.grid import DType, is_float, parse_dtype
-from torch_ext.quantizers.keys import check_keys
 from torch_ext.quantizers.observer import KEYS as OBSERVER_KEYS
+from torch_ext.quantizers.parts.keys import check_keys
 
 # Keys that a spec cannot have, because the number of channels and the role depend on the graph, and
 # its quantized graphs have neither groups nor dynamic scales.

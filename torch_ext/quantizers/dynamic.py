@@ -20,8 +20,8 @@ from torch_ext.quantizers.grid import (
     parse_dtype,
     text_of_grid,
 )
-from torch_ext.quantizers.keep_dtype import TensorMap
 from torch_ext.quantizers.observer import Observer
+from torch_ext.quantizers.parts.keep_dtype import TensorMap
 from torch_ext.quantizers.solve import Solution
 from torch_ext.quantizers.state_table import FOLLOW, QUANTIZE
 from torch_ext.utils.arguments import bounded, parse_integer
@@ -198,8 +198,7 @@ class DynamicFakeQuantize(FakeQuantize, dynamic=True):
         place = self.axis if axis is None or self.axis_given else axis
         if place in (-1, x.dim() - 1):
             return quantize(x)
-        out = quantize(x.movedim(place, -1)).movedim(-1, place)
-        return out.contiguous() if x.is_contiguous() else out
+        return quantize(x.movedim(place, -1)).movedim(-1, place)
 
     def _quantize(self, x: Tensor, action: str) -> Tensor:
         tensor_scale = None

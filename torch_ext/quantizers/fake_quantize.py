@@ -14,12 +14,12 @@ from typing_extensions import Self
 from torch_ext import ops
 from torch_ext.ops.registry import fake_quant_info, observer_info
 from torch_ext.ops.registry_names import Method, Rule
-from torch_ext.quantizers.groups import check_groups, follow_rows_
-from torch_ext.quantizers.keep_dtype import TensorMap, keep_dtype
-from torch_ext.quantizers.keys import check_dynamic, check_keys, check_learned_arguments
 from torch_ext.quantizers.observer import KEYS as OBSERVER_KEYS
 from torch_ext.quantizers.observer import Observer
-from torch_ext.quantizers.range_text import range_text
+from torch_ext.quantizers.parts.groups import check_groups, follow_rows_
+from torch_ext.quantizers.parts.keep_dtype import TensorMap, keep_dtype
+from torch_ext.quantizers.parts.keys import check_dynamic, check_keys, check_learned
+from torch_ext.quantizers.parts.range_and_scale import range_and_scale
 from torch_ext.quantizers.solve import Solution, WeightSolution, weight_solution
 from torch_ext.quantizers.state_table import (
     ACCUMULATE,
@@ -148,7 +148,7 @@ class FakeQuantize(nn.Module):
                 f"{type(self).__name__}: expected method to be one that learns no range, got "
                 f'"{self.method}"; derive the class from LearnedFakeQuantize'
             )
-        check_learned_arguments(who, use_grad_scaling, learn_zero_point, alpha)
+        check_learned(who, use_grad_scaling, learn_zero_point, alpha)
         channels = self.observer.channel_len
         self.register_buffer("range", torch.empty(channels, 2, dtype=torch.float32))
         self.register_buffer("scale", torch.empty(channels, dtype=torch.float32))
@@ -380,7 +380,7 @@ class FakeQuantize(nn.Module):
         words += ["optional"] if self.optional else []
         words += ["passes through"] if self.passes_through else []
         words += ["holds its range"] if self._holds else []
-        words += [range_text(self)]
+        words += [range_and_scale(self)]
         return ", ".join(words)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from torch_ext import _C
 from torch_ext.ops.grid_text import grid_text, words
-from torch_ext.quantizers.groups import INPUT_AXIS
+from torch_ext.quantizers.parts.groups import INPUT_AXIS
 from torch_ext.utils.arguments import parse_integer
 
 _NAME = re.compile(r"(?:torch\.)?q?(u?)int(\d+)")

@@ -14,7 +14,7 @@ from torch_ext.ops.registry_names import LearnedMethod, Rule
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import PreparedModel
 from torch_ext.quantizers.grid import is_float
-from torch_ext.quantizers.groups import follow_rows_
+from torch_ext.quantizers.parts.groups import follow_rows_
 from torch_ext.quantizers.solve import Solution
 from torch_ext.quantizers.state_table import DIFFERENTIATE, FOLLOW, QUANTIZE, FakeQuantState
 from torch_ext.utils.arguments import bounded, parse_flag

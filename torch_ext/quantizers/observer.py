@@ -17,9 +17,9 @@ from torch_ext.ops.registry import OptionValue, encode_options, observer_info
 from torch_ext.ops.registry_names import Rule
 from torch_ext.ops.statistics import ScaleRule
 from torch_ext.quantizers.grid import DType, Grid, dtype_name, parse_grid, text_of_grid
-from torch_ext.quantizers.groups import from_rows, rows_of
-from torch_ext.quantizers.keep_dtype import TensorMap, keep_dtype
-from torch_ext.quantizers.keys import check_keys
+from torch_ext.quantizers.parts.groups import from_rows, rows_of
+from torch_ext.quantizers.parts.keep_dtype import TensorMap, keep_dtype
+from torch_ext.quantizers.parts.keys import check_keys
 from torch_ext.utils.arguments import parse_flag, parse_integer
 from torch_ext.utils.text import joined
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from typing_extensions import Self
 
 from torch_ext import ops
-from torch_ext.quantizers.groups import follow_rows_
 from torch_ext.quantizers.observer import Observer
+from torch_ext.quantizers.parts.groups import follow_rows_
 from torch_ext.quantizers.state_table import FakeQuantState
 from torch_ext.utils.mask_values import mask_advice, mask_fill
 from torch_ext.utils.text import label_of, shown

@@ -19,7 +19,7 @@ from torch_ext.analysis.rule_choices import Choice, choice, rules_that_look
 from torch_ext.files.quantizer_params import Params
 from torch_ext.ops.registry import observer_info
 from torch_ext.quantizers.grid import largest_step
-from torch_ext.quantizers.groups import rows_of
+from torch_ext.quantizers.parts.groups import rows_of
 
 # The error curve: its number of thresholds, and how many octaves below the largest magnitude the
 # least of them is.

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch_ext.analysis.report.advice import notes
 from torch_ext.analysis.report.page import page
 from torch_ext.analysis.report.quantizer_report import WatchedData, measured
+from torch_ext.calibration.restore import restored
 from torch_ext.files.quantizer_params import params_of
 from torch_ext.files.saved_quantizers import SavedQuantizers, read_quantizers
 from torch_ext.files.storage import PathLike, write_atomically
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import PreparedModel, role_of
-from torch_ext.quantizers.restore import restored
 from torch_ext.quantizers.set_state import change_states
 from torch_ext.quantizers.state_table import FakeQuantState
 from torch_ext.quantizers.transition import QuantizationWarning

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from torch_ext.calibration.restore import restored
 from torch_ext.correction.walk.layer_walk import WalkedLayer
 from torch_ext.prepare.batch_norms.pair import LAYERS, TRANSPOSED, has_own_forward
 from torch_ext.prepare.batch_norms.traced import LayerTracer
 from torch_ext.prepare.insertion.functions import plain_name
 from torch_ext.prepare.remove_quantizers import remove_quantizers
 from torch_ext.quantizers.find import HookedWeight, PreparedModel
-from torch_ext.quantizers.restore import restored
 from torch_ext.quantizers.set_state import change_states
 from torch_ext.quantizers.state_table import FakeQuantState
 from torch_ext.utils.modes import eval_mode, undisturbed

@@ -13,8 +13,8 @@ from torch_ext import ops
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import AnyWeightSource, WeightSource
 from torch_ext.quantizers.folded_weight import OutputChannels, WeightStep
-from torch_ext.quantizers.groups import spread
 from torch_ext.quantizers.learned import LearnedFakeQuantize
+from torch_ext.quantizers.parts.groups import spread
 from torch_ext.quantizers.solve import Solution
 
 

@@ -8,9 +8,9 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
+from torch_ext.calibration.restore import one_call_at_a_time, restored
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import PreparedModel
-from torch_ext.quantizers.restore import one_call_at_a_time, restored
 from torch_ext.quantizers.set_state import change_states
 from torch_ext.quantizers.state_table import FakeQuantState
 from torch_ext.utils.arguments import check_callable

@@ -10,12 +10,12 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from torch_ext.calibration.change_bits import Width, check_widths, parse_bits, set_widths
+from torch_ext.calibration.restore import restored_on_error
 from torch_ext.correction.widths.bit_search import BitPoint
 from torch_ext.files.storage import FileError, PathLike, read_object, write_atomically
 from torch_ext.ops.registry import OptionValue, encode_options
 from torch_ext.ops.registry_names import Rule
 from torch_ext.quantizers.find import PreparedModel
-from torch_ext.quantizers.restore import restored_on_error
 from torch_ext.quantizers.state_table import FakeQuantState
 from torch_ext.quantizers.transition import change_state
 from torch_ext.utils.text import shown, text_table

@@ -26,7 +26,7 @@ from torch_ext.export.engines.tensor_runs import (
 )
 from torch_ext.files.storage import PathLike
 from torch_ext.quantizers.find import PreparedModel
-from torch_ext.quantizers.groups import spread
+from torch_ext.quantizers.parts.groups import spread
 from torch_ext.utils.arguments import bound_arguments, bounded
 from torch_ext.utils.text import label_of, shown, text_table
 

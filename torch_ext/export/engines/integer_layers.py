@@ -244,6 +244,8 @@ class _Graph:
         if kind not in _BYTES:
             reason = f"{_quantizer(pair)} has {kind}, and integer kernels take 8 bits"
             return Problem(reason, _GRIDS)
+        if any(entry.name == "block_size" and entry.i for entry in pair.attribute):
+            return Problem(f"{_quantizer(pair)} has a scale for each group of its {which}", _GRIDS)
         scale = self.constants.get(pair.input[1])
         if scale is not None and math.prod(scale.dims) > 1 and not self.constant_behind(name):
             return Problem(f"{_quantizer(pair)} quantizes its {which} per channel", _GRIDS)

@@ -120,6 +120,7 @@ def run_optimised(
             seen = f"{place.name}{_SEEN}"
             if seen not in shown:
                 keys = {} if place.axis is None else {"axis": place.axis}
+                keys |= {"block_size": place.block} if place.block else {}
                 inputs = [place.name, place.scale, place.zero_point]
                 node = packages.helper.make_node(
                     "DequantizeLinear", inputs, [seen], name=seen, **keys
@@ -144,7 +145,8 @@ class _Integers(NamedTuple):
     name: str
     scale: str
     zero_point: str
-    axis: int | None  # of the channels
+    axis: int | None  # of the channels, or along which blocks lie
+    block: int = 0  # so many values along the axis share a scale; 0: no blocks
 
 
 def _candidates(
@@ -180,7 +182,8 @@ def _candidates(
             and len(node.input) == 3
         ):
             name, scale, zero_point = node.input
-            grids[name] = _Integers(name, scale, zero_point, axis_of(node, scale))
+            block = next((a.i for a in node.attribute if a.name == "block_size"), 0)
+            grids[name] = _Integers(name, scale, zero_point, axis_of(node, scale), block)
     readers = {
         node.output[0]: node.input[0]
         for node in optimised.graph.node

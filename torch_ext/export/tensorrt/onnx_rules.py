@@ -144,6 +144,8 @@ class _Checker:
             tensor = source.input[0]
         if tensor not in self.constants:
             return "it quantizes an activation per channel"
+        if any(entry.name == "block_size" and entry.i for entry in node.attribute):
+            return "it has a scale for each group"
         axis = next((entry.i for entry in node.attribute if entry.name == "axis"), 1)
         rank = len(self.constants[tensor].dims)
         quantizes = node.op_type == _PAIR[0]

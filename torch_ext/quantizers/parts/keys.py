@@ -17,7 +17,7 @@ def check_keys(who: str, given: Iterable[str], rule: str, known: Iterable[str]) 
             raise ValueError(f'{who}: unknown key "{key}"; known: {joined(names)}')
 
 
-def check_learned_arguments(
+def check_learned(
     who: str, use_grad_scaling: object, learn_zero_point: object, alpha: object
 ) -> None:
     """Raises ValueError for arguments of lsq and pact, of a method that learns nothing."""

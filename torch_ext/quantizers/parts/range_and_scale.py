@@ -8,7 +8,7 @@ from torch_ext.quantizers.solve import Quantizer
 from torch_ext.utils.text import span
 
 
-def range_text(quantizer: Quantizer) -> str:
+def range_and_scale(quantizer: Quantizer) -> str:
     """Range and scale; with several channels or groups their least and greatest values."""
     if quantizer.rangeless:
         return "scales of each call"

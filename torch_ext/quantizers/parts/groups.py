@@ -35,8 +35,8 @@ def rows_of(x: Tensor, axis: int, group_size: int) -> Tensor:
     """A tensor as one group a row; raises RuntimeError if the groups do not fill its axis."""
     if axis >= x.dim() or x.shape[axis] % group_size:
         raise RuntimeError(
-            f"FakeQuantize: expected x to be of groups of {group_size} along axis {axis}, got shape "
-            f"{list(x.shape)}"
+            f"FakeQuantize: expected x to be of groups of {group_size} along axis {axis}, got "
+            f"shape {list(x.shape)}"
         )
     return x.movedim(axis, -1).reshape(-1, group_size)
 

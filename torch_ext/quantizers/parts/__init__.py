@@ -1,0 +1,1 @@
+"""Pieces that observers and quantizers are made of."""
