@@ -33,9 +33,9 @@ from torch_ext.files.observer_params import save_observer_params
 from torch_ext.files.saved_quantizers import SavedQuantizers, read_quantizers
 from torch_ext.files.storage import FileError
 from torch_ext.modules import Add, Cat, MatMul, Mul, QuantStub
-from torch_ext.prepare.block_qconfig import get_block_qconfig
+from torch_ext.prepare.batch_norms.fuse import fuse
+from torch_ext.prepare.blocks.block_qconfig import get_block_qconfig
 from torch_ext.prepare.describe import Description, QuantizerRow, describe
-from torch_ext.prepare.fuse import fuse
 from torch_ext.prepare.prepare_qat import prepare_qat
 from torch_ext.prepare.qconfig import QConfig, get_default_calib_qconfig, get_default_qconfig
 from torch_ext.prepare.remove_quantizers import remove_quantizers

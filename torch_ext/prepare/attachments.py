@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from torch_ext.prepare import attach
+from torch_ext.prepare.batch_norms.fuse import find_norms
 from torch_ext.prepare.batch_norms.pair import Norms, Pair
-from torch_ext.prepare.fuse import find_norms
+from torch_ext.prepare.blocks.dynamic_axes import DynamicAxes
+from torch_ext.prepare.blocks.weight_axes import WeightAxes
 from torch_ext.prepare.insertion.assign import Assignment, Names, make_plan, tracked_modules
-from torch_ext.prepare.insertion.dynamic_axes import DynamicAxes
 from torch_ext.prepare.insertion.placement import Placement, Site
 from torch_ext.prepare.insertion.plan import Link, Place
 from torch_ext.prepare.insertion.record_runs import record_modes
@@ -46,7 +47,6 @@ from torch_ext.prepare.quantizable_modules import (
     is_sum,
     target_of,
 )
-from torch_ext.prepare.weight_axes import WeightAxes
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.folded_weight import FoldedWeight, OutputChannels
 from torch_ext.quantizers.transition import INPUTS, OUTPUTS

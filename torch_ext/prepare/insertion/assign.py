@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from torch_ext.prepare.attach import OUTPUT, SUFFIX
-from torch_ext.prepare.insertion.operations import operation
+from torch_ext.prepare.insertion.operations import operation, summed_axis
 from torch_ext.prepare.insertion.placement import Ask, Placement, Site
 from torch_ext.prepare.insertion.plan import (
     CallPlan,
@@ -212,10 +212,11 @@ def _write(placement: Placement, ask: Ask, memo: str, quantizer: str, observes: 
         forward = recording.model.get_submodule(recording.calls[reader].module).forward
     else:
         reads, forward = _function_plan(recording, reader).reads, None
-    factory = placement.site_of[ask.value].factory
+    factory, what = placement.site_of[ask.value].factory, operation(recording, reader)
     for place, item in _places(reader, ask.operand):
         name = _argument(forward, place) if forward else ""
-        axis = placement.dynamic.of_read(recording, reader, ask.operand, place, factory, quantizer)
+        summed, shape = summed_axis(recording, reader, place), recording.values[ask.operand].shape
+        axis = placement.dynamic.of_read(what, summed, shape, factory, quantizer)
         # Read along another axis, a tensor becomes another.
         own = f"{memo} {axis}" if memo and axis is not None else memo
         read = Read(place, item, name, own, quantizer, observes)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from torch_ext.prepare.insertion.dynamic_axes import DynamicAxes
+from torch_ext.prepare.blocks.dynamic_axes import DynamicAxes
 from torch_ext.prepare.insertion.operations import (
     ASKING,
     DROPOUTS,

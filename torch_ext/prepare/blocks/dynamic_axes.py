@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from torch import fx, nn
+from torch import nn
 
-from torch_ext.prepare.insertion.operations import operation, summed_axis
-from torch_ext.prepare.insertion.run_graph import RunGraph
 from torch_ext.prepare.qconfig import Factory
 from torch_ext.prepare.quantizable_modules import axis_of_argument
 from torch_ext.quantizers.dynamic import DynamicFakeQuantize
@@ -40,20 +38,21 @@ class DynamicAxes:
         return self._made[id(factory)][1]
 
     def of_read(
-        self, run: RunGraph, reader: fx.Node, operand: fx.Node, place: int | str,
-        factory: Factory, name: str,
-    ) -> int | None:  # fmt: skip
-        """The axis of a read by a quantizer of that name; None if its scales are not dynamic."""
+        self, what: str, axis: int | None, shape: Sequence[int], factory: Factory, name: str
+    ) -> int | None:
+        """The axis of a read by a quantizer of that name; None if that is not to be told.
+
+        ``what``: the reading operation; ``axis``: what it sums over, None where that is not known.
+        """
         quantizer = self.quantizer(factory)
         if quantizer is None:
             return None
-        axis = quantizer.axis if quantizer.axis_given else summed_axis(run, reader, place)
-        what = operation(run, reader)
-        if axis is None:
+        place = quantizer.axis if quantizer.axis_given else axis
+        if place is None:
             self.problems[name] = f"what {what} sums over is not known; give it ch_axis"
             return None
-        self.check(name, f"{what} reads", quantizer, run.values[operand].shape, axis)
-        return None if quantizer.axis_given else axis
+        self.check(name, f"{what} reads", quantizer, shape, place)
+        return None if quantizer.axis_given else place
 
     def check(
         self, name: str, what: str, quantizer: DynamicFakeQuantize, shape: Sequence[int], axis: int
