@@ -201,6 +201,7 @@ TYPED_TEST(Dynamic, EachGroupHasItsOwnScaleForAnyNumberOfThreads) {
   struct Size {
     int64_t groups, group_size;
   };
+  int trial = 0;
   for (const Size& size : {Size{1, 1},
                            {7, 3},
                            {1000, 1},
@@ -213,8 +214,8 @@ TYPED_TEST(Dynamic, EachGroupHasItsOwnScaleForAnyNumberOfThreads) {
                            {2, 140000},
                            {1, 300007}})
     for (const Grid& grid : grids()) {
-      if (size.group_size > 9001 && grid.bits() != 8) continue;
       const int64_t n = size.groups * size.group_size;
+      if (n > 4000 && ++trial % 5 != 0) continue;
       std::vector<T> x = values<T>(n);
       // Values that are not finite in a third of the groups alone.
       for (int64_t i = 0; i < n; ++i)

@@ -76,7 +76,9 @@ TEST(ScaleRules, FloorAndEvenGiveThePowersOfTheSpecification) {
   cases.push_back({integer_grid(-8, 0, ScaleRule::floor), 0, 3});
   for (const Case& c : cases)
     for (const float bound : bounds()) {
-      const float want = expected(bound, c.mantissa_bits, c.largest_exponent, c.grid.scale_rule);
+      float want = expected(bound, c.mantissa_bits, c.largest_exponent, c.grid.scale_rule);
+      // What was rounded up can be too large for the largest value to be finite.
+      if (std::isinf(want * static_cast<float>(c.grid.highest()))) want /= 2;
       const QParams q = qparams({c.grid.quant_max > 0 ? 0 : -bound, bound}, c.grid);
       ASSERT_EQ(q.scale, want) << bound << " on [" << c.grid.quant_min << ", " << c.grid.quant_max
                                << "]";
@@ -90,7 +92,7 @@ TEST(ScaleRules, FloorIsBelowAndPowersUpAreNot) {
     Grid up = float_grid(entry.name, ScaleRule::grid);
     up.power_of_two = true;
     for (const float bound : bounds()) {
-      if (bound < 0x1p-100f) continue;
+      if (bound < 0x1p-100f || bound > 0x1p126f) continue;  // there scales have bounds
       const Range range{-bound, bound};
       const double largest = entry.format.largest;
       const double floor = qparams(range, float_grid(entry.name, ScaleRule::floor)).scale;

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from torch_ext.ops.quantizing import dynamic_fake_quant as dynamic_fake_quant
 from torch_ext.ops.quantizing import fake_quant as fake_quant
 from torch_ext.ops.quantizing import follow_ as follow_
 from torch_ext.ops.quantizing import follow_fake_quant as follow_fake_quant
