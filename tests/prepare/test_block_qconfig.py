@@ -176,6 +176,17 @@ def test_layers_whose_inputs_no_block_divides(format: Any, with_example: bool) -
     torch.testing.assert_close(model(x), want, rtol=1e-5, atol=1e-5)
 
 
+def test_mapping_by_module() -> None:
+    """Formats side by side; the module's own QConfig decides what it reads."""
+    net, x = mlp(), torch.randn(5, 64)
+    mapping = {nn.Linear: get_block_qconfig("mxfp4"), "0": get_block_qconfig("mxfp8_e4m3", "ceil")}
+    for example in (None, x):
+        model = prepare_qat(net, example_inputs=example, mapping=mapping)
+        set_fake_quantize(model, "validation")
+        hidden = plain(net[:2], x, floats("float8_e4m3", "ceil"), 32)
+        assert torch.equal(model(x), plain(net[2:], hidden, floats("float4_e2m1", "floor"), 32))
+
+
 REFUSED = {
     "format": (("mxfp5",), {}, "unknown format 'mxfp5'; known: mxfp8_e4m3"),
     "rule": (("mxfp4", "up"), {}, "unknown scale_rule 'up'; known: floor, ceil, even"),
