@@ -15,6 +15,7 @@ from torch_ext import ops
 TENSOR, CHANNEL = -1, 0  # values that share a scale; else the size of a group
 INT8, E4M3, E5M2 = "[-128,127] affine", "float8_e4m3", "float8_e5m2"
 LEAST = 2.0**-126  # of a scale
+FLOOR = "scale_rule=floor"  # the Open Compute Project's scale of a block
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,7 @@ class Format:
     Attributes:
         grid: as the ops take it.
         share: TENSOR, CHANNEL, or the size of the groups along a layer's inputs.
-        scales: ``"largest"`` and ``"mse"``, rules of the library; ``"floor"``, the Open Compute
-            Project's scale of a block; ``"nvfp4"``, an E4M3 number times one of the whole tensor.
+        rule: of the weights' scales, ``"min_max"`` or ``"mse"``.
         activations: the grid of activations, per tensor, calibrated by ``mse``; or ``"token"``,
             the weights' grid on all inputs of a position, or ``"groups"``, the weights' format.
             These two take their scale from the values at hand.
@@ -34,7 +34,7 @@ class Format:
 
     grid: str
     share: int
-    scales: str
+    rule: str
     activations: str
     bits: float
 
@@ -44,40 +44,32 @@ class Format:
         return self.grid.partition(" ")[0]
 
 
-def groups(grid: str, size: int, scale_bits: int, scales: str = "largest") -> Format:
+def groups(grid: str, size: int) -> Format:
     bits = {"float8": 8, "float6": 6, "float4": 4}.get(grid.partition("_")[0], 8)
-    return Format(grid, size, scales, "groups", bits + scale_bits / size)
+    return Format(grid, size, "min_max", "groups", bits + 8 / size)
 
 
 FORMATS: dict[str, Format] = {
-    "int8 per channel": Format("[-127,127] symmetric", CHANNEL, "largest", INT8, 8),
-    "int8 per tensor": Format("[-127,127] symmetric", TENSOR, "largest", INT8, 8),
-    "int8 per channel, per token": Format("[-127,127] symmetric", CHANNEL, "largest", "token", 8),
-    "FP8 E4M3 per channel": Format(E4M3, CHANNEL, "largest", E4M3, 8),
-    "FP8 E4M3 per tensor": Format(E4M3, TENSOR, "largest", E4M3, 8),
-    "FP8 E4M3 per channel, per token": Format(E4M3, CHANNEL, "largest", "token", 8),
-    "FP8 E5M2 per channel": Format(E5M2, CHANNEL, "largest", E5M2, 8),
-    "FP8 E5M2 per tensor": Format(E5M2, TENSOR, "largest", E5M2, 8),
-    "MXINT8": groups("[-127,127] symmetric", 32, 8, "floor"),
-    "MXFP8 E4M3, ceil": groups(f"{E4M3} power_of_two", 32, 8),
-    "MXFP8 E4M3, floor": groups(E4M3, 32, 8, "floor"),
+    "int8 per channel": Format("[-127,127] symmetric", CHANNEL, "min_max", INT8, 8),
+    "int8 per tensor": Format("[-127,127] symmetric", TENSOR, "min_max", INT8, 8),
+    "int8 per channel, per token": Format("[-127,127] symmetric", CHANNEL, "min_max", "token", 8),
+    "FP8 E4M3 per channel": Format(E4M3, CHANNEL, "min_max", E4M3, 8),
+    "FP8 E4M3 per tensor": Format(E4M3, TENSOR, "min_max", E4M3, 8),
+    "FP8 E4M3 per channel, per token": Format(E4M3, CHANNEL, "min_max", "token", 8),
+    "FP8 E5M2 per channel": Format(E5M2, CHANNEL, "min_max", E5M2, 8),
+    "FP8 E5M2 per tensor": Format(E5M2, TENSOR, "min_max", E5M2, 8),
+    "MXINT8": groups(f"[-127,127] symmetric {FLOOR}", 32),
+    "MXFP8 E4M3, ceil": groups(f"{E4M3} power_of_two", 32),
+    "MXFP8 E4M3, floor": groups(f"{E4M3} {FLOOR}", 32),
     "int6 per channel": Format("[-32,31] symmetric", CHANNEL, "mse", INT8, 6),
-    "MXFP6 E2M3, floor": groups("float6_e2m3", 32, 8, "floor"),
-    "MXFP6 E3M2, floor": groups("float6_e3m2", 32, 8, "floor"),
+    "MXFP6 E2M3, floor": groups(f"float6_e2m3 {FLOOR}", 32),
+    "MXFP6 E3M2, floor": groups(f"float6_e3m2 {FLOOR}", 32),
     "int4 per channel": Format("[-8,7] symmetric", CHANNEL, "mse", INT8, 4),
-    "int4, groups of 32": Format("[-8,7] symmetric", 32, "largest", INT8, 5),
-    "int4, groups of 16": Format("[-8,7] symmetric", 16, "largest", INT8, 6),
-    "MXFP4, ceil": groups("float4_e2m1 power_of_two", 32, 8),
-    "MXFP4, floor": groups("float4_e2m1", 32, 8, "floor"),
-    "NVFP4": groups("float4_e2m1", 16, 8, "nvfp4"),
-}
-# The exponent of the largest number of a grid, which a floor scale divides by. MXINT8 is k/64.
-EXPONENT = {
-    "float8_e4m3": 8,
-    "float6_e2m3": 2,
-    "float6_e3m2": 4,
-    "float4_e2m1": 2,
-    "[-127,127]": 6,
+    "int4, groups of 32": Format("[-8,7] symmetric", 32, "min_max", INT8, 5),
+    "int4, groups of 16": Format("[-8,7] symmetric", 16, "min_max", INT8, 6),
+    "MXFP4, ceil": groups("float4_e2m1 power_of_two", 32),
+    "MXFP4, floor": groups(f"float4_e2m1 {FLOOR}", 32),
+    "NVFP4": groups("float4_e2m1 scale_dtype=float8_e4m3", 16),
 }
 
 
@@ -92,34 +84,16 @@ def on_grid(rows: Tensor, form: Format, share: int, largest: Tensor) -> Tensor:
     Args:
         largest: the magnitude [1] of which NVFP4 takes the scale of the tensor.
     """
-    size = {TENSOR: rows.numel(), CHANNEL: rows.shape[1]}.get(share, share)
+    if form.rule == "mse":
+        scale, zero = ops.qparams(ops.mse(rows, grid=form.grid, ch_axis=0), grid=form.grid)
+        return ops.fake_quant(rows, scale, zero, ch_axis=0, grid=form.numbers)
     flat = rows.reshape(1, -1) if share == TENSOR else rows
     width = flat.shape[1]
-    values = nn.functional.pad(flat, (0, -width % size)).reshape(-1, size)
-    scale = scales_of(values, form, largest)
-    zero = torch.zeros(len(scale), dtype=torch.int32)
-    made = ops.fake_quant(values, scale, zero, ch_axis=0, grid=form.numbers)
-    return made.reshape(len(flat), -1)[:, :width].reshape(rows.shape)
-
-
-def scales_of(values: Tensor, form: Format, largest: Tensor) -> Tensor:
-    """The scale of each row."""
-    if form.scales == "mse":
-        return ops.qparams(ops.mse(values, grid=form.grid, ch_axis=0), grid=form.grid)[0]
-    top = values.abs().amax(1)
-    if form.scales == "floor":
-        # frexp has top = fraction * 2^exponent with the fraction from 0.5 to 1.
-        exponent = torch.frexp(top).exponent - 1 - EXPONENT[form.numbers]
-        scale = torch.ldexp(torch.ones_like(top), exponent).clamp_min(LEAST)
-        return torch.where(top > 0, scale, 1.0)
-    if form.scales == "nvfp4":
-        whole = largest / (448 * 6)
-        if not bool(whole > LEAST):
-            return torch.ones_like(top)
-        one, zero = torch.ones(1), torch.zeros(1, dtype=torch.int32)
-        eighth = (top / 6 / whole).clamp(2.0**-6, 448)
-        return ops.fake_quant(eighth, one, zero, grid=E4M3) * whole
-    return ops.qparams(torch.stack([-top, top], 1), grid=form.grid)[0]
+    size = share if share > 0 else width
+    whole = (largest / (448 * 6)).clamp_min(LEAST) if "scale_dtype" in form.grid else None
+    padded = nn.functional.pad(flat, (0, -width % size))
+    made = ops.dynamic_fake_quant(padded, size, grid=form.grid, tensor_scale=whole)
+    return made[:, :width].reshape(rows.shape)
 
 
 def weight_on_grid(weight: Tensor, form: Format) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -275,10 +274,3 @@ def test_bad_arguments_are_refused(arguments: list[str], message: str) -> None:
     done = run(*arguments)
     assert done.returncode == 2
     assert message in done.stderr
-
-
-def test_every_format_has_what_its_scale_needs() -> None:
-    for name, form in FORMATS.items():
-        assert form.scales != "floor" or form.numbers in formats.EXPONENT, name
-        assert form.bits >= 4, name
-    assert Path(program.RESULTS).is_dir()
