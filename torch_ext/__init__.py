@@ -33,11 +33,13 @@ from torch_ext.files.observer_params import save_observer_params
 from torch_ext.files.saved_quantizers import SavedQuantizers, read_quantizers
 from torch_ext.files.storage import FileError
 from torch_ext.modules import Add, Cat, MatMul, Mul, QuantStub
+from torch_ext.prepare.batch_norms.fuse import fuse
+from torch_ext.prepare.blocks.block_qconfig import get_block_qconfig
 from torch_ext.prepare.describe import Description, QuantizerRow, describe
-from torch_ext.prepare.fuse import fuse
 from torch_ext.prepare.prepare_qat import prepare_qat
 from torch_ext.prepare.qconfig import QConfig, get_default_calib_qconfig, get_default_qconfig
 from torch_ext.prepare.remove_quantizers import remove_quantizers
+from torch_ext.quantizers.dynamic import DynamicFakeQuantize
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import named_quantizers
 from torch_ext.quantizers.learned import (
@@ -70,6 +72,7 @@ __all__ = [
     "ChannelLimits",
     "Choice",
     "Description",
+    "DynamicFakeQuantize",
     "Equalization",
     "EqualizationRow",
     "FakeQuantState",
@@ -109,6 +112,7 @@ __all__ = [
     "float_parameters",
     "float_state_dict",
     "fuse",
+    "get_block_qconfig",
     "get_default_calib_qconfig",
     "get_default_qconfig",
     "keep_statistics_local",

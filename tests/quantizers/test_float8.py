@@ -218,7 +218,7 @@ def test_clipped_is_what_is_beyond_the_largest_number(name: str) -> None:
     ("keys", "message"),
     [
         ({"dtype": "float8_e4m3fnuz"}, "unknown dtype 'float8_e4m3fnuz'; known: int4"),
-        ({"dtype": "float4_e2m1"}, "float8_e4m3, float8_e5m2"),
+        ({"dtype": "float4_e2m1"}, "expected group_size with float4_e2m1, got None"),
         ({"dtype": torch.float16}, "unknown dtype torch.float16"),
         (
             {"dtype": "float8_e4m3", "qscheme": "per_tensor_affine"},

@@ -36,8 +36,10 @@ ALLOWED: dict[str, set[str]] = {
 }
 # Inside a package: what a sub-package may take of the modules beside it.
 INSIDE: dict[str, set[str]] = {
+    "prepare.blocks": {"prepare.qconfig", "prepare.quantizable_modules"},
     "prepare.insertion": {
         "prepare.attach",
+        "prepare.blocks",
         "prepare.module_classes",
         "prepare.qconfig",
         "prepare.quantizable_modules",

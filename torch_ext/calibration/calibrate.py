@@ -71,7 +71,7 @@ class CalibrationSummary:
     resumed_from: int
     #: Wall-clock seconds of this call.
     seconds: float
-    #: What each quantizer observed, by its name.
+    #: What each quantizer observed, by its name; without those whose scales are dynamic.
     quantizers: dict[str, QuantizerSummary] = field(repr=False)
     #: Names of the activation quantizers that saw no finite value.
     unobserved: tuple[str, ...]
@@ -207,7 +207,7 @@ class _CalibrationRun:
         device: torch.device,
     ) -> None:
         self.model = model
-        self.observed = {n: q for n, q in quantizers.items() if not q.transient}
+        self.observed = {n: q for n, q in quantizers.items() if not (q.transient or q.rangeless)}
         self.forward = forward
         self.device = device
         self.batches = self.samples = self.skipped = 0
@@ -289,6 +289,8 @@ def _with_progress(
 def _summaries(quantizers: Mapping[str, FakeQuantize]) -> dict[str, QuantizerSummary]:
     summaries = {}
     for name, quantizer in quantizers.items():
+        if quantizer.rangeless:
+            continue
         observer = quantizer.observer
         tally: Tensor = observer.tally.sum(0)
         low, high = float(observer.extrema[:, 0].min()), float(observer.extrema[:, 1].max())

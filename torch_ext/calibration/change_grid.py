@@ -39,8 +39,8 @@ def changed_grids(
     problems = {
         name: problem
         for name, quantizer in chosen.items()
-        if not _same(quantizer.observer, wanted[name])
-        and (problem := why_grid_stays(quantizer, wanted[name]))
+        if (quantizer.is_dynamic or not _same(quantizer.observer, wanted[name]))
+        and (problem := _why_not(quantizer, wanted[name]))
     }
     if problems:
         lines = [f"  {label_of(name)}: {why}" for name, why in problems.items()]
@@ -80,6 +80,13 @@ def _wanted(who: str, quantizer: FakeQuantize, grids: tuple[BackendGrid, Backend
     return Grid(dtype, qscheme, keys["quant_min"], keys["quant_max"], *channels)
 
 
+def _why_not(quantizer: FakeQuantize, wanted: Grid) -> str:
+    """Why a quantizer cannot change to the grid of an engine."""
+    if quantizer.is_dynamic:
+        return "its scales are dynamic, and the engine's are fixed"
+    return why_grid_stays(quantizer, wanted)
+
+
 def why_grid_stays(quantizer: FakeQuantize, wanted: Grid) -> str:
     """Why a quantizer cannot change to another grid without data; empty if it can."""
     observer = quantizer.observer
@@ -88,6 +95,8 @@ def why_grid_stays(quantizer: FakeQuantize, wanted: Grid) -> str:
         return f"it has a scale for each group of {observer.group_size}, and {grid} one per channel"
     if fake_quant_info(quantizer.method)["learned"]:
         return f"it learns its range ({quantizer.method}), on another grid than {grid}"
+    if quantizer.is_dynamic:
+        return "" if quantizer.rangeless else "its scales are relative to one of the whole tensor"
     if observer.statistic == "none":
         return f"its scale is given ({observer.name}), for another grid than {grid}"
     if observer.ch_axis >= 0 and not quantizer.transient and _is_per_tensor(wanted):

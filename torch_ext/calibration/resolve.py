@@ -44,8 +44,9 @@ def resolve(
 
     A rule that reads a histogram (``percentile``, ``kl``, ...) needs one: calibrate with such a
     rule, or with ``histogram=True`` in ``activation_qkwargs`` of the qconfig. Quantizers that saw
-    no data, and those whose qconfig gives a scale (``fixed_scale``), are left as they are; so are
-    weights that :func:`reconstruct` rounded, unless a ``weight_observer`` is given.
+    no data, and those whose qconfig gives a scale (``fixed_scale``) or makes it ``dynamic``, are
+    left as they are; so are weights that :func:`reconstruct` rounded, unless a ``weight_observer``
+    is given.
 
     Args:
         model: a prepared and calibrated model, wrapped or not.
@@ -116,7 +117,9 @@ def plan_resolve(
         if q.transient in sides and _has_data(q) and (weight_observer or not q.holds_range)
     }
     if not chosen:
-        raise ValueError(f"{_WHO}: expected quantizers that saw data, found none; calibrate first")
+        dynamic = all(q.rangeless for q in selected.values() if q.transient in sides)
+        advice = "as their scales are dynamic" if dynamic else "calibrate first"
+        raise ValueError(f"{_WHO}: expected quantizers that saw data, found none; {advice}")
 
     rules = {name: wanted[q.transient] or q.observer.name for name, q in chosen.items()}
     settings = {name: _options(q, rules[name], options) for name, q in chosen.items()}

@@ -218,6 +218,8 @@ class _Rounds:
         for name in list(walk.names):
             layer = walk.layers[name]
             why = unreachable(layer.source)
+            if layer.quantizer.is_dynamic:
+                why = "the scales of its groups follow its values, so there is no grid to round to"
             if options.method == "adaround":
                 why = why or uneven(layer.quantizer)
             if why:

@@ -41,7 +41,8 @@ class LoadReport:
     converted: dict[str, str] = field(default_factory=dict)
     #: Not loaded, because the source has no range.
     unsolved: list[str] = field(default_factory=list)
-    #: Not loaded, because the model's quantizer has a given scale (``fixed_scale``).
+    #: Not loaded, because the model's quantizer has a given scale (``fixed_scale``), or dynamic
+    #: ones.
     kept: list[str] = field(default_factory=list)
     #: Quantizers whose statistic was not loaded, and why.
     statistics_skipped: dict[str, str] = field(default_factory=dict)
@@ -105,7 +106,8 @@ def load_observer_params(
     The observers' rules may differ. If the grids differ, scale and zero point are computed from the
     range. A per-tensor range is copied to every channel; per-channel ranges are joined to their
     least and greatest end for a per-tensor quantizer. Statistics are copied if channels and
-    histogram layout agree. A quantizer with a given scale (``fixed_scale``) keeps it.
+    histogram layout agree. A quantizer with a given scale (``fixed_scale``) keeps it,
+    and one whose scales are dynamic has nothing to load or to give.
 
     A weight's range is replaced by that of the model's own weight when the model enters VALIDATION,
     or now if it is in VALIDATION, except where it is learned, frozen or held (by
@@ -152,7 +154,7 @@ def load_observer_params(
         raise TypeError(
             f"{_WHO}: expected from_model to be a model or a file, got {bounded(from_model)}"
         )
-    if not any(params.solved for params in source.values()):
+    if not any(params.solved or params.rangeless for params in source.values()):
         raise ValueError(
             f"{_WHO}: expected from_model to have ranges, got none in {label}; a model in "
             "CALIBRATION gets them when it leaves that state"
@@ -272,6 +274,8 @@ def _grid_text(params: Params) -> str:
 
 def _statistic(params: Params, target: Params) -> tuple[dict[str, Tensor], str]:
     """The statistic in the target's layout, or no tensors and the reason."""
+    if params.rangeless or target.rangeless:
+        return {}, "dynamic scales"
     extrema, tally, counts = (params[name] for name in STATISTIC)
     want = target["observer.counts"]
     if params.channels != target.channels or params.ch_axis != target.ch_axis:

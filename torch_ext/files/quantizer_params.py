@@ -14,6 +14,7 @@ from torch import Tensor
 from torch_ext.ops.registry import observer_info
 from torch_ext.ops.registry_names import Rule
 from torch_ext.ops.statistics import ScaleRule
+from torch_ext.quantizers.dynamic import DynamicFakeQuantize
 from torch_ext.quantizers.fake_quantize import HELD, FakeQuantize
 from torch_ext.quantizers.grid import dtype_name, is_float, parse_grid, text_of_grid
 from torch_ext.quantizers.learned import LearnedFakeQuantize
@@ -57,7 +58,17 @@ class Params:
     @property
     def solved(self) -> bool:
         """Whether there is a range."""
-        return bool(self.tensors["solved"])
+        return bool(self.tensors["solved"]) and not self.rangeless
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether scales come from the values of each call."""
+        return bool(self.spec.get("dynamic", False))
+
+    @property
+    def rangeless(self) -> bool:
+        """Whether there is nothing else than such scales."""
+        return self.is_dynamic and self.spec["scale_dtype"] is None
 
     @property
     def held(self) -> bool:
@@ -78,8 +89,9 @@ class Params:
 
     @property
     def group_size(self) -> int | None:
+        """Of groups that each have a range; dynamic ones have none."""
         size: int | None = self.spec.get("group_size")
-        return size
+        return None if self.is_dynamic else size
 
     @property
     def groups(self) -> str:
@@ -162,6 +174,7 @@ def spec_of(quantizer: FakeQuantize) -> dict[str, Any]:
         "transient": observer.transient,
         # Without groups as it was before there were any.
         **({} if observer.group_size is None else {"group_size": observer.group_size}),
+        **(quantizer.keys_beside_observer() if isinstance(quantizer, DynamicFakeQuantize) else {}),
     }
 
 
@@ -183,8 +196,12 @@ def params_from(tensors: Mapping[str, Tensor], spec: Any, histogram: bool = True
     if not isinstance(synced, bool):
         raise ValueError(f"synced: expected true or false, got {str(synced)[:80]}")
     keys = ("dtype", "qscheme", "ch_axis", "channel_len", "quant_min", "quant_max", "group_size")
+    # Dynamic groups have no channels, and no range that is kept.
+    dynamic = spec.get("dynamic") is True
+    fixed = spec | {"ch_axis": -1, "group_size": None} if dynamic else spec
     try:
-        grid = parse_grid("description", *(spec.get(key) for key in keys))
+        values = [fixed.get(key) for key in keys]
+        grid = parse_grid("description", *values, in_groups=dynamic)  # type: ignore[misc]
         rows = grid.channel_len if grid.group_size is None else 1
         check_shapes(tensors, FIELDS, grid.channel_len, rows)
         bins = _histogram_of(json.dumps(spec))

@@ -53,7 +53,9 @@ def read_quantizers(path: PathLike) -> SavedQuantizers:
 
 def _restored(params: Params) -> FakeQuantize:
     quantizer = quantizer_of(params)
-    if params.solved:
+    if params.rangeless:
+        quantizer.enter(FakeQuantState.VALIDATION)
+    elif params.solved:
         quantizer.take_(Solution(params["range"], params["scale"], params["zero_point"]))
         if params.held:
             quantizer.hold_range()

@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from torch_ext.prepare import attach
+from torch_ext.prepare.batch_norms.fuse import find_norms
 from torch_ext.prepare.batch_norms.pair import Norms, Pair
-from torch_ext.prepare.fuse import find_norms
+from torch_ext.prepare.blocks.dynamic_axes import DynamicAxes
+from torch_ext.prepare.blocks.weight_axes import WeightAxes
 from torch_ext.prepare.insertion.assign import Assignment, Names, make_plan, tracked_modules
 from torch_ext.prepare.insertion.placement import Placement, Site
 from torch_ext.prepare.insertion.plan import Link, Place
@@ -40,7 +42,9 @@ from torch_ext.prepare.quantizable_modules import (
     Reads,
     Target,
     grouped_shape,
+    is_float_functional,
     is_out_proj,
+    is_sum,
     target_of,
 )
 from torch_ext.quantizers.fake_quantize import FakeQuantize
@@ -63,10 +67,11 @@ class Attachments:
         self.steps: list[Callable[[], Undo]] = []
         self.first_steps: list[Callable[[], Undo]] = []
         self.built: list[FakeQuantize] = []
+        self.named: dict[str, FakeQuantize] = {}  # the last one built for each name
+        self.dynamic = DynamicAxes()
         self.reads: dict[str, dict[str, FakeQuantize]] = {}  # by module and argument
         self.norms = Norms([], {})
-        # Weights that groups do not divide: the module's name, and what is wrong.
-        self.undivided: list[tuple[str, str]] = []
+        self.weight_axes = WeightAxes(_WHO)
 
     def carry_out(self) -> None:
         """Attaches everything, or, if a step raises, nothing."""
@@ -108,7 +113,7 @@ class Attachments:
         assignment = Assignment(make)
         done: set[tuple[str, str]] = set()
         for recording in recordings:
-            placement = Placement(recording, self.configs, inputs)
+            placement = Placement(recording, self.configs, inputs, self.dynamic)
             quantize_results(placement, folded)
             for key, weight in placement.weights.items():
                 if key not in done:
@@ -117,6 +122,7 @@ class Attachments:
                     self._add_weight(weight.owner, module, *weight[1:], pair=pair)
                 done.add(key)
             assignment.add(placement)
+        self.dynamic.set_axes(_WHO, self.named)
         if self.built:
             link = Link(make_plan(self.root.forward, recordings, self._layers()))
             for name in tracked_modules(self.root, recordings, link.plan):
@@ -213,6 +219,7 @@ class Attachments:
                 self.first_steps.append(functools.partial(swap_class, module, class_layer_by_layer))
             elif name in self.reads:
                 self.first_steps.append(functools.partial(swap_class, module, class_with_inputs))
+        self.dynamic.set_axes(_WHO, self.named)
         if outputs is not None:
             self.add_outputs(outputs, None)
 
@@ -229,12 +236,18 @@ class Attachments:
                 self._add_weight(name, module, parameter, target, config.weight)
         if config.activation is None:
             return
+        template = self.dynamic.quantizer(config.activation)
+        if template is not None and (is_sum(module) or is_float_functional(module)):
+            return
         parent = self.root.get_submodule(name.rpartition(".")[0])
         # Attention of another forward than torch's reads this weight in a way that is not known.
         called = not is_out_proj(parent, module) or has_fused_path(parent)
         if target.reads is not Reads.NOTHING and called:
             arguments = read_arguments(_WHO, name, module, target.reads)
             self._add_reads(name, module, arguments, config.activation, target.reads is Reads.PAIR)
+            if template is not None:
+                names = [f"{name}.{INPUTS}.{key_for(a)}".strip(".") for a in arguments]
+                self.dynamic.of_module(module, template, names)
         if target.output:
             self._add_output(name, module, config.activation)
 
@@ -306,18 +319,6 @@ class Attachments:
         for step in chain:
             self.steps.append(functools.partial(attach.attach_weight, module, parameter, step))
 
-    def check_groups(self) -> None:
-        """Raises ValueError with the names of all weights that groups do not divide."""
-        if not self.undivided:
-            return
-        names = ", ".join(dict.fromkeys(f'"{name}"' for name, _ in self.undivided))
-        weights = "\n".join(f"  {problem}" for _, problem in self.undivided)
-        raise ValueError(
-            f"{_WHO}: expected group_size to divide every weight, got {len(self.undivided)} that "
-            f"it does not; leave them float with mapping=dict.fromkeys([{names}]), or give them a "
-            f"QConfig without group_size in the same way: dict.fromkeys([...], qconfig)\n{weights}"
-        )
-
     def _weight_keys(
         self,
         where: str,
@@ -328,25 +329,8 @@ class Attachments:
         owner: str = "",
     ) -> dict[str, object]:
         """The keys that a factory gets for a weight of a module, with its axes as in ``target``."""
-        observer = self._build(where, factory, device).observer
-        axis, size = observer.ch_axis, observer.group_size
-        if axis < 0:
-            return {"transient": True}
-        # Axis 0 in a QConfig means the output channels, and 1 of groups the inputs.
-        if axis == 0:
-            axis = target.ch_axis
-        elif axis == 1 and size is not None:
-            axis = target.in_axis
-        if axis >= len(shape):
-            raise ValueError(
-                f"{_WHO}: {where}: expected ch_axis to be below {len(shape)}, got {axis}; 0 means "
-                "the output channels of every layer"
-            )
-        channels = shape[axis] if size is None else max(1, shape.numel() // size)
-        if size is not None and shape[axis] % size:
-            problem = f"{where}: {shape[axis]} on axis {axis}, group_size {size}"
-            self.undivided.append((owner, problem))
-        return {"transient": True, "ch_axis": axis, "channel_len": channels}
+        made = self._build(where, factory, device)
+        return self.weight_axes.keys(where, made, target, shape, owner)
 
     def _device(self, module: nn.Module) -> torch.device:
         """The device of the module's first tensor, or, if it has none, of the model's."""
@@ -374,4 +358,5 @@ class Attachments:
                 "got one that it made before; pass one such as functools.partial(FakeQuantize, ...)"
             )
         self.built.append(quantizer)
+        self.named[where] = quantizer
         return quantizer.to(device)

@@ -8,6 +8,7 @@ from torch import nn
 
 from torch_ext.prepare.attach import attached
 from torch_ext.prepare.insertion.running import is_tracked
+from torch_ext.quantizers.dynamic import DynamicFakeQuantize
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import check_model, named_quantizers, role_of
 from torch_ext.quantizers.grid import dtype_name
@@ -34,11 +35,13 @@ class QuantizerRow:
     #: The rule with its options, such as ``"percentile(percentile=99.9)"``.
     observer: str
     #: The dtype, its integers and the scheme, as ``int8 [-128, 127], per tensor symmetric`` or
-    #: ``int4 [-8, 7], groups of 32 symmetric``.
+    #: ``int4 [-8, 7], groups of 32 symmetric`` or ``int8 [-128, 127], dynamic per token
+    #: symmetric``.
     grid: str
     #: The value of its :class:`FakeQuantState`.
     state: str
-    #: The scale, or the least and the greatest of all channels; ``"none yet"`` before solving.
+    #: The scale, or the least and the greatest of all channels; ``"none yet"`` before solving,
+    #: ``"dynamic"`` if each call has its own.
     scale: str
 
     @property
@@ -97,7 +100,9 @@ def _row(name: str, quantizer: FakeQuantize) -> QuantizerRow:
     observer = quantizer.observer
     options = ", ".join(f"{key}={value}" for key, value in observer.options.items())
     scheme = str(observer.qscheme).removeprefix("torch.").replace("_", " ")
-    if observer.group_size is not None:
+    if isinstance(quantizer, DynamicFakeQuantize):
+        scheme = scheme.replace("per tensor", f"dynamic {quantizer.scales_text}")
+    elif observer.group_size is not None:
         scheme = scheme.replace("per channel", f"groups of {observer.group_size}")
     return QuantizerRow(
         name=name,
@@ -111,6 +116,8 @@ def _row(name: str, quantizer: FakeQuantize) -> QuantizerRow:
 
 
 def _scale(quantizer: FakeQuantize) -> str:
+    if quantizer.rangeless:
+        return "dynamic"
     if quantizer.solved.is_meta or not bool(quantizer.solved):
         return "none yet"
     try:

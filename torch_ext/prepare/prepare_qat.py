@@ -10,8 +10,8 @@ from torch import nn
 
 from torch_ext.prepare.attach import attached
 from torch_ext.prepare.attachments import Attachments
+from torch_ext.prepare.batch_norms.fuse import warn_of_left
 from torch_ext.prepare.describe import describe
-from torch_ext.prepare.fuse import warn_of_left
 from torch_ext.prepare.module_classes import copied
 from torch_ext.prepare.qconfig import Factory, Mapped, QConfig, QConfigMapping
 from torch_ext.quantizers.find import check_model
@@ -145,7 +145,7 @@ def prepare_qat(
             f"{_WHO}: expected model to have modules to quantize, found none with a QConfig that "
             "has a factory; functions are found with example_inputs"
         )
-    plan.check_groups()
+    plan.weight_axes.refuse()
     warn_of_left(_WHO, plan.norms.left, has_example=True)
     plan.carry_out()
     if verbose:

@@ -149,7 +149,7 @@ def get_default_qconfig(
     elif parse_flag(who, "reduce_range", reduce_range):
         raise ValueError(f"{who}: expected a backend with reduce_range=True, got None")
     return QConfig(
-        activation=_factory(
+        activation=make_factory(
             who,
             "activation",
             activation_fake_quant,
@@ -157,7 +157,7 @@ def get_default_qconfig(
             activation_qkwargs,
             grids[0],
         ),
-        weight=_factory(
+        weight=make_factory(
             who, "weight", weight_fake_quant, weight_observer, weight_qkwargs, grids[1]
         ),
         backend=backend,
@@ -192,7 +192,7 @@ def get_default_calib_qconfig(
     )
 
 
-def _factory(
+def make_factory(
     who: str,
     side: str,
     method: Method | None,

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn.modules import activation as _activation
+from torch.nn.modules.conv import _ConvNd as _Convolution
 
 from torch_ext.modules import Add, Cat, MatMul, Mul, QuantStub
 
@@ -118,3 +119,15 @@ def grouped_shape(module: nn.Module, shape: torch.Size) -> tuple[int, torch.Size
 def is_out_proj(parent: nn.Module | None, module: nn.Module) -> bool:
     """Whether the parent is an attention that reads the module's weight without calling it."""
     return isinstance(parent, nn.MultiheadAttention) and module is parent.out_proj
+
+
+def is_sum(module: nn.Module) -> bool:
+    """Whether it computes no product of its operands' channels, such as a sum."""
+    return isinstance(module, (Add, Mul, Cat))
+
+
+def axis_of_argument(module: nn.Module, position: int) -> int:
+    """The axis, from the end, that a layer sums over in what it reads."""
+    if isinstance(module, MatMul):
+        return -1 - position
+    return -1 - len(module.kernel_size) if isinstance(module, _Convolution) else -1

@@ -15,8 +15,8 @@ from torch_ext.quantizers.observer import KEYS as OBSERVER_KEYS
 from torch_ext.quantizers.parts.keys import check_keys
 
 # Keys that a spec cannot have, because the number of channels and the role depend on the graph, and
-# its quantized graphs have no groups.
-_SET_BY_GRAPH = ("channel_len", "transient", "optional", "group_size")
+# its quantized graphs have neither groups nor dynamic scales.
+_SET_BY_GRAPH = ("channel_len", "transient", "optional", "group_size", "dynamic", "scale_dtype")
 # The dtype of a converted graph, by whether the grid is signed and has more than 8 bits. int4 is
 # stored in int8.
 _STORED_IN = {

@@ -18,7 +18,7 @@ from torch_ext.quantizers.observer import KEYS as OBSERVER_KEYS
 from torch_ext.quantizers.observer import Observer
 from torch_ext.quantizers.parts.groups import check_groups, follow_rows_
 from torch_ext.quantizers.parts.keep_dtype import TensorMap, keep_dtype
-from torch_ext.quantizers.parts.keys import check_keys
+from torch_ext.quantizers.parts.keys import check_dynamic, check_keys, check_learned
 from torch_ext.quantizers.parts.range_and_scale import range_and_scale
 from torch_ext.quantizers.solve import Solution, WeightSolution, weight_solution
 from torch_ext.quantizers.state_table import (
@@ -30,12 +30,12 @@ from torch_ext.quantizers.state_table import (
     parse_state,
 )
 from torch_ext.quantizers.transition import change_state, check_copied, check_export, warn_of_state
-from torch_ext.utils.arguments import bounded, parse_flag, parse_fraction
+from torch_ext.utils.arguments import parse_flag, parse_fraction
 from torch_ext.utils.modes import is_exporting
 
-# Under True the class of methods that learn their range, registered when it is defined; all others
-# are FakeQuantize itself.
-_CLASSES: dict[bool, type[FakeQuantize]] = {}
+# The classes of methods that learn their range, and of quantizers whose scales are dynamic, which
+# are registered when they are defined; all others are FakeQuantize itself.
+_CLASSES: dict[str, type[FakeQuantize]] = {}
 _IDLE = FakeQuantState.FLOAT.value
 _STATE = "state"  # the key of a checkpoint's metadata
 HELD = 2  # the value of `solved` for a range that is held
@@ -61,6 +61,10 @@ class FakeQuantize(nn.Module):
         use_grad_scaling: lsq: multiply the gradient of the scale by ``1 / sqrt(N * quant_max)``.
         learn_zero_point: lsq with an affine qscheme: learn the zero point too (LSQ+).
         alpha: pact: the clipping level to start from without a calibration; None is 6.
+        dynamic: compute the scales from the values of each call, without a calibration; creates a
+            :class:`DynamicFakeQuantize`, for activations.
+        scale_dtype: with ``dynamic`` and ``group_size``: ``"float8_e4m3"`` rounds the groups'
+            scales to that format, relative to a calibrated one of the tensor (NVFP4).
         **keys: the other arguments of :class:`Observer`, options of the rule included.
 
     Raises:
@@ -82,15 +86,18 @@ class FakeQuantize(nn.Module):
     zero_point: Tensor
     solved: Tensor
 
-    def __init_subclass__(cls, learns: bool = False, **keys: Any) -> None:
-        """``FakeQuantize(method)`` creates the subclass with ``learns=True`` for lsq and pact."""
+    is_dynamic = False  # whether the scales come from the values of each call
+
+    def __init_subclass__(cls, learns: bool = False, dynamic: bool = False, **keys: Any) -> None:
+        """``FakeQuantize(...)`` creates these subclasses, for lsq and pact and ``dynamic=True``."""
         super().__init_subclass__(**keys)
-        if learns:
-            _CLASSES[True] = cls
+        if learns or dynamic:
+            _CLASSES["dynamic" if dynamic else "learned"] = cls
 
     def __new__(cls, method: Method = "fake_quant", *args: Any, **keys: Any) -> FakeQuantize:
         if cls is FakeQuantize:
-            return super().__new__(_CLASSES.get(fake_quant_info(method)["learned"], cls))
+            learned = "learned" if fake_quant_info(method)["learned"] else ""
+            return super().__new__(_CLASSES.get("dynamic" if keys.get("dynamic") else learned, cls))
         return super().__new__(cls)
 
     def __init__(
@@ -103,6 +110,8 @@ class FakeQuantize(nn.Module):
         use_grad_scaling: bool = True,
         learn_zero_point: bool = False,
         alpha: float | None = None,
+        dynamic: bool = False,
+        scale_dtype: str | torch.dtype | None = None,
         **keys: Any,
     ) -> None:
         super().__init__()
@@ -119,11 +128,15 @@ class FakeQuantize(nn.Module):
         self._state = FakeQuantState.FLOAT
         self._action = FakeQuantState.FLOAT.value
         self.label = ""
-        self.observer = Observer(observer, **keys)
+        check_dynamic(type(self).__name__, dynamic, self.is_dynamic, scale_dtype)
+        self.observer = self._make_observer(observer, scale_dtype, keys)
         check_groups(f"FakeQuantize({method})", self.observer.group_size, self.transient)
         self.register_buffer("solved", torch.empty(1, dtype=torch.uint8))
         self._allocate(use_grad_scaling, learn_zero_point, alpha)
         self.reset_parameters()
+
+    def _make_observer(self, rule: Rule, scale_dtype: object, keys: dict[str, Any]) -> Observer:
+        return Observer(rule, **keys)
 
     def _allocate(
         self, use_grad_scaling: bool, learn_zero_point: bool, alpha: float | None
@@ -135,18 +148,7 @@ class FakeQuantize(nn.Module):
                 f"{type(self).__name__}: expected method to be one that learns no range, got "
                 f'"{self.method}"; derive the class from LearnedFakeQuantize'
             )
-        if not parse_flag(who, "use_grad_scaling", use_grad_scaling):
-            raise ValueError(
-                f"{who}: expected use_grad_scaling to be True, got False: only lsq scales gradients"
-            )
-        if parse_flag(who, "learn_zero_point", learn_zero_point):
-            raise ValueError(
-                f"{who}: expected learn_zero_point to be False, got True: only lsq learns one"
-            )
-        if alpha is not None:
-            raise ValueError(
-                f"{who}: expected alpha to be None, got {bounded(alpha)}: only pact has one"
-            )
+        check_learned(who, use_grad_scaling, learn_zero_point, alpha)
         channels = self.observer.channel_len
         self.register_buffer("range", torch.empty(channels, 2, dtype=torch.float32))
         self.register_buffer("scale", torch.empty(channels, dtype=torch.float32))
@@ -166,6 +168,11 @@ class FakeQuantize(nn.Module):
     def state(self, state: FakeQuantState | StateName) -> None:
         who = "FakeQuantize.state"
         change_state(who, {self.label: self}, parse_state(who, state), lambda _: None)
+
+    @property
+    def rangeless(self) -> bool:
+        """Whether it has no range at all, as the values of each call give the scales."""
+        return False
 
     @property
     def transient(self) -> bool:
@@ -369,8 +376,7 @@ class FakeQuantize(nn.Module):
         return super()._apply(keep_dtype(fn), recurse)  # type: ignore[no-untyped-call,no-any-return]
 
     def extra_repr(self) -> str:
-        words = [f"{self.method}, {self._state.value}"]
-        words.append(f"averaging_constant={self.averaging_constant}")
+        words = [self.method, self._state.value, f"averaging_constant={self.averaging_constant}"]
         words += ["optional"] if self.optional else []
         words += ["passes through"] if self.passes_through else []
         words += ["holds its range"] if self._holds else []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -16,16 +17,12 @@ from torch_ext.utils.arguments import parse_integer
 _NAME = re.compile(r"(?:torch\.)?q?(u?)int(\d+)")
 MIN_BITS, MAX_BITS = 2, 16
 _KNOWN_DTYPES = (
-    "int4, uint4, int8, uint8, int16, uint16 and others of 2 to 16 bits, float8_e4m3, float8_e5m2"
+    "int4, uint4, int8, uint8, int16, uint16 and others of 2 to 16 bits, float8_e4m3, "
+    "float8_e5m2, float6_e2m3, float6_e3m2, float4_e2m1"
 )
 
-# The float formats of quantizers, by all their names. The ops know smaller ones too, which a scale
-# for a whole tensor or channel does not suit.
-_FLOATS = {
-    "float8_e4m3": "float8_e4m3",
-    "float8_e4m3fn": "float8_e4m3",
-    "float8_e5m2": "float8_e5m2",
-}
+# The float formats of quantizers, by all their names.
+_FLOATS = {name: name for name in _C.float_formats()} | {"float8_e4m3fn": "float8_e4m3"}
 
 # Grids that are dtypes of Torch; the others are given as text, such as "int4".
 _TORCH_DTYPES = {
@@ -49,7 +46,7 @@ _PER_CHANNEL = {
 DType = torch.dtype | str
 
 
-def parse_dtype(who: str, dtype: object) -> tuple[DType, int, int]:
+def parse_dtype(who: str, dtype: object) -> tuple[DType, Any, Any]:
     """The normalized dtype, and its least and greatest value.
 
     ``torch.int8``, ``"int8"``, ``"qint8"`` and ``torch.qint8`` all give ``torch.int8``. Dtypes that
@@ -62,7 +59,8 @@ def parse_dtype(who: str, dtype: object) -> tuple[DType, int, int]:
     if isinstance(dtype, (str, torch.dtype)):
         floats = _FLOATS.get(str(dtype).removeprefix("torch."))
         if floats is not None:
-            largest = int(_C.float_formats()[floats]["largest"])
+            largest = _C.float_formats()[floats]["largest"]  # 7.5 of float6_e2m3, else an integer
+            largest = int(largest) if largest == int(largest) else largest
             return floats, -largest, largest
     match = _NAME.fullmatch(str(dtype)) if isinstance(dtype, (str, torch.dtype)) else None
     bits = int(match[2]) if match and len(match[2]) < 3 else 0
@@ -76,6 +74,11 @@ def parse_dtype(who: str, dtype: object) -> tuple[DType, int, int]:
 def is_float(dtype: DType) -> bool:
     """Whether a normalized dtype is a float format."""
     return isinstance(dtype, str) and dtype in _FLOATS
+
+
+def needs_groups(dtype: DType) -> bool:
+    """Whether a format has so few levels that a scale for few values alone suits it."""
+    return is_float(dtype) and dtype_bits(dtype) < 8
 
 
 def largest_step(dtype: DType) -> float:
@@ -103,7 +106,9 @@ def text_of_grid(
 
 def dtype_bits(dtype: DType) -> int:
     """The number of bits of a dtype that :func:`parse_dtype` accepts."""
-    return 8 if is_float(dtype) else int(dtype_name(dtype).partition("int")[2])
+    if is_float(dtype):
+        return int(_C.float_formats()[str(dtype)]["bits"])
+    return int(dtype_name(dtype).partition("int")[2])
 
 
 def parse_qscheme(who: str, qscheme: object) -> torch.qscheme:
@@ -178,11 +183,13 @@ def parse_grid(
     quant_min: object,
     quant_max: object,
     group_size: object = None,
+    in_groups: bool = False,
 ) -> Grid:
     """Checks the arguments of an :class:`Observer` that describe its grid.
 
     ``quant_min`` and ``quant_max`` may be None, for the ends of the dtype. With ``group_size`` the
-    scheme only says whether the grid is symmetric.
+    scheme only says whether the grid is symmetric. ``in_groups``: scales are of a few values each
+    although there is no ``group_size``, as they are computed elsewhere.
 
     Raises:
         TypeError: a number is no int.
@@ -190,9 +197,15 @@ def parse_grid(
     """
     parsed, low, high = parse_dtype(who, dtype)
     scheme = parse_qscheme(who, qscheme)
+    if needs_groups(parsed) and group_size is None and not in_groups:
+        raise ValueError(
+            f"{who}: expected group_size with {parsed}, got None: one scale for a whole tensor or "
+            "channel does not suit so few levels"
+        )
     if is_float(parsed):
         ends = {"quant_min": (quant_min, low), "quant_max": (quant_max, high)}
         _check_float(who, parsed, scheme, ends)
+        quant_min = quant_max = None
     least = low if quant_min is None else parse_integer(who, "quant_min", quant_min, low, high)
     most = high if quant_max is None else parse_integer(who, "quant_max", quant_max, low, high)
     if not (least < most and least <= 0 <= most):

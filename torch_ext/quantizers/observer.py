@@ -26,7 +26,7 @@ from torch_ext.utils.text import joined
 # Mantissa bits and octaves of the histogram, which takes 256 KiB, or 24 KiB per channel.
 _LAYOUT_PER_TENSOR = (10, 16)
 _LAYOUT_PER_CHANNEL = (7, 12)
-_SCALE_RULES = ("grid", "tvm")
+_SCALE_RULES = ("grid", "tvm", "floor", "even")
 
 
 class Observer(nn.Module):
@@ -40,6 +40,7 @@ class Observer(nn.Module):
         dtype: the integers of the grid: ``torch.int8``, ``"uint8"``, ``"int4"``, ``"qint8"`` or
             others of 2 to 16 bits. Or a float format, ``"float8_e4m3"`` or ``"float8_e5m2"``,
             which is symmetric: the scale takes the range to its largest number, 448 or 57344.
+            ``"float6_e2m3"``, ``"float6_e3m2"`` and ``"float4_e2m1"`` only in groups.
         qscheme: ``torch.per_tensor_symmetric``, ``per_tensor_affine``, ``per_channel_symmetric``
             or ``per_channel_affine``, or the name as text.
         ch_axis: the axis of the channels, with a per-channel scheme; else -1. With ``group_size``
@@ -75,6 +76,7 @@ class Observer(nn.Module):
     """
 
     _version = 1
+    _in_groups = False  # whether a few values each share a scale
 
     extrema: Tensor
     tally: Tensor
@@ -104,8 +106,8 @@ class Observer(nn.Module):
         who = f"Observer({name})"
         info = observer_info(name)
         check_keys(who, options, name, KEYS)
-        ends = (quant_min, quant_max)
-        grid = parse_grid(who, dtype, qscheme, ch_axis, channel_len, *ends, group_size)
+        ends = (quant_min, quant_max, group_size, self._in_groups)
+        grid = parse_grid(who, dtype, qscheme, ch_axis, channel_len, *ends)
         if scale_rule not in _SCALE_RULES:
             known = joined(_SCALE_RULES)
             raise ValueError(f"{who}: unknown scale_rule {scale_rule!r}; known: {known}")

@@ -12,7 +12,8 @@ Backend = Literal["onnxruntime", "openvino", "tensorrt", "ncnn", "x86", "xnnpack
 
 # Keys of a quantizer that a backend decides.
 GRID_KEYS = (
-    "dtype", "qscheme", "quant_min", "quant_max", "scale_rule", "power_of_two", "group_size"
+    "dtype", "qscheme", "quant_min", "quant_max", "scale_rule", "power_of_two", "group_size",
+    "dynamic", "scale_dtype",
 )  # fmt: skip
 # Products of two weights of 7 bits and two activations of uint8 fit into 16 bits.
 _SEVEN_BITS = 63

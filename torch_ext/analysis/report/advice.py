@@ -41,7 +41,8 @@ def notes(subject: QuantizerReport) -> list[Note]:
 def _data_notes(subject: QuantizerReport) -> list[Note]:
     """Findings about the values that were seen, and a missing range."""
     # The range of fixed_scale does not depend on the values.
-    params, fixed = subject.params, subject.params.observer == "fixed_scale"
+    params = subject.params
+    fixed = params.observer == "fixed_scale" or params.is_dynamic
     finite, zeros, _, infinite, nan = subject.counts
     data_notes = []
     if infinite or nan:
@@ -51,6 +52,8 @@ def _data_notes(subject: QuantizerReport) -> list[Note]:
             "float with qconfig=None."
         )
         data_notes.append(Note("non-finite", text))
+    if params.rangeless:
+        return data_notes
     if not params.solved:
         text = (
             "It has no range. Run calibration data through it, or leave its module float with "

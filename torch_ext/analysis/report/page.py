@@ -117,6 +117,9 @@ def _rule(subject: QuantizerReport) -> str:
 def _grid(subject: QuantizerReport) -> str:
     params = subject.params
     scheme = params.spec["qscheme"].replace("_", " ")
+    if params.is_dynamic:
+        size = params.spec["group_size"]
+        scheme = scheme.replace("per tensor", f"dynamic groups of {size}" if size else "dynamic")
     return f"{params.spec['dtype']} [{params.quant_min}, {params.quant_max}], {scheme}"
 
 

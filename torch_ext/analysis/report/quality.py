@@ -85,7 +85,7 @@ class Sums:
         self._sums = torch.zeros(7, dtype=torch.float64)
 
     def add(self, x: Tensor, out: Tensor, step: Tensor, times: Tensor | None = None) -> None:
-        """Adds values that are finite; others count as 0 quantized to 0.
+        """Adds values that are finite and stay so; others count as 0 quantized to 0.
 
         Args:
             x: the values.
@@ -94,8 +94,8 @@ class Sums:
             times: how often each value is there; None: once.
         """
         x, out = x.double(), out.double()
-        if not bool(x.isfinite().all()):
-            finite = x.isfinite()
+        if not bool((x.isfinite() & out.isfinite()).all()):
+            finite = x.isfinite() & out.isfinite()
             x, out = torch.where(finite, x, 0), torch.where(finite, out, 0)
         error = (x - out).abs()
         # Rounding is off by half a step at most, and the float32 result by an ulp more.

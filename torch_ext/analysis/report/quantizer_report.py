@@ -51,7 +51,7 @@ class WatchedData:
         self.axis = 1
         self.largest: Tensor | None = None
         self.observer: Observer | None = None
-        if not quantizer.observer.has_histogram:
+        if not (quantizer.observer.has_histogram or quantizer.is_dynamic):
             channels = quantizer.observer.channel_len
             self.observer = _histogram_observer(spec_of(quantizer), channels)
 
@@ -64,6 +64,8 @@ class WatchedData:
             self.observer.to(x.device)(x)
         axis = quantizer.observer.ch_axis
         step = quantizer.calculate_qparams()[0] * largest_step(quantizer.observer.dtype)
+        if quantizer.is_dynamic:  # steps of groups are not known here: none counts as clipped
+            step = torch.full_like(step, torch.inf)
         rows = max(1, MAX_PIECE * len(x) // x.numel())
         if axis >= 0:
             step = step.view([-1 if i == axis else 1 for i in range(x.dim())])
@@ -138,6 +140,12 @@ def measured(
     """
     statistic = Statistic(*(params[key] for key in STATISTIC))
     subject = QuantizerReport(name, of, params, statistic)
+    if params.is_dynamic:
+        # Each group has a range of its own, so there is no threshold, nor other rules for it.
+        if seen is not None:
+            subject.quality, subject.source = seen.quality, "the data"
+            subject.largest, subject.axis = seen.largest, seen.axis
+        return subject
     if weight is not None:
         weight = weight.detach().cpu()
         sample: Sample | None = weight_sample(weight, params.ch_axis, params.group_size)

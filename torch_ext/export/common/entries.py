@@ -88,8 +88,8 @@ def entries(prepared: PreparedModel) -> tuple[dict[str, Entry], dict[str, str]]:
         values through, because they are in FLOAT or saw no data, with the reason.
 
     Raises:
-        ValueError: by name, for quantizers in another state, without a range, or with invalid
-            scales or zero points; and if no quantizer quantizes.
+        ValueError: by name, for quantizers in another state, without a range, with dynamic scales,
+            or with invalid scales or zero points; and if no quantizer quantizes.
 
     Warns:
         QuantizationWarning: by name, of scales below 1e-30.
@@ -105,6 +105,8 @@ def entries(prepared: PreparedModel) -> tuple[dict[str, Entry], dict[str, str]]:
             left_out[name] = "it saw no data and passes through"
         elif quantizer.state is not FakeQuantState.VALIDATION:
             problems[name] = f"it is in {quantizer.state.value.upper()}"
+        elif quantizer.is_dynamic:
+            problems[name] = f"its scales are dynamic, a file has fixed ones; {TO_FLOAT}"
         elif not bool(quantizer.solved):
             problems[name] = "it has no range"
         elif name in not_finite:

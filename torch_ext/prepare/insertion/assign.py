@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from torch_ext.prepare.attach import OUTPUT, SUFFIX
-from torch_ext.prepare.insertion.operations import operation
+from torch_ext.prepare.insertion.operations import operation, summed_axis
 from torch_ext.prepare.insertion.placement import Ask, Placement, Site
 from torch_ext.prepare.insertion.plan import (
     CallPlan,
@@ -74,7 +74,7 @@ class Assignment:
             observing = _observing(placement, some)
             for ask in some:
                 memo = self._memo(recording, ask.operand) if reads[ask.operand] > 1 else ""
-                _write(recording, ask, memo, quantizers[value], ask in observing)
+                _write(placement, ask, memo, quantizers[value], ask in observing)
 
     def _known(self, recording: Recording, site: Site, asks: list[Ask]) -> str | None:
         for value in site.values:
@@ -205,19 +205,23 @@ def _size(recording: Recording, node: fx.Node) -> int:
     return value.numel() if isinstance(value, Tensor) else -1
 
 
-def _write(recording: Recording, ask: Ask, memo: str, quantizer: str, observes: bool) -> None:
-    places = _places(ask.reader, ask.operand)
-    if ask.reader in recording.calls:
-        call = recording.calls[ask.reader]
-        module = recording.model.get_submodule(call.module)
-        for place, item in places:
-            name = _argument(module.forward, place)
-            call.reads.append(Read(place, item, name, memo, quantizer, observes))
-            observes = False
-        return
-    function = _function_plan(recording, ask.reader)
-    for place, item in places:
-        function.reads.append(Read(place, item, "", memo, quantizer, observes))
+def _write(placement: Placement, ask: Ask, memo: str, quantizer: str, observes: bool) -> None:
+    recording, reader = placement.recording, ask.reader
+    if reader in recording.calls:
+        reads = recording.calls[reader].reads
+        forward = recording.model.get_submodule(recording.calls[reader].module).forward
+    else:
+        reads, forward = _function_plan(recording, reader).reads, None
+    factory, what = placement.site_of[ask.value].factory, operation(recording, reader)
+    for place, item in _places(reader, ask.operand):
+        name = _argument(forward, place) if forward else ""
+        summed, shape = summed_axis(recording, reader, place), recording.values[ask.operand].shape
+        axis = placement.dynamic.of_read(what, summed, shape, factory, quantizer)
+        # Read along another axis, a tensor becomes another.
+        own = f"{memo} {axis}" if memo and axis is not None else memo
+        read = Read(place, item, name, own, quantizer, observes)
+        read.axis = axis
+        reads.append(read)
         observes = False
 
 

@@ -17,7 +17,6 @@ from torch_ext.prepare.insertion.user_lines import (
     traced_lines,
     traced_nearest_line,
 )
-from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.utils.text import label_of
 
 _OTHERWISE = (
@@ -154,12 +153,12 @@ class Call:
     def read(self, read: Read, x: Tensor) -> Tensor:
         quantizer = self.quantizer(read.quantizer)
         if read.memo == "":
-            return _quantized(quantizer, x, read.observes)
+            return _quantized(quantizer, x, read)
         grad = torch.is_grad_enabled()
         known = self.values.get(read.memo)
         if known is not None and known[0] is x and (known[2] or not grad):
             return known[1]
-        made = _quantized(quantizer, x, read.observes)
+        made = _quantized(quantizer, x, read)
         self.values[read.memo] = (x, made, grad)
         return made
 
@@ -229,7 +228,7 @@ def find_quantizer(root: nn.Module, path: tuple[str, ...]) -> Any:
     return module
 
 
-def _quantized(quantizer: FakeQuantize, x: Tensor, observes: bool) -> Tensor:
-    if observes:
-        return quantizer(x)  # type: ignore[no-any-return]
-    return quantizer.quantize_only(x)
+def _quantized(quantizer: Any, x: Tensor, read: Read) -> Tensor:
+    quantize = quantizer if read.observes else quantizer.quantize_only
+    made: Tensor = quantize(x) if read.axis is None else quantize(x, read.axis)
+    return made

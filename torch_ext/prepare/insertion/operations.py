@@ -79,6 +79,8 @@ ASKING = (Kind.WEIGHTED, Kind.PRODUCT, Kind.AFFINE, Kind.PAIR, Kind.JOIN, Kind.R
 # Operations that ask for quantized inputs, and those that scale what they keep while training.
 PLANNED = tuple(name for name, kind in _KINDS.items() if kind in ASKING)
 DROPOUTS = ("dropout", "dropout1d", "dropout2d", "dropout3d")
+# What computes new values without a product: with scales of each call there is nothing to gain.
+SUMS = (Kind.PAIR, Kind.JOIN, Kind.RESAMPLE)
 PAIRS = frozenset(name for name, kind in _KINDS.items() if kind is Kind.PAIR)
 JOINS = frozenset(name for name, kind in _KINDS.items() if kind is Kind.JOIN)
 
@@ -95,6 +97,13 @@ _OPERANDS: dict[str, tuple[tuple[int, tuple[str, ...]], ...]] = {
     ),
 }
 _WEIGHT = (1, ("weight",))
+# The axis of each quantized argument that the operation sums over, from the end.
+_SUMMED: dict[str, tuple[int, ...]] = {
+    "conv1d": (-2,), "conv2d": (-3,), "conv3d": (-4,),
+    "conv_transpose1d": (-2,), "conv_transpose2d": (-3,), "conv_transpose3d": (-4,),
+    "linear": (-1,), "inner": (-1, -1), "scaled_dot_product_attention": (-1, -1, -2),
+    **dict.fromkeys(("matmul", "mm", "bmm", "baddbmm", "addbmm", "addmm", "grouped_mm"), (-1, -2)),
+}  # fmt: skip
 _CHUNKS = ("chunk", "split", "getitem")
 
 
@@ -159,6 +168,24 @@ def inputs_of(run: RunGraph, node: fx.Node) -> list[fx.Node]:
     if name == "addmm" and added_weight(run, node) is not None:
         operands = operands[:1]
     return [operand for operand in _flat(operands) if isinstance(operand, fx.Node)]
+
+
+def summed_axis(run: RunGraph, node: fx.Node, place: int | str) -> int | None:
+    """The axis, from the end, of an argument that a product sums over; None where not known.
+
+    ``place``: position of the argument, or its name.
+    """
+    name = operation(run, node)
+    if place in (_WEIGHT[0], *_WEIGHT[1]) and name not in _OPERANDS:
+        return int("transpose" not in name) if name in _SUMMED else None  # a computed weight
+    for (position, names), axis in zip(
+        _OPERANDS.get(name, (_FIRST,)), _SUMMED.get(name, ()), strict=False
+    ):
+        if place == position or place in names:
+            operand = _operand(node, position, names)
+            one = isinstance(operand, fx.Node) and run.values[operand].dim() == 1
+            return -1 if one else axis
+    return None
 
 
 def weight_of(node: fx.Node) -> fx.Node | None:

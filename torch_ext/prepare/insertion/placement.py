@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from torch_ext.prepare.blocks.dynamic_axes import DynamicAxes
 from torch_ext.prepare.insertion.operations import (
     ASKING,
     DROPOUTS,
+    SUMS,
     Kind,
     added_weight,
     inputs_of,
@@ -64,10 +66,15 @@ class Placement:
     """
 
     def __init__(
-        self, recording: Recording, configs: QConfigMapping, inputs: Factory | bool | None
+        self,
+        recording: Recording,
+        configs: QConfigMapping,
+        inputs: Factory | bool | None,
+        dynamic: DynamicAxes,
     ) -> None:
         """``inputs``: of the model's arguments; True: as for other values; None: not quantized."""
         self.recording = recording
+        self.dynamic = dynamic
         self.configs = configs
         self.inputs = inputs
         self.weights: dict[tuple[str, str], WeightSite] = {}
@@ -143,6 +150,8 @@ class Placement:
         if config.activation is None:
             return
         kind = self._kinds[node]
+        if kind in SUMS and self.dynamic.quantizer(config.activation) is not None:
+            return
         asked = kind is Kind.STUB or (node.op == "call_module" and self._is_asked_for(node))
         if asked and self._is_floating(node):
             self.outputs[node] = None
@@ -238,15 +247,21 @@ class Placement:
         return self.inputs is None and is_input(value)
 
     def _ask(self, reader: fx.Node, operand: fx.Node) -> None:
-        step = operand
+        step, site = operand, self.site_of.get(self._source(operand))
+        fixed = site is not None and self.dynamic.quantizer(site.factory) is None
         while step not in self._joined and (before := self.carried(step)):
-            if self._is_active_dropout(step, before[0]) and self._may_read(step):
+            if fixed and self._is_active_dropout(step, before[0]) and self._may_read(step):
                 self._ask(step, before[0])  # which scales: its input is what is on the grid
                 return
             step = before[0]
         # What was joined is on its grid already.
         if step in self.site_of and step not in self._joined and step not in self.outputs:
             self.asks.setdefault((reader, operand), Ask(reader, operand, step))
+
+    def _source(self, operand: fx.Node) -> fx.Node:
+        while operand not in self._joined and (before := self.carried(operand)):
+            operand = before[0]
+        return operand
 
     def _is_active_dropout(self, node: fx.Node, before: fx.Node) -> bool:
         values = self.recording.values

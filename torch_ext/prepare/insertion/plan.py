@@ -18,6 +18,8 @@ from torch_ext.utils.arguments import Structures
 class Read:
     """One tensor that goes through a quantizer before it is used."""
 
+    axis: int | None = None  # where groups lie, for a quantizer with dynamic scales
+
     def __init__(
         self, place: int | str, item: int, name: str, memo: str, quantizer: str, observes: bool
     ) -> None:

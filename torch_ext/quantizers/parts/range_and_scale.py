@@ -10,6 +10,8 @@ from torch_ext.utils.text import span
 
 def range_and_scale(quantizer: Quantizer) -> str:
     """Range and scale; with several channels or groups their least and greatest values."""
+    if quantizer.rangeless:
+        return "scales of each call"
     with contextlib.suppress(RuntimeError):  # meta and fake tensors have no values
         if not bool(quantizer.solved):
             return "not solved"

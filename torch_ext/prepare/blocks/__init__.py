@@ -1,0 +1,1 @@
+"""Formats in blocks: their QConfigs, and the axes along which blocks and dynamic groups lie."""

@@ -1,0 +1,67 @@
+"""Which axes of a weight its scales are of: of channels, or of the groups that lie along one."""
+
+from __future__ import annotations
+
+import torch
+
+from torch_ext.prepare.quantizable_modules import Target
+from torch_ext.quantizers.dynamic import DynamicFakeQuantize
+from torch_ext.quantizers.fake_quantize import FakeQuantize
+from torch_ext.quantizers.parts.groups import INPUT_AXIS
+
+
+class WeightAxes:
+    """Finds the keys of weights' quantizers, and notes the weights that groups do not divide."""
+
+    def __init__(self, who: str) -> None:
+        self._who = who
+        # The module's name, and what is wrong.
+        self._undivided: list[tuple[str, str]] = []
+
+    def keys(
+        self, where: str, made: FakeQuantize, target: Target, shape: torch.Size, owner: str
+    ) -> dict[str, object]:
+        """The keys that a factory gets for a weight, with its axes as in ``target``.
+
+        Args:
+            where: the quantizer's name, for errors.
+            made: a quantizer that the factory made.
+            target: the weight's axes.
+            shape: the weight's.
+            owner: the name of the module that has the weight.
+        """
+        axis, size = made.observer.ch_axis, made.observer.group_size
+        if isinstance(made, DynamicFakeQuantize):
+            axis, size = made.axis if made.axis_given else INPUT_AXIS, made.group_size
+        elif axis < 0:
+            return {"transient": True}
+        # Axis 0 in a QConfig means the output channels, and 1 of groups the inputs.
+        if axis == 0:
+            axis = target.ch_axis
+        elif axis == INPUT_AXIS and size is not None:
+            axis = target.in_axis
+        if not -len(shape) <= axis < len(shape):
+            raise ValueError(
+                f"{self._who}: {where}: expected ch_axis to be below {len(shape)}, got {axis}; 0 "
+                "means the output channels of every layer"
+            )
+        if size is not None and shape[axis] % size:
+            problem = f"{where}: {shape[axis]} on axis {axis}, group_size {size}"
+            self._undivided.append((owner, problem))
+        if made.is_dynamic:
+            return {"transient": True, "ch_axis": axis}
+        channels = shape[axis] if size is None else max(1, shape.numel() // size)
+        return {"transient": True, "ch_axis": axis, "channel_len": channels}
+
+    def refuse(self) -> None:
+        """Raises ValueError with the names of all weights that groups do not divide."""
+        if not self._undivided:
+            return
+        names = ", ".join(dict.fromkeys(f'"{name}"' for name, _ in self._undivided))
+        weights = "\n".join(f"  {problem}" for _, problem in self._undivided)
+        raise ValueError(
+            f"{self._who}: expected group_size to divide every weight, got {len(self._undivided)} "
+            f"that it does not; leave them float with mapping=dict.fromkeys([{names}]), or give "
+            "them a QConfig without group_size in the same way: dict.fromkeys([...], qconfig)\n"
+            f"{weights}"
+        )
