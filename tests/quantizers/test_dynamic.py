@@ -262,3 +262,18 @@ def test_refused_in_the_forward() -> None:
         quantizing(group_size=5)(values(2, 8))
     with pytest.raises(RuntimeError, match="scalar"):
         quantizing()(torch.tensor(1.0))
+    for axis in (5, 2, -3):
+        with pytest.raises(RuntimeError, match=rf"axis {axis} \(ch_axis\).*got 2 axes.*\[2, 8\]"):
+            quantizing(ch_axis=axis)(values(2, 8))
+
+
+@pytest.mark.parametrize("axis", [-1, 0, 3])
+@pytest.mark.parametrize("shape", [(4, 30), (30, 4), ()])
+def test_refused_values_change_nothing(shape: tuple[int, ...], axis: int) -> None:
+    quantizer = quantizing("qat", ch_axis=axis, **NVFP4)
+    quantizer(torch.randn(16, 2, 2, 16))
+    before = {name: value.clone() for name, value in quantizer.state_dict().items()}
+    with pytest.raises(RuntimeError, match=r"group_size|axis|scalar"):
+        quantizer(1000 * torch.randn(shape))
+    after = quantizer.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())

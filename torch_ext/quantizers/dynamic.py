@@ -196,9 +196,25 @@ class DynamicFakeQuantize(FakeQuantize, dynamic=True):
     def _along(self, x: Tensor, axis: int | None, quantize: TensorMap) -> Tensor:
         """Calls a function with the axis of groups moved to the end, as the op needs it."""
         place = self.axis if axis is None or self.axis_given else axis
+        self._check_shape(x.shape, place)
         if place in (-1, x.dim() - 1):
             return quantize(x)
         return quantize(x.movedim(place, -1)).movedim(-1, place)
+
+    def _check_shape(self, shape: torch.Size, axis: int) -> None:
+        """Raises, before a range follows values that the op then refuses."""
+        axes = len(shape)
+        if not -axes <= axis < axes:
+            have = f"{axes} axes, shape {list(shape)}" if axes else "a scalar"
+            raise RuntimeError(
+                f"FakeQuantize(dynamic): expected x to have an axis {axis} (ch_axis), along which "
+                f"groups lie, got {have}"
+            )
+        if self.group_size is not None and shape[axis] % self.group_size != 0:
+            raise RuntimeError(
+                f"FakeQuantize(dynamic): expected group_size to be a divisor of axis {axis}, "
+                f"{shape[axis]}, got {self.group_size}, with x of shape {list(shape)}"
+            )
 
     def _quantize(self, x: Tensor, action: str) -> Tensor:
         tensor_scale = None
