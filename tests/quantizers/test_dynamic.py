@@ -168,7 +168,7 @@ def test_tensor_scale_is_written_once(monkeypatch: pytest.MonkeyPatch) -> None:
     quantizer, x = quantizing("qat", averaging_constant=1.0, **NVFP4), values(8, 32)
     quantizer(x)
     before = quantizer.scale.clone()
-    seen = []
+    seen: list[Tensor] = []
 
     def follow(*arguments: Any, **keys: Any) -> None:
         own(*arguments, **keys)
@@ -184,6 +184,16 @@ def test_tensor_scale_is_written_once(monkeypatch: pytest.MonkeyPatch) -> None:
     quantizer.take_(Solution(quantizer.range.clone(), torch.ones(1), torch.zeros(1).int()))
     assert quantizer.scale._version == count + 1
     assert torch.equal(quantizer.scale, (3 * x.abs().max() / 2688).view(1))
+
+
+def test_grid_text_of_a_tensor_scale() -> None:
+    quantizer = quantizing("qat", **NVFP4)
+    assert isinstance(quantizer, DynamicFakeQuantize)
+    assert quantizer.grid_text == "float4_e2m1 symmetric scale_dtype=float8_e4m3"
+    assert quantizer.grid_text is quantizer.grid_text
+    quantizer.observer.set_grid(Observer("min_max", dtype="int4").grid)
+    assert quantizer.grid_text == "[-8,7] symmetric scale_dtype=float8_e4m3"
+    assert quantizer.observer.grid_text == "float8_e4m3 symmetric"
 
 
 def test_tensor_scale_of_nothing() -> None:

@@ -63,6 +63,8 @@ class TensorScaleObserver(Observer):
 
     _in_groups = True
 
+    values_text: str  # the grid of the values and of their scales; `grid_text` is that of the range
+
     def set_rule(self, name: Rule, **options: OptionValue) -> None:
         if name == "fixed_scale":
             raise ValueError(
@@ -71,9 +73,11 @@ class TensorScaleObserver(Observer):
             )
         super().set_rule(name, **options)
 
-    @property
-    def grid_text(self) -> str:
-        return _SCALE_DTYPE + words(symmetric=True)
+    def _write_grid_text(self) -> None:
+        self.grid_text = _SCALE_DTYPE + words(symmetric=True)
+        ends = (self.quant_min, self.quant_max)
+        values = text_of_grid(self.dtype, *ends, self.symmetric)
+        self.values_text = f"{values} scale_dtype={_SCALE_DTYPE}"
 
 
 class DynamicFakeQuantize(FakeQuantize, dynamic=True):
@@ -167,13 +171,9 @@ class DynamicFakeQuantize(FakeQuantize, dynamic=True):
     @property
     def grid_text(self) -> str:
         """The grid of the values, and how scales are computed, as the text that ops take."""
-        observer = self.observer
-        if self.scale_dtype is None:
-            return observer.grid_text
-        values = text_of_grid(
-            observer.dtype, observer.quant_min, observer.quant_max, observer.symmetric
-        )
-        return f"{values} scale_dtype={self.scale_dtype}"
+        observer: Any = self._modules["observer"]
+        text: str = observer.grid_text if self.scale_dtype is None else observer.values_text
+        return text
 
     @property
     def scales_text(self) -> str:

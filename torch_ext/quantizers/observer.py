@@ -26,6 +26,7 @@ from torch_ext.utils.text import joined
 # Mantissa bits and octaves of the histogram, which takes 256 KiB, or 24 KiB per channel.
 _LAYOUT_PER_TENSOR = (10, 16)
 _LAYOUT_PER_CHANNEL = (7, 12)
+_GRID_PARTS = {"dtype", "qscheme", "quant_min", "quant_max", "scale_rule", "power_of_two"}
 _SCALE_RULES = ("grid", "tvm", "floor", "even")
 
 
@@ -71,6 +72,7 @@ class Observer(nn.Module):
         tally: int64 [C,5], buffer: numbers of finite, zero, tiny, infinite and NaN values. Tiny
             ones are below the histogram's window.
         counts: int64 [C,2,octaves,2^mantissa_bits], buffer: the histogram; [C,2,0,0] without one.
+        grid_text: the grid, and how a range becomes a scale on it, as the text that ops take.
         synced: whether the statistic holds the data of all ranks, see ``sync_observers``. Files of
             ``save_observer_params`` keep it, ``state_dict`` does not.
     """
@@ -81,6 +83,7 @@ class Observer(nn.Module):
     extrema: Tensor
     tally: Tensor
     counts: Tensor
+    grid_text: str
     synced: bool
 
     def __init__(
@@ -219,17 +222,14 @@ class Observer(nn.Module):
         channels = (self.ch_axis, self.channel_len, self.group_size)
         return Grid(self.dtype, self.qscheme, self.quant_min, self.quant_max, *channels)
 
-    @property
-    def grid_text(self) -> str:
-        """The grid, and how a range becomes a scale on it, as the text that ops take."""
-        return text_of_grid(
-            self.dtype,
-            self.quant_min,
-            self.quant_max,
-            self.symmetric,
-            self.scale_rule,
-            self.power_of_two,
-        )
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in _GRID_PARTS and "power_of_two" in self.__dict__:  # else __init__ is under way
+            self._write_grid_text()
+
+    def _write_grid_text(self) -> None:  # at each change, as every forward reads it
+        ends, how = (self.quant_min, self.quant_max), (self.scale_rule, self.power_of_two)
+        self.grid_text = text_of_grid(self.dtype, *ends, self.symmetric, *how)
 
     def set_grid(self, grid: Grid, scale_rule: ScaleRule = "grid", power: bool = False) -> None:
         """Changes the grid, of the same channels; statistic and rule stay.
