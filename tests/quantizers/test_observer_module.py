@@ -203,6 +203,16 @@ def test_dtypes(dtype: Any, name: Any, low: int, high: int) -> None:
         ({"quant_min": 0, "quant_max": 0}, ValueError, "quant_min < quant_max"),
         ({"quant_max": True}, TypeError, "quant_max to be an integer, got True"),
         ({"scale_rule": "max"}, ValueError, "unknown scale_rule 'max'; known: grid, tvm"),
+        (
+            {"scale_rule": "floor", "power_of_two": True},
+            ValueError,
+            "expected power_of_two to be False with scale_rule=floor, got True",
+        ),
+        (
+            {"scale_rule": "even", "power_of_two": True, "dtype": "float8_e4m3"},
+            ValueError,
+            "expected power_of_two to be False with scale_rule=even, got True",
+        ),
         ({"power_of_two": 1}, TypeError, "power_of_two to be True or False, got 1"),
         ({"mantissa_bits": 11}, ValueError, "mantissa_bits to be between 5 and 10, got 11"),
         ({"octaves": 3}, ValueError, "octaves to be between 4 and 32, got 3"),

@@ -19,15 +19,13 @@ from torch_ext.ops.statistics import ScaleRule
 from torch_ext.quantizers.grid import DType, Grid, dtype_name, parse_grid, text_of_grid
 from torch_ext.quantizers.parts.groups import from_rows, rows_of
 from torch_ext.quantizers.parts.keep_dtype import TensorMap, keep_dtype
-from torch_ext.quantizers.parts.keys import check_keys
+from torch_ext.quantizers.parts.keys import check_keys, check_scale_rule
 from torch_ext.utils.arguments import parse_flag, parse_integer
-from torch_ext.utils.text import joined
 
 # Mantissa bits and octaves of the histogram, which takes 256 KiB, or 24 KiB per channel.
 _LAYOUT_PER_TENSOR = (10, 16)
 _LAYOUT_PER_CHANNEL = (7, 12)
 _GRID_PARTS = {"dtype", "qscheme", "quant_min", "quant_max", "scale_rule", "power_of_two"}
-_SCALE_RULES = ("grid", "tvm", "floor", "even")
 
 
 class Observer(nn.Module):
@@ -50,8 +48,10 @@ class Observer(nn.Module):
             number of groups.
         quant_min, quant_max: the ends of the grid; None: those of the dtype. With [-127,127] a
             symmetric scale is the largest magnitude divided by 127.
-        scale_rule: ``"grid"``, or ``"tvm"`` to divide by 2^(bits-1).
-        power_of_two: round the scale up to 2^k.
+        scale_rule: ``"grid"``, or ``"tvm"`` to divide by 2^(bits-1); ``"floor"`` and ``"even"`` (of
+            float formats) for scales 2^k by which the largest values may saturate, see
+            ``ops.qparams``.
+        power_of_two: round the scale up to 2^k; not with ``"floor"`` and ``"even"``.
         mantissa_bits, octaves: layout of the histogram, 5..10 and 4..32; None: 10 and 16, with
             channels 7 and 12.
         histogram: keep a histogram although this rule reads none, so that rules that do can be
@@ -111,9 +111,7 @@ class Observer(nn.Module):
         check_keys(who, options, name, KEYS)
         ends = (quant_min, quant_max, group_size, self._in_groups)
         grid = parse_grid(who, dtype, qscheme, ch_axis, channel_len, *ends)
-        if scale_rule not in _SCALE_RULES:
-            known = joined(_SCALE_RULES)
-            raise ValueError(f"{who}: unknown scale_rule {scale_rule!r}; known: {known}")
+        check_scale_rule(who, scale_rule, parse_flag(who, "power_of_two", power_of_two))
         keeps_histogram = info["statistic"] == "histogram"
         if histogram is not None:
             keeps_histogram = parse_flag(who, "histogram", histogram) or keeps_histogram
@@ -128,7 +126,7 @@ class Observer(nn.Module):
         self.ch_axis, self.channel_len = grid.ch_axis, grid.channel_len
         self.group_size = grid.group_size
         self.scale_rule: ScaleRule = scale_rule
-        self.power_of_two = parse_flag(who, "power_of_two", power_of_two)
+        self.power_of_two = power_of_two
         layout = _LAYOUT_PER_CHANNEL if grid.per_channel else _LAYOUT_PER_TENSOR
         mantissa_bits = layout[0] if mantissa_bits is None else mantissa_bits
         octaves = layout[1] if octaves is None else octaves
