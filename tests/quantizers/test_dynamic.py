@@ -237,6 +237,16 @@ REFUSED = {
         {"dtype": "float8_e4m3", "qscheme": "per_tensor_affine"},
         "expected qscheme to be symmetric with float8_e4m3, got per_tensor_affine",
     ),
+    "symmetric uint8": (
+        {"dtype": "uint8"},
+        "expected qscheme to be per_tensor_affine with uint8 of [0, 255], got per_tensor_symmetric"
+        ": negative values would all become 0",
+    ),
+    "symmetric from 0": (
+        {"quant_min": 0, "group_size": 4},
+        "expected qscheme to be per_tensor_affine with int8 of [0, 127], got per_tensor_symmetric",
+    ),
+    "symmetric up to 0": ({"quant_max": 0}, "positive values would all become 0"),
     "even integers": ({"scale_rule": "even"}, "even"),
     "scale dtype": (
         {"group_size": 16, "scale_dtype": "float8_e5m2"},

@@ -160,6 +160,15 @@ class DynamicFakeQuantize(FakeQuantize, dynamic=True):
 
     def _check_grid(self) -> None:
         """Lets the op check the grid, as :meth:`Observer.check_rule` does."""
+        observer = self.observer
+        least, most = observer.quant_min, observer.quant_max
+        if observer.symmetric and not least < 0 < most:
+            lost = "negative" if least == 0 else "positive"
+            raise ValueError(
+                "FakeQuantize(dynamic): expected qscheme to be per_tensor_affine with "
+                f"{dtype_name(observer.dtype)} of [{least}, {most}], got per_tensor_symmetric: "
+                f"{lost} values would all become 0"
+            )
         tensor_scale = None
         if self.scale_dtype is not None:
             tensor_scale = torch.ones(1, dtype=torch.float32, device="cpu")
