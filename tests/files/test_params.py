@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -15,12 +15,14 @@ from nets.tiny_net import ACTIVATIONS, WEIGHTS, TinyNet, images, prepared
 from params_of_rules import PARAMETERS, RULES, STATISTIC, config, solved_net
 from snapshots import same, same_bits, snapshot
 from torch_ext import (
+    FakeQuantize,
     load_observer_params,
     named_quantizers,
     ops,
     save_observer_params,
     set_fake_quantize,
 )
+from torch_ext.files.quantizer_params import FIELDS, params_from, quantizer_of, spec_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -247,3 +249,16 @@ def test_compiled_and_parallel_wrappers_have_the_same_names() -> None:
     source, target = solved_net("min_max"), prepared(config("min_max"))
     wrapped = nn.DataParallel(torch.compile(source, backend="eager"))  # type: ignore[arg-type]
     assert load_observer_params(wrapped, target).complete
+
+
+@pytest.mark.parametrize("rule", ["floor", "even"])
+def test_files_with_two_roundings_to_powers_of_two_are_read(rule: Literal["floor", "even"]) -> None:
+    """Quantizers refuse both together; of earlier files the rule holds, as it did in them."""
+    quantizer = FakeQuantize(dtype="float8_e4m3", scale_rule=rule)
+    quantizer.state = "calibration"  # type: ignore[assignment]
+    quantizer(images())
+    quantizer.state = "validation"  # type: ignore[assignment]
+    spec = spec_of(quantizer) | {"power_of_two": True}
+    params = params_from({field: quantizer.get_buffer(field) for field in FIELDS}, spec)
+    assert (params.scale_rule, params.power_of_two) == (rule, False)
+    assert spec_of(quantizer_of(params)) == spec_of(quantizer)

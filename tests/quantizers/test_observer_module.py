@@ -203,6 +203,16 @@ def test_dtypes(dtype: Any, name: Any, low: int, high: int) -> None:
         ({"quant_min": 0, "quant_max": 0}, ValueError, "quant_min < quant_max"),
         ({"quant_max": True}, TypeError, "quant_max to be an integer, got True"),
         ({"scale_rule": "max"}, ValueError, "unknown scale_rule 'max'; known: grid, tvm"),
+        (
+            {"scale_rule": "floor", "power_of_two": True},
+            ValueError,
+            "expected power_of_two to be False with scale_rule=floor, got True",
+        ),
+        (
+            {"scale_rule": "even", "power_of_two": True, "dtype": "float8_e4m3"},
+            ValueError,
+            "expected power_of_two to be False with scale_rule=even, got True",
+        ),
         ({"power_of_two": 1}, TypeError, "power_of_two to be True or False, got 1"),
         ({"mantissa_bits": 11}, ValueError, "mantissa_bits to be between 5 and 10, got 11"),
         ({"octaves": 3}, ValueError, "octaves to be between 4 and 32, got 3"),
@@ -257,3 +267,21 @@ def test_options_cannot_be_changed_from_outside() -> None:
 def test_repr_says_what_it_is() -> None:
     text = repr(Observer("percentile", "uint4", percentile=99.0))
     assert text == "Observer(percentile, uint4, per_tensor_symmetric, [0, 15], percentile=99.0)"
+
+
+def test_grid_text_follows_its_parts() -> None:
+    """It is made when a part of the grid changes, however it changes, not at each forward."""
+    observer = Observer("min_max")
+    assert observer.grid_text == "[-128,127] symmetric"
+    assert observer.grid_text is observer.grid_text
+    observer.quant_min = -127
+    assert observer.grid_text == "[-127,127] symmetric"
+    observer.qscheme = torch.per_tensor_affine
+    observer.power_of_two = True
+    assert observer.grid_text == "[-127,127] affine power_of_two"
+    restore = observer.kept_settings()
+    observer.set_grid(Observer("min_max", dtype="float8_e4m3").grid, "even")
+    assert observer.grid_text == "float8_e4m3 symmetric scale_rule=even"
+    assert copy.deepcopy(observer).grid_text == observer.grid_text
+    restore()
+    assert observer.grid_text == "[-127,127] affine power_of_two"

@@ -18,6 +18,7 @@ from torch_ext.quantizers.dynamic import DynamicFakeQuantize
 from torch_ext.quantizers.fake_quantize import HELD, FakeQuantize
 from torch_ext.quantizers.grid import dtype_name, is_float, parse_grid, text_of_grid
 from torch_ext.quantizers.learned import LearnedFakeQuantize
+from torch_ext.quantizers.parts.keys import POWERS_OF_TWO
 from torch_ext.utils.text import joined
 
 # Field -> dtype and shape; C is the number of channels or groups, S that of the statistic's rows,
@@ -195,6 +196,8 @@ def params_from(tensors: Mapping[str, Tensor], spec: Any, histogram: bool = True
     synced = spec.pop("synced", False)
     if not isinstance(synced, bool):
         raise ValueError(f"synced: expected true or false, got {str(synced)[:80]}")
+    if spec.get("power_of_two") is True and spec.get("scale_rule") in POWERS_OF_TWO:
+        spec["power_of_two"] = False  # files of before these two excluded each other; had no effect
     keys = ("dtype", "qscheme", "ch_axis", "channel_len", "quant_min", "quant_max", "group_size")
     # Dynamic groups have no channels, and no range that is kept.
     dynamic = spec.get("dynamic") is True

@@ -63,6 +63,8 @@ class TensorScaleObserver(Observer):
 
     _in_groups = True
 
+    values_text: str  # the grid of the values and of their scales; `grid_text` is that of the range
+
     def set_rule(self, name: Rule, **options: OptionValue) -> None:
         if name == "fixed_scale":
             raise ValueError(
@@ -71,9 +73,11 @@ class TensorScaleObserver(Observer):
             )
         super().set_rule(name, **options)
 
-    @property
-    def grid_text(self) -> str:
-        return _SCALE_DTYPE + words(symmetric=True)
+    def _write_grid_text(self) -> None:
+        self.grid_text = _SCALE_DTYPE + words(symmetric=True)
+        ends = (self.quant_min, self.quant_max)
+        values = text_of_grid(self.dtype, *ends, self.symmetric)
+        self.values_text = f"{values} scale_dtype={_SCALE_DTYPE}"
 
 
 class DynamicFakeQuantize(FakeQuantize, dynamic=True):
@@ -156,6 +160,15 @@ class DynamicFakeQuantize(FakeQuantize, dynamic=True):
 
     def _check_grid(self) -> None:
         """Lets the op check the grid, as :meth:`Observer.check_rule` does."""
+        observer = self.observer
+        least, most = observer.quant_min, observer.quant_max
+        if observer.symmetric and not least < 0 < most:
+            lost = "negative" if least == 0 else "positive"
+            raise ValueError(
+                "FakeQuantize(dynamic): expected qscheme to be per_tensor_affine with "
+                f"{dtype_name(observer.dtype)} of [{least}, {most}], got per_tensor_symmetric: "
+                f"{lost} values would all become 0"
+            )
         tensor_scale = None
         if self.scale_dtype is not None:
             tensor_scale = torch.ones(1, dtype=torch.float32, device="cpu")
@@ -167,13 +180,9 @@ class DynamicFakeQuantize(FakeQuantize, dynamic=True):
     @property
     def grid_text(self) -> str:
         """The grid of the values, and how scales are computed, as the text that ops take."""
-        observer = self.observer
-        if self.scale_dtype is None:
-            return observer.grid_text
-        values = text_of_grid(
-            observer.dtype, observer.quant_min, observer.quant_max, observer.symmetric
-        )
-        return f"{values} scale_dtype={self.scale_dtype}"
+        observer: Any = self._modules["observer"]
+        text: str = observer.grid_text if self.scale_dtype is None else observer.values_text
+        return text
 
     @property
     def scales_text(self) -> str:
@@ -196,40 +205,59 @@ class DynamicFakeQuantize(FakeQuantize, dynamic=True):
     def _along(self, x: Tensor, axis: int | None, quantize: TensorMap) -> Tensor:
         """Calls a function with the axis of groups moved to the end, as the op needs it."""
         place = self.axis if axis is None or self.axis_given else axis
+        self._check_shape(x.shape, place)
         if place in (-1, x.dim() - 1):
             return quantize(x)
         return quantize(x.movedim(place, -1)).movedim(-1, place)
+
+    def _check_shape(self, shape: torch.Size, axis: int) -> None:
+        """Raises, before a range follows values that the op then refuses."""
+        axes = len(shape)
+        if not -axes <= axis < axes:
+            have = f"{axes} axes, shape {list(shape)}" if axes else "a scalar"
+            raise RuntimeError(
+                f"FakeQuantize(dynamic): expected x to have an axis {axis} (ch_axis), along which "
+                f"groups lie, got {have}"
+            )
+        if self.group_size is not None and shape[axis] % self.group_size != 0:
+            raise RuntimeError(
+                f"FakeQuantize(dynamic): expected group_size to be a divisor of axis {axis}, "
+                f"{shape[axis]}, got {self.group_size}, with x of shape {list(shape)}"
+            )
 
     def _quantize(self, x: Tensor, action: str) -> Tensor:
         tensor_scale = None
         if self.scale_dtype is not None:
             buffers: Any = self._buffers
-            if action in FOLLOW:
-                self._follow(x)
-            tensor_scale = buffers["scale"]
+            tensor_scale = self._follow(x) if action in FOLLOW else buffers["scale"]
         return ops.dynamic_fake_quant(
             x, self.group_size, grid=self.grid_text, tensor_scale=tensor_scale
         )
 
     @torch.no_grad()
-    def _follow(self, x: Tensor) -> None:
-        tensors = (self.range, self.scale, self.zero_point, self.solved)
+    def _follow(self, x: Tensor) -> Tensor:
+        """Moves the range towards that of ``x``; returns the tensor scale, which it stores."""
+        # The op's own scale is that of the block scales' format; nobody is to see it in `scale`.
+        unused = (torch.empty_like(self.scale), torch.empty_like(self.zero_point))
         constant = 0.0 if self._holds else self.averaging_constant
-        ops.follow_(x.detach(), *tensors, constant, **self._follow_arguments())
-        self.scale.copy_(self._tensor_scale())
+        arguments = self._follow_arguments()
+        ops.follow_(x.detach(), self.range, *unused, self.solved, constant, **arguments)
+        scale = self._tensor_scale(self.range)
+        self.scale.copy_(scale)
+        return scale
 
     def _set(self, solution: Solution) -> None:
-        super()._set(solution)
         if self.scale_dtype is not None:
-            self.scale.copy_(self._tensor_scale())
+            solution = solution._replace(scale=self._tensor_scale(solution.range))
+        super()._set(solution)
 
-    def _tensor_scale(self) -> Tensor:
-        """Float32 [1] of the range: the range's end at the largest scale and largest number."""
+    def _tensor_scale(self, range_: Tensor) -> Tensor:
+        """Float32 [1] of a range: the range's end at the largest scale and largest number."""
         observer = self.observer
         largest = 1.0 * observer.quant_max
         if not is_float(observer.dtype):
             largest = (observer.quant_max - observer.quant_min) / 2
-        reach = self.range.abs().amax(1)
+        reach = range_.abs().amax(1)
         ends = _LARGEST_SCALE * max(-observer.quant_min, observer.quant_max)
         scale = (reach / (_LARGEST_SCALE * largest)).clamp(_LEAST_SCALE, _LARGEST_VALUE / ends)
         return torch.where(reach > 0, scale, torch.ones_like(scale))

@@ -19,14 +19,13 @@ from torch_ext.ops.statistics import ScaleRule
 from torch_ext.quantizers.grid import DType, Grid, dtype_name, parse_grid, text_of_grid
 from torch_ext.quantizers.parts.groups import from_rows, rows_of
 from torch_ext.quantizers.parts.keep_dtype import TensorMap, keep_dtype
-from torch_ext.quantizers.parts.keys import check_keys
+from torch_ext.quantizers.parts.keys import check_keys, check_scale_rule
 from torch_ext.utils.arguments import parse_flag, parse_integer
-from torch_ext.utils.text import joined
 
 # Mantissa bits and octaves of the histogram, which takes 256 KiB, or 24 KiB per channel.
 _LAYOUT_PER_TENSOR = (10, 16)
 _LAYOUT_PER_CHANNEL = (7, 12)
-_SCALE_RULES = ("grid", "tvm", "floor", "even")
+_GRID_PARTS = {"dtype", "qscheme", "quant_min", "quant_max", "scale_rule", "power_of_two"}
 
 
 class Observer(nn.Module):
@@ -49,8 +48,10 @@ class Observer(nn.Module):
             number of groups.
         quant_min, quant_max: the ends of the grid; None: those of the dtype. With [-127,127] a
             symmetric scale is the largest magnitude divided by 127.
-        scale_rule: ``"grid"``, or ``"tvm"`` to divide by 2^(bits-1).
-        power_of_two: round the scale up to 2^k.
+        scale_rule: ``"grid"``, or ``"tvm"`` to divide by 2^(bits-1); ``"floor"`` and ``"even"`` (of
+            float formats) for scales 2^k by which the largest values may saturate, see
+            ``ops.qparams``.
+        power_of_two: round the scale up to 2^k; not with ``"floor"`` and ``"even"``.
         mantissa_bits, octaves: layout of the histogram, 5..10 and 4..32; None: 10 and 16, with
             channels 7 and 12.
         histogram: keep a histogram although this rule reads none, so that rules that do can be
@@ -71,6 +72,7 @@ class Observer(nn.Module):
         tally: int64 [C,5], buffer: numbers of finite, zero, tiny, infinite and NaN values. Tiny
             ones are below the histogram's window.
         counts: int64 [C,2,octaves,2^mantissa_bits], buffer: the histogram; [C,2,0,0] without one.
+        grid_text: the grid, and how a range becomes a scale on it, as the text that ops take.
         synced: whether the statistic holds the data of all ranks, see ``sync_observers``. Files of
             ``save_observer_params`` keep it, ``state_dict`` does not.
     """
@@ -81,6 +83,7 @@ class Observer(nn.Module):
     extrema: Tensor
     tally: Tensor
     counts: Tensor
+    grid_text: str
     synced: bool
 
     def __init__(
@@ -108,9 +111,7 @@ class Observer(nn.Module):
         check_keys(who, options, name, KEYS)
         ends = (quant_min, quant_max, group_size, self._in_groups)
         grid = parse_grid(who, dtype, qscheme, ch_axis, channel_len, *ends)
-        if scale_rule not in _SCALE_RULES:
-            known = joined(_SCALE_RULES)
-            raise ValueError(f"{who}: unknown scale_rule {scale_rule!r}; known: {known}")
+        check_scale_rule(who, scale_rule, parse_flag(who, "power_of_two", power_of_two))
         keeps_histogram = info["statistic"] == "histogram"
         if histogram is not None:
             keeps_histogram = parse_flag(who, "histogram", histogram) or keeps_histogram
@@ -125,7 +126,7 @@ class Observer(nn.Module):
         self.ch_axis, self.channel_len = grid.ch_axis, grid.channel_len
         self.group_size = grid.group_size
         self.scale_rule: ScaleRule = scale_rule
-        self.power_of_two = parse_flag(who, "power_of_two", power_of_two)
+        self.power_of_two = power_of_two
         layout = _LAYOUT_PER_CHANNEL if grid.per_channel else _LAYOUT_PER_TENSOR
         mantissa_bits = layout[0] if mantissa_bits is None else mantissa_bits
         octaves = layout[1] if octaves is None else octaves
@@ -219,17 +220,14 @@ class Observer(nn.Module):
         channels = (self.ch_axis, self.channel_len, self.group_size)
         return Grid(self.dtype, self.qscheme, self.quant_min, self.quant_max, *channels)
 
-    @property
-    def grid_text(self) -> str:
-        """The grid, and how a range becomes a scale on it, as the text that ops take."""
-        return text_of_grid(
-            self.dtype,
-            self.quant_min,
-            self.quant_max,
-            self.symmetric,
-            self.scale_rule,
-            self.power_of_two,
-        )
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in _GRID_PARTS and "power_of_two" in self.__dict__:  # else __init__ is under way
+            self._write_grid_text()
+
+    def _write_grid_text(self) -> None:  # at each change, as every forward reads it
+        ends, how = (self.quant_min, self.quant_max), (self.scale_rule, self.power_of_two)
+        self.grid_text = text_of_grid(self.dtype, *ends, self.symmetric, *how)
 
     def set_grid(self, grid: Grid, scale_rule: ScaleRule = "grid", power: bool = False) -> None:
         """Changes the grid, of the same channels; statistic and rule stay.

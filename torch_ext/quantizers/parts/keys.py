@@ -8,6 +8,10 @@ from torch_ext.ops.registry import observer_info
 from torch_ext.utils.arguments import bounded, parse_flag
 from torch_ext.utils.text import joined
 
+_SCALE_RULES = ("grid", "tvm", "floor", "even")
+#: The scale rules whose scales are powers of two already.
+POWERS_OF_TWO = ("floor", "even")
+
 
 def check_keys(who: str, given: Iterable[str], rule: str, known: Iterable[str]) -> None:
     """Raises ValueError for a key that is neither in ``known`` nor an option of the rule."""
@@ -43,4 +47,17 @@ def check_dynamic(who: str, dynamic: object, wanted: bool, scale_dtype: object) 
         raise ValueError(
             f"{who}: expected scale_dtype to be None without dynamic=True, got "
             f"{bounded(scale_dtype)}"
+        )
+
+
+def check_scale_rule(who: str, scale_rule: object, power_of_two: bool) -> None:
+    """Raises ValueError for an unknown rule, or one that leaves nothing to ``power_of_two``."""
+    if scale_rule not in _SCALE_RULES:
+        raise ValueError(
+            f"{who}: unknown scale_rule {bounded(scale_rule)}; known: {joined(_SCALE_RULES)}"
+        )
+    if power_of_two and scale_rule in POWERS_OF_TWO:
+        raise ValueError(
+            f"{who}: expected power_of_two to be False with scale_rule={scale_rule}, got True: "
+            "each rounds a scale to a power of two in its own way"
         )
