@@ -317,3 +317,15 @@ def test_models_that_cannot_be_swept() -> None:
         sweep(prepared(config()), error)
     with pytest.raises(ValueError, match="mse reads a histogram, but none was kept"):
         sweep(calibrated(config("min_max")), error, activation_observers=["mse"])
+
+
+def test_dynamic_activations_have_no_rules_to_sweep() -> None:
+    """Only their weights have; and the error names the function that was called."""
+    net: nn.Module = tiny_net().eval()
+    net.qconfig = get_default_qconfig(activation_qkwargs={"dynamic": True})  # type: ignore[assignment]
+    net = torch_ext.prepare_qat(net)
+    set_fake_quantize(net, "validation")
+    with pytest.raises(ValueError, match=r"^sweep: activation_observers: expected quantizers that"):
+        sweep(net, error, progress=False)
+    result = sweep(net, error, weight_observers=["min_max", "mse"], progress=False)
+    assert [row.activations for row in result.rows] == [None, None]

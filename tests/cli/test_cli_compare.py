@@ -92,3 +92,46 @@ class TestCompare:
         assert rows(run("compare", "none", "some")[1])["x"][1] == "no range in A"
         assert run("compare", "none", "some", "--tolerance", "9")[0] == 1
         assert run("compare", "none", "none", "--tolerance", "0")[0] == 0
+
+    def test_dynamic_quantizers_differ_by_their_format(self, folder: Path, run: Run) -> None:
+        """There is no range, so what decides their values are their keys alone."""
+        usual: dict[str, Any] = {"dynamic": True, "group_size": 8}
+        others: dict[str, tuple[dict[str, Any], str]] = {
+            "same": ({}, "no range in A and B"),
+            "dtype": ({"dtype": "float8_e4m3"}, "dtype int8 and float8_e4m3"),
+            "group": ({"group_size": 4}, "group_size 8 and 4"),
+            "token": ({"group_size": None}, "group_size 8 and None"),
+            "axis": ({"ch_axis": -3}, "ch_axis -1 and -3"),
+            "rule": ({"scale_rule": "floor"}, "scale_rule grid and floor"),
+            "power": ({"power_of_two": True}, "power_of_two False and True"),
+            "ends": ({"quant_min": -127}, "quant_min -128 and -127"),
+            "fixed": ({"dynamic": False, "group_size": None}, "dynamic True and False"),
+        }
+        nets = [nn.ModuleDict(), nn.ModuleDict()]
+        for name, (keys, _) in others.items():
+            for net, more in zip(nets, ({}, keys), strict=True):
+                net[name] = FakeQuantize("fake_quant", "min_max", **usual | more)
+        scaled = {**usual, "dtype": "float4_e2m1"}
+        for net, more in zip(nets, ({}, {"scale_dtype": "float8_e4m3"}), strict=True):
+            net["nvfp4"] = FakeQuantize("fake_quant", "min_max", **scaled, **more)
+        for net, path in zip(nets, ("one", "two"), strict=True):
+            save_observer_params(net, path)
+        code, out, _ = run("compare", "one", "two", "--tolerance", "1e9")
+        found = rows(out)
+        for name, (_, note) in others.items():
+            assert found[name][1] == note
+        assert found["nvfp4"][1] == "scale_dtype None and float8_e4m3"
+        assert f"{len(others) + 1} quantizers in both, {len(others)} of them differ" in out
+        assert code == 1
+        assert run("compare", "one", "one", "--tolerance", "0")[0] == 0
+
+    def test_formats_that_differ_are_noted_beside_the_numbers(self, folder: Path, run: Run) -> None:
+        for path, keys in (("one", {"quant_min": -127}), ("two", {"dtype": "float8_e4m3"})):
+            net = nn.ModuleDict({"x": FakeQuantize("fake_quant", "min_max", **keys)})  # type: ignore[arg-type]
+            torch_ext.set_fake_quantize(net, "calibration")
+            net["x"](torch.tensor([-1.0, 1.0]))
+            torch_ext.set_fake_quantize(net, "validation")
+            save_observer_params(net, path)
+        _, out, _ = run("compare", "one", "two")
+        # 1 - 127/448 of the scales
+        assert rows(out)["x"][1] == "71.7 %, dtype int8 and float8_e4m3"

@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import export_models
 import torch_ext
 from failing_writes import check_failing_writes
 from snapshots import same_bits
-from torch_ext import export, named_quantizers
+from torch_ext import export, get_default_qconfig, named_quantizers, prepare_qat
 
 SCHEMA = json.loads(
     (Path(torch_ext.__file__).parent / "export/calibration.schema.json").read_text()
@@ -63,6 +64,36 @@ def test_every_number_reads_back(case: str, path: Path) -> None:
         assert record.of == ("weight" if quantizer.transient else record.of)
     assert read.quantizers["fc.input_quantizers.input"].of == "input"
     assert read.quantizers["fc.parametrizations.weight.0"].of == "weight"
+
+
+FLOATS = ("float8_e4m3", "float8_e5m2", "float6_e2m3", "float6_e3m2", "float4_e2m1")
+INTEGERS = [f"int{bits}" for bits in range(2, 17)]
+
+
+GRIDS = [
+    *((dtype, rule) for dtype in FLOATS for rule in ("grid", "floor", "even")),
+    *((dtype, rule) for dtype in INTEGERS for rule in ("grid", "tvm", "floor")),
+    *((f"u{dtype}", "grid") for dtype in INTEGERS),
+]
+
+
+@pytest.mark.parametrize(("dtype", "scale_rule"), GRIDS)
+def test_the_schema_takes_every_grid(dtype: str, scale_rule: str, path: Path) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    torch.manual_seed(1)
+    net: nn.Module = nn.Sequential(nn.Linear(4, 2))
+    keys = {
+        "dtype": dtype,
+        "group_size": 2,
+        "scale_rule": scale_rule,
+        "qscheme": "per_channel_affine" if dtype[0] == "u" else "per_channel_symmetric",
+    }
+    net.qconfig = get_default_qconfig(weight_qkwargs=keys)  # type: ignore[assignment]
+    net = export_models.run(prepare_qat(net), torch.randn(2, 4))
+    export.json(net, path)
+    jsonschema.validate(json.loads(path.read_text()), SCHEMA)
+    spec = export.read_json(path).quantizers["0.parametrizations.weight.0"].spec
+    assert (spec["dtype"], spec["scale_rule"]) == (dtype, scale_rule)
 
 
 def test_the_digest_is_sha256_of_the_statistic(path: Path) -> None:
@@ -138,6 +169,10 @@ INVALID: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "unknown": (record(lambda r: r.update(evil=1)), f"{NAME}.evil: unknown"),
     "of": (record(lambda r: r.update(of="bias")), f"{NAME}.of: expected one of input, output"),
     "dtype": (record(lambda r: r.update(dtype="int99")), f"{NAME}.description: unknown dtype"),
+    "half an end": (
+        record(lambda r: r.update(quant_min=-127.5)),
+        f"{NAME}.description: expected quant_min to be an integer",
+    ),
     "rule": (
         record(lambda r: r.update(scale_rule="x")),
         "unknown scale_rule 'x'; known: grid, tvm",

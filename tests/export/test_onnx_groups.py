@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -193,3 +194,54 @@ def test_resnet_without_its_first_layer(tmp_path: Path) -> None:
     torch_ext.set_fake_quantize(net, "qat")
     net.train()(x).sum().backward()
     assert net.fc.parametrizations.weight.original.grad is not None
+
+
+SMALL_FORMATS = {
+    "mxfp6_e2m3": "float6_e2m3",
+    "mxfp6_e3m2": "float6_e3m2",
+    "mxfp4": "float4_e2m1",
+}
+
+
+def small_floats(block: Any) -> nn.Module:
+    """Weights in a format of 6 or 4 bits, and what they are multiplied with in int8."""
+    torch.manual_seed(3)
+    net: nn.Module = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 2)).eval()
+    weight = torch_ext.get_block_qconfig(block).weight
+    activation = get_default_qconfig(activation_qkwargs={"quant_min": -127}).activation
+    net.qconfig = torch_ext.QConfig(activation, weight)  # type: ignore[assignment]
+    net = prepare_qat(net)
+    calibrate(net, [torch.randn(2, 32)], progress=False)
+    return net
+
+
+@pytest.mark.parametrize("block", SMALL_FORMATS)
+@pytest.mark.parametrize("profile", [None, "onnxruntime", "openvino", "tensorrt", "float"])
+def test_formats_that_onnx_lacks_are_refused_by_name(
+    block: str, profile: Any, tmp_path: Path
+) -> None:
+    net, path = small_floats(block), tmp_path / "net.onnx"
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the text is compared below
+        export.onnx(net, torch.zeros(2, 32), path, profile=profile)
+    text = str(caught.value)
+    assert text.startswith("export.onnx: expected every quantizer to suit the format, got 2 that")
+    for layer in "02":
+        why = f"its format is {SMALL_FORMATS[block]}; of floats, QuantizeLinear has float8_e4m3"
+        assert f"{layer}.parametrizations.weight.0: {why}" in text
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("block", SMALL_FORMATS)
+@pytest.mark.parametrize("kind", ["ncnn", "ncnn_of", "tvm", "x86", "xnnpack"])
+def test_other_exports_refuse_small_floats_by_name(block: str, kind: Any, tmp_path: Path) -> None:
+    net = small_floats(block)
+    weight, x = "0.parametrizations.weight.0", torch.zeros(2, 32)
+    layer = {"weight": weight, "input": "0.input_quantizers.input"}
+    calls: dict[str, Callable[[], Any]] = {
+        "ncnn": lambda: export.ncnn_table(net, x, tmp_path / "net.table"),
+        "ncnn_of": lambda: export.ncnn_table_of(net, {"fc": layer}, tmp_path / "net.table"),
+        "tvm": lambda: export.tvm_scales(net, tmp_path / "net.json"),
+    }
+    with pytest.raises(ValueError, match=rf"(?s)export\.\w+: .*{weight}: its? "):
+        calls.get(kind, lambda: export.pt2e(net, x, kind))()
+    assert not list(tmp_path.iterdir())

@@ -212,7 +212,11 @@ def _pairs(
                 except (ValueError, RuntimeError) as error:
                     raise type(error)(f"{_WHO}: {side} {candidate}: {error}") from error
         elif side == _SIDES[0] and weight_observers is None:
-            choices = usual_candidates(lambda candidate: check(_SIDES[0], candidate))
+            try:
+                choices = usual_candidates(lambda candidate: check(_SIDES[0], candidate))
+            except (ValueError, RuntimeError) as error:
+                why = str(error).removeprefix("resolve: ")
+                raise type(error)(f"{_WHO}: {_SIDES[0]}s: {why}") from error
         sides.append([*choices] or [None])
     return {
         _label(activations, weights): (activations, weights)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -74,7 +75,7 @@ def _print(
 def _cells(row: Difference, first: Params, second: Params) -> list[str]:
     observers = dict.fromkeys((first.observer, second.observer))
     return [
-        *(label_of(row.name), row.note or _percent(row.largest)),
+        *(label_of(row.name), _difference(row)),
         *(range_text(first), range_text(second), scale_text(first), scale_text(second)),
         *(f"{row.zero_point} apart" if row.zero_point else "", ", ".join(observers)),
     ]
@@ -99,6 +100,14 @@ def _record(
         "only_a": comparison.only_first,
         "only_b": comparison.only_second,
     }
+
+
+def _difference(row: Difference) -> str:
+    """The largest difference, with the note if there is one, which may stand alone."""
+    if not row.note:
+        return _percent(row.largest)
+    numbers = 0 < row.largest < math.inf
+    return f"{_percent(row.largest)}, {row.note}" if numbers else row.note
 
 
 def _percent(difference: float) -> str:

@@ -13,6 +13,7 @@ from torch import nn
 
 from torch_ext._C import build_info
 from torch_ext.export.common.entries import (
+    TO_FLOAT,
     Entry,
     ExportReport,
     check_path,
@@ -54,10 +55,11 @@ def onnx(
     Such a pair gives bit for bit what the quantizer gives in VALIDATION, for every finite input.
     Grids of 2 to 4 bits are stored as int4 or uint4, up to 8 bits as int8 or uint8, up to 16 as
     int16 or uint16; before a grid that is narrower than its type, values are clipped. Float formats
-    are stored as float8e4m3fn or float8e5m2, with ``saturate=1``. Groups of a weight are blocks
-    (``block_size``). float16 and bfloat16 are cast to float32 to be quantized, as in PyTorch. Nodes
-    and tensors are named after the quantizers (``conv1.activation_quantizer/quantized``); the
-    file's metadata ``torch_ext`` is JSON that lists the quantizers, see
+    of 8 bits are stored as float8e4m3fn or float8e5m2, with ``saturate=1``; those of 6 and 4 bits
+    raise. Groups of a weight are blocks (``block_size``). float16 and bfloat16 are cast to float32
+    to be quantized, as in PyTorch. Nodes and tensors are named after the quantizers
+    (``conv1.activation_quantizer/quantized``); the file's metadata ``torch_ext`` is JSON that lists
+    the quantizers, see
     :func:`read_onnx_metadata`. The model is traced by ``torch.export`` in eval mode and stays as it
     was.
 
@@ -109,6 +111,8 @@ def onnx(
     prepared = PreparedModel(who, model)
     chosen, left_out = entries(prepared)
     quantizes = profile != "float"
+    unknown = {name: OnnxGrid.problem(entry.quantizer) for name, entry in chosen.items()}
+    refuse(who, {name: why for name, why in unknown.items() if why}, TO_FLOAT)
     grids = {name: OnnxGrid.of(entry.quantizer) for name, entry in chosen.items()}
     refuse_grids(who, profile, chosen, grids)
     least = max(grid.opset for grid in grids.values()) if quantizes else PLAIN_OPSET

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from torch_ext.quantizers.fake_quantize import FakeQuantize
-from torch_ext.quantizers.grid import dtype_name, parse_dtype
+from torch_ext.quantizers.grid import dtype_name, is_float, parse_dtype
+from torch_ext.utils.text import joined
 
 PLAIN_OPSET = 18  # the least that torch.onnx exports
 _FLOAT_OPSET = 19  # the first whose QuantizeLinear has float8
@@ -32,9 +33,21 @@ class OnnxGrid:
     dtype: torch.dtype | None = None  # Torch's dtype of a float format
     block: int | None = None  # so many values along the axis share a scale
 
+    @staticmethod
+    def problem(quantizer: FakeQuantize) -> str:
+        """Why no type holds a quantizer's grid; empty if one does."""
+        dtype = quantizer.observer.dtype
+        name = dtype_name(dtype)
+        if not is_float(dtype) or name in _FLOATS:
+            return ""
+        return f"its format is {name}; of floats, QuantizeLinear has {joined(_FLOATS)}"
+
     @classmethod
     def of(cls, quantizer: FakeQuantize) -> OnnxGrid:
-        """A quantizer's grid in the smallest type of 4, 8 or 16 bits that holds it."""
+        """A quantizer's grid in the smallest type of 4, 8 or 16 bits that holds it.
+
+        For one of which :meth:`problem` says nothing.
+        """
         observer = quantizer.observer
         name = dtype_name(observer.dtype)
         ends = (observer.quant_min, observer.quant_max)

@@ -22,13 +22,13 @@ class Difference:
     #: Name of the quantizer.
     name: str
     #: Largest relative difference of the scales over the channels; infinite if only one side has a
-    #: range, or the numbers of channels differ.
+    #: range, the numbers of channels differ, or dynamic scales are computed in another way.
     scale: float
     #: Largest relative difference of the ranges' ends over the channels; infinite as above.
     range: float
     #: Largest absolute difference of the zero points.
     zero_point: int
-    #: Why the two sides cannot be compared; empty if they can.
+    #: Why the two sides cannot be compared, or in what their formats differ; else empty.
     note: str = ""
 
     @property
@@ -57,7 +57,8 @@ class Comparison:
 def compare(first: Mapping[str, Params], second: Mapping[str, Params]) -> Comparison:
     """Compares two mappings of quantizer names to parameters, as files hold them.
 
-    A per-tensor range is compared with every channel of a per-channel one.
+    A per-tensor range is compared with every channel of a per-channel one. Formats that differ are
+    noted; scales that are dynamic are equal if they are computed in the same way.
     """
     rows = [_difference(name, first[name], second[name]) for name in first if name in second]
     rows.sort(key=lambda row: (-row.largest, row.name))
@@ -68,8 +69,28 @@ def compare(first: Mapping[str, Params], second: Mapping[str, Params]) -> Compar
     )
 
 
+# What decides, beside the range, which values a quantizer gives; and dynamic ones also by these.
+_FORMAT = ("dtype", "dynamic", "scale_rule", "power_of_two", "scale_dtype")
+_DYNAMIC = ("qscheme", "group_size", "ch_axis")
+_ENDS = ("quant_min", "quant_max")
+
+
+def _formats(first: Params, second: Params) -> str:
+    """In what the formats differ: ``dtype int8 and float8_e4m3``; empty if in nothing."""
+    keys = _FORMAT
+    if first.is_dynamic and second.is_dynamic:
+        keys += _DYNAMIC + (_ENDS if first.spec["dtype"] == second.spec["dtype"] else ())
+    usual = {"dynamic": False, "scale_dtype": None, "group_size": None}
+    sides = [usual | dict(params.spec) for params in (first, second)]
+    pairs = [(key, *(side[key] for side in sides)) for key in keys]
+    return ", ".join(f"{key} {one} and {two}" for key, one, two in pairs if one != two)
+
+
 def _difference(name: str, first: Params, second: Params) -> Difference:
     note = ""
+    formats = _formats(first, second)
+    if formats and (first.is_dynamic or second.is_dynamic):
+        return Difference(name, math.inf, math.inf, 0, formats)
     if first.group_size != second.group_size:
         note = f"{first.groups} and {second.groups}"
     elif not (first.solved and second.solved):
@@ -90,6 +111,7 @@ def _difference(name: str, first: Params, second: Params) -> Difference:
         _largest((scales[0] - scales[1]).abs(), torch.maximum(*scales)),
         _largest((ranges[0] - ranges[1]).abs().amax(1), magnitude),
         int(points.max()),
+        formats,
     )
 
 

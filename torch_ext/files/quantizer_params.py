@@ -122,10 +122,11 @@ def tensors_of(quantizer: FakeQuantize) -> dict[str, Tensor]:
     """The quantizer's tensors by the names in ``FIELDS``; not copied."""
     scale, zero_point = quantizer.calculate_qparams()
     # In a quantizer that learns its range these are no buffers, but computed.
-    qparams = {"range": quantizer.range, "scale": scale, "zero_point": zero_point}
+    values = {"range": quantizer.range, "scale": scale, "zero_point": zero_point}
+    if quantizer.rangeless:  # so that nothing takes the range for one
+        values["solved"] = torch.zeros_like(quantizer.solved)
     return {
-        field: qparams[field] if field in qparams else quantizer.get_buffer(field)
-        for field in FIELDS
+        field: values[field] if field in values else quantizer.get_buffer(field) for field in FIELDS
     }
 
 
@@ -199,6 +200,9 @@ def params_from(tensors: Mapping[str, Tensor], spec: Any, histogram: bool = True
     if spec.get("power_of_two") is True and spec.get("scale_rule") in POWERS_OF_TWO:
         spec["power_of_two"] = False  # files of before these two excluded each other; had no effect
     keys = ("dtype", "qscheme", "ch_axis", "channel_len", "quant_min", "quant_max", "group_size")
+    for key in keys:
+        if key not in spec and key != "group_size":
+            raise ValueError(f"{key}: missing")
     # Dynamic groups have no channels, and no range that is kept.
     dynamic = spec.get("dynamic") is True
     fixed = spec | {"ch_axis": -1, "group_size": None} if dynamic else spec
@@ -243,8 +247,10 @@ def _histogram_of(text: str) -> tuple[int, int]:
     except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"description: {error}") from error
     for key, value in spec_of(quantizer).items():
-        if key not in spec or spec[key] != value:
-            raise ValueError(f"{key}: expected {value!r}, got {str(spec.get(key))[:80]}")
+        if key not in spec:
+            raise ValueError(f"{key}: missing")
+        if spec[key] != value:
+            raise ValueError(f"{key}: expected {value!r}, got {str(spec[key])[:80]}")
     octaves, bins = quantizer.observer.counts.shape[2:]
     return octaves, bins
 
@@ -303,6 +309,8 @@ def check_parameters(params: Params) -> None:
     inside &= (zero_point == 0) if params.is_float else True
     _require("zero_point", bool(inside.all()), "on the grid", zero_point)
     _require("solved", int(params["solved"]) in (0, 1, HELD), "0, 1 or 2", params["solved"])
+    if params.rangeless:
+        _require("solved", int(params["solved"]) == 0, "0 with dynamic scales", params["solved"])
 
 
 def check_statistic(tensors: Mapping[str, Tensor]) -> None:

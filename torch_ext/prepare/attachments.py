@@ -185,9 +185,8 @@ class Attachments:
         if site.weight is None:
             quantizer = self._build(where, site.factory, device)
         else:
-            # The forward computes this weight, so it is observed like an activation.
-            keys = self._weight_keys(where, site.factory, device, *site.weight)
-            keys["transient"] = False
+            made = self._build(where, site.factory, device)
+            keys = self.weight_axes.computed_keys(where, made, *site.weight)
             quantizer = self._build(where, site.factory, device, **keys)
         self.steps.append(lambda: attach.attach_child(host, name, quantizer))
         return where
@@ -326,7 +325,7 @@ class Attachments:
         device: torch.device,
         target: Target,
         shape: torch.Size,
-        owner: str = "",
+        owner: str,
     ) -> dict[str, object]:
         """The keys that a factory gets for a weight of a module, with its axes as in ``target``."""
         made = self._build(where, factory, device)

@@ -53,6 +53,28 @@ class WeightAxes:
         channels = shape[axis] if size is None else max(1, shape.numel() // size)
         return {"transient": True, "ch_axis": axis, "channel_len": channels}
 
+    def computed_keys(
+        self, where: str, made: FakeQuantize, target: Target, shape: torch.Size
+    ) -> dict[str, object]:
+        """The keys for a weight that the forward computes, which is observed like an activation.
+
+        Its groups have dynamic scales: they are those that ``min_max`` gives to groups of a weight.
+        """
+        keys = self.keys(where, made, target, shape, "") | {"transient": False}
+        if made.is_dynamic or made.observer.group_size is None:
+            return keys
+        if (made.method, made.observer.name) != ("fake_quant", "min_max"):
+            raise ValueError(
+                f"{self._who}: {where}: expected method fake_quant and observer min_max with "
+                "group_size for a weight that the forward computes, got "
+                f"{made.method} and {made.observer.name}: scales of its groups come from the "
+                "values of each call; give its module a QConfig without group_size, or with "
+                "min_max, by mapping"
+            )
+        kind = "symmetric" if made.observer.symmetric else "affine"
+        del keys["channel_len"]
+        return keys | {"dynamic": True, "qscheme": f"per_tensor_{kind}"}
+
     def refuse(self) -> None:
         """Raises ValueError with the names of all weights that groups do not divide."""
         if not self._undivided:
