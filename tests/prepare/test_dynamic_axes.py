@@ -100,15 +100,52 @@ class Sums(nn.Module):
         return self.stub(self.second(z).unsqueeze(1)).mean(1)
 
 
+@pytest.mark.parametrize("with_example", [False, True])
+def test_a_stub_takes_the_axis_of_its_reader(with_example: bool) -> None:
+    net, x = nn.Sequential(torch_ext.QuantStub(), nn.Conv2d(32, 8, 3)), torch.randn(2, 32, 8, 32)
+    model = prepared(net, x if with_example else None, group_size=32)
+    set_fake_quantize(model, "validation")
+    assert torch.equal(model(x), net(in_groups(x, int8, 1, 32)))
+    assert len(named_quantizers(model)) == 1
+    mapping = {"1": None}
+    with pytest.raises(ValueError, match="expected model to have modules to quantize"):
+        prepared(net, x if with_example else None, mapping)
+    given = prepared(net, x if with_example else None, mapping, ch_axis=-3)
+    set_fake_quantize(given, "validation")
+    assert torch.equal(given(x), net(in_groups(x, int8, 1)))
+
+
+def test_a_stub_of_readers_along_several_axes() -> None:
+    """Each reads it along its own; what is no product reads it in float."""
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stub, self.conv = torch_ext.QuantStub(), nn.Conv2d(8, 4, 1)
+            self.linear = nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            x = self.stub(x)
+            return self.conv(x), self.linear(x), x.exp()
+
+    net, x = Both(), torch.randn(2, 8, 4, 16)
+    model = prepared(net, x, group_size=8)
+    set_fake_quantize(model, "validation")
+    have = model(x)
+    assert torch.equal(have[0], net.conv(in_groups(x, int8, 1, 8)))
+    assert torch.equal(have[1], net.linear(in_groups(x, int8, -1, 8)))
+    assert torch.equal(have[2], x.exp())
+
+
 def test_sums_stay_float() -> None:
-    """An engine with scales of each call has nothing to gain there; the stub is asked for."""
+    """An engine with scales of each call has nothing to gain there, nor where none reads it."""
     net, x = Sums(), torch.randn(4, 8)
     model = prepared(net, x)
     set_fake_quantize(model, "validation")
     y = net.first(in_groups(x, int8))
     z = torch.cat([x + y, x * y], -1)
-    assert torch.equal(model(x), in_groups(net.second(in_groups(z, int8)), int8))
-    assert len(named_quantizers(model)) == 3
+    assert torch.equal(model(x), net.second(in_groups(z, int8)))
+    assert len(named_quantizers(model)) == 2
     modules = nn.ModuleDict({"add": torch_ext.Add(), "cat": torch_ext.Cat(), "m": nn.Linear(8, 8)})
     assert list(named_quantizers(prepared(modules))) == ["m.input_quantizers.input"]
 

@@ -248,7 +248,8 @@ class Attachments:
             if template is not None:
                 names = [f"{name}.{INPUTS}.{key_for(a)}".strip(".") for a in arguments]
                 self.dynamic.of_module(module, template, names)
-        if target.output:
+        # What reads a result with scales of each call has a quantizer of its own, with its axis.
+        if target.output and not self.dynamic.follows_readers(config.activation):
             self._add_output(name, module, config.activation)
 
     def _add_output(self, name: str, module: nn.Module, factory: Factory) -> None:

@@ -37,6 +37,11 @@ class DynamicAxes:
             self._made[id(factory)] = (factory, dynamic)
         return self._made[id(factory)][1]
 
+    def follows_readers(self, factory: Factory) -> bool:
+        """Whether a value is quantized where it is read, as only readers tell the axis."""
+        quantizer = self.quantizer(factory)
+        return quantizer is not None and not quantizer.axis_given
+
     def of_read(
         self, what: str, axis: int | None, shape: Sequence[int], factory: Factory, name: str
     ) -> int | None:

@@ -154,7 +154,8 @@ class Placement:
             return
         asked = kind is Kind.STUB or (node.op == "call_module" and self._is_asked_for(node))
         if asked and self._is_floating(node):
-            self.outputs[node] = None
+            if not self.dynamic.follows_readers(config.activation):
+                self.outputs[node] = None
             self._join([node], config.activation)
         wanted = [(operand, list(self._values(operand))) for operand in self._wanted(node, kind)]
         wanted = [(operand, values) for operand, values in wanted if values]
