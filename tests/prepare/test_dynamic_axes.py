@@ -14,6 +14,7 @@ from block_values import in_groups, int8
 from torch_ext import (
     FakeQuantize,
     describe,
+    get_block_qconfig,
     get_default_qconfig,
     named_quantizers,
     prepare_qat,
@@ -193,11 +194,74 @@ def test_groups_that_do_not_divide(with_example: bool) -> None:
         prepared(net, x if with_example else None, group_size=8)
     text = str(caught.value)
     assert "got 2 that do not" in text
+    assert 'mapping=dict.fromkeys(["0", "3"])' in text
     assert "reads 3 values along axis -3" in text
     assert "reads 12 values along axis -3" in text
     assert dict(net.named_modules()) == before
     left_out = {"0": None, "3": None}
     assert len(named_quantizers(prepared(net, x, left_out, group_size=8))) == 1
+
+
+def test_the_reader_is_named() -> None:
+    """Not what made the value; with the weights in one error, and a mapping that works."""
+    net = nn.Sequential()
+    net.add_module("c", nn.Embedding(10, 16))
+    net.add_module("l", nn.Linear(16, 16))
+    net.add_module("conv", nn.Conv1d(3, 8, 1))
+    x = torch.randint(10, (4, 3))
+    net.qconfig = get_block_qconfig("mxfp8_e4m3")
+    with pytest.raises(ValueError, match="expected groups to fit, got 5 that do not") as caught:
+        prepare_qat(net, example_inputs=x)
+    text = str(caught.value)
+    assert 'mapping=dict.fromkeys(["c", "l", "conv"])' in text
+    assert 'c.activation_quantizer: linear in "l" reads 16 values along axis -1' in text
+    assert "l.weight: 16 on axis 1, group_size 32" in text
+    net = net[:2]
+    net.qconfig = get_default_qconfig(activation_qkwargs={"dynamic": True, "group_size": 32})
+    with pytest.raises(ValueError, match=r'mapping=dict.fromkeys\(\["l"\]\)'):
+        prepare_qat(net, example_inputs=x)
+    assert len(named_quantizers(prepare_qat(net, example_inputs=x, mapping={"l": None}))) == 1
+
+
+def test_the_mapping_keeps_the_layers_around_a_function() -> None:
+    net, x = nn.Sequential(Attention(own=True), nn.Linear(16, 4)), torch.randn(2, 8, 16)
+    keys = {"dynamic": True, "ch_axis": -1, "group_size": 16}
+    net.qconfig = qconfig = get_default_qconfig(activation_qkwargs=keys)
+    with pytest.raises(ValueError, match="expected groups to fit") as caught:
+        prepare_qat(net, example_inputs=x)
+    text = 'mapping={"0": None, "0.qkv": qconfig, "0.out": qconfig}'
+    assert text in str(caught.value)
+    mapping = {"0": None, "0.qkv": qconfig, "0.out": qconfig}
+    # The result of qkv is read by float functions alone.
+    assert len(named_quantizers(prepare_qat(net, example_inputs=x, mapping=mapping))) == 6
+
+
+@pytest.mark.parametrize("with_example", [False, True])
+@pytest.mark.parametrize("functional", [False, True])
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_convolutions_in_groups(kind: Any, functional: bool, with_example: bool) -> None:
+    """A sum is of the channels of one group: 8 of 32."""
+
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(kind(32, 32, 3, groups=4).weight.detach())
+
+        def forward(self, x: Tensor) -> Tensor:
+            if kind is nn.Conv2d:
+                return F.conv2d(x, self.weight, None, 1, 1, 1, 4)
+            return F.conv_transpose2d(x, self.weight, groups=4)
+
+    if functional and not with_example:
+        pytest.skip("functions are found by an example")
+    net = nn.Sequential(Functional() if functional else kind(32, 32, 3, groups=4))
+    x = torch.randn(2, 32, 5, 5)
+    example = x if with_example else None
+    with pytest.raises(ValueError, match="32 values along axis -3, 8 in each sum, no multiple"):
+        prepared(net, example, group_size=16)
+    model = prepared(net, example, group_size=8)
+    set_fake_quantize(model, "validation")
+    assert torch.equal(model(x), net(in_groups(x, int8, 1, 8)))
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float4_e2m1"])
