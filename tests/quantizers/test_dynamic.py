@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from block_values import FORMATS, Quantize, floats, in_groups, int8, nvfp4, uint8_affine
-from torch_ext import DynamicFakeQuantize, FakeQuantize, Observer, set_fake_quantize
+from torch_ext import DynamicFakeQuantize, FakeQuantize, Observer, ops, set_fake_quantize
+from torch_ext.quantizers.solve import Solution
 
 KINDS: dict[str, tuple[dict[str, Any], Quantize]] = {
     "int8": ({}, int8),
@@ -162,6 +163,29 @@ def test_tensor_scale_follows() -> None:
     assert torch.equal(quantizer(x), in_groups(x, nvfp4(quantizer.scale), group=16))
 
 
+def test_tensor_scale_is_written_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread, or who interrupts a step, sees the scale before it or the one after it."""
+    quantizer, x = quantizing("qat", averaging_constant=1.0, **NVFP4), values(8, 32)
+    quantizer(x)
+    before = quantizer.scale.clone()
+    seen = []
+
+    def follow(*arguments: Any, **keys: Any) -> None:
+        own(*arguments, **keys)
+        seen.append(quantizer.scale.clone())
+
+    own = ops.follow_
+    monkeypatch.setattr(ops, "follow_", follow)
+    quantizer(3 * x)
+    assert torch.equal(torch.cat(seen), before)
+    assert torch.equal(quantizer.scale, (3 * x.abs().max() / 2688).view(1))
+    assert quantizer.zero_point.tolist() == [0]
+    count = quantizer.scale._version
+    quantizer.take_(Solution(quantizer.range.clone(), torch.ones(1), torch.zeros(1).int()))
+    assert quantizer.scale._version == count + 1
+    assert torch.equal(quantizer.scale, (3 * x.abs().max() / 2688).view(1))
+
+
 def test_tensor_scale_of_nothing() -> None:
     quantizer = quantizing("calibration", **NVFP4)
     x = torch.zeros(2, 16)
@@ -238,3 +262,18 @@ def test_refused_in_the_forward() -> None:
         quantizing(group_size=5)(values(2, 8))
     with pytest.raises(RuntimeError, match="scalar"):
         quantizing()(torch.tensor(1.0))
+    for axis in (5, 2, -3):
+        with pytest.raises(RuntimeError, match=rf"axis {axis} \(ch_axis\).*got 2 axes.*\[2, 8\]"):
+            quantizing(ch_axis=axis)(values(2, 8))
+
+
+@pytest.mark.parametrize("axis", [-1, 0, 3])
+@pytest.mark.parametrize("shape", [(4, 30), (30, 4), ()])
+def test_refused_values_change_nothing(shape: tuple[int, ...], axis: int) -> None:
+    quantizer = quantizing("qat", ch_axis=axis, **NVFP4)
+    quantizer(torch.randn(16, 2, 2, 16))
+    before = {name: value.clone() for name, value in quantizer.state_dict().items()}
+    with pytest.raises(RuntimeError, match=r"group_size|axis|scalar"):
+        quantizer(1000 * torch.randn(shape))
+    after = quantizer.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())

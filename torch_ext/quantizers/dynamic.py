@@ -196,40 +196,59 @@ class DynamicFakeQuantize(FakeQuantize, dynamic=True):
     def _along(self, x: Tensor, axis: int | None, quantize: TensorMap) -> Tensor:
         """Calls a function with the axis of groups moved to the end, as the op needs it."""
         place = self.axis if axis is None or self.axis_given else axis
+        self._check_shape(x.shape, place)
         if place in (-1, x.dim() - 1):
             return quantize(x)
         return quantize(x.movedim(place, -1)).movedim(-1, place)
+
+    def _check_shape(self, shape: torch.Size, axis: int) -> None:
+        """Raises, before a range follows values that the op then refuses."""
+        axes = len(shape)
+        if not -axes <= axis < axes:
+            have = f"{axes} axes, shape {list(shape)}" if axes else "a scalar"
+            raise RuntimeError(
+                f"FakeQuantize(dynamic): expected x to have an axis {axis} (ch_axis), along which "
+                f"groups lie, got {have}"
+            )
+        if self.group_size is not None and shape[axis] % self.group_size != 0:
+            raise RuntimeError(
+                f"FakeQuantize(dynamic): expected group_size to be a divisor of axis {axis}, "
+                f"{shape[axis]}, got {self.group_size}, with x of shape {list(shape)}"
+            )
 
     def _quantize(self, x: Tensor, action: str) -> Tensor:
         tensor_scale = None
         if self.scale_dtype is not None:
             buffers: Any = self._buffers
-            if action in FOLLOW:
-                self._follow(x)
-            tensor_scale = buffers["scale"]
+            tensor_scale = self._follow(x) if action in FOLLOW else buffers["scale"]
         return ops.dynamic_fake_quant(
             x, self.group_size, grid=self.grid_text, tensor_scale=tensor_scale
         )
 
     @torch.no_grad()
-    def _follow(self, x: Tensor) -> None:
-        tensors = (self.range, self.scale, self.zero_point, self.solved)
+    def _follow(self, x: Tensor) -> Tensor:
+        """Moves the range towards that of ``x``; returns the tensor scale, which it stores."""
+        # The op's own scale is that of the block scales' format; nobody is to see it in `scale`.
+        unused = (torch.empty_like(self.scale), torch.empty_like(self.zero_point))
         constant = 0.0 if self._holds else self.averaging_constant
-        ops.follow_(x.detach(), *tensors, constant, **self._follow_arguments())
-        self.scale.copy_(self._tensor_scale())
+        arguments = self._follow_arguments()
+        ops.follow_(x.detach(), self.range, *unused, self.solved, constant, **arguments)
+        scale = self._tensor_scale(self.range)
+        self.scale.copy_(scale)
+        return scale
 
     def _set(self, solution: Solution) -> None:
-        super()._set(solution)
         if self.scale_dtype is not None:
-            self.scale.copy_(self._tensor_scale())
+            solution = solution._replace(scale=self._tensor_scale(solution.range))
+        super()._set(solution)
 
-    def _tensor_scale(self) -> Tensor:
-        """Float32 [1] of the range: the range's end at the largest scale and largest number."""
+    def _tensor_scale(self, range_: Tensor) -> Tensor:
+        """Float32 [1] of a range: the range's end at the largest scale and largest number."""
         observer = self.observer
         largest = 1.0 * observer.quant_max
         if not is_float(observer.dtype):
             largest = (observer.quant_max - observer.quant_min) / 2
-        reach = self.range.abs().amax(1)
+        reach = range_.abs().amax(1)
         ends = _LARGEST_SCALE * max(-observer.quant_min, observer.quant_max)
         scale = (reach / (_LARGEST_SCALE * largest)).clamp(_LEAST_SCALE, _LARGEST_VALUE / ends)
         return torch.where(reach > 0, scale, torch.ones_like(scale))
