@@ -95,6 +95,15 @@ def test_attention(own: bool, tokens: int) -> None:
     assert float((want - net(x)).abs().max()) > 1e-3
 
 
+def test_more_tokens_than_groups_divide() -> None:
+    """Of the length of the example they were divided; the error in the forward has a name."""
+    net = Attention(own=False)
+    model = prepared(net, torch.randn(2, 8, 16), group_size=8)
+    set_fake_quantize(model, "validation")
+    with pytest.raises(RuntimeError, match=r'group_size .* in "qkv\.activation_quantizer"'):
+        model(torch.randn(2, 9, 16))
+
+
 class Sums(nn.Module):
     def __init__(self) -> None:
         super().__init__()
