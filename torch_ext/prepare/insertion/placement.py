@@ -228,7 +228,8 @@ class Placement:
         """
         if not self._computed.issuperset(factors):
             return factors
-        run, arguments = self.recording, [*enumerate(node.args), *node.kwargs.items()]
+        run = self.recording
+        arguments: list[tuple[int | str, Any]] = [*enumerate(node.args), *node.kwargs.items()]
 
         def fits(factor: fx.Node) -> bool:
             axes = [summed_axis(run, node, place) for place, given in arguments if given is factor]
