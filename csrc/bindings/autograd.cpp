@@ -12,11 +12,12 @@
 namespace torch_ext::bindings {
 namespace {
 
-at::Tensor masked(const at::Tensor& grad, const at::Tensor& mask, at::IntArrayRef order) {
+at::Tensor masked(const at::Tensor& grad, const at::Tensor& mask, at::IntArrayRef order,
+                  bool by_last_axis) {
   static const auto handle = c10::Dispatcher::singleton()
                                  .findSchemaOrThrow("torch_ext::_fake_quant_backward", "")
                                  .typed<decltype(masked)>();
-  return handle.call(grad, mask, order);
+  return handle.call(grad, mask, order, by_last_axis);
 }
 
 struct Masked {
@@ -25,28 +26,31 @@ struct Masked {
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
     if (!grads[0].defined()) return {at::Tensor()};
     return {masked(grads[0], context->get_saved_variables()[0],
-                   context->saved_data["order"].toIntVector())};
+                   context->saved_data["order"].toIntVector(),
+                   context->saved_data["by_last_axis"].toBool())};
   }
 };
 
 // Gives `out` the derivative of the straight-through map x * mask. That is linear and symmetric:
 // the same op is its backward, its forward derivative, and the derivative of either.
 void differentiate(const at::Tensor& out, const at::Tensor& x, const at::Tensor& mask,
-                   at::IntArrayRef order) {
+                   at::IntArrayRef order, bool by_last_axis) {
   record<Masked>({x}, {out}, [&](AutogradContext& context) {
     context.save_for_backward({mask});
     context.saved_data["order"] = order.vec();
+    context.saved_data["by_last_axis"] = by_last_axis;
   });
   if (const at::Tensor tangent = tangent_of(x); tangent.defined())
-    set_tangent(out, masked(tangent, mask, order));
+    set_tangent(out, masked(tangent, mask, order, by_last_axis));
 }
 
-at::Tensor masked_autograd(const at::Tensor& grad, const at::Tensor& mask, at::IntArrayRef order) {
+at::Tensor masked_autograd(const at::Tensor& grad, const at::Tensor& mask, at::IntArrayRef order,
+                           bool by_last_axis) {
   const at::Tensor out = [&] {
     const at::AutoDispatchBelowAutograd below;
-    return masked(grad, mask, order);
+    return masked(grad, mask, order, by_last_axis);
   }();
-  differentiate(out, grad, mask, order);
+  differentiate(out, grad, mask, order, by_last_axis);
   return out;
 }
 
@@ -65,13 +69,6 @@ void check_constants(int64_t, c10::string_view, const std::optional<at::Tensor>&
                      const Others&...) {
   expect(!tensor_scale || !differentiates(*tensor_scale), "dynamic_fake_quant", "tensor_scale",
          "a constant", "one that requires a gradient; detach it");
-}
-
-// The order of the mask of an op whose output has this one.
-template <class Op>
-at::IntArrayRef order_of_mask(at::IntArrayRef order, const at::Tensor& x) {
-  constexpr bool kInGroups = std::is_same_v<typename Op::Arguments, DynamicArguments>;
-  return kInGroups ? order_by_last_axis(order, x.dim()) : order;
 }
 
 // Autograd kernel of an op whose only gradient is that of its first argument x, [shape of x]. Where
@@ -112,7 +109,8 @@ struct WithMask<Op, std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, Types.
       return call_op<Op>(x, others...);
     }();
     const at::IntArrayRef order = std::get<sizeof...(Types) - 1>(std::tie(others...));
-    differentiate(std::get<0>(results), x, std::get<1>(results), order_of_mask<Op>(order, x));
+    constexpr bool kByLastAxis = std::is_same_v<typename Op::Arguments, DynamicArguments>;
+    differentiate(std::get<0>(results), x, std::get<1>(results), order, kByLastAxis);
     return results;
   }
 };

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "bindings/autograd.h"
 #include "bindings/grid_text.h"
 #include "core/qparams.h"
 #include "cpu/subnormals.h"
@@ -15,18 +16,22 @@ namespace {
 
 // The CPU raises for values that no quantizer can have. On CUDA reading them would wait for the
 // device, so there the output becomes NaN instead.
-void check_qparam_values(const char* op, const FakeQuantArguments& a, const core::Codes& codes) {
-  if (!a.scale.is_cpu()) return;
-  const cpu::KeepSubnormals keep;
-  const float* const scales = a.scale.const_data_ptr<float>();
-  const int32_t* const zero_points = a.zero_point.const_data_ptr<int32_t>();
-  for (int64_t c = 0; c < a.scale.numel(); ++c) {
-    expect(core::is_valid_scale(scales[c]), op, "scale", "positive and finite", scales[c],
+void check_zero_points(const char* op, const at::Tensor& zero_point, const core::Codes& codes) {
+  if (!zero_point.is_cpu()) return;
+  const int32_t* const values = zero_point.const_data_ptr<int32_t>();
+  for (int64_t c = 0; c < zero_point.numel(); ++c)
+    expect(codes.has_zero_point(values[c]), op, "zero_point",
+           codes.is_float() ? "0 on a float format" : "between quant_min and quant_max", values[c],
            " in channel ", c);
-    expect(codes.has_zero_point(zero_points[c]), op, "zero_point",
-           codes.is_float() ? "0 on a float format" : "between quant_min and quant_max",
-           zero_points[c], " in channel ", c);
-  }
+}
+
+void check_scales(const char* op, const at::Tensor& scale) {
+  if (!scale.is_cpu()) return;
+  const cpu::KeepSubnormals keep;
+  const float* const values = scale.const_data_ptr<float>();
+  for (int64_t c = 0; c < scale.numel(); ++c)
+    expect(core::is_valid_scale(values[c]), op, "scale", "positive and finite", values[c],
+           " in channel ", c);
 }
 
 core::Mask parse_mask(const char* op, std::string_view name) {
@@ -53,7 +58,8 @@ FakeQuantContract check_fake_quant(const char* op, const FakeQuantArguments& a) 
   const QuantizingGrid grid = check_quantizing_grid({op, text(a.grid)});
   check_order(op, a.order, a.x);
   const core::Mask mask = parse_mask(op, text(a.mask));
-  check_qparam_values(op, a, grid.codes);
+  check_scales(op, a.scale);
+  check_zero_points(op, a.zero_point, grid.codes);
   return {dtype, grid.codes, grid.rounding, mask};
 }
 
@@ -142,7 +148,10 @@ LearnedContract check_learned(const LearnedArguments& a) {
   expect(a.batch_axis < 0 || a.batch_axis != a.ch_axis, op, "batch_axis",
          "another axis than ch_axis", a.batch_axis);
   check_finite(op, row.parameter, a.parameter);
-  if (learned) check_finite(op, "zero_point", *a.zero_point);
+  if (learned)
+    check_finite(op, "zero_point", *a.zero_point);
+  else if (a.zero_point)
+    check_zero_points(op, *a.zero_point, codes);
   return {row, dtype, codes, learned};
 }
 
@@ -271,6 +280,8 @@ core::Grid check_qparams(const at::Tensor& range, c10::string_view grid_text,
   check_range(op, range, std::nullopt, range.device());
   const core::Grid grid = check_solving_grid({op, text(grid_text)}).grid;
   check_tensor_scale(op, tensor_scale, grid, range.device());
+  expect(!tensor_scale || !differentiates(*tensor_scale), op, "tensor_scale", "a constant",
+         "one that requires a gradient; detach it");
   return grid;
 }
 

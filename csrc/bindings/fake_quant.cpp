@@ -43,13 +43,18 @@ std::tuple<at::Tensor, at::Tensor> forward(const FakeQuantArguments& arguments) 
   return {std::move(out), std::move(bits)};
 }
 
-at::Tensor backward(const at::Tensor& grad, const at::Tensor& mask, at::IntArrayRef order) {
+// by_last_axis: the mask is one of groups along the last axis (dynamic.cpp).
+at::Tensor backward(const at::Tensor& grad, const at::Tensor& mask, at::IntArrayRef order,
+                    bool by_last_axis) {
   const core::DType dtype = check_fake_quant_backward(grad, mask, order);
   at::Tensor dx = empty_in(order, grad);
-  const at::Tensor data = with_strides_of(dx, grad);
+  const at::IntArrayRef inner = by_last_axis ? order_by_last_axis(order, grad.dim()) : order;
+  const at::Tensor dense = inner.size() == order.size() ? dx : empty_in(inner, grad);
+  const at::Tensor data = with_strides_of(dense, grad);
   Backend("_fake_quant_backward", grad)
       .fake_quant_backward(dtype, data.const_data_ptr(), mask.const_data_ptr<uint8_t>(),
-                           dx.mutable_data_ptr(), grad.numel());
+                           dense.mutable_data_ptr(), grad.numel());
+  if (!dense.is_same(dx)) dx.copy_(dense);
   return dx;
 }
 

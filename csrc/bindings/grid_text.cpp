@@ -180,6 +180,12 @@ ParsedGrid parse_grid(const GridSource& source) {
             "grid on an affine grid", name_of(grid.scale_rule));
   expect_of(grid.is_float() || grid.scale_rule != core::ScaleRule::even, source, "scale_rule",
             "grid, tvm or floor on integers, which have no mantissa", "even");
+  if (grid.power_of_two) {
+    expect_of(grid.scale_rule != core::ScaleRule::floor, source, "power_of_two",
+              "left out with scale_rule=floor", "both");
+    expect_of(grid.scale_rule != core::ScaleRule::even, source, "power_of_two",
+              "left out with scale_rule=even", "both");
+  }
   check_scale_words(source, grid);
   return grid;
 }

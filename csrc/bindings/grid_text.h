@@ -19,10 +19,10 @@
 // such as "[-128,127] symmetric" or "[0,255] affine rounding=half_away" or "float8_e4m3". Words
 // come in any order, no kind of them twice; those left out are scale_rule=grid and
 // rounding=half_even. A float format is symmetric, whether its text says so or not, and takes
-// neither tvm nor another rounding; integers do not take even. With scale_dtype= scales are rounded
-// to that format, in units of one scale of the whole tensor. Every op takes every word, and reads
-// those that concern it: a quantizer has one text for all ops. Another kind of grid is another
-// word, and no other schema.
+// neither tvm nor another rounding; integers do not take even, nor does power_of_two stand with
+// floor or even. With scale_dtype= scales are rounded to that format, in units of one scale of the
+// whole tensor. Every op takes every word, and reads those that concern it: a quantizer has one
+// text for all ops. Another kind of grid is another word, and no other schema.
 namespace torch_ext::bindings {
 
 struct ParsedGrid {

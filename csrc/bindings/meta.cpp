@@ -31,7 +31,8 @@ std::tuple<at::Tensor, at::Tensor> forward(const FakeQuantArguments& a) {
   return {empty_in(a.order, a.x), mask_of(a.x)};
 }
 
-at::Tensor backward(const at::Tensor& grad, const at::Tensor& mask, at::IntArrayRef order) {
+at::Tensor backward(const at::Tensor& grad, const at::Tensor& mask, at::IntArrayRef order,
+                    bool /*by_last_axis*/) {
   check_fake_quant_backward(grad, mask, order);
   return empty_in(order, grad);
 }

@@ -51,7 +51,10 @@ TORCH_LIBRARY(torch_ext, m) {
       "_fake_quant_forward(Tensor x, Tensor scale, Tensor zero_point, str grid, int ch_axis=-1, "
       "str mask=\"rounded\", int[] order=[]) -> (Tensor, Tensor)",
       tags);
-  m.def("_fake_quant_backward(Tensor grad, Tensor mask, int[] order=[]) -> Tensor", tags);
+  m.def(
+      "_fake_quant_backward(Tensor grad, Tensor mask, int[] order=[], bool by_last_axis=False) -> "
+      "Tensor",
+      tags);
   m.def(
       "dynamic_fake_quant(Tensor x, int group_size, str grid, Tensor? tensor_scale=None) -> Tensor",
       tags);

@@ -75,7 +75,8 @@ void in_two_passes(core::DType dtype, const DynamicJob& job) {
   for (int64_t g = 0; g < job.groups; ++g) {
     const core::ChannelStatistic of = statistic.channel(g);
     const bool finite = of.tally[core::kFinite] == job.group_size;
-    const core::QParams q = core::qparams({of.extrema[0], of.extrema[1]}, job.grid, tensor_scale_of(job));
+    const core::QParams q =
+        core::qparams({of.extrema[0], of.extrema[1]}, job.grid, tensor_scale_of(job));
     scale[g] = finite ? q.scale : NAN;
     zero_point[g] = q.zero_point;
   }

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <bit>
 
 #include "core/qparams.h"
 #include "cuda/block.h"
@@ -67,7 +68,8 @@ TE_GPU void map(const FakeQuantJob& job, const Group<T>& in, const core::QParams
   if (job.mask != nullptr) job.mask[group] = static_cast<uint8_t>(bits);
 }
 
-// `lanes` threads of a warp, a power of two, hold a group, eight values each.
+// `lanes` threads of a warp, a power of two, hold a group, eight values each; the last of them may
+// have none.
 template <class T, bool kDefault>
 struct ShortGroups {
   static constexpr int kThreads = 256;
@@ -77,12 +79,17 @@ struct ShortGroups {
   int lanes;
 
   TE_GPU void operator()() const {
-    const int64_t group = gpu::block() * kThreads + gpu::thread();
-    const bool is_inside = group < job.layout.numel() / kGroup;
+    const int parts = static_cast<int>(job.layout.inner) / kGroup;
+    const int lane = gpu::thread() % lanes;
+    const int64_t row = gpu::block() * (kThreads / lanes) + gpu::thread() / lanes;
+    const bool is_inside = row < job.layout.channels && lane < parts;
+    const int64_t group = row * parts + lane;
     Group<T> in{};
-    if (is_inside) in.load(static_cast<const T*>(job.x) + group * kGroup);
     Extrema extrema;
-    add(in, extrema);
+    if (is_inside) {
+      in.load(static_cast<const T*>(job.x) + group * kGroup);
+      add(in, extrema);
+    }
     for (int away = lanes / 2; away > 0; away /= 2) {
       extrema.min_key = smaller(extrema.min_key, gpu::shuffle_xor(extrema.min_key, away));
       extrema.max_key = larger(extrema.max_key, gpu::shuffle_xor(extrema.max_key, away));
@@ -175,8 +182,8 @@ bool in_one_pass(const DynamicJob& job) {
 
 // Threads of a warp for a group of so many values; 0: it takes a block.
 int lanes_of(int64_t group_size) {
-  const int64_t lanes = group_size / kGroup;
-  return lanes <= gpu::kWarp && (lanes & (lanes - 1)) == 0 ? static_cast<int>(lanes) : 0;
+  const int64_t parts = group_size / kGroup;
+  return parts <= gpu::kWarp ? static_cast<int>(std::bit_ceil(static_cast<uint64_t>(parts))) : 0;
 }
 
 template <class T, bool kDefault>
@@ -184,7 +191,7 @@ void launch_one_pass(const FakeQuantJob& map, const ScaleOf& scale_of, Stream st
   constexpr const char* op = "dynamic_fake_quant";
   if (const int lanes = lanes_of(map.layout.inner); lanes > 0) {
     using Kernel = ShortGroups<T, kDefault>;
-    const int64_t threads = map.layout.numel() / kGroup;
+    const int64_t threads = map.layout.channels * lanes;
     return gpu::launch(op, Kernel{map, scale_of, lanes},
                        {(threads + Kernel::kThreads - 1) / Kernel::kThreads}, stream);
   }

@@ -171,6 +171,13 @@ def lsq_clauses() -> list[Clause]:
         ("scale infinite", "scale", {"scale": torch.full((3,), INF)}),
         ("zero_point dtype", "zero_point", {"zero_point": torch.zeros(3, dtype=I64)}),
         ("zero_point numel", "zero_point", {"zero_point": torch.zeros(1, dtype=I32)}),
+        ("zero_point below", "zero_point", {"zero_point": torch.tensor([0, -129, 0], dtype=I32)}),
+        ("zero_point above", "zero_point", {"zero_point": torch.tensor([0, 0, 128], dtype=I32)}),
+        (
+            "zero_point of a float format",
+            "zero_point",
+            {"grid": "float8_e4m3", "zero_point": torch.ones(3, dtype=I32)},
+        ),
         ("learned zero_point NaN", "zero_point", {"zero_point": torch.full((3,), NAN)}),
         ("axis", "ch_axis", {"ch_axis": 2}),
         ("batch axis", "batch_axis", {"batch_axis": 2}),

@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 from group_values import DTYPES, assert_same, in_groups, spread
+from op_samples import NVFP4
 from torch_ext import ops
 
 FLOATS = {"float8_e4m3": (torch.float8_e4m3fn, 448.0), "float8_e5m2": (torch.float8_e5m2, 57344.0)}
 # The last axis and the group: whole registers, parts of them, long rows, a row past any cache.
 SIZES = [(64, 32), (48, 16), (384, 128), (24, 8), (30, 3), (105, 35), (21, 1), (4096, None)]
+# One of each kind: whole registers, parts of one, one value, rows within the caches and past them.
+OF_EACH_KIND = [(64, 32), (105, 35), (24, 8), (30, 3), (84, 1), (70_000, None)]
 LONG = [(9000, None), (70_000, None), (131_072, 65_536), (200_003, None)]
 
 
@@ -119,7 +122,7 @@ GRIDS = [
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_equals_static_fake_quant_with_the_groups_ranges(grid: str, dtype: torch.dtype):
     """A law over grids; the formulas are those of the tests above and of fake_quant's."""
-    for columns, group in [*SIZES, (70_000, None)]:
+    for columns, group in OF_EACH_KIND:
         x = spread(6, columns, dtype)
         rows = x.view(-1, columns if group is None else group)
         ranges = ops.min_max(rows, grid=grid, ch_axis=0)
@@ -144,8 +147,11 @@ def test_arguments_are_the_words_of_the_grid():
     ):
         have = ops.dynamic_fake_quant(x, 16, -8, 7, **given)
         assert torch.equal(have, ops.dynamic_fake_quant(x, 16, grid=text))
+    for symmetric in (True, False):
+        with pytest.raises(TypeError, match="alone, got arguments that it stands for"):
+            ops.dynamic_fake_quant(x, grid="[-8,7] affine", symmetric=symmetric)
     with pytest.raises(TypeError, match="alone, got arguments that it stands for"):
-        ops.dynamic_fake_quant(x, grid="[-8,7] affine", symmetric=False)
+        ops.dynamic_fake_quant(x, 8, symmetric=True, grid="[0,255] affine")
     with pytest.raises(TypeError, match="expected quant_min and quant_max, or grid, got neither"):
         ops.dynamic_fake_quant(x)
 
@@ -185,6 +191,13 @@ def test_ends_of_float32():
         out = ops.dynamic_fake_quant(x, grid=grid)
         assert out.isfinite().all(), grid
         assert not out[1:].any(), grid
+    # The ends of core/qparams.h's tensor_scales(): scales stay between 2^-126 and what 6 times of
+    # which is finite.
+    for tensor_scale in (2.0**-120, top / (448 * 6)):
+        g = torch.tensor([tensor_scale])
+        out = ops.dynamic_fake_quant(x, grid=NVFP4, tensor_scale=g)
+        assert out.isfinite().all(), tensor_scale
+        assert not out[1:].any(), tensor_scale
     signs = ops.dynamic_fake_quant(x, grid="float8_e4m3").signbit()
     assert signs[2].tolist() == [True, False, False, False]
 
@@ -206,9 +219,10 @@ def test_any_strides(view: str):
         out, want = (ops.dynamic_fake_quant(t, group, -8, 7) for t in (a, b))
         assert torch.equal(out, want)
         assert out.stride() == torch.neg(x).stride()
-        out.backward(upstream)
-        want.backward(upstream)
-        assert torch.equal(a.grad, b.grad)
+        # Not by backward(), which would lay out the gradient as x.
+        (dx,) = torch.autograd.grad(out, a, upstream)
+        assert torch.equal(dx, torch.autograd.grad(want, b, upstream)[0])
+        assert dx.stride() == torch.neg(x).stride()
         meta = torch.empty_strided(x.shape, x.stride(), device="meta")
         assert ops.dynamic_fake_quant(meta, group, -8, 7).stride() == out.stride()
 

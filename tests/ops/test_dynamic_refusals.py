@@ -36,6 +36,18 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
         {"grid": "[-8,7] affine scale_rule=floor"},
     ),
     (
+        "power_of_two to be left out with scale_rule=floor, got both",
+        {"grid": "[-8,7] symmetric scale_rule=floor power_of_two"},
+    ),
+    (
+        "power_of_two to be left out with scale_rule=floor, got both",
+        {"grid": "float8_e4m3 power_of_two scale_rule=floor"},
+    ),
+    (
+        "power_of_two to be left out with scale_rule=even, got both",
+        {"grid": "float8_e4m3 scale_rule=even power_of_two"},
+    ),
+    (
         "tensor_scale to be None, as the grid has no scale_dtype, got a tensor",
         {"tensor_scale": ONE},
     ),
@@ -92,3 +104,14 @@ def test_ops_without_a_tensor_scale_refuse_a_grid_that_needs_one():
     assert float(ops.percentile(x, grid=NVFP4, percentile=100).abs().max()) == float(x.abs().max())
     with pytest.raises(RuntimeError, match="qparams: expected tensor_scale to be None, as the"):
         ops.qparams(torch.zeros(1, 2), -8, 7, True, tensor_scale=ONE)
+
+
+def test_qparams_has_no_gradient_of_a_tensor_scale():
+    tensor_scale = torch.ones(1, requires_grad=True)
+    with pytest.raises(
+        RuntimeError, match="qparams: expected tensor_scale to be a constant, got one that requires"
+    ):
+        ops.qparams(torch.zeros(1, 2), grid=NVFP4, tensor_scale=tensor_scale)
+    with torch.no_grad():
+        have = ops.qparams(torch.zeros(1, 2), grid=NVFP4, tensor_scale=tensor_scale)
+    assert have[0].item() == 2.0**-6

@@ -69,6 +69,7 @@ def quantizers(channels: int, axis: int) -> dict[str, Callable[..., Tensor]]:
         "fake_quant": lambda x: ops.fake_quant(x, scale, zero_point, *GRID, axis),
         "paper": lambda x: ops.fake_quant(x, scale, zero_point, *GRID, axis, "paper"),
         "follow": follow,
+        "dynamic": lambda x: ops.dynamic_fake_quant(x, None, *GRID),
         "lsq": lambda x, s: ops.lsq(x, s, zero_point, *GRID, axis),
         "lsq_zero": lambda x, s, z: ops.lsq(x, s, z, *GRID, axis),
     }

@@ -66,7 +66,7 @@ def dynamic_fake_quant(
     quant_min: int | None = None,
     quant_max: int | None = None,
     *,
-    symmetric: bool = True,
+    symmetric: bool | None = None,
     scale_rule: ScaleRule = "grid",
     power_of_two: bool = False,
     grid: str | None = None,
@@ -76,15 +76,15 @@ def dynamic_fake_quant(
 
     Groups are ``group_size`` consecutive values along the last axis. Gives the numbers of
     :func:`qparams` of each group's least and greatest value, and then :func:`fake_quant`. Reads
-    ``x`` once. Differentiable in ``x`` (straight-through, mask ``"rounded"``); the scales are
-    constants.
+    ``x`` once, where a group fits into a cache. Differentiable in ``x`` (straight-through, mask
+    ``"rounded"``); the scales are constants.
 
     A group with a NaN or an infinity becomes NaN as a whole, as it has no scale.
 
     Args:
         x: any floating dtype and strides, of one axis or more.
         group_size: a divisor of the last axis; None: the whole axis, which is "per token".
-        symmetric, scale_rule, power_of_two: as in :func:`qparams`.
+        symmetric, scale_rule, power_of_two: as in :func:`qparams`; symmetric is True by default.
         grid: the grid as a text, in place of ``quant_min`` to ``power_of_two``:
             ``"[-128,127] symmetric"``, ``"float8_e4m3"``, ``"float4_e2m1 scale_rule=floor"``
             (MXFP4 for groups of 32), ``"float4_e2m1 scale_dtype=float8_e4m3"`` (NVFP4 for groups
@@ -95,8 +95,7 @@ def dynamic_fake_quant(
         TypeError: neither ``grid`` nor an end, or ``grid`` and what it stands for.
         RuntimeError: an argument is not as above.
     """
-    # With the defaults the grid alone is given.
-    signs = None if grid is not None and symmetric is True else symmetric
+    signs = True if grid is None and symmetric is None else symmetric
     text = grid_text(quant_min, quant_max, signs, scale_rule, power_of_two, grid=grid)
     size = -1 if group_size is None else group_size
     out: Tensor = NATIVE.dynamic_fake_quant(x, size, text, tensor_scale)
@@ -129,8 +128,8 @@ def lsq(
     Args:
         x: float32, float64, float16 or bfloat16, any shape and strides.
         scale: float32 [C], finite. The op computes with ``max(|scale|, 2^-126)``.
-        zero_point: int32 [C], which is fixed; or float32 [C], which is learned, and is rounded and
-            clamped to the grid.
+        zero_point: int32 [C], which is fixed, and on the grid; or float32 [C], which is learned,
+            and is rounded and clamped to the grid.
         ch_axis: the axis of the C channels; -1: C = 1.
         use_grad_scaling: False omits the factor ``1 / sqrt(N * quant_max)``.
         batch_axis: the axis whose size is left out of N; 0 for activations, -1 for none.
@@ -138,7 +137,7 @@ def lsq(
 
     Raises:
         RuntimeError: an argument is not as above. Values of CUDA tensors are not checked: a scale
-            that is not finite gives NaN.
+            that is not finite, or a zero point off the grid, gives NaN.
     """
     text = grid_text(quant_min, quant_max, grid=grid)
     return NATIVE.lsq(  # type: ignore[no-any-return]

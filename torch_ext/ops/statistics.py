@@ -179,10 +179,12 @@ def qparams(
             ``2^(floor(log2 T) - floor(log2 largest))``, the rule of OCP's MX formats, by which
             values beyond the largest one saturate; ``"even"`` (float formats only) after rounding
             T to the format's mantissa bits, half up.
-        power_of_two: rounds the scale up to a power of two, by which nothing saturates.
+        power_of_two: rounds the scale up to a power of two, by which nothing saturates; not with
+            ``"floor"`` or ``"even"``.
         grid: the grid as a text, in place of all of these: ``"float8_e4m3"``,
             ``"float8_e5m2 power_of_two"``, ``"[0,255] affine"``.
-        tensor_scale: float32 [1], above 0, of a grid with ``scale_dtype``; else None.
+        tensor_scale: float32 [1], above 0, of a grid with ``scale_dtype``, and a constant, as the
+            scales are; else None.
 
     Returns:
         Scale [C] float32 and zero point [C] int32.
