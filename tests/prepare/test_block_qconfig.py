@@ -198,6 +198,16 @@ REFUSED = {
         {"activation_qkwargs": {"dtype": "int8"}},
         "expected activation_qkwargs without dtype, which mxfp4 decides",
     ),
+    "other rule": (
+        ("mxfp4", "ceil"),
+        {"weight_qkwargs": {"scale_rule": "floor"}},
+        "expected weight_qkwargs without scale_rule, which mxfp4 decides",
+    ),
+    "rounded up": (
+        ("mxint8", "floor"),
+        {"activation_qkwargs": {"power_of_two": True}},
+        "expected activation_qkwargs without power_of_two, which mxint8 decides",
+    ),
     "key": (("mxfp4",), {"weight_qkwargs": {"foo": 1}}, 'weight_qkwargs: unknown key "foo"'),
     "observed": (("mxfp4",), {"activation_observer": "mse"}, "expected name to be min_max"),
     "levels": (("nvfp4",), {"activation_observer": "kl"}, "kl"),

@@ -122,7 +122,7 @@ class Attachments:
                     self._add_weight(weight.owner, module, *weight[1:], pair=pair)
                 done.add(key)
             assignment.add(placement)
-        self.dynamic.set_axes(_WHO, self.named)
+        self.dynamic.set_axes(self.named)
         if self.built:
             link = Link(make_plan(self.root.forward, recordings, self._layers()))
             for name in tracked_modules(self.root, recordings, link.plan):
@@ -186,7 +186,7 @@ class Attachments:
             quantizer = self._build(where, site.factory, device)
         else:
             made = self._build(where, site.factory, device)
-            keys = self.weight_axes.computed_keys(where, made, *site.weight)
+            keys = self.weight_axes.computed_keys(where, made, *site.weight, host_name)
             quantizer = self._build(where, site.factory, device, **keys)
         self.steps.append(lambda: attach.attach_child(host, name, quantizer))
         return where
@@ -218,7 +218,7 @@ class Attachments:
                 self.first_steps.append(functools.partial(swap_class, module, class_layer_by_layer))
             elif name in self.reads:
                 self.first_steps.append(functools.partial(swap_class, module, class_with_inputs))
-        self.dynamic.set_axes(_WHO, self.named)
+        self.dynamic.set_axes(self.named)
         if outputs is not None:
             self.add_outputs(outputs, None)
 
@@ -246,8 +246,9 @@ class Attachments:
             self._add_reads(name, module, arguments, config.activation, target.reads is Reads.PAIR)
             if template is not None:
                 names = [f"{name}.{INPUTS}.{key_for(a)}".strip(".") for a in arguments]
-                self.dynamic.of_module(module, template, names)
-        if target.output:
+                self.dynamic.of_module(name, module, template, names)
+        # What reads a result with scales of each call has a quantizer of its own, with its axis.
+        if target.output and not self.dynamic.follows_readers(config.activation):
             self._add_output(name, module, config.activation)
 
     def _add_output(self, name: str, module: nn.Module, factory: Factory) -> None:

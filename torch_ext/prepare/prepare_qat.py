@@ -11,6 +11,7 @@ from torch import nn
 from torch_ext.prepare.attach import attached
 from torch_ext.prepare.attachments import Attachments
 from torch_ext.prepare.batch_norms.fuse import warn_of_left
+from torch_ext.prepare.blocks.refusal import refuse_groups
 from torch_ext.prepare.describe import describe
 from torch_ext.prepare.module_classes import copied
 from torch_ext.prepare.qconfig import Factory, Mapped, QConfig, QConfigMapping
@@ -107,8 +108,8 @@ def prepare_qat(
             QConfig has a wrong type.
         ValueError: the model is prepared already, wrapped, has no QConfig or nothing to quantize; a
             name in ``mapping`` matches no module; a weight cannot be parametrized; ``group_size``
-            does not divide weights, which the message names; or the model does not run on the
-            example, in which case the message has the line.
+            does not divide weights or what is read, which the message names; or the model does not
+            run on the example, in which case the message has the line.
 
     If it raises, the model is unchanged.
     """
@@ -145,7 +146,7 @@ def prepare_qat(
             f"{_WHO}: expected model to have modules to quantize, found none with a QConfig that "
             "has a factory; functions are found with example_inputs"
         )
-    plan.weight_axes.refuse()
+    refuse_groups(_WHO, prepared, plan.dynamic, plan.weight_axes)
     warn_of_left(_WHO, plan.norms.left, has_example=True)
     plan.carry_out()
     if verbose:

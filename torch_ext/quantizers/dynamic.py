@@ -210,6 +210,10 @@ class DynamicFakeQuantize(FakeQuantize, dynamic=True):
             return quantize(x)
         return quantize(x.movedim(place, -1)).movedim(-1, place)
 
+    @property
+    def _of_label(self) -> str:
+        return f' in "{self.label}"' if self.label else ""
+
     def _check_shape(self, shape: torch.Size, axis: int) -> None:
         """Raises, before a range follows values that the op then refuses."""
         axes = len(shape)
@@ -217,12 +221,13 @@ class DynamicFakeQuantize(FakeQuantize, dynamic=True):
             have = f"{axes} axes, shape {list(shape)}" if axes else "a scalar"
             raise RuntimeError(
                 f"FakeQuantize(dynamic): expected x to have an axis {axis} (ch_axis), along which "
-                f"groups lie, got {have}"
+                f"groups lie, got {have}{self._of_label}"
             )
         if self.group_size is not None and shape[axis] % self.group_size != 0:
             raise RuntimeError(
                 f"FakeQuantize(dynamic): expected group_size to be a divisor of axis {axis}, "
                 f"{shape[axis]}, got {self.group_size}, with x of shape {list(shape)}"
+                f"{self._of_label}"
             )
 
     def _quantize(self, x: Tensor, action: str) -> Tensor:

@@ -84,6 +84,7 @@ def get_block_qconfig(
         known = joined(get_args(BlockFormat))
         raise ValueError(f"{_WHO}: unknown format {bounded(format)}; known: {known}")
     sides: list[dict[str, Any]]
+    refused: tuple[str, ...] = ()
     if format == "nvfp4":
         if scale_rule is not None:
             raise ValueError(
@@ -95,13 +96,14 @@ def get_block_qconfig(
         values = {"dtype": _FLOATS[format]} if format in _FLOATS else dict(_INT8)
         keys = {**values, "group_size": _MX_GROUP, **_power_of_two(format, scale_rule)}
         sides = [{**keys, "dynamic": True}, keys]
+        refused = ("scale_rule", "power_of_two")  # either alone would contradict the other
     given = (activation_qkwargs, weight_qkwargs)
     rules = (activation_observer, weight_observer)
     factories: list[Factory | None] = []
     for side, own, more, rule in zip(("activation", "weight"), sides, given, rules, strict=True):
         if more is not None and not isinstance(more, Mapping):
             raise TypeError(f"{_WHO}: expected {side}_qkwargs to be a mapping, got {bounded(more)}")
-        if decided := [key for key in more or {} if key in own]:
+        if decided := [key for key in more or {} if key in own or key in refused]:
             raise ValueError(
                 f"{_WHO}: expected {side}_qkwargs without {', '.join(decided)}, which {format} "
                 "decides; get_default_qconfig takes all keys"

@@ -11,12 +11,15 @@ from torch_ext.quantizers.parts.groups import INPUT_AXIS
 
 
 class WeightAxes:
-    """Finds the keys of weights' quantizers, and notes the weights that groups do not divide."""
+    """Finds the keys of weights' quantizers, and notes the weights that groups do not divide.
+
+    Attributes:
+        undivided: the module's name, and what is wrong.
+    """
 
     def __init__(self, who: str) -> None:
         self._who = who
-        # The module's name, and what is wrong.
-        self._undivided: list[tuple[str, str]] = []
+        self.undivided: list[tuple[str, str]] = []
 
     def keys(
         self, where: str, made: FakeQuantize, target: Target, shape: torch.Size, owner: str
@@ -47,20 +50,20 @@ class WeightAxes:
             )
         if size is not None and shape[axis] % size:
             problem = f"{where}: {shape[axis]} on axis {axis}, group_size {size}"
-            self._undivided.append((owner, problem))
+            self.undivided.append((owner, problem))
         if made.is_dynamic:
             return {"transient": True, "ch_axis": axis}
         channels = shape[axis] if size is None else max(1, shape.numel() // size)
         return {"transient": True, "ch_axis": axis, "channel_len": channels}
 
     def computed_keys(
-        self, where: str, made: FakeQuantize, target: Target, shape: torch.Size
+        self, where: str, made: FakeQuantize, target: Target, shape: torch.Size, owner: str
     ) -> dict[str, object]:
         """The keys for a weight that the forward computes, which is observed like an activation.
 
         Its groups have dynamic scales: they are those that ``min_max`` gives to groups of a weight.
         """
-        keys = self.keys(where, made, target, shape, "") | {"transient": False}
+        keys = self.keys(where, made, target, shape, owner) | {"transient": False}
         if made.is_dynamic or made.observer.group_size is None:
             return keys
         if (made.method, made.observer.name) != ("fake_quant", "min_max"):
@@ -74,16 +77,3 @@ class WeightAxes:
         kind = "symmetric" if made.observer.symmetric else "affine"
         del keys["channel_len"]
         return keys | {"dynamic": True, "qscheme": f"per_tensor_{kind}"}
-
-    def refuse(self) -> None:
-        """Raises ValueError with the names of all weights that groups do not divide."""
-        if not self._undivided:
-            return
-        names = ", ".join(dict.fromkeys(f'"{name}"' for name, _ in self._undivided))
-        weights = "\n".join(f"  {problem}" for _, problem in self._undivided)
-        raise ValueError(
-            f"{self._who}: expected group_size to divide every weight, got {len(self._undivided)} "
-            f"that it does not; leave them float with mapping=dict.fromkeys([{names}]), or give "
-            "them a QConfig without group_size in the same way: dict.fromkeys([...], qconfig)\n"
-            f"{weights}"
-        )

@@ -10,7 +10,8 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from torch_ext.prepare.attach import OUTPUT, SUFFIX
-from torch_ext.prepare.insertion.operations import operation, summed_axis
+from torch_ext.prepare.blocks.dynamic_axes import Reader
+from torch_ext.prepare.insertion.operations import operation, option, summed_axis
 from torch_ext.prepare.insertion.placement import Ask, Placement, Site
 from torch_ext.prepare.insertion.plan import (
     CallPlan,
@@ -212,17 +213,25 @@ def _write(placement: Placement, ask: Ask, memo: str, quantizer: str, observes: 
         forward = recording.model.get_submodule(recording.calls[reader].module).forward
     else:
         reads, forward = _function_plan(recording, reader).reads, None
-    factory, what = placement.site_of[ask.value].factory, operation(recording, reader)
+    factory, by = placement.site_of[ask.value].factory, _reader(recording, reader)
     for place, item in _places(reader, ask.operand):
         name = _argument(forward, place) if forward else ""
         summed, shape = summed_axis(recording, reader, place), recording.values[ask.operand].shape
-        axis = placement.dynamic.of_read(what, summed, shape, factory, quantizer)
+        axis = placement.dynamic.of_read(by, summed, shape, factory, quantizer)
         # Read along another axis, a tensor becomes another.
         own = f"{memo} {axis}" if memo and axis is not None else memo
         read = Read(place, item, name, own, quantizer, observes)
         read.axis = axis
         reads.append(read)
         observes = False
+
+
+def _reader(recording: Recording, node: fx.Node) -> Reader:
+    """What errors on groups that do not fit call a node."""
+    what, is_function = operation(recording, node), node not in recording.calls
+    module = recording.owners[node] if is_function else recording.calls[node].module
+    groups = option(recording, node, "groups", 6, "1") if what.startswith("conv") else "1"
+    return Reader(module, what, int(groups) if groups.isdigit() else 1, is_function)
 
 
 def _function_plan(recording: Recording, node: fx.Node) -> FunctionPlan:

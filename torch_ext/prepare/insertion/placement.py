@@ -19,6 +19,7 @@ from torch_ext.prepare.insertion.operations import (
     inputs_of,
     kind_of,
     operation,
+    summed_axis,
     weight_of,
     weight_source,
 )
@@ -154,9 +155,13 @@ class Placement:
             return
         asked = kind is Kind.STUB or (node.op == "call_module" and self._is_asked_for(node))
         if asked and self._is_floating(node):
-            self.outputs[node] = None
+            if not self.dynamic.follows_readers(config.activation):
+                self.outputs[node] = None
             self._join([node], config.activation)
-        wanted = [(operand, list(self._values(operand))) for operand in self._wanted(node, kind)]
+        operands = self._wanted(node, kind)
+        if kind is Kind.PRODUCT:
+            operands = self._divided(node, operands, config.activation)
+        wanted = [(operand, list(self._values(operand))) for operand in operands]
         wanted = [(operand, values) for operand, values in wanted if values]
         if kind is Kind.JOIN and wanted:
             self._joined.add(node)
@@ -215,6 +220,23 @@ class Placement:
         # A layer also reads tables quantized, such as those of relative positions.
         layer = kind is Kind.WEIGHTED
         return [op for op in operands if layer and bool(recording.values[op].any())]
+
+    def _divided(self, node: fx.Node, factors: list[fx.Node], factory: Factory) -> list[fx.Node]:
+        """Without the factors that groups do not divide, if all are computed.
+
+        Such as probabilities and values, whose sum is over tokens, of which there are any number.
+        """
+        if not self._computed.issuperset(factors):
+            return factors
+        run = self.recording
+        arguments: list[tuple[int | str, Any]] = [*enumerate(node.args), *node.kwargs.items()]
+
+        def fits(factor: fx.Node) -> bool:
+            axes = [summed_axis(run, node, place) for place, given in arguments if given is factor]
+            shape = run.values[factor].shape
+            return all(self.dynamic.divides(factory, shape, axis) for axis in axes)
+
+        return [factor for factor in factors if fits(factor)]
 
     def _is_floating(self, node: fx.Node) -> bool:
         value = self.recording.values[node]
