@@ -77,7 +77,7 @@ _ENDS = ("quant_min", "quant_max")
 
 def _formats(first: Params, second: Params) -> str:
     """In what the formats differ: ``dtype int8 and float8_e4m3``; empty if in nothing."""
-    keys = _FORMAT
+    keys: tuple[str, ...] = _FORMAT
     if first.is_dynamic and second.is_dynamic:
         keys += _DYNAMIC + (_ENDS if first.spec["dtype"] == second.spec["dtype"] else ())
     usual = {"dynamic": False, "scale_dtype": None, "group_size": None}
