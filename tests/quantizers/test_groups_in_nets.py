@@ -214,19 +214,3 @@ def test_an_axis_that_a_weight_lacks() -> None:
     net.qconfig = get_default_qconfig(weight_qkwargs=keys)  # type: ignore[assignment]
     with pytest.raises(ValueError, match=r"fc.weight: expected ch_axis to be below 2, got 3"):
         prepare_qat(net)
-
-
-def test_a_weight_that_the_forward_computes_is_refused() -> None:
-    class Computed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.scale = nn.Parameter(torch.ones(8, 1))
-            self.weight = nn.Parameter(torch.randn(8, 8))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return nn.functional.linear(x, self.weight * self.scale)
-
-    net = Computed().eval()
-    net.qconfig = get_default_qconfig(weight_qkwargs=INT4)  # type: ignore[assignment]
-    with pytest.raises(ValueError, match=r"prepare_qat: .*expected group_size to be None"):
-        prepare_qat(net, example_inputs=torch.randn(2, 8))
