@@ -156,7 +156,7 @@ def units(chosen: argparse.Namespace) -> list[Unit]:
 
 def fits(recipe: str, net: str, bits: str, everything: bool) -> bool:
     """Whether to do a recipe; `everything` includes what says little for its time."""
-    if recipe in RIVALS and bits not in RIVALS[recipe].bits:
+    if recipe in RIVALS and (bits not in RIVALS[recipe].bits or net in RIVALS[recipe].not_for):
         return False
     worth = NETS[net].recipes
     return everything or (

@@ -1,15 +1,16 @@
-"""Short training with few bits: without a calibration, from one, and from rounded weights.
+"""Short training with few bits: without a calibration, from one, and from corrected weights.
 
 Everything but the start is the same: the net, the data, the seeds, the steps. Without a calibration
-the first batch sets the ranges (fake_quant, lsq), or the usual clipping level does (pact). Rounded
-weights are those of ``reconstruct``, which reads no labels. Every start has the learning rate that
-is best for it, of those that are tried. Prints accuracies over seeds, and draws the losses.
+the first batch sets the ranges (fake_quant, lsq), or the usual clipping level does (pact).
+``equalize`` and ``reconstruct`` change the weights and read no labels. Every start has the learning
+rate that is best for it, of those that are tried. Prints accuracies over seeds, draws the losses.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import functools
 import math
 import multiprocessing
@@ -31,7 +32,12 @@ from common.report import draw_losses, print_table
 from low_bits import METHODS, prepare
 from torch_ext import FakeQuantState, load_observer_params, set_fake_quantize
 
-STARTS = ("without a calibration", "calibrated", "calibrated, reconstruct")
+STARTS = (
+    "without a calibration",
+    "calibrated",
+    "calibrated, reconstruct",
+    "equalize, calibrated, reconstruct",
+)
 IMAGES = 512  # to calibrate with
 
 
@@ -64,12 +70,15 @@ def net_and_data(folder: str | None) -> tuple[SmallNet, Dataset]:
 
 @functools.cache
 def started(folder: str | None, bits: int, start: str) -> nn.Module:
-    """A calibrated net, with rounded weights where the start has them."""
+    """A calibrated net, with equalized and rounded weights where the start has them."""
     net, data = net_and_data(folder)
     images = data.train_images[:IMAGES]
+    if "equalize" in start:
+        net = copy.deepcopy(net)
+        torch_ext.equalize(net, images[:1], progress=False)
     model = prepare(net, bits, "fake_quant")
     torch_ext.calibrate(model, images.split(64), progress=False)
-    if start == STARTS[2]:
+    if "reconstruct" in start:
         torch_ext.reconstruct(model, [images], progress=False)
     return model
 

@@ -14,10 +14,12 @@ import torch
 from PIL import Image
 from torch import nn
 
+import accuracy
 import trained_net
 from agreement import nets, page, scores
 from agreement.grids import BITS
 from agreement.ours import RECIPES, Task
+from agreement.rivals import RIVALS
 from agreement.scores import Outcome
 from agreement.store import Store
 from paths import ROOT
@@ -133,6 +135,21 @@ def test_recipes_keep_to_the_bits_and_leave_the_float_net(name: str, bits: str) 
         assert 2 < levels <= 2 ** BITS[bits].weight
     have, want = scores.logits(model, data, 4), scores.logits(net, data, 4)
     assert (have - want).norm() / want.norm() < {"W8A8": 0.05, "W6A8": 0.1}.get(bits, 0.6)
+
+
+def test_a_rival_that_leaves_layers_float_is_not_compared() -> None:
+    """torchao finds convolutions by their class: of a subclass it would measure the float net."""
+    assert not accuracy.fits("torchao x86", "efficientnet_lite0", "W8A8", everything=True)
+    assert accuracy.fits("torchao x86", "example", "W8A8", everything=True)
+    pytest.importorskip("torchao")
+
+    class Own(nn.Conv2d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.conv2d(x, self.weight, self.bias)
+
+    net = nn.Sequential(Own(3, 4, 3), nn.Flatten(), nn.Linear(144, 2)).eval()
+    with pytest.raises(RuntimeError, match="torchao left 1 of 2 layers float"):
+        RIVALS["torchao x86"].make(net, BITS["W8A8"], torch.randn(8, 3, 8, 8))
 
 
 def test_chosen_is_the_recipe_that_fits_the_calibration_best_in_each_draw() -> None:

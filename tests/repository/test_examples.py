@@ -295,12 +295,18 @@ def test_the_starts_of_short_training(folder: Path) -> None:
         start: qat_start.train(qat_start.Training(str(folder), 4, "lsq", start, 1e-3, 0, 2, 5))
         for start in qat_start.STARTS
     }
-    without, calibrated, rounded = starts.values()
+    without = starts[qat_start.STARTS[0]]
     assert math.isnan(without.before)
     assert all(0 <= done.after <= 100 and len(done.losses) == 2 for done in starts.values())
-    assert len({done.losses[0] for done in (without, calibrated, rounded)}) == 3
-    weights = qat_start.started(str(folder), 4, qat_start.STARTS[2]).residual1.body[0].weight
-    assert max(len(channel.unique()) for channel in weights.detach()) <= 16
+    assert len({done.losses[0] for done in starts.values()}) == 4
+    rounded, equalized = (
+        qat_start.started(str(folder), 4, start).residual1.body[0].weight.detach()
+        for start in qat_start.STARTS[2:]
+    )
+    for weight in (rounded, equalized):
+        assert max(len(channel.unique()) for channel in weight) <= 16
+    ratios = equalized.abs().amax((1, 2, 3)) / rounded.abs().amax((1, 2, 3))
+    assert float(ratios.max() / ratios.min()) > 1.2  # channels were scaled
 
 
 @pytest.mark.parametrize(
