@@ -17,6 +17,7 @@ from torch.nn import functional as F
 import onnx_runs
 import torch_ext
 from corrections import (
+    BOTH_WAYS,
     INT4,
     ORDER,
     Interrupted,
@@ -29,6 +30,7 @@ from corrections import (
     channel_means,
     depthwise,
     filled,
+    message,
     output_error,
 )
 from snapshots import same, same_bits, snapshot
@@ -38,13 +40,6 @@ correct_bias = functools.partial(torch_ext.correct_bias, keep="all")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 DATA = batches()
-BOTH_WAYS = pytest.mark.parametrize("captured", [True, False], ids=["captured", "eager"])
-
-
-def message(call: Callable[[], object], error: type[Exception] = ValueError) -> str:
-    with pytest.raises(error) as caught:
-        call()
-    return str(caught.value)
 
 
 def mean_errors(net: nn.Module, model: nn.Module, data: list[Tensor]) -> dict[str, float]:

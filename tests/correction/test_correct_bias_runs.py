@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import torch_ext
 from corrections import (
+    BOTH_WAYS,
     Interrupted,
     Normed,
     Several,
@@ -24,6 +25,7 @@ from corrections import (
     depthwise,
     filled,
     interrupted_at_every_forward,
+    message,
     output_error,
 )
 from snapshots import same, same_bits, snapshot
@@ -33,13 +35,6 @@ correct_bias = functools.partial(torch_ext.correct_bias, keep="all")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 DATA = batches()
-BOTH_WAYS = pytest.mark.parametrize("captured", [True, False], ids=["captured", "eager"])
-
-
-def message(call: Callable[[], object], error: type[Exception] = ValueError) -> str:
-    with pytest.raises(error) as caught:
-        call()
-    return str(caught.value)
 
 
 class TestCloser:

@@ -11,7 +11,18 @@ import torch
 from torch import Tensor, nn
 
 import torch_ext
-from corrections import INT4, ORDER, Several, batches, calibrated, depthwise, filled, seen_by_hooks
+from corrections import (
+    BOTH_WAYS,
+    INT4,
+    ORDER,
+    Several,
+    batches,
+    calibrated,
+    depthwise,
+    filled,
+    message,
+    seen_by_hooks,
+)
 from snapshots import same, same_bits, snapshot
 from torch_ext import FakeQuantState
 from torch_ext.correction.walk.layer_walk import LayerCall, LayerWalk
@@ -20,7 +31,6 @@ from torch_ext.quantizers.find import PreparedModel
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 DATA = batches()
-BOTH_WAYS = pytest.mark.parametrize("captured", [True, False], ids=["captured", "eager"])
 
 
 def walk_of(model: nn.Module, data: Any = DATA, **keys: Any) -> LayerWalk:
@@ -207,12 +217,6 @@ def test_an_error_leaves_the_model_as_it_was(where: str) -> None:
     assert same(snapshot(model), before)
     assert hooks_of(model) == hooks
     assert torch.equal(torch.get_rng_state(), random)
-
-
-def message(call: Callable[[], object], error: type[Exception] = ValueError) -> str:
-    with pytest.raises(error) as caught:
-        call()
-    return str(caught.value)
 
 
 class TestBadInput:

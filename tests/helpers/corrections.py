@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +15,15 @@ from snapshots import same, snapshot
 
 CHANNELS = 8
 INT4 = torch_ext.get_default_qconfig(weight_qkwargs={"dtype": "int4"})
+BOTH_WAYS = pytest.mark.parametrize("captured", [True, False], ids=["captured", "eager"])
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+
+
+def message(call: Callable[[], object], error: type[Exception] = ValueError) -> str:
+    """The text of the error that a call raises."""
+    with pytest.raises(error) as caught:
+        call()
+    return str(caught.value)
 
 
 def filled(net: nn.Module, seed: int = 3) -> nn.Module:

@@ -20,6 +20,7 @@ from torch_ext import (
     save_observer_params,
     set_fake_quantize,
 )
+from training import losses_of
 
 FLOATS = {
     "mxfp8_e4m3": "float8_e4m3",
@@ -120,13 +121,7 @@ def test_training_and_files(format: Any, tmp_path: Path) -> None:
     model = prepare_qat(net, example_inputs=x)
     set_fake_quantize(model, "qat")
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    losses = []
-    for _ in range(20):
-        optimizer.zero_grad()
-        loss = (model(x) - target).square().mean()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
+    losses = losses_of(model, x, target, optimizer, 20)
     assert losses[-1] < 0.9 * losses[0]
     set_fake_quantize(model, "validation")
     out = model(x)

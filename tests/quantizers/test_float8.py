@@ -23,6 +23,7 @@ from torch_ext import (
 )
 from torch_ext.analysis.report.quality import quality_of, weight_sample
 from torch_ext.files.quantizer_params import params_of
+from training import losses_of
 
 FLOATS = {"float8_e4m3": (torch.float8_e4m3fn, 448), "float8_e5m2": (torch.float8_e5m2, 57344)}
 PER_CHANNEL = {"qscheme": "per_channel_symmetric", "ch_axis": 0}
@@ -82,13 +83,7 @@ def test_training(name: str, methods: tuple[str, ...]) -> None:
     set_fake_quantize(net, "qat")
     before = {key: value.clone() for key, value in net.state_dict().items()}
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
-    losses = []
-    for _ in range(12):
-        optimizer.zero_grad()
-        loss = (net(images()) - target).square().mean()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
+    losses = losses_of(net, images(), target, optimizer, 12)
     assert losses[-1] < losses[0]
     after = net.state_dict()
     learned = [key for key in after if key.rpartition(".")[2] in ("scale", "alpha", "range")]

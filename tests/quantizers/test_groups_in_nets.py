@@ -27,6 +27,7 @@ from torch_ext import (
 )
 from torch_ext.files.compare import compare
 from torch_ext.files.quantizer_params import params_from, params_of, spec_of, tensors_of
+from training import losses_of
 
 INT4 = {"dtype": "int4", "group_size": 4}
 
@@ -91,13 +92,7 @@ def test_training_and_files(method: Any, tmp_path: Path) -> None:
     set_fake_quantize(net, "qat")
     target = torch.randn(3, 8)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
-    losses = []
-    for _ in range(8):
-        optimizer.zero_grad()
-        loss = (net(images()) - target).square().mean()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
+    losses = losses_of(net, images(), target, optimizer, 8)
     assert losses[-1] < losses[0]
     set_fake_quantize(net, "validation")
     want = net(images())
