@@ -151,6 +151,36 @@ def test_one_batch_is_run_once() -> None:
     assert forwards == 2
 
 
+class Deciding(nn.Module):
+    """Calls its last layer only where the first one is not quantized."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    plain: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.first(x)
+        is_float = torch.equal(self.first.weight, self.plain)
+        return self.second(y) if is_float else y
+
+
+@pytest.mark.parametrize("keep", ["closer", "all"])
+def test_a_layer_that_the_quantized_model_does_not_call(keep: Any) -> None:
+    net = filled(Deciding())
+    net.plain = net.first.weight.detach().clone()  # type: ignore[union-attr, assignment]
+    data = list(torch.randn(40, 4).split(20))
+    net.qconfig = INT4  # type: ignore[assignment]
+    model = torch_ext.prepare_qat(net)
+    torch_ext.calibrate(model, data, progress=False)
+    before = snapshot(model)
+    text = message(lambda: torch_ext.correct_bias(model, data, keep=keep), RuntimeError)
+    assert 'expected the quantized model to call "second" as the float model does' in text
+    assert same(snapshot(model), before)
+    assert "second" in torch_ext.reconstruct(model, data).left
+
+
 class Weird(nn.Module):
     """Weights that hooks and parametrizations compute, attention, and an embedding."""
 

@@ -20,6 +20,7 @@ from torch_ext.correction.biases.bias_place import (
 )
 from torch_ext.correction.biases.means_of_norms import input_means, weight_shifts
 from torch_ext.correction.walk.channel_sums import ChannelSums
+from torch_ext.correction.walk.data_walk import not_called
 from torch_ext.correction.walk.layer_checkpoint import LayerCheckpoint
 from torch_ext.correction.walk.layer_walk import LayerCall, LayerWalk, WalkedLayer, find_layers
 from torch_ext.correction.walk.outputs import FloatOutputs
@@ -133,10 +134,10 @@ def correct_bias(
     choose one of the three; layers whose weight was reconstructed are left as they are. Quantizers
     keep their ranges, names and states.
 
-    The data is run three times as a whole, and for each layer once as far as the layer and once as
-    a whole, in eval mode and without gradients, all quantizers in VALIDATION. With ``keep="all"``
-    the second is not needed, and of a single batch one run is enough for all layers. A few hundred
-    samples, such as those of the calibration, are enough. The float model's outputs stay in memory.
+    The data is run three times, and once for each layer, in eval mode and without gradients, all
+    quantizers in VALIDATION. With ``keep="all"`` the runs for layers go as far as the layer, and of
+    a single batch one run is enough for all of them. A few hundred samples, such as those of the
+    calibration, are enough. The float model's outputs stay in memory.
 
     Without data the means come from the model: where a batch norm, and perhaps a ReLU, makes what a
     layer reads, its beta and gamma tell the mean of each input channel (those of a normal
@@ -276,7 +277,7 @@ class _Run:
         if self.keep == "all" or math.isnan(error):
             steps = self._all(left, kept)
         else:
-            steps = self._closer(left, kept, self._output_error() if done else error)
+            steps = self._closer(left, kept, self._as_it_is(left) if done else (error, self.before))
         for _ in progress_bar(itertools.chain(done, steps), len(names), _WHO, progress):
             pass
         self.walk.run(self._add_after, self.errors[1].add)
@@ -287,24 +288,28 @@ class _Run:
         sums = ChannelSums()
 
         def finish(name: str) -> None:
-            shift = self.floating.mean(name) - sums.mean(name)
-            self.shifts[name] = shift
+            shift = self.shifts[name] = self._shift(name, sums)
             add_to_bias(self.walk.layers[name], shift)
             kept.put(name, {_SHIFT: shift})
 
         return self.walk.sequentially(names, functools.partial(_add, sums), finish)
 
-    def _closer(self, names: list[str], kept: LayerCheckpoint, error: float) -> Iterator[str]:
-        """Corrects each layer if the outputs' error, now ``error``, falls by it; gives its name."""
-        for name in names:
-            sums = ChannelSums()
-            self.walk.collect(name, functools.partial(_add, sums))
-            shift = self.floating.mean(name) - sums.mean(name)
+    def _closer(
+        self, names: list[str], kept: LayerCheckpoint, now: tuple[float, ChannelSums]
+    ) -> Iterator[str]:
+        """Corrects each layer if the outputs' error falls by it; gives its name.
+
+        ``now``: that error, and the layers' means. The run that judges a correction measures the
+        means of the layers after it too, so no layer needs a run of its own for its mean.
+        """
+        for i, name in enumerate(names):
+            error, sums = now
+            shift = self._shift(name, sums)
             restore = bias_keeper(self.walk.layers[name].module)
             add_to_bias(self.walk.layers[name], shift)
-            corrected = self._output_error()
-            if corrected < error:
-                error = corrected
+            corrected = self._as_it_is(names[i + 1 :])
+            if corrected[0] < error:
+                now = corrected
             else:
                 restore()
                 shift = torch.zeros_like(shift)
@@ -312,10 +317,22 @@ class _Run:
             kept.put(name, {_SHIFT: shift})
             yield name
 
-    def _output_error(self) -> float:
-        found = self.outputs.compared()
-        self.walk.run(None, found.add)
-        return found.value
+    def _shift(self, name: str, sums: ChannelSums) -> Tensor:
+        """What the float model's mean has more."""
+        if name not in sums.counts:
+            raise not_called(_WHO, name)
+        return self.floating.mean(name) - sums.mean(name)
+
+    def _as_it_is(self, names: list[str]) -> tuple[float, ChannelSums]:
+        """The outputs' error of the model as it is, and what these layers make."""
+        found, sums, wanted = self.outputs.compared(), ChannelSums(), {*names}
+
+        def add(call: LayerCall) -> None:
+            if call.name in wanted:
+                _add(sums, call)
+
+        self.walk.run(add if names else None, found.add)
+        return found.value, sums
 
     def _is_kept(self, name: str) -> bool:
         return bool(self.shifts[name].any())
@@ -344,7 +361,7 @@ class _Run:
             )
 
     def _mean_error(self, name: str, sums: ChannelSums) -> float:
-        error = (self.floating.mean(name) - sums.mean(name)).square().mean().sqrt()
+        error = self._shift(name, sums).square().mean().sqrt()
         power = self.floating.power(name)
         return float(error) / power if power else math.nan
 

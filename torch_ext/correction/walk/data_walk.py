@@ -170,13 +170,16 @@ class DataWalk(Generic[C]):
             self._check_order()
 
     def collect(self, name: str, visit: Callable[[C], None]) -> None:
-        """Runs each batch as far as the last call of one module; visits each of its calls."""
-        seen = 0
+        """Runs each batch as far as the last call of one module; visits each of its calls.
+
+        Raises RuntimeError, by name, if there is none.
+        """
+        seen, visited = 0, False
 
         def at_call(call: C) -> Any:
-            nonlocal seen
+            nonlocal seen, visited
             if call.name == name:
-                seen += 1
+                seen, visited = seen + 1, True
                 visit(call)
                 if seen == self._calls[self.batch].get(name, 0):
                     raise _Enough
@@ -186,6 +189,8 @@ class DataWalk(Generic[C]):
             for batch in self._batches():
                 seen = 0
                 self._run_until_enough(batch)
+        if not visited:
+            raise not_called(self.who, name)
 
     def sequentially(
         self, names: Sequence[str], visit: Callable[[C], None], finish: Callable[[str], None]
@@ -232,10 +237,7 @@ class DataWalk(Generic[C]):
             for batch in self._batches():
                 self._run_until_enough(batch)
         if not done:
-            raise RuntimeError(
-                f'{self.who}: expected the quantized model to call "{left[0]}" as the float model '
-                "does, got a forward without it; leave it out by pattern"
-            )
+            raise not_called(self.who, left[0])
         return done
 
     def _run_until_enough(self, batch: Any) -> None:
@@ -268,6 +270,14 @@ class DataWalk(Generic[C]):
             raise ValueError(
                 f"{self.who}: expected data to come by one of {shown(self.names)}, got none"
             )
+
+
+def not_called(who: str, name: str) -> RuntimeError:
+    """The error where a forward decides by values, and quantization changed what it decides."""
+    return RuntimeError(
+        f'{who}: expected the quantized model to call "{name}" as the float model does, got a '
+        "forward without it; leave it out by pattern"
+    )
 
 
 class _Enough(BaseException):  # no error: handlers of errors in the forward let it pass
