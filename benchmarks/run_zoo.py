@@ -26,7 +26,7 @@ from zoo import table
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "build" / "zoo"
 GROUPS = ("plain", "torchvision", "timm", "transformers", "ultralytics")
-CHECKS = ("prepare", "float", "coverage", "qat", "pt2e", "compile", "onnx")
+CHECKS = ("prepare", "float", "coverage", "qat", "corrections", "pt2e", "compile", "onnx")
 
 
 def options(arguments: list[str]) -> argparse.Namespace:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import torch_ext
 from torch_ext import export, named_quantizers, prepare_qat, set_fake_quantize
 from zoo import compare, grid, peer, table
+from zoo.corrections import corrections
 from zoo.entry import Entry, Inputs, inputs_of, made
 
 Record = dict[str, Any]
@@ -35,6 +36,15 @@ class Subject:
         self.prepared: nn.Module | None = None
         self.trains, self.has_gradients = True, True
         self.float_outputs: Any = None
+
+    @property
+    def example(self) -> Any:
+        """The first batch as ``example_inputs``."""
+        args, kwargs = self.batches[0]
+        if not kwargs:
+            return args
+        names = list(inspect.signature(self.plain.forward).parameters)
+        return {**dict(zip(names, args, strict=False)), **kwargs}
 
     @property
     def model(self) -> nn.Module:
@@ -54,14 +64,9 @@ def run(model: nn.Module, inputs: Inputs) -> Any:
 def prepare(subject: Subject, record: Record) -> None:
     model = copy.deepcopy(subject.plain)
     model.qconfig = torch_ext.get_default_qconfig()  # type: ignore[assignment]
-    args, kwargs = subject.batches[0]
-    example: Any = args
-    if kwargs:
-        names = list(_argument_names(model))
-        example = {**dict(zip(names, args, strict=False)), **kwargs}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        subject.prepared = prepare_qat(model, example_inputs=example)
+        subject.prepared = prepare_qat(model, example_inputs=subject.example)
     texts = [table.without_paths(str(one.message)) for one in caught]
     record["warnings"] = [text for text in texts if "prepare_qat" in text]
     record["quantizers"] = len(named_quantizers(subject.model))
@@ -71,10 +76,6 @@ def prepare(subject: Subject, record: Record) -> None:
     except Exception as error:
         subject.trains = False
         record["trains"] = f"the float model does not: {shortened(error)}"
-
-
-def _argument_names(model: nn.Module) -> list[str]:
-    return list(inspect.signature(model.forward).parameters)
 
 
 def float_equal(subject: Subject, record: Record) -> None:
@@ -202,11 +203,10 @@ def onnx_file(subject: Subject, record: Record) -> None:
     model = subject.model.eval()
     set_fake_quantize(model, "validation", allow_unobserved=True)
     args, kwargs = copy.deepcopy(subject.batches[0])
-    example: Any = dict(zip(_argument_names(model), args, strict=False)) | kwargs
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         try:
-            export.onnx(model, example if kwargs else args, path, dynamic_batch=False)
+            export.onnx(model, subject.example, path, dynamic_batch=False)
         except Exception as error:
             record["onnx"] = shortened(error)
             try:
@@ -247,11 +247,16 @@ def by_pt2e(subject: Subject, record: Record) -> None:
             record["pt2e"] = shortened(error)
 
 
+def corrected(subject: Subject, record: Record) -> None:
+    record |= corrections(subject.plain, subject.example, subject.batches[0], run)
+
+
 CHECKS: dict[str, Callable[[Subject, Record], None]] = {
     "prepare": prepare,
     "float": float_equal,
     "coverage": coverage,
     "qat": qat_step,
+    "corrections": corrected,
     "pt2e": by_pt2e,
     "compile": compiled,
     "onnx": onnx_file,

@@ -58,7 +58,7 @@ def _equalized(
         return {"equalize": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     same = compare.sqnr(want, run(model, batch))
     ok = same is None or same > _SAME
-    return {"equalize": "ok" if ok else f"{same} dB", "equalized": len(scaled.scaled)}
+    return {"equalize": "ok" if ok else f"{same} dB", "equalized": len(scaled.rows)}
 
 
 def _four_bits(

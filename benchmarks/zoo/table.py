@@ -11,6 +11,7 @@ Record = dict[str, Any]
 # What a check says where the float model itself cannot do it.
 NOT_OURS = "the float model does not"
 _GROUPS = ("plain", "torchvision", "timm", "transformers", "ultralytics")
+_CORRECTIONS = ("equalize", "correct_bias", "reconstruct")
 
 _HEAD = Path(__file__).with_name("page.md")
 _ROOT = Path(__file__).resolve().parents[2]
@@ -32,7 +33,8 @@ def problems(record: Record) -> list[str]:
         if on < total:
             where = "; ".join(record[f"off_{mode}"][:3])
             found.append(f"{total - on} of {total} calls off the grid in {mode} mode ({where})")
-    for key, good in (("qat", "ok"), ("compile", "equal"), ("onnx", "equal")):
+    goods = {"qat": "ok", **dict.fromkeys(_CORRECTIONS, "ok"), "compile": "equal", "onnx": "equal"}
+    for key, good in goods.items():
         told = str(record.get(key, good))
         if told != good and not told.startswith(NOT_OURS):
             found.append(f"{key}: {told}")
@@ -54,6 +56,7 @@ def page(records: list[Record]) -> str:
         "on a grid",
         "SQNR",
         "QAT",
+        *_CORRECTIONS,
         "compile",
         "ONNX",
         "PT2E",
@@ -90,6 +93,7 @@ def _row(members: list[Record]) -> list[str]:
         f"{on} of {total}",
         _median([r.get("sqnr") for r in members]),
         _count(members, "qat", lambda v: v == "ok"),
+        *(_count(members, name, lambda v: v == "ok") for name in _CORRECTIONS),
         _count(members, "compile", lambda v: v == "equal"),
         _count(members, "onnx", lambda v: v == "equal"),
         of_peer,

@@ -329,7 +329,7 @@ class _Run:
 
         def add(call: LayerCall) -> None:
             if call.name in wanted:
-                _add(sums, call)
+                sums.add_sums(call.name, call.output, call.ch_axis)
 
         self.walk.run(add if names else None, found.add)
         return found.value, sums
