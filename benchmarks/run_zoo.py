@@ -4,7 +4,8 @@ python benchmarks/run_zoo.py                      all of them; hours on a laptop
 python benchmarks/run_zoo.py --only 'timm/*'      those whose name matches; several apart by commas
 python benchmarks/run_zoo.py --resume             only those without a result for the checks
 python benchmarks/run_zoo.py --checks prepare,float,coverage
-python benchmarks/run_zoo.py --save               results/<date>-zoo.json and docs/reference/zoo.md
+python benchmarks/run_zoo.py --save               results/<date>-zoo.json and docs/reference/zoo.md;
+                                                  what did not run now is as in the last record
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from zoo import table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "build" / "zoo"
+SAVED = ROOT / "benchmarks" / "results"
 GROUPS = ("plain", "torchvision", "timm", "transformers", "ultralytics")
 CHECKS = ("prepare", "float", "coverage", "qat", "corrections", "pt2e", "compile", "onnx")
 
@@ -112,10 +114,25 @@ def run_group(entries: list[Any], given: argparse.Namespace) -> None:
                 print(_ended(entry, process, late), flush=True)
 
 
+def with_last(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records, by name, with what the last saved ones have of other checks and models."""
+    saved = sorted(SAVED.glob("*-zoo.json"))
+    found = {r["name"]: r for r in (json.loads(saved[-1].read_text()) if saved else [])}
+    for record in records:
+        old = dict(found.get(record["name"], {}))
+        if old.get("failed", "").partition(":")[0] in record["checks"]:
+            del old["failed"]
+        new = old | record
+        new["checks"] = [c for c in CHECKS if c in (*old.get("checks", ()), *record["checks"])]
+        new["seconds"] = old.get("seconds", {}) | record.get("seconds", {})
+        found[record["name"]] = new
+    return [found[name] for name in sorted(found)]
+
+
 def _plain(value: Any) -> Any:
-    """Texts without the folders of this machine."""
+    """Texts without the folders of this machine; names are no paths."""
     if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
+        return {key: entry if key == "name" else _plain(entry) for key, entry in value.items()}
     if isinstance(value, list):
         return [_plain(entry) for entry in value]
     return table.without_paths(value) if isinstance(value, str) else value
@@ -140,8 +157,8 @@ def main(arguments: list[str]) -> None:
     if given.save:
         every = [importlib.import_module(f"zoo.nets.{group}_nets").entries() for group in GROUPS]
         names = {entry.name for entries in every for entry in entries}
-        records = [record for record in records if record["name"] in names]
-        path = ROOT / "benchmarks" / "results" / f"{date.today().isoformat()}-zoo.json"
+        records = [record for record in with_last(records) if record["name"] in names]
+        path = SAVED / f"{date.today().isoformat()}-zoo.json"
         path.write_text(json.dumps(_plain(records), indent=1) + "\n")
         (ROOT / "docs" / "reference" / "zoo.md").write_text(table.page(records))
         print(f"wrote {path.relative_to(ROOT)} and docs/reference/zoo.md")
