@@ -17,6 +17,7 @@ import argparse
 import copy
 import fnmatch
 import functools
+import json
 import multiprocessing
 import os
 import sys
@@ -249,12 +250,21 @@ def tables(found: page.Found) -> str:
 
 
 def save(found: page.Found, work: Sequence[Unit]) -> None:
-    import json
-
-    about = machine() | {"sizes": {unit.net: str(unit.sizes) for unit in work}}
-    about["torch_ext"] = torch_ext.build_info()["version"]
+    """Writes a record; of what did not run now, it has the rows of the last one."""
+    about = machine() | {"torch_ext": torch_ext.build_info()["version"]}
+    sizes = {unit.net: str(unit.sizes) for unit in work}
+    rows = [{**row, "date": about["date"]} for row in page.record(found)]
+    if saved := sorted(RESULTS.glob("*-accuracy.json")):
+        last = json.loads(saved[-1].read_text())
+        sizes = last["sizes"] | sizes
+        ran = {(row["net"], row["bits"], row["recipe"]) for row in rows}
+        rows += [
+            {"date": last["date"], **row}
+            for row in last["rows"]
+            if (row["net"], row["bits"], row["recipe"]) not in ran
+        ]
     path = RESULTS / f"{about['date']}-accuracy.json"
-    path.write_text(json.dumps({**about, "rows": page.record(found)}, indent=1) + "\n")
+    path.write_text(json.dumps({**about, "sizes": sizes, "rows": rows}, indent=1) + "\n")
     print(f"wrote {path}")
 
 

@@ -108,6 +108,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", metavar="DIR", help="folder with the idx files of Fashion-MNIST")
     parser.add_argument("--bits", type=int, choices=(2, 4), default=4)
+    parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS))
     parser.add_argument("--steps", type=int, default=60, help="of training (60)")
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--test", type=int, default=2000, help="test images (2000)")
@@ -133,7 +134,7 @@ def main() -> int:
             chosen.data, chosen.bits, chosen.method, start, rate, seed, chosen.steps, chosen.test
         )
         for seed in range(chosen.seeds)
-        for start in STARTS
+        for start in chosen.starts
         for rate in chosen.rates
     ]
     found: dict[tuple[str, float], list[Trained]] = {}
@@ -151,7 +152,7 @@ def main() -> int:
 def show(found: dict[tuple[str, float], list[Trained]], chosen: argparse.Namespace) -> None:
     what = f"{chosen.method}, {chosen.bits} bits, {chosen.steps} steps, {chosen.seeds} seeds"
     rows, losses = [], {}
-    for start in STARTS:
+    for start in chosen.starts:
         rate = max(chosen.rates, key=lambda rate: mean(one.after for one in found[start, rate]))
         losses[start] = [one.losses for one in found[start, rate]]
         for each in chosen.rates:

@@ -1,4 +1,4 @@
-"""What ``equalize``, ``correct_bias`` and ``reconstruct`` make of a model, with weights of 4 bits."""
+"""What `equalize`, `correct_bias` and `reconstruct` make of a model with weights of 4 bits."""
 
 from __future__ import annotations
 
