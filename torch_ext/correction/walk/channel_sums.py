@@ -36,7 +36,7 @@ class ChannelSums:
         wide = x.dtype if x.dtype == torch.float64 else torch.float32
         if ch_axis == -1:
             rows = x.reshape(-1, x.shape[-1])
-            parts = torch.stack([part.sum(0, dtype=wide) for part in rows.split(_ROWS)])
+            parts = torch.stack([part.sum(0, dtype=wide) for part in torch.split(rows, _ROWS)])
             count = rows.shape[0]
         else:
             parts = x.flatten(ch_axis + 1).sum(-1, dtype=wide).reshape(-1, x.shape[ch_axis])
