@@ -95,6 +95,19 @@ class TestCloser:
                 assert (bias is None) == (was is None)
                 assert was is None or same_bits(bias, was)
 
+    def test_an_interrupted_run_goes_on(self, tmp_path: Path, data: list[Tensor]) -> None:
+        """Also behind layers whose correction was taken back, by the bits."""
+        net, data, path = filled(depthwise()), data[:1], tmp_path / "run.safetensors"
+        whole, model = calibrated(net, data), calibrated(net, data)
+        want = torch_ext.correct_bias(whole, data)
+        report, _ = interrupted_at_every_forward(
+            model,
+            lambda forward: torch_ext.correct_bias(model, data, forward=forward, checkpoint=path),
+        )
+        assert not all(row.kept for row in want.rows)
+        assert same(snapshot(model), snapshot(whole))
+        assert report == want
+
     def test_an_unknown_name(self) -> None:
         model = calibrated(filled(depthwise()), DATA)
         before = snapshot(model)

@@ -237,6 +237,7 @@ class _Run:
         self.chosen = chosen
         self.keep = keep
         self.floating, self.before, self.after = (ChannelSums() for _ in range(3))
+        self.light = ChannelSums()  # as before, summed as the runs that judge corrections do
         self.unread: dict[str, str] = {}  # layers that do not read their bias
         self.shifts: dict[str, Tensor] = {}
         self.created = {name for name, layer in chosen.items() if layer.module.bias is None}
@@ -277,7 +278,7 @@ class _Run:
         if self.keep == "all" or math.isnan(error):
             steps = self._all(left, kept)
         else:
-            steps = self._closer(left, kept, self._as_it_is(left) if done else (error, self.before))
+            steps = self._closer(left, kept, self._as_it_is(left) if done else (error, self.light))
         for _ in progress_bar(itertools.chain(done, steps), len(names), _WHO, progress):
             pass
         self.walk.run(self._add_after, self.errors[1].add)
@@ -349,6 +350,7 @@ class _Run:
 
     def _add_before(self, call: LayerCall) -> None:
         _add(self.before, call)
+        self.light.add_sums(call.name, call.output, call.ch_axis)
         if call.name in self.chosen and not _reads_own_bias(call):
             self.unread[call.name] = "its forward does not read its bias as it is"
 
