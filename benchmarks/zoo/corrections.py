@@ -12,6 +12,7 @@ from torch import nn
 
 import torch_ext
 from zoo import compare
+from zoo.table import shortened
 
 # Scaling by powers of two would be exact; other factors round each weight once more.
 _SAME = 60.0  # dB
@@ -40,7 +41,7 @@ def corrections(
             try:
                 correct(one, [batch], forward=run, progress=False)  # type: ignore[operator]
             except Exception as error:
-                found[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                found[name] = shortened(error, 300)
                 continue
             after = compare.sqnr(want, run(one, batch))
             found[f"{name}_sqnr"] = [before, after]
@@ -55,7 +56,7 @@ def _equalized(
     try:
         scaled = torch_ext.equalize(model, example, progress=False)
     except Exception as error:
-        return {"equalize": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+        return {"equalize": shortened(error, 300)}
     same = compare.sqnr(want, run(model, batch))
     ok = same is None or same > _SAME
     return {"equalize": "ok" if ok else f"{same} dB", "equalized": len(scaled.rows)}

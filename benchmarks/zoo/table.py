@@ -133,6 +133,12 @@ def without_paths(text: str) -> str:
     return re.sub(r"[`'\"]?/[\w./+-]*$", "…", text)
 
 
+def shortened(error: BaseException, limit: int = 160) -> str:
+    """An error's type and the beginning of its text."""
+    text = without_paths(" ".join(str(error).split()))
+    return f"{type(error).__name__}: {text[:limit]}"
+
+
 def _plain(text: str) -> str:
     """For a cell of a table, on one line."""
     short = without_paths(" ".join(text.split())).replace("|", "\\|").replace("<", "&lt;")

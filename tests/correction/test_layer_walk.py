@@ -154,11 +154,11 @@ def test_one_batch_is_run_once() -> None:
 class Deciding(nn.Module):
     """Calls its last layer only where the first one is not quantized."""
 
+    plain: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
-
-    plain: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.first(x)
