@@ -67,14 +67,17 @@ def test_every_grid_keeps_its_scales_and_no_layer_becomes_worse(
 
 @pytest.mark.parametrize("method", ["gptq", "adaround"])
 @pytest.mark.parametrize("batches", [1, 3])
-def test_the_errors_are_those_of_the_layers_outputs(method: Any, batches: int) -> None:
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_errors_are_those_of_the_layers_outputs(method: Any, batches: int, bias: bool) -> None:
     """Computed again in float64, from what each layer reads in the model that is rounded."""
     model = net()
     model.qconfig = QConfig(None, get_default_qconfig(weight_qkwargs=INT4).weight)
     model = prepare_qat(model, example_inputs=data()[0])
     calibrate(model, data(), progress=False)
     given = data(batches)
-    result = reconstruct(model, given, method, target="quantized", progress=False, iterations=300)
+    result = reconstruct(
+        model, given, method, target="quantized", bias=bias, progress=False, iterations=300
+    )
     for row in result.layers:
         if row.name == "twice":  # whose second call read what its first computed, unrounded
             continue
@@ -86,18 +89,30 @@ def test_the_errors_are_those_of_the_layers_outputs(method: Any, batches: int) -
                 model(x)
         hook.remove()
         layer = float_layer(row.name)
+        centred = bias and layer.bias is not None
         weight, layer.bias = layer.weight.clone(), None
         want = [layer(x) for x in found]
         quantizer = module.get_submodule("parametrizations.weight")[-2 if row.name == "up" else 0]
+        if centred:  # the bias takes up the mean
+            want = [y - mean_of(want) for y in want]
         errors = []
         for other in (nearest_of(weight, quantizer, layer), module.weight.detach()):
             layer.weight.data = other.double()
-            pairs = zip(found, want, strict=True)
-            errors.append(float(sum((layer(x) - y).square().sum() for x, y in pairs)))
+            have = [layer(x) for x in found]
+            if centred:
+                have = [y - mean_of(have) for y in have]
+            pairs = zip(have, want, strict=True)
+            errors.append(float(sum((x - y).square().sum() for x, y in pairs)))
         power = float(sum(y.square().sum() for y in want))
         assert row.before == pytest.approx(errors[0] / power, rel=1e-3)
         assert row.after == pytest.approx(errors[1] / power, rel=1e-3)
         assert errors[1] < errors[0]
+
+
+def mean_of(outputs: list[Tensor]) -> Tensor:
+    """Of each channel, over the positions of all batches."""
+    channels = torch.cat([y.movedim(1, 0).flatten(1) for y in outputs], 1)
+    return channels.mean(1).view(-1, *[1] * (outputs[0].dim() - 2))
 
 
 def float_layer(name: str) -> Any:

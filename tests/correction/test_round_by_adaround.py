@@ -22,7 +22,7 @@ def problem(rows: int, inputs: int) -> RowProblem:
     zero_point = torch.zeros(weight.shape, dtype=torch.int32)
     target = weight.double() + 0.02 * torch.randn(weight.shape, generator=generator)
     return RowProblem(
-        weight, target, nearest, scale, zero_point, grid_text(*GRID), (seen.T @ seen)[None]
+        weight, target, nearest, scale, zero_point, grid_text(*GRID), (seen.T @ seen)[None], 0.01
     )
 
 

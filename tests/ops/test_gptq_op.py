@@ -59,7 +59,9 @@ def problem(rows: int, inputs: int, groups: int = 1, grid: tuple[int, int] = (-4
     zero_point = torch.zeros(weight.shape, dtype=torch.int32)
     nearest = ((weight / scale).round().clamp(*grid)) * scale
     h = hessian(groups, inputs, seed=3)
-    return RowProblem(weight, weight.double(), nearest, scale, zero_point, grid_text(*grid), h)
+    return RowProblem(
+        weight, weight.double(), nearest, scale, zero_point, grid_text(*grid), h, 0.01
+    )
 
 
 def test_a_grid_per_value_and_strides() -> None:
@@ -83,7 +85,7 @@ def test_a_grid_per_value_and_strides() -> None:
 @pytest.mark.parametrize("activation_order", [False, True])
 def test_no_row_costs_more_than_nearest_and_most_cost_less(activation_order: bool) -> None:
     p = problem(60, 30)
-    values = round_by_gptq(p, 0.01, activation_order)
+    values = round_by_gptq(p, activation_order)
     cost, nearest = p.cost(values), p.cost(p.nearest)
     assert bool((cost <= nearest).all())
     assert float(cost.sum()) < 0.6 * float(nearest.sum())
@@ -97,9 +99,11 @@ def test_the_order_of_inputs_is_only_an_order() -> None:
     """Inputs handed over in the order of their power give the same values without the option."""
     p = problem(6, 17)
     order = damped(p.hessian, 0.01).diagonal(dim1=1, dim2=2)[0].argsort(descending=True)
-    sorted_ = RowProblem(*(t[..., order] for t in p[:5]), p.grid, p.hessian[:, order][:, :, order])
-    have = round_by_gptq(p, 0.01, True)[..., order]
-    assert torch.equal(have, round_by_gptq(sorted_, 0.01, False))
+    sorted_ = RowProblem(
+        *(t[..., order] for t in p[:5]), p.grid, p.hessian[:, order][:, :, order], p.damping
+    )
+    have = round_by_gptq(p, True)[..., order]
+    assert torch.equal(have, round_by_gptq(sorted_, False))
 
 
 def test_dead_inputs_are_rounded_to_nearest_and_change_nothing() -> None:
@@ -109,11 +113,11 @@ def test_dead_inputs_are_rounded_to_nearest_and_change_nothing() -> None:
     h[:, dead] = 0
     h[:, :, dead] = 0
     p = p._replace(hessian=h)
-    values = round_by_gptq(p, 0.01, False)
+    values = round_by_gptq(p, False)
     assert torch.equal(values[..., dead], p.nearest[..., dead])
     assert bool(values.isfinite().all())
     nothing = p._replace(hessian=torch.zeros_like(h))
-    assert torch.equal(round_by_gptq(nothing, 0.01, True), p.nearest)
+    assert torch.equal(round_by_gptq(nothing, True), p.nearest)
 
 
 def test_the_fitted_target_is_the_least_squares_solution() -> None:

@@ -16,6 +16,7 @@ from torch_ext.correction.biases.bias_place import (
     add_to_bias,
     bias_keeper,
     bias_problems,
+    reads_own_bias,
     restored_biases,
 )
 from torch_ext.correction.biases.means_of_norms import input_means, weight_shifts
@@ -351,12 +352,12 @@ class _Run:
     def _add_before(self, call: LayerCall) -> None:
         _add(self.before, call)
         self.light.add_sums(call.name, call.output, call.ch_axis)
-        if call.name in self.chosen and not _reads_own_bias(call):
+        if call.name in self.chosen and not reads_own_bias(call):
             self.unread[call.name] = "its forward does not read its bias as it is"
 
     def _add_after(self, call: LayerCall) -> None:
         _add(self.after, call)
-        if call.name in self.shifts and not _reads_own_bias(call):
+        if call.name in self.shifts and not reads_own_bias(call):
             raise RuntimeError(
                 f'{_WHO}: expected "{call.name}" to read the bias that it got, got a forward that '
                 "does not; leave the layer out by pattern"
@@ -377,14 +378,6 @@ class _Run:
 
 def _add(sums: ChannelSums, call: LayerCall) -> None:
     sums.add(call.name, call.output, call.ch_axis)
-
-
-def _reads_own_bias(call: LayerCall) -> bool:
-    own: Any = call.layer.module.bias
-    if call.bias is None or own is None:
-        return call.bias is own
-    # Where a forward converts it, it is another tensor of the same values.
-    return call.bias is own or torch.equal(call.bias, own.to(call.bias))
 
 
 def _reasons(left: Mapping[str, str]) -> str:

@@ -12,6 +12,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from torch_ext.correction.biases.bias_place import parameter_names, reads_own_bias
+from torch_ext.correction.biases.mean_place import MeanPlace, mean_places
 from torch_ext.correction.rounding.layer_costs import LayerCosts
 from torch_ext.correction.rounding.round_by_adaround import round_by_adaround, uneven
 from torch_ext.correction.rounding.round_by_gptq import round_by_gptq
@@ -40,7 +42,7 @@ class ReconstructedLayer:
     """One layer of a :class:`Reconstruction`.
 
     Errors are squared errors that the rounding makes in the layer's output, relative to the sum of
-    squares of that.
+    squares of that; of a layer whose bias changes too, both without their mean.
     """
 
     #: The layer's name.
@@ -51,6 +53,8 @@ class ReconstructedLayer:
     after: float
     #: The share of the values that are not the nearest.
     changed: float
+    #: The largest change of its bias, or of its norm's mean; 0 where neither changes.
+    shift: float
 
 
 @dataclass(frozen=True)
@@ -65,9 +69,15 @@ class Reconstruction:
     method: ReconstructionMethod
 
     def __str__(self) -> str:
-        header = ["layer", "nearest", self.method, "changed"]
+        header = ["layer", "nearest", self.method, "changed", "largest shift"]
         rows = [
-            [row.name, f"{row.before:.3g}", f"{row.after:.3g}", f"{row.changed:.1%}"]
+            [
+                row.name,
+                f"{row.before:.3g}",
+                f"{row.after:.3g}",
+                f"{row.changed:.1%}",
+                f"{row.shift:.3g}",
+            ]
             for row in self.layers
         ]
         title = "relative squared error that the rounding of weights makes in a layer's output"
@@ -82,6 +92,7 @@ def reconstruct(
     *,
     pattern: Pattern | None = None,
     target: Target = "float",
+    bias: bool = True,
     damping: float = 0.1,
     activation_order: bool = True,
     iterations: int = 1000,
@@ -107,6 +118,13 @@ def reconstruct(
         resolve(model, weight_observer="mse")
         print(reconstruct(model, batches))
 
+    What rounding does to the mean of a layer's output costs nothing: the layer's bias takes it up,
+    with the mean of the errors of the layers before it, and only what inputs and outputs have
+    beside their means counts. For a layer without a bias that a norm is folded into
+    (``fold_batch_norms=True``) the norm's ``running_mean`` does it. A layer with neither keeps its
+    mean as it comes out; so does one whose bias is another layer's too, or whose forward does not
+    read its bias as it is. No parameter is added.
+
     The weights themselves become the rounded ones, so the model in FLOAT computes something else
     afterwards. Their quantizers hold the range that they have: it stays in every state, in
     ``state_dict``, files and exports, until ``resolve`` is given a ``weight_observer``. Training
@@ -126,10 +144,12 @@ def reconstruct(
         target: what a layer is to compute: what it computes in the float model (``"float"``), which
             makes up for errors of the layers before it too, or what the unrounded weight makes of
             its present inputs (``"quantized"``).
+        bias: whether the means of outputs go to where they ought to be, as above.
         damping: a share of the mean of the matrix's diagonal that is added to it, above 0: the
-            more, the closer weights stay to what they were. Too little fits the data instead of
-            what the model will see: where that is few images, 0.1 does better on others than the
-            0.01 of the literature, which has many.
+            more, the closer weights stay to what they were. To the share comes the number of a
+            layer's inputs over that of the positions read: a matrix of few positions fits these
+            instead of what the model will see. So does one of few images, which are alike within:
+            then 0.1 does better on others than the 0.01 of the literature, which has many.
         activation_order: begin with the inputs of most power.
         iterations: adaround: steps of its optimizer, at least 1.
         positions: at most so many positions of each layer's output are read, in all; at random.
@@ -153,7 +173,7 @@ def reconstruct(
     the CPU by ``"gptq"``.
     """
     prepared = PreparedModel(_WHO, model)
-    options = _Options(method, target, damping, activation_order, iterations, positions, seed)
+    options = _Options(method, target, bias, damping, activation_order, iterations, positions, seed)
     walk = LayerWalk(prepared, data, pattern=pattern, forward=forward, device=device)
     run = _Rounds(walk, options)
     with _restored_on_error(run), walk.guarded():
@@ -167,7 +187,7 @@ def reconstruct(
         held = {name: run.grids[name].solution() for name in run.done}
     run.hold(held)
     file.finish()
-    rows = [ReconstructedLayer(name, *run.done[name]) for name in walk.order]
+    rows = [run.row(name) for name in walk.order]
     return Reconstruction(tuple(rows), walk.left, method)
 
 
@@ -178,6 +198,7 @@ class _Options:
         self,
         method: ReconstructionMethod,
         target: Target,
+        bias: bool,
         damping: float,
         activation_order: bool,
         iterations: int,
@@ -197,6 +218,7 @@ class _Options:
             raise ValueError(f"{_WHO}: expected damping to be above 0, got {damping}")
         self.method: ReconstructionMethod = method
         self.target: Target = target
+        self.bias = parse_flag(_WHO, "bias", bias)
         self.damping = float(damping)
         self.activation_order = parse_flag(_WHO, "activation_order", activation_order)
         self.iterations = parse_integer(_WHO, "iterations", iterations, 1, 10**7)
@@ -211,9 +233,12 @@ class _Rounds:
         self.walk = walk
         self.options = options
         self.grids: dict[str, WeightGrid] = {}
-        self.floats: dict[str, Tensor] = {}  # the stored weights that there were
+        # Stored weights and what holds means that changed, and their values before.
+        self.floats: list[tuple[Tensor, Tensor]] = []
         # By name of a layer that is rounded: its errors before and after, and the share changed.
         self.done: dict[str, tuple[float, float, float]] = {}
+        self.shifts: dict[str, Tensor] = {}  # what their means were moved by, if they have a place
+        self._places: dict[str, MeanPlace] = {}
         self._calls: Counter[str] = Counter()
         self._sizes: dict[str, list[tuple[int, int]]] = {}  # positions and channels of each call
         self._kept: Counter[str] = Counter()  # values of a layer's outputs at the positions read
@@ -234,13 +259,13 @@ class _Rounds:
 
     def begin(self) -> None:
         """Finds order and grids; raises for data and weights that cannot be used."""
+        if self.options.bias:
+            self._places = mean_places(self.walk.prepared.root, self.walk.layers)
         self.walk.run(self._look)
         for name, sizes in self._sizes.items():
             positions = self._positions(name)
             self._kept[name] = sum(min(count, positions) * channels for count, channels in sizes)
-        owners: dict[int, list[str]] = {}
-        for name, parameter in self.walk.prepared.root.named_parameters(remove_duplicate=False):
-            owners.setdefault(id(parameter), []).append(name)
+        owners = parameter_names(self.walk.prepared.root)
         for name in self.walk.order:
             layer = self.walk.layers[name]
             assert isinstance(layer.source, WeightSource)
@@ -258,6 +283,8 @@ class _Rounds:
         channels = call.output.shape[call.ch_axis]
         size = (call.output.numel() // max(1, channels), channels)
         self._sizes.setdefault(call.name, []).append(size)
+        if call.name in self._places and not reads_own_bias(call):
+            del self._places[call.name]
         if not bool(call.input.isfinite().all()):
             raise ValueError(
                 f"{_WHO}: expected what {call.name} reads to be finite, got NaN or inf in batch "
@@ -267,18 +294,25 @@ class _Rounds:
     def take(self, file: LayerCheckpoint) -> None:
         """Stores the weights that a checkpoint has."""
         for name in self.walk.order:
-            found = file.get(name, self._kept_of(name, (0.0, 0.0, 0.0)))
+            found = file.get(name, self._kept_of(name))
             if found is not None:
                 self._store(name, found["values"])
+                if name in self._places:
+                    self._move(name, found["shift"])
                 before, after, changed = found["numbers"].tolist()
                 self.done[name] = (before, after, changed)
 
-    def _kept_of(self, name: str, numbers: tuple[float, float, float]) -> dict[str, Tensor]:
+    def _kept_of(self, name: str) -> dict[str, Tensor]:
         """What a checkpoint keeps of a layer."""
         values = self.grids[name].nearest()
         if values.dtype != torch.float64:
             values = values.float()
-        return {"values": values, "numbers": torch.tensor(numbers, dtype=torch.float64)}
+        numbers = self.done.get(name, (0.0, 0.0, 0.0))
+        kept = {"values": values, "numbers": torch.tensor(numbers, dtype=torch.float64)}
+        if name in self._places:
+            none = torch.zeros_like(self._places[name].values, dtype=torch.float64)
+            kept["shift"] = self.shifts.get(name, none)
+        return kept
 
     def round(self, names: list[str], file: LayerCheckpoint) -> Iterator[str]:
         """Rounds layers one after the other, and writes each to the checkpoint; gives its name."""
@@ -292,7 +326,7 @@ class _Rounds:
 
             def finish(name: str, costs: dict[str, LayerCosts] = costs) -> None:
                 self._finish(name, costs.pop(name))
-                file.put(name, self._kept_of(name, self.done[name]))
+                file.put(name, self._kept_of(name))
 
             def add(call: LayerCall, costs: dict[str, LayerCosts] = costs) -> None:
                 costs[call.name].add(call)
@@ -319,7 +353,7 @@ class _Rounds:
 
     def _finish(self, name: str, costs: LayerCosts) -> None:
         problem = self._problem(name, costs)
-        values = round_by_gptq(problem, self.options.damping, self.options.activation_order)
+        values = round_by_gptq(problem, self.options.activation_order)
         if self.options.method == "adaround":
             # Rows that gptq, whose values are not bound to the two neighbours, rounds better stay.
             observer = self.grids[name].quantizer.observer
@@ -330,28 +364,35 @@ class _Rounds:
         before, after = (float(problem.cost(v).sum()) / power for v in (problem.nearest, values))
         changed = float((values != problem.nearest).double().mean())
         assert costs.rows is not None
-        self._store(name, costs.rows.to_weight(values, self.grids[name].weight().shape))
+        grid, rows = self.grids[name], costs.rows
+        if name in self._places:
+            factor = rows.of_weight(grid.factor()).double()
+            self._move(name, costs.shift(problem.weight / factor, values / factor))
+        self._store(name, rows.to_weight(values, grid.weight().shape))
         self.done[name] = (before, after, changed)
 
     def _problem(self, name: str, costs: LayerCosts) -> RowProblem:
-        grid, rows, hessian = self.grids[name], costs.rows, costs.hessian
-        if rows is None or hessian is None:
+        grid, rows = self.grids[name], costs.rows
+        if rows is None or costs.hessian is None:
             raise ValueError(f"{_WHO}: expected data for {name}, got empty batches")
+        centred = name in self._places
+        hessian, wanted = costs.centred() if centred else (costs.hessian, costs.wanted)
+        damping = self.options.damping + hessian.shape[-1] / costs.count
         weight = rows.of_weight(grid.weight())
         if weight.dtype not in (torch.float32, torch.float64):
             weight = weight.float()
         scale, zero_point = (rows.of_weight(t) for t in grid.qparams())
         target = weight.double()
-        if costs.wanted is not None:
+        if wanted is not None:
             # The outputs are of the weight that the layer has; the quantizer's has norms folded in.
             factor = rows.of_weight(grid.factor()).double()
-            target = fitted_target(weight, hessian, costs.wanted * factor, self.options.damping)
+            target = fitted_target(weight, hessian, wanted * factor, damping)
         nearest = rows.of_weight(grid.nearest()).to(weight.dtype)
-        return RowProblem(weight, target, nearest, scale, zero_point, grid.text, hessian)
+        return RowProblem(weight, target, nearest, scale, zero_point, grid.text, hessian, damping)
 
     def _store(self, name: str, values: Tensor) -> None:
         grid = self.grids[name]
-        self.floats[name] = grid.stored.detach().clone()
+        self.floats.append((grid.stored, grid.stored.detach().clone()))
         if not grid.store(values):
             raise ValueError(
                 f"{_WHO}: expected {name}.weight to be of a dtype that holds its grid's values, "
@@ -359,31 +400,43 @@ class _Rounds:
                 "to float32, or leave the layer out by pattern"
             )
 
+    def _move(self, name: str, shift: Tensor) -> None:
+        place = self._places[name]
+        self.floats.append((place.values, place.values.detach().clone()))
+        place.add(shift)
+        self.shifts[name] = shift
+
     @contextlib.contextmanager
     def _floating(self) -> Iterator[None]:
-        """The model in FLOAT, with the weights that there were."""
-        rounded = {name: self.grids[name].stored.detach().clone() for name in self.floats}
+        """The model in FLOAT, with the weights and biases that there were."""
+        rounded = [(parameter, parameter.detach().clone()) for parameter, _ in self.floats]
         self.restore()
         self.walk.enter(FakeQuantState.FLOAT)
         try:
             yield
         finally:
-            self._write(rounded)
+            _write(rounded)
             self.walk.enter(FakeQuantState.VALIDATION)
 
     def restore(self) -> None:
-        """Stores the weights that there were."""
-        self._write(self.floats)
+        """Stores the weights and biases that there were."""
+        _write(self.floats)
 
-    @torch.no_grad()
-    def _write(self, weights: dict[str, Tensor]) -> None:
-        for name, weight in weights.items():
-            self.grids[name].stored.copy_(weight)
+    def row(self, name: str) -> ReconstructedLayer:
+        shift = self.shifts.get(name)
+        largest = 0.0 if shift is None else float(shift.abs().max())
+        return ReconstructedLayer(name, *self.done[name], largest)
 
     def hold(self, solutions: dict[str, Solution]) -> None:
         """Gives the quantizers of the rounded weights the ranges they are rounded for, to hold."""
         for name, solution in solutions.items():
             self.grids[name].hold(solution)
+
+
+@torch.no_grad()
+def _write(values: list[tuple[Tensor, Tensor]]) -> None:
+    for parameter, value in values:
+        parameter.copy_(value)
 
 
 def _want(costs: dict[str, LayerCosts], call: LayerCall) -> None:

@@ -101,11 +101,9 @@ class FoldedWeight(WeightStep):
         self.ch_axis = ch_axis
         self._child = norm.rpartition(".")[2]
 
-    def applied(self, weight: Tensor) -> Tensor:
-        """The weight times the factor, or with ``inverse`` divided by it.
-
-        Raises RuntimeError, by name, if what is in the norm's place is no such batch norm.
-        """
+    @property
+    def norm(self) -> nn.Module:
+        """The batch norm; raises RuntimeError, by name, if in its place is none with statistics."""
         norm = getattr(self._links[1], self._child, None)
         if not isinstance(getattr(norm, "running_var", None), Tensor):
             raise RuntimeError(
@@ -114,8 +112,15 @@ class FoldedWeight(WeightStep):
                 f"{bounded(norm)}; replace it by another batch norm, or prepare the float model "
                 "as it is now"
             )
-        assert norm is not None
-        factor = folding_factor(norm)
+        assert isinstance(norm, nn.Module)
+        return norm
+
+    def applied(self, weight: Tensor) -> Tensor:
+        """The weight times the factor, or with ``inverse`` divided by it.
+
+        Raises RuntimeError as ``norm`` does.
+        """
+        factor = folding_factor(self.norm)
         # Where gamma is 0 (a common initialization) the factor is 1: it could not be undone.
         # The weight may be a copy that DataParallel has made on another device.
         factor = torch.where(factor == 0, 1, factor).to(weight)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torch_ext.correction.walk.layer_walk import WalkedLayer
+from torch_ext.correction.walk.layer_walk import LayerCall, WalkedLayer
 from torch_ext.quantizers.find import HookedWeight
 from torch_ext.utils.text import label_of
 
@@ -23,11 +24,7 @@ def bias_problems(
     Raises:
         ValueError: another module has the same bias, and would change too.
     """
-    holders: dict[int, list[str]] = {}
-    for name, module in root.named_modules():
-        for key, value in module._parameters.items():
-            if value is not None:
-                holders.setdefault(id(value), []).append(f"{name}.{key}".strip("."))
+    holders = parameter_names(root)
     chosen: dict[str, WalkedLayer] = {}
     left: dict[str, str] = {}
     for name, layer in layers.items():
@@ -38,8 +35,8 @@ def bias_problems(
         if _BIAS not in layer.module._parameters:
             left[name] = "its bias is no parameter"
             continue
-        bias = layer.module._parameters[_BIAS]
-        if bias is not None and len(names := holders[id(bias)]) > 1:
+        names = bias_names(layer, holders)
+        if len(names) > 1:
             raise ValueError(
                 f'{who}: expected layers with biases of their own, got "{names[0]}" and '
                 f'"{names[1]}", which are one parameter; leave {label_of(name)} out by pattern, or '
@@ -47,6 +44,30 @@ def bias_problems(
             )
         chosen[name] = layer
     return chosen, left
+
+
+def parameter_names(root: nn.Module) -> dict[int, list[str]]:
+    """The names of each parameter, by its id: several if modules share it."""
+    found: dict[int, list[str]] = {}
+    for name, module in root.named_modules():
+        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            found.setdefault(id(parameter), []).append(f"{name}.{key}".strip("."))
+    return found
+
+
+def bias_names(layer: WalkedLayer, holders: Mapping[int, list[str]]) -> list[str]:
+    """The names of a layer's bias, of those of all parameters; none if it has no bias."""
+    bias = layer.module._parameters[_BIAS]
+    return [] if bias is None else holders[id(bias)]
+
+
+def reads_own_bias(call: LayerCall) -> bool:
+    """Whether what a layer's function is given is the bias that the layer has."""
+    own: Any = call.layer.module.bias
+    if call.bias is None or own is None:
+        return call.bias is own
+    # Where a forward converts it, it is another tensor of the same values.
+    return call.bias is own or torch.equal(call.bias, own.to(call.bias))
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from torch_ext.correction.rounding.layer_rows import LayerRows
 from torch_ext.correction.walk.layer_walk import LayerCall
 
 _PIECE = 1 << 22  # values that are unfolded at a time
+_CONSTANT = 1e-10  # an input whose variance is a smaller share of its power is constant
 
 
 class LayerCosts:
@@ -24,6 +25,7 @@ class LayerCosts:
         hessian: [groups, inputs, inputs] float64, the sum of the outer products of the inputs.
         wanted: [groups, rows, inputs] float64, of the wanted outputs with the inputs; None if
             ``want`` was not called.
+        count: of the positions read.
     """
 
     def __init__(self, name: str, positions: int, seed: int) -> None:
@@ -35,6 +37,9 @@ class LayerCosts:
         self.hessian: Tensor | None = None
         self.wanted: Tensor | None = None
         self.rows: LayerRows | None = None
+        self.count = 0
+        self._inputs: Tensor | None = None  # [groups, inputs], their sum
+        self._wanted: Tensor | None = None  # [groups, rows], the sum of the wanted outputs
 
     def want(self, call: LayerCall) -> None:
         """Keeps what a call of the float model computes, without its bias."""
@@ -57,11 +62,45 @@ class LayerCosts:
                 groups, _, size = inputs.shape
                 self.hessian = inputs.new_zeros(groups, size, size)
             self.hessian.baddbmm_(inputs.mT, inputs)
+            self._inputs = _added(self._inputs, inputs.sum(1))
+            self.count += inputs.shape[1]
             if wanted is not None:
                 outputs = wanted[:, begin : begin + inputs.shape[1]].double()
-                product = outputs.mT @ inputs
-                self.wanted = product if self.wanted is None else self.wanted.add_(product)
+                self.wanted = _added(self.wanted, outputs.mT @ inputs)
+                self._wanted = _added(self._wanted, outputs.sum(1))
             begin += inputs.shape[1]
+
+    def centred(self) -> tuple[Tensor, Tensor | None]:
+        """Hessian and wanted outputs of the inputs less their mean, which a bias takes up."""
+        assert self.hessian is not None
+        mean = self._mean()
+        hessian = self.hessian - self.count * mean.unsqueeze(-1) * mean.unsqueeze(-2)
+        # Where an input is as good as constant, what is left is rounding.
+        power = self.hessian.diagonal(dim1=-2, dim2=-1)
+        moves = (hessian.diagonal(dim1=-2, dim2=-1) > _CONSTANT * power).double()
+        hessian *= moves.unsqueeze(-1) * moves.unsqueeze(-2)
+        if self.wanted is None or self._wanted is None:
+            return hessian, None
+        wanted = self.wanted - self._wanted.unsqueeze(-1) * mean.unsqueeze(-2)
+        return hessian, wanted * moves.unsqueeze(-2)
+
+    def shift(self, before: Tensor, after: Tensor) -> Tensor:
+        """What a bias needs more for the wanted mean of each row's outputs, [channels] float64.
+
+        Args:
+            before: the weight, [groups, rows, inputs], as the layer's function read it; it makes
+                what is wanted if ``want`` was not called.
+            after: the same of the weight that it reads from now on.
+        """
+        mean = self._mean().unsqueeze(-1)
+        made = (after.double() @ mean).squeeze(-1)
+        if self._wanted is None:
+            return ((before.double() @ mean).squeeze(-1) - made).flatten()
+        return (self._wanted / self.count - made).flatten()
+
+    def _mean(self) -> Tensor:
+        assert self._inputs is not None
+        return self._inputs / self.count
 
     def _chosen(self, count: int, call: int, device: torch.device) -> Tensor | None:
         """The positions that are read, in ascending order; None: all."""
@@ -71,6 +110,10 @@ class LayerCosts:
         generator = torch.Generator().manual_seed(seed)
         chosen = torch.randperm(count, generator=generator)[: self._positions]
         return chosen.sort().values.to(device)
+
+
+def _added(total: Tensor | None, more: Tensor) -> Tensor:
+    return more if total is None else total.add_(more)
 
 
 def _rows(call: LayerCall) -> LayerRows:

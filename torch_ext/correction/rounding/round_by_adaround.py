@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from torch_ext.correction.rounding.row_problem import RowProblem
+from torch_ext.correction.rounding.row_problem import RowProblem, damped
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.grid import is_float
 
@@ -51,7 +51,7 @@ def round_by_adaround(problem: RowProblem, ends: tuple[int, int], iterations: in
     inputs = problem.weight.shape[-1]
     # Rows with no error to lessen are left; the others weigh the same.
     weigh = torch.where(cost > 0, inputs / cost, torch.zeros_like(cost)).to(dtype).unsqueeze(-1)
-    hessian = problem.hessian.to(dtype)
+    hessian = damped(problem.hessian, problem.damping).to(dtype)
     first, second = torch.zeros_like(learned), torch.zeros_like(learned)
     for step in range(1, iterations + 1):
         sigmoid = torch.sigmoid(learned)

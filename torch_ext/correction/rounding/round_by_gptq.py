@@ -12,15 +12,14 @@ from torch_ext import ops
 from torch_ext.correction.rounding.row_problem import RowProblem, damped
 
 
-def round_by_gptq(problem: RowProblem, damping: float, activation_order: bool) -> Tensor:
+def round_by_gptq(problem: RowProblem, activation_order: bool) -> Tensor:
     """The values of the grid, in the shape of the weight; no row costs more than the nearest ones.
 
     Args:
         problem: what is rounded, and what errors cost.
-        damping: added to the Hessian's diagonal, as a share of its mean.
         activation_order: begin with the inputs of most power.
     """
-    hessian = damped(problem.hessian, damping)
+    hessian = damped(problem.hessian, problem.damping)
     target = problem.target.to(problem.weight.dtype)
     scale, zero_point = problem.scale, problem.zero_point
     order = None

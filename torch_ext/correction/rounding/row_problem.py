@@ -22,6 +22,7 @@ class RowProblem(NamedTuple):
     zero_point: Tensor  # int32, in the shape of the weight
     grid: str  # as ops take it
     hessian: Tensor  # [groups, inputs, inputs] float64
+    damping: float  # of the Hessian, by what rounds; costs have none
 
     def cost(self, values: Tensor) -> Tensor:
         """The cost of each row [groups, rows] float64."""
