@@ -54,7 +54,7 @@ INSIDE: dict[str, set[str]] = {
     "correction.equalization": set(),
     "correction.walk": set(),
     "correction.biases": {"correction.walk"},
-    "correction.rounding": {"correction.walk"},
+    "correction.rounding": {"correction.biases", "correction.walk"},
     "analysis.report": {"analysis.rule_choices", "analysis.svg"},
 }
 
