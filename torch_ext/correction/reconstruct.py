@@ -123,7 +123,7 @@ def reconstruct(
 
     Time: each layer needs the data run as far as the layer; if the data is a single batch, one run
     serves all layers. Of each layer a matrix of inputs times inputs, in float64, is summed and
-    factored. Memory: three such matrices and, with the target ``"float"``, outputs of layers at the
+    factored. Memory: four such matrices and, with the target ``"float"``, outputs of layers at the
     positions read, up to 256 MiB at a time.
 
     Args:

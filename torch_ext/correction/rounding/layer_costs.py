@@ -38,8 +38,8 @@ class LayerCosts:
         self.wanted: Tensor | None = None
         self.rows: LayerRows | None = None
         self.count = 0
-        self._inputs: Tensor | None = None  # [groups, inputs], their sum
-        self._wanted: Tensor | None = None  # [groups, rows], the sum of the wanted outputs
+        self._input_sum: Tensor | None = None  # [groups, inputs]
+        self._wanted_sum: Tensor | None = None  # [groups, rows]
 
     def want(self, call: LayerCall) -> None:
         """Keeps what a call of the float model computes, without its bias."""
@@ -62,12 +62,12 @@ class LayerCosts:
                 groups, _, size = inputs.shape
                 self.hessian = inputs.new_zeros(groups, size, size)
             self.hessian.baddbmm_(inputs.mT, inputs)
-            self._inputs = _added(self._inputs, inputs.sum(1))
+            self._input_sum = _added(self._input_sum, inputs.sum(1))
             self.count += inputs.shape[1]
             if wanted is not None:
                 outputs = wanted[:, begin : begin + inputs.shape[1]].double()
                 self.wanted = _added(self.wanted, outputs.mT @ inputs)
-                self._wanted = _added(self._wanted, outputs.sum(1))
+                self._wanted_sum = _added(self._wanted_sum, outputs.sum(1))
             begin += inputs.shape[1]
 
     def centred(self) -> tuple[Tensor, Tensor | None]:
@@ -79,9 +79,9 @@ class LayerCosts:
         power = self.hessian.diagonal(dim1=-2, dim2=-1)
         moves = (hessian.diagonal(dim1=-2, dim2=-1) > _CONSTANT * power).double()
         hessian *= moves.unsqueeze(-1) * moves.unsqueeze(-2)
-        if self.wanted is None or self._wanted is None:
+        if self.wanted is None or self._wanted_sum is None:
             return hessian, None
-        wanted = self.wanted - self._wanted.unsqueeze(-1) * mean.unsqueeze(-2)
+        wanted = self.wanted - self._wanted_sum.unsqueeze(-1) * mean.unsqueeze(-2)
         return hessian, wanted * moves.unsqueeze(-2)
 
     def shift(self, before: Tensor, after: Tensor) -> Tensor:
@@ -94,13 +94,13 @@ class LayerCosts:
         """
         mean = self._mean().unsqueeze(-1)
         made = (after.double() @ mean).squeeze(-1)
-        if self._wanted is None:
+        if self._wanted_sum is None:
             return ((before.double() @ mean).squeeze(-1) - made).flatten()
-        return (self._wanted / self.count - made).flatten()
+        return (self._wanted_sum / self.count - made).flatten()
 
     def _mean(self) -> Tensor:
-        assert self._inputs is not None
-        return self._inputs / self.count
+        assert self._input_sum is not None
+        return self._input_sum / self.count
 
     def _chosen(self, count: int, call: int, device: torch.device) -> Tensor | None:
         """The positions that are read, in ascending order; None: all."""
