@@ -6,7 +6,6 @@ import contextlib
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from torch_ext.calibration.checkpoint import Progress, read_progress, write_progress
 from torch_ext.calibration.restore import one_call_at_a_time, restored_on_error, watched
-from torch_ext.files.storage import PathLike, discard_partials
+from torch_ext.files.storage import PathLike, delete_checkpoint, discard_partials
 from torch_ext.quantizers.fake_quantize import FakeQuantize
 from torch_ext.quantizers.find import PreparedModel
 from torch_ext.quantizers.set_state import change_states
@@ -180,7 +179,7 @@ def calibrate(
         if target is not FakeQuantState.CALIBRATION:
             change_states(_WHO, model, target, allow_unobserved=allow_unobserved)
     if checkpoint is not None:
-        Path(checkpoint).unlink(missing_ok=True)
+        delete_checkpoint(_WHO, checkpoint)
     summary = _summaries(quantizers)
     return CalibrationSummary(
         batches=run.batches,

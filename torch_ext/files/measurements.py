@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from torch_ext.files.quantizer_params import spec_of
-from torch_ext.files.storage import FileError, PathLike, read_object, write_atomically
+from torch_ext.files.storage import (
+    FileError,
+    PathLike,
+    delete_checkpoint,
+    read_object,
+    write_atomically,
+)
 from torch_ext.quantizers.find import PreparedModel
 from torch_ext.utils.arguments import bounded
 from torch_ext.utils.batches import digest
@@ -85,7 +91,7 @@ class Results:
     def finish(self) -> None:
         """Deletes the file, at the end of a complete run."""
         if self._path is not None:
-            Path(self._path).unlink(missing_ok=True)
+            delete_checkpoint(self._who, self._path)
 
     def _number(self, label: str, value: Any) -> float:
         if not isinstance(value, (str, bytes)):

@@ -19,6 +19,8 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
+from torch_ext.utils.user_warning import warn_user
+
 PathLike = str | os.PathLike[str]
 
 _MAX_HEADER = 16 * 2**20
@@ -150,6 +152,14 @@ def discard_partials(path: PathLike) -> None:
         for name in os.listdir(target.parent):
             if name.startswith(f".{target.name}.") and name.endswith(_PARTIAL):
                 (target.parent / name).unlink(missing_ok=True)
+
+
+def delete_checkpoint(who: str, path: PathLike) -> None:
+    """Deletes the checkpoint of a complete call; if that fails, warns: what the call made stays."""
+    try:
+        Path(path).unlink(missing_ok=True)
+    except OSError as error:
+        warn_user(f"{who}: complete, but its checkpoint could not be deleted: {error}")
 
 
 def read_tensors(path: PathLike, kind: str, version: int) -> tuple[dict[str, Tensor], Any]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch_ext.files.storage import (
     FileError,
     PathLike,
+    delete_checkpoint,
     discard_partials,
     read_tensors,
     write_tensors,
@@ -78,7 +79,7 @@ class LayerCheckpoint:
     def finish(self) -> None:
         """Deletes the file, at the end of a complete run."""
         if self._path is not None:
-            Path(self._path).unlink(missing_ok=True)
+            delete_checkpoint(self._who, self._path)
 
     def _read(self, path: PathLike) -> dict[str, Tensor]:
         tensors, content = read_tensors(path, self._who, _VERSION)
