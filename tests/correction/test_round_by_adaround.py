@@ -52,3 +52,15 @@ def test_it_is_deterministic_and_leaves_what_costs_nothing() -> None:
     assert torch.equal(round_by_adaround(free, GRID, 50), p.nearest)
     exact = p._replace(weight=p.nearest, target=p.nearest.double())
     assert torch.equal(round_by_adaround(exact, GRID, 50), p.nearest)
+
+
+def test_the_more_damping_the_nearer_to_nearest() -> None:
+    p = problem(20, 8)
+    p = p._replace(target=p.weight.double())
+    changed = [
+        float((round_by_adaround(p._replace(damping=d), GRID, 300) != p.nearest).double().mean())
+        for d in (0.01, 3.0, 1000.0)
+    ]
+    assert changed[0] > 0.05
+    assert changed[0] > changed[1] >= changed[2]
+    assert changed[2] < changed[0] / 3  # values that are as near to two numbers
