@@ -205,7 +205,7 @@ def test_what_is_left_of_inputs_without_their_means() -> None:
     costs = LayerCosts("fc", 1000, 0)
     costs.want(call)
     costs.add(call)
-    hessian, wanted = costs.centred()
+    hessian, wanted = costs.sums(centred=True)
     rest = x.double() - x.double().mean(0)
     rest[:, [1, 4]] = 0
     assert wanted is not None

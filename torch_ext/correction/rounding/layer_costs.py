@@ -70,9 +70,11 @@ class LayerCosts:
                 self._wanted_sum = _added(self._wanted_sum, outputs.sum(1))
             begin += inputs.shape[1]
 
-    def centred(self) -> tuple[Tensor, Tensor | None]:
-        """Hessian and wanted outputs of the inputs less their mean, which a bias takes up."""
+    def sums(self, centred: bool) -> tuple[Tensor, Tensor | None]:
+        """Hessian and wanted outputs; if centred, of what has no mean, which a bias takes up."""
         assert self.hessian is not None
+        if not centred:
+            return self.hessian, self.wanted
         mean = self._mean()
         hessian = self.hessian - self.count * mean.unsqueeze(-1) * mean.unsqueeze(-2)
         # Where an input is as good as constant, what is left is rounding.

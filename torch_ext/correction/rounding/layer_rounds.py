@@ -13,6 +13,7 @@ from torch import Tensor
 from torch_ext.correction.biases.bias_place import parameter_names, reads_own_bias
 from torch_ext.correction.biases.mean_place import MeanPlace, mean_places
 from torch_ext.correction.rounding.layer_costs import LayerCosts
+from torch_ext.correction.rounding.layer_rows import LayerRows
 from torch_ext.correction.rounding.round_by_adaround import round_by_adaround, uneven
 from torch_ext.correction.rounding.round_by_gptq import round_by_gptq
 from torch_ext.correction.rounding.rounding_options import RoundingOptions
@@ -97,7 +98,7 @@ class LayerRounds:
             )
 
     def take(self, file: LayerCheckpoint) -> None:
-        """Stores the weights that a checkpoint has."""
+        """Stores the weights and the means that a checkpoint has."""
         for name in self.walk.order:
             found = file.get(name, self._kept_of(name))
             if found is not None:
@@ -157,31 +158,30 @@ class LayerRounds:
             yield some
 
     def _finish(self, name: str, costs: LayerCosts) -> None:
-        problem = self._problem(name, costs)
+        grid, rows = self.grids[name], costs.rows
+        if rows is None or costs.hessian is None:
+            raise ValueError(f"{self._who}: expected data for {name}, got empty batches")
+        # The layer computes with its weight; the quantizer's has norms folded in.
+        factor = rows.of_weight(grid.factor()).double()
+        problem = self._problem(name, costs, rows, factor)
         values = round_by_gptq(problem, self.options.activation_order)
         if self.options.method == "adaround":
             # Rows that gptq, whose values are not bound to the two neighbours, rounds better stay.
-            observer = self.grids[name].quantizer.observer
+            observer = grid.quantizer.observer
             ends = (observer.quant_min, observer.quant_max)
             learned = round_by_adaround(problem, ends, self.options.iterations)
             values = problem.better(learned, values)
         power = max(float(problem.power().sum()), torch.finfo(torch.float64).tiny)
         before, after = (float(problem.cost(v).sum()) / power for v in (problem.nearest, values))
         changed = float((values != problem.nearest).double().mean())
-        assert costs.rows is not None
-        grid, rows = self.grids[name], costs.rows
         if name in self._places:
-            factor = rows.of_weight(grid.factor()).double()
             self._move(name, costs.shift(problem.weight / factor, values / factor))
         self._store(name, rows.to_weight(values, grid.weight().shape))
         self.done[name] = (before, after, changed)
 
-    def _problem(self, name: str, costs: LayerCosts) -> RowProblem:
-        grid, rows = self.grids[name], costs.rows
-        if rows is None or costs.hessian is None:
-            raise ValueError(f"{self._who}: expected data for {name}, got empty batches")
-        centred = name in self._places
-        hessian, wanted = costs.centred() if centred else (costs.hessian, costs.wanted)
+    def _problem(self, name: str, costs: LayerCosts, rows: LayerRows, factor: Tensor) -> RowProblem:
+        grid = self.grids[name]
+        hessian, wanted = costs.sums(centred=name in self._places)
         damping = self.options.damping + hessian.shape[-1] / costs.count
         weight = rows.of_weight(grid.weight())
         if weight.dtype not in (torch.float32, torch.float64):
@@ -189,8 +189,6 @@ class LayerRounds:
         scale, zero_point = (rows.of_weight(t) for t in grid.qparams())
         target = weight.double()
         if wanted is not None:
-            # The outputs are of the weight that the layer has; the quantizer's has norms folded in.
-            factor = rows.of_weight(grid.factor()).double()
             target = fitted_target(weight, hessian, wanted * factor, damping)
         nearest = rows.of_weight(grid.nearest()).to(weight.dtype)
         return RowProblem(weight, target, nearest, scale, zero_point, grid.text, hessian, damping)
